@@ -1,0 +1,87 @@
+"""`fledge COMMAND`: parse flags into the command's dataclass, call its function, turn user errors into one line.
+
+Commands are named by module path and imported only when asked for, so `fledge --help` answers at once.
+"""
+
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import fledge
+from fledge.console import console
+from fledge.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Where a command lives: `module` has the dataclass `args` and the function `run`, which takes it."""
+
+    module: str
+    args: str
+    run: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "quickstart": Command("fledge.quickstart", "QuickstartArgs", "quickstart", "the whole path on a small real model"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point. Exit status: 0 it worked, 1 an error, 2 wrong flags, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        sys.exit(0 if words else 2)
+    if words[0] in ("-V", "--version"):
+        print(f"fledge {fledge.__version__}")
+        return
+    if words[0] not in COMMANDS:
+        print(f"fledge: unknown command {words[0]!r}{nearest(words[0], COMMANDS)}.\n\n{usage()}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(run_command(words[0], words[1:]))
+
+
+def run_command(name: str, argv: Sequence[str]) -> int:
+    """Run one command and return its exit status."""
+    from fledge.config import parse
+
+    command = COMMANDS[name]
+    try:
+        module = importlib.import_module(command.module)
+        args_class = getattr(module, command.args)
+        parser = getattr(module, "parse_args", parse)  # `train` adds the Trainer's own arguments
+        args = parser(args_class, argv, prog=f"fledge {name}", description=sentence(getattr(module, command.run)))
+        getattr(module, command.run)(args)
+    except (UserError, OSError) as error:
+        if os.environ.get("FLEDGE_TRACEBACK"):
+            raise
+        console.print(f"error: {' '.join(str(error).split())}", style="bold red", markup=False)
+        return 1
+    except KeyboardInterrupt:
+        console.print("interrupted", style="bold red")
+        return 130
+    return 0
+
+
+def sentence(function) -> str:
+    """The docstring of a command's function, as its help text."""
+    return (function.__doc__ or "").strip()
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: fledge COMMAND [flags]", "", "EAGLE-3 draft heads, from conversations to an honest speed-up.", ""]
+        + ["commands:", *lines, ""]
+        + ["`fledge COMMAND --help` explains its flags; `--config recipe.yaml` reads them from a file."]
+        + ["FLEDGE_TRACEBACK=1 shows the traceback behind an error."]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Defaults < recipe YAML < command-line flags, into one dataclass per command.
+
+A recipe is turned into flags that stand before the user's own, so both pass through the same parser: an unknown key
+is an error that names the nearest one, a wrong type reads the same from either side.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from fledge.errors import UserError, nearest
+
+Args = TypeVar("Args")
+
+
+def parse(args_class: type[Args], argv: Sequence[str], *, prog: str, description: str) -> Args:
+    """Flags (and `--config recipe.yaml`) to an instance of `args_class`. Nested dataclasses give grouped, flat flags."""
+    import tyro
+
+    flags = _with_recipe(list(argv), field_names(args_class))
+    return tyro.cli(
+        args_class, args=flags, prog=prog, description=description,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
+    )  # fmt: skip
+
+
+def field_names(args_class: type) -> list[str]:
+    """Every flag of a (nested) dataclass, without prefixes."""
+    names: list[str] = []
+    for field in dataclasses.fields(args_class):
+        inner = _dataclass_in(field.type)
+        names += field_names(inner) if inner else [field.name]
+    return names
+
+
+def read_recipe(path: Path, known: Sequence[str]) -> dict[str, Any]:
+    """A flat recipe file; unknown keys are errors."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such recipe file. Give an existing YAML file to --config.")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path}: a recipe is a mapping of flag names to values, found {type(recipe).__name__}.")
+    for key in recipe:
+        if str(key).replace("-", "_") not in known:
+            raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), known)}.")
+    return {str(key).replace("-", "_"): value for key, value in recipe.items()}
+
+
+def recipe_flags(recipe: dict[str, Any]) -> list[str]:
+    """The command-line spelling of a recipe."""
+    flags: list[str] = []
+    for key, value in recipe.items():
+        name = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(name if value else "--no-" + name[2:])
+        elif isinstance(value, list):
+            flags += [name, *map(str, value)]
+        else:
+            flags += [name, str(value)]
+    return flags
+
+
+def _with_recipe(argv: list[str], known: Sequence[str]) -> list[str]:
+    """Replace `--config FILE` by the flags of the recipe, ahead of everything the user wrote."""
+    if "config" in known:
+        return argv
+    for index, word in enumerate(argv):
+        if word == "--config" or word.startswith("--config="):
+            inline = word.partition("=")[2]
+            if not inline and index + 1 >= len(argv):
+                raise UserError("--config needs a YAML file.")
+            path = inline or argv[index + 1]
+            rest = argv[:index] + argv[index + (1 if inline else 2) :]
+            return recipe_flags(read_recipe(Path(path), known)) + rest
+    return argv
+
+
+def _dataclass_in(annotation: Any) -> type | None:
+    return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None

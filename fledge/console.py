@@ -1,0 +1,86 @@
+"""What fledge says on a terminal: one rich console on stderr, progress bars, tables.
+
+stdout stays free for results that programs read. Where stderr is no terminal (a log file, CI) a progress bar becomes
+one plain line every ten seconds, so that logs stay readable and never look dead.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+PLAIN_LINE_EVERY_S = 10.0
+
+
+def say(message: str) -> None:
+    """One line of ordinary information."""
+    console.print(message, markup=False)
+
+
+def warn(message: str) -> None:
+    """Something the user should know but that does not stop the run."""
+    console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A small table; the first column is left-aligned, the others right."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*[str(cell) for cell in row])
+    console.print(table)
+
+
+class Bar(Protocol):
+    """What a loop needs of its progress display."""
+
+    def advance(self, steps: int = 1, note: str | None = None) -> None: ...
+
+
+class _RichBar:
+    def __init__(self, bars: Progress, task) -> None:
+        self._bars, self._task = bars, task
+
+    def advance(self, steps: int = 1, note: str | None = None) -> None:
+        self._bars.update(self._task, advance=steps, **({"note": note} if note is not None else {}))
+
+
+class _PlainBar:
+    def __init__(self, title: str, total: int | None, done: int) -> None:
+        self._title, self._total, self._done, self._note = title, total, done, ""
+        self._start = self._last = time.monotonic()
+        self._first_done = done
+
+    def advance(self, steps: int = 1, note: str | None = None) -> None:
+        self._done += steps
+        self._note = note if note is not None else self._note
+        now = time.monotonic()
+        if now - self._last >= PLAIN_LINE_EVERY_S or self._done == self._total:
+            self._last = now
+            say(f"{self._title}: {self._done}/{self._total or '?'} {self._note} {self._remaining(now)}".rstrip())
+
+    def _remaining(self, now: float) -> str:
+        fresh = self._done - self._first_done
+        if not self._total or fresh <= 0 or self._done >= self._total:
+            return f"({now - self._start:.0f} s)"
+        return f"({now - self._start:.0f} s, {(now - self._start) / fresh * (self._total - self._done):.0f} s left)"
+
+
+@contextmanager
+def progress(title: str, total: int | None, done: int = 0) -> Iterator[Bar]:
+    """A progress bar over `total` steps (None: unknown), `done` of which a resumed run already has."""
+    if not console.is_terminal:
+        yield _PlainBar(title, total, done)
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bars:
+        yield _RichBar(bars, bars.add_task(title, total=total, completed=done, note=""))
