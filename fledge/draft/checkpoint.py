@@ -1,0 +1,101 @@
+"""Draft heads as folders: config.json + model.safetensors in the EAGLE names, and everything that must hold on loading.
+
+    fc.weight  midlayer.*  norm.weight  lm_head.weight  [fc_norm.{i}.weight]  [d2t  t2d]
+
+A head that loads here is complete, finite and belongs to the target: a missing or unknown tensor, a broken d2t/t2d
+pair, NaN weights or another vocabulary are errors, because every one of them decodes "fine" at an acceptance of zero.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fledge.data.vocab import check_vocab
+from fledge.draft.config import DraftConfig, from_json, to_json
+from fledge.draft.model import DraftModel
+from fledge.errors import UserError
+from fledge.provenance import write_json
+
+WEIGHTS = "model.safetensors"
+
+
+def save_draft(model: DraftModel, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the head so that fledge, vLLM and SGLang load it. Files appear under their names only when complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = draft_tensors(model, dtype)
+    temporary = folder / (WEIGHTS + ".tmp")
+    save_file(tensors, str(temporary), metadata={"format": "pt"})
+    write_json(folder / "config.json", to_json(model.config, dtype=str(dtype).removeprefix("torch.")))
+    os.replace(temporary, folder / WEIGHTS)
+
+
+def draft_tensors(model: DraftModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The checkpoint's tensors: trained weights in `dtype`, d2t and t2d unless the vocabulary is whole."""
+    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
+    if not model.config.full_vocab:
+        tensors |= {"d2t": model.d2t.cpu().contiguous(), "t2d": model.t2d.cpu().contiguous()}
+    return tensors
+
+
+def load_draft(folder: str | Path, embedding: Tensor, *, dtype: torch.dtype | None = None) -> DraftModel:
+    """Read a head for the target whose input embedding (V, H) is given; it lands on the embedding's device."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder. A head is a folder with config.json and {WEIGHTS}.")
+    config = from_json(folder / "config.json")
+    _match_target(config, embedding, folder)
+    tensors = read_tensors(folder / WEIGHTS)
+    model = DraftModel(config, embedding)
+    expected = set(draft_tensors(model, torch.float32))
+    _match_keys(set(tensors), expected, folder / WEIGHTS)
+    _match_shapes(model, tensors, folder / WEIGHTS)
+    if not config.full_vocab:
+        check_vocab(tensors["d2t"], tensors["t2d"], where=str(folder / WEIGHTS))
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{folder / WEIGHTS}: {name} contains NaN or infinity. Use an earlier checkpoint.")
+    model.load_state_dict(tensors, strict=False)
+    return model.to(embedding.device, dtype or embedding.dtype).eval()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; a missing or truncated file is a user error."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. The head's folder must hold {WEIGHTS}.")
+    try:
+        return load_file(str(path))
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error}). Copy or export the head again.") from None
+
+
+def _match_target(config: DraftConfig, embedding: Tensor, folder: Path) -> None:
+    vocab_size, hidden_size = embedding.shape
+    if config.vocab_size > vocab_size or config.hidden_size != hidden_size:
+        raise UserError(
+            f"{folder}: the head is for a target with vocabulary {config.vocab_size} and hidden size "
+            f"{config.hidden_size}; this target has {vocab_size} and {hidden_size}. Use the head's own target, or train "
+            f"a head for this one."
+        )
+
+
+def _match_keys(found: set[str], expected: set[str], path: Path) -> None:
+    if missing := sorted(expected - found):
+        raise UserError(f"{path}: {len(missing)} tensors are missing: {', '.join(missing[:4])}. Export the head again.")
+    if unknown := sorted(found - expected):
+        raise UserError(
+            f"{path}: {len(unknown)} unknown tensors: {', '.join(unknown[:4])}. A head of another trainer is brought "
+            f"into this form by `fledge convert`."
+        )
+
+
+def _match_shapes(model: DraftModel, tensors: dict[str, Tensor], path: Path) -> None:
+    for name, wanted in model.state_dict().items():
+        if name in tensors and tensors[name].shape != wanted.shape:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, config.json asks for {tuple(wanted.shape)}. "
+                f"The two files do not belong together; export the head again."
+            )

@@ -1,0 +1,223 @@
+"""The target: any transformers causal LM, unchanged, as the rest of fledge sees it.
+
+Asks the model through the library's own questions (text config, embeddings, decoder) and reads the tapped states with
+hooks on the decoder's layers. Knows no architecture by name: what transformers does not answer uniformly is a row in
+`fledge.target.quirks`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fledge.errors import UserError
+from fledge.target.quirks import logit_quirks
+from fledge.target.record import TargetOutput, default_tap_layers
+
+# B batch, T tokens, A tapped layers, H hidden size, V vocabulary
+
+HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+class Target:
+    """A frozen target model with its tokenizer. Forward passes return hidden states; `head` turns rows into logits."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        tap_layers: Sequence[int] | None = None,
+        name: str = "",
+        revision: str | None = None,
+    ) -> None:
+        self.model: Any = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.config = self.model.config
+        self.text_config = self.config.get_text_config()
+        self.name, self.revision = name or self.config.name_or_path, revision
+        self.layers = self._decoder_layers()
+        self.tap_layers = self._checked_taps(tap_layers)
+        self.quirks = logit_quirks(self.text_config)
+        self.num_layers, self.hidden_size = len(self.layers), self.text_config.hidden_size
+        self._taps: dict[int, Tensor] | None = None
+        for layer in self.tap_layers:
+            self.layers[layer].register_forward_pre_hook(self._tap(layer), with_kwargs=True)
+        self._check_head()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        device_map: Any = None,
+        tap_layers: Sequence[int] | None = None,
+        revision: str | None = None,
+        attn_implementation: str | None = None,
+        max_memory: dict[Any, str] | None = None,
+        tp_plan: str | None = None,
+    ) -> "Target":
+        """Load a model folder or hub name. `device_map` / `tp_plan` spread targets larger than one GPU."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if Path(name_or_path).exists() and not (Path(name_or_path) / "config.json").is_file():
+            raise UserError(f"{name_or_path}: no config.json there. Give a transformers model folder or a hub name.")
+        spread = {"device_map": device_map, "max_memory": max_memory, "tp_plan": tp_plan}
+        options = {key: value for key, value in spread.items() if value is not None}
+        if attn_implementation:
+            options["attn_implementation"] = attn_implementation
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                name_or_path, revision=revision, dtype=dtype, output_loading_info=True, **options
+            )
+        except Exception as error:  # the library raises a dozen types here: truncated files, unknown names, no network
+            reason = str(error).strip().splitlines()
+            raise UserError(
+                f"{name_or_path}: could not be loaded as a causal LM ({type(error).__name__}: "
+                f"{reason[0] if reason else 'no message'}). Check the path or hub name and that its files are complete."
+            ) from error
+        if not spread["device_map"] and not spread["tp_plan"]:
+            model = model.to(device or default_device())
+        _refuse_bad_weights(model, loading["missing_keys"], name_or_path)
+        return cls(model, tokenizer, tap_layers=tap_layers, name=name_or_path, revision=revision)
+
+    # -- facts ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.embedding_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding_weight.dtype
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """(V, H) input embedding, before any scaling the model applies to its output."""
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, H) output embedding."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head: the width of the logits (tokenizers are often a little smaller)."""
+        return self.head_weight.shape[0]
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends a generation: generation config, then model config, then tokenizer."""
+        generation = getattr(self.model, "generation_config", None)
+        for source in (generation, self.config, self.text_config, self.tokenizer):
+            ids = getattr(source, "eos_token_id", None)
+            if ids is not None:
+                return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+        return ()
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        taps: bool = True,
+        **model_inputs: Any,
+    ) -> TargetOutput:
+        """Hidden states for input_ids (B, T). `attention_mask` may be 2-D, an additive 4-D mask or a dict by layer type."""
+        self._taps = {} if taps else None
+        try:
+            output = self.model.base_model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                use_cache=past_key_values is not None,
+                **model_inputs,
+            )
+            collected = self._taps
+        finally:
+            self._taps = None
+        last_hidden = output.last_hidden_state
+        if collected is None:
+            return TargetOutput(last_hidden, None)
+        tapped = [collected[layer].to(last_hidden.device) for layer in self.tap_layers]
+        return TargetOutput(last_hidden, torch.stack(tapped, dim=-2))
+
+    def head(self, last_hidden: Tensor) -> Tensor:
+        """(..., H) after the final norm -> (..., V), exactly the model's logits."""
+        return self.quirks.apply(self.model.get_output_embeddings()(last_hidden))
+
+    # -- construction --------------------------------------------------------------------------------------------------
+
+    def _decoder_layers(self) -> nn.ModuleList:
+        decoder = self.model.get_decoder()
+        wanted = self.text_config.num_hidden_layers
+        for _, module in decoder.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) >= wanted and hasattr(module[0], "forward"):
+                return module[:wanted] if len(module) > wanted else module
+        raise UserError(
+            f"{self.name}: found no list of {wanted} decoder layers in {type(decoder).__name__}. fledge needs a "
+            f"decoder-only transformer; see docs/add-a-target.md."
+        )
+
+    def _checked_taps(self, tap_layers: Sequence[int] | None) -> tuple[int, ...]:
+        num_layers = len(self.layers)
+        taps = tuple(tap_layers) if tap_layers is not None else default_tap_layers(num_layers)
+        if len(set(taps)) != len(taps) or list(taps) != sorted(taps) or taps[0] < 0 or taps[-1] >= num_layers:
+            reason = "given" if tap_layers is not None else "derived as 2, N // 2, N - 3"
+            raise UserError(
+                f"{self.name}: tap layers {list(taps)} ({reason}) are not distinct, ascending layers of a target with "
+                f"{num_layers} layers. Give them explicitly, e.g. tap_layers 0 1 {num_layers - 1}."
+            )
+        return taps
+
+    def _tap(self, layer: int):
+        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if self._taps is not None:
+                self._taps[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        """`head(last_hidden)` must be the model's logits: catches a missing soft-cap, logit scale or final norm."""
+        ids = torch.arange(1, 9, device=self.device)[None] % self.vocab_size
+        expected = self.model(input_ids=ids, use_cache=False).logits.float()
+        found = self.head(self.forward(ids, taps=False).last_hidden).float()
+        error = ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
+        if not torch.isfinite(expected).all():
+            raise UserError(f"{self.name}: the model's logits contain NaN or infinity. Check the weights or the dtype.")
+        if error > HEAD_TOLERANCE.get(self.dtype, 5e-2):
+            raise UserError(
+                f"{self.name}: head(last_hidden) differs from the model's logits by {error:.1e} (relative). "
+                f"Model type {self.text_config.model_type!r} needs a row in fledge/target/quirks.py."
+            )
+
+
+def default_device() -> torch.device:
+    """The accelerator when there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def _refuse_bad_weights(model: nn.Module, missing: Sequence[str], name: str) -> None:
+    if missing:
+        raise UserError(
+            f"{name}: {len(missing)} weights are missing from its files (first {sorted(missing)[0]}) and would be random. "
+            f"Get a complete checkpoint."
+        )
+    bad = [key for key, tensor in model.named_parameters() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise UserError(f"{name}: {len(bad)} weights contain NaN or infinity, first {bad[0]}. Get a sound checkpoint.")
