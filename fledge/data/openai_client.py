@@ -1,0 +1,466 @@
+"""Answers from OpenAI-compatible servers: many endpoints, each kept full, none trusted.
+
+Knows HTTP, endpoints and what can go wrong with them. Knows nothing of conversations or files. What goes wrong, and
+what is done about it:
+
+    connection refused, server dead   endpoint is down; probed until it is back; requests go elsewhere, not counted
+    hangs (probes time out too)       endpoint is down; what it holds is taken back and asked elsewhere
+    429 (and 503 with Retry-After)    endpoint pauses as long as it asked for
+    5xx, reset, time-out, bad JSON    the request is repeated with backoff, elsewhere if possible; rejected after
+                                      `max_attempts`
+    empty answer                      asked again with another seed, three times
+    prompt + answer over the context  asked again for a shorter answer; rejected when the prompt alone is too long
+    401, 403, 404, no server at all   the run stops: every row would fail the same way
+
+vLLM says which tokens it read and wrote (`return_token_ids`); other servers are not asked.
+"""
+
+import asyncio
+import json
+import random
+import re
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from fledge.console import say, warn
+from fledge.data.engine import Answer, Request
+from fledge.data.image_urls import has_images, with_data_urls
+from fledge.data.rejects import Reject
+from fledge.errors import UserError
+
+MAX_EMPTY_ANSWERS = 3
+MAX_RATE_LIMITS = 200
+LONGEST_PAUSE_S = 60.0
+PROBE_TIMEOUT_S = 10.0
+PROBES_UNTIL_DOWN = 3
+STOP_REASONS = {"stop": "stop", "eos": "stop", "eos_token": "stop", "length": "length"}
+CONTEXT_ERROR = re.compile(r"context (length|window)|max_model_len|maximum.{0,40}tokens|too (long|many tokens)", re.I)
+
+
+class Failure(Exception):
+    """An attempt that may succeed another time. `counts`: against the request's attempts."""
+
+    def __init__(self, kind: str, detail: str, *, counts: bool = True) -> None:
+        super().__init__(f"{kind}: {detail}")
+        self.kind, self.detail, self.counts = kind, detail, counts
+
+
+class ContextTooLong(Exception):
+    """The server says that prompt and answer do not fit; `room` is what is left for the answer, where it said so."""
+
+    def __init__(self, detail: str, room: int | None) -> None:
+        super().__init__(detail)
+        self.detail, self.room = detail, room
+
+
+@dataclass(eq=False)
+class Endpoint:
+    """One server and how it is doing."""
+
+    url: str
+    limit: int
+    up: bool = True
+    model: str = ""
+    is_vllm: bool = False
+    max_model_len: int | None = None
+    in_flight: int = 0
+    paused_until: float = 0.0
+    limited_since: float | None = None
+    num_limits: int = 0
+    failed_probes: int = 0
+    last_error: str = ""
+    attempts: set[asyncio.Task] = field(default_factory=set)
+
+    def usable(self, now: float) -> bool:
+        return self.up and self.in_flight < self.limit and now >= self.paused_until
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for what, in seconds."""
+
+    request_s: float = 900.0
+    give_up_after_s: float = 300.0  # no usable server at all for so long stops the run
+    backoff_s: float = 0.5
+    probe_every_s: float = 5.0
+    probe_timeout_s: float = PROBE_TIMEOUT_S
+    max_attempts: int = 8
+
+
+class OpenAIClient:
+    """An `Engine` over several endpoints that serve the same model."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        concurrency: int,
+        model: str | None = None,
+        api_key: str | None = None,
+        patience: Patience = Patience(),  # noqa: B008  (frozen)
+        only_answering: bool = False,
+    ) -> None:
+        """`concurrency` is per endpoint; with `only_answering`, urls are candidates and silent ones are forgotten."""
+        self.endpoints = [Endpoint(normal_url(url), concurrency) for url in dict.fromkeys(urls)]
+        self.model, self.patience, self.errors = model or "", patience, Counter[str]()
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._only_answering = only_answering
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._fatal: UserError | None = None
+
+    @property
+    def concurrency(self) -> int:
+        return sum(endpoint.limit for endpoint in self.endpoints)
+
+    async def __aenter__(self) -> "OpenAIClient":
+        self._session = aiohttp.ClientSession(
+            # uvicorn closes an idle connection after 5 s; reusing one at that moment would look like a reset
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0),
+            timeout=aiohttp.ClientTimeout(total=self.patience.request_s, sock_connect=10.0),
+            headers=self._headers,
+        )
+        try:
+            await self._discover()
+        except BaseException:
+            await self._session.close()
+            raise
+        self._monitor = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._monitor.cancel()
+        await asyncio.gather(self._monitor, return_exceptions=True)
+        await self._session.close()
+
+    # -- one request
+
+    async def answer(self, request: Request) -> Answer:
+        """The answer, after as many attempts as it takes; raises Reject when there is none to be had."""
+        if has_images(request.messages):
+            messages = await asyncio.to_thread(with_data_urls, request.messages, Path(request.images_from))
+            request = replace(request, messages=messages)
+        attempts, limits, empties, last = 0, 0, 0, None
+        while True:
+            endpoint = await self._acquire(avoid=last)
+            try:
+                return await self._attempt(endpoint, request)
+            except ContextTooLong as error:
+                self.errors["context length"] += 1
+                request = _shorter(request, error)
+                continue
+            except Failure as failure:
+                self.errors[failure.kind] += 1
+                attempts += failure.counts
+                limits += failure.kind == "rate limited"
+                empties += failure.kind == "empty answer"
+                last = endpoint
+                if attempts >= self.patience.max_attempts or limits > MAX_RATE_LIMITS or empties >= MAX_EMPTY_ANSWERS:
+                    raise Reject(failure.kind, f"{failure.detail} (after {attempts + limits} attempts)") from None
+                if failure.kind == "empty answer":
+                    request = replace(request, seed=(request.seed + 1) & 0x7FFFFFFF)
+            finally:
+                self._release(endpoint)
+            if attempts:
+                await asyncio.sleep(self._backoff(attempts))
+
+    async def _attempt(self, endpoint: Endpoint, request: Request) -> Answer:
+        """One POST, which `_take_down` may cancel from outside."""
+        task = asyncio.create_task(self._post(endpoint, request))
+        endpoint.attempts.add(task)
+        try:
+            answer = await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if task.cancelled() and not (current and current.cancelling()):
+                raise Failure("server hangs", endpoint.url, counts=False) from None
+            task.cancel()
+            raise
+        except TimeoutError:
+            raise Failure("time-out", f"{endpoint.url}: no answer in {self.patience.request_s:.0f} s") from None
+        except aiohttp.ClientConnectorError as error:
+            self._take_down(endpoint, f"{error}")
+            raise Failure("connection refused", f"{endpoint.url}: {error}", counts=False) from None
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise Failure("connection broke", f"{endpoint.url}: {type(error).__name__} {error}") from None
+        finally:
+            endpoint.attempts.discard(task)
+        endpoint.limited_since, endpoint.num_limits = None, 0
+        return answer
+
+    async def _post(self, endpoint: Endpoint, request: Request) -> Answer:
+        async with self._session.post(f"{endpoint.url}/chat/completions", json=_body(endpoint, request)) as response:
+            content = await response.read()
+        if response.status != 200:
+            self._refused(endpoint, response.status, response.headers.get("Retry-After"), content, request)
+        return _parse(content)
+
+    def _refused(
+        self, endpoint: Endpoint, status: int, retry_after: str | None, content: bytes, request: Request
+    ) -> None:
+        """Turn an HTTP error into the exception that says what to do about it."""
+        text = _error_text(content)
+        detail = f"{endpoint.url}: HTTP {status}: {text}"
+        if status == 429 or (status == 503 and retry_after):
+            self._pause(endpoint, retry_after, detail)
+            raise Failure("rate limited", detail, counts=False)
+        if status >= 500 or status in (408, 409, 425):
+            raise Failure(f"HTTP {status}", detail)
+        if status in (401, 403, 404):
+            hint = "Check --api-key-env." if status != 404 else "Check the URL and --model."
+            self._stop(UserError(f"{detail.rstrip('.')}. {hint}"))
+        if status in (400, 413, 422) and CONTEXT_ERROR.search(text):
+            raise ContextTooLong(detail, _room(text))
+        raise Reject(f"HTTP {status}", detail)
+
+    # -- endpoints
+
+    async def _acquire(self, avoid: Endpoint | None) -> Endpoint:
+        """A place at the least loaded usable endpoint, rather not at the one that just failed."""
+        while True:
+            if self._fatal:
+                raise self._fatal
+            now = time.monotonic()
+            usable = [endpoint for endpoint in self.endpoints if endpoint.usable(now)]
+            if usable:
+                best = min(usable, key=lambda e: (e is avoid, e.in_flight / e.limit))
+                best.in_flight += 1
+                return best
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiter)
+            await waiter
+
+    def _release(self, endpoint: Endpoint) -> None:
+        endpoint.in_flight -= 1
+        self._wake(1)
+
+    def _wake(self, places: int) -> None:
+        while places > 0 and self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                places -= 1
+
+    def _pause(self, endpoint: Endpoint, retry_after: str | None, detail: str) -> None:
+        endpoint.num_limits += 1
+        wait = parse_retry_after(retry_after)
+        if wait is None:
+            wait = self.patience.backoff_s * 2 ** min(endpoint.num_limits, 6)
+        wait = min(max(wait, 0.0), max(LONGEST_PAUSE_S, self.patience.give_up_after_s / 2))
+        now = time.monotonic()
+        endpoint.limited_since = endpoint.limited_since or now
+        endpoint.paused_until = max(endpoint.paused_until, now + wait)
+        endpoint.last_error = detail
+        asyncio.get_running_loop().call_later(wait + 0.001, self._wake, endpoint.limit)
+
+    def _take_down(self, endpoint: Endpoint, why: str, *, cancel: bool = False) -> None:
+        """No further requests until a probe succeeds; with `cancel`, those it holds are taken back."""
+        if endpoint.up:
+            endpoint.up, endpoint.last_error = False, why
+            warn(f"{endpoint.url}: down ({why}); its requests go elsewhere until it answers again.")
+        if cancel:
+            for task in list(endpoint.attempts):
+                task.cancel()
+
+    def _stop(self, error: UserError) -> None:
+        """End the run: everybody who waits for a place hears of it."""
+        self._fatal = self._fatal or error
+        self._wake(len(self._waiting))
+        raise self._fatal
+
+    def _backoff(self, attempts: int) -> float:
+        return min(self.patience.backoff_s * 2 ** (attempts - 1), 30.0) * random.uniform(0.5, 1.0)
+
+    # -- health
+
+    async def _discover(self) -> None:
+        """Ask every endpoint what it serves; settle on one model."""
+        asked = [endpoint.url for endpoint in self.endpoints]
+        answers = await asyncio.gather(*(self._models(endpoint) for endpoint in self.endpoints))
+        for endpoint, models in zip(self.endpoints, answers, strict=True):
+            endpoint.up = models is not None
+        if not any(endpoint.up for endpoint in self.endpoints):
+            reasons = "; ".join(sorted({endpoint.last_error for endpoint in self.endpoints})[:3])
+            raise UserError(
+                f"no server answers at {asked[0]}{f' to {asked[-1]}' if len(asked) > 1 else ''} ({reasons}). "
+                "Start some with `fledge serve`, or give --endpoints or --base-port."
+            )
+        if self._only_answering:
+            self.endpoints = [endpoint for endpoint in self.endpoints if endpoint.up]
+        for endpoint, models in zip(self.endpoints, [m for m in answers if m is not None or not self._only_answering],
+                                    strict=True):  # fmt: skip
+            if models is None:
+                warn(f"{endpoint.url}: does not answer yet ({endpoint.last_error}); the others begin without it.")
+            else:
+                self._settle(endpoint, models)
+        say(f"{sum(e.up for e in self.endpoints)} of {len(self.endpoints)} servers answer, model {self.model}")
+
+    async def _models(self, endpoint: Endpoint) -> list[dict[str, Any]] | None:
+        """The models an endpoint serves; [] where it has no such list; None where it does not answer."""
+        try:
+            timeout = aiohttp.ClientTimeout(total=self.patience.probe_timeout_s)
+            async with self._session.get(f"{endpoint.url}/models", timeout=timeout) as response:
+                content = await response.read()
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            endpoint.last_error = str(error) or type(error).__name__
+            return None
+        if response.status in (401, 403):
+            raise UserError(f"{endpoint.url}: HTTP {response.status}: {_error_text(content)} Check --api-key-env.")
+        if response.status >= 500:
+            endpoint.last_error = f"HTTP {response.status}"
+            return None
+        try:
+            return [model for model in json.loads(content)["data"] if isinstance(model, dict) and "id" in model]
+        except (ValueError, KeyError, TypeError):
+            return []
+
+    def _settle(self, endpoint: Endpoint, models: list[dict[str, Any]]) -> None:
+        """Take over what the endpoint says of its model, and refuse a mixture of models."""
+        names = [model["id"] for model in models]
+        if not self.model and len(names) != 1:
+            raise UserError(f"{endpoint.url}: serves {', '.join(names) or 'no listed model'}. Choose one with --model.")
+        self.model = self.model or names[0]
+        if names and self.model not in names:
+            raise UserError(f"{endpoint.url}: serves {', '.join(names)}, not {self.model}. All servers need one model.")
+        facts = next((model for model in models if model["id"] == self.model), {})
+        endpoint.model, endpoint.is_vllm = self.model, facts.get("owned_by") == "vllm"
+        endpoint.max_model_len = facts.get("max_model_len")
+
+    async def _watch(self) -> None:
+        """Probe what is down, and what has been given work; stop the run when nothing is usable for too long."""
+        unusable_since: float | None = None
+        while True:
+            await asyncio.sleep(self.patience.probe_every_s)
+            await asyncio.gather(*(self._probe(e) for e in self.endpoints if not e.up or e.in_flight))
+            now = time.monotonic()
+            if any(e.up and e.limited_since is None for e in self.endpoints):
+                unusable_since = None
+                continue
+            unusable_since = unusable_since or now
+            if now - unusable_since > self.patience.give_up_after_s and not self._fatal:
+                reasons = "; ".join(f"{e.url}: {e.last_error}" for e in self.endpoints[:4])
+                self._fatal = UserError(
+                    f"no server could be used for {self.patience.give_up_after_s:.0f} s ({reasons}). What was answered "
+                    "is kept: start the servers and run the same command again to continue."
+                )
+                self._wake(len(self._waiting))
+
+    async def _probe(self, endpoint: Endpoint) -> None:
+        models = await self._models(endpoint)
+        if models is not None:
+            endpoint.failed_probes = 0
+            if not endpoint.up:
+                try:
+                    self._settle(endpoint, models)
+                except UserError as error:
+                    endpoint.last_error = str(error)
+                    return
+                endpoint.up = True
+                say(f"{endpoint.url}: answers again")
+                self._wake(endpoint.limit)
+            return
+        endpoint.failed_probes += 1
+        if endpoint.failed_probes >= PROBES_UNTIL_DOWN:
+            self._take_down(endpoint, f"{endpoint.failed_probes} probes failed", cancel=True)
+
+
+def normal_url(url: str) -> str:
+    """`host:port` and `http://host:port` mean `http://host:port/v1`."""
+    url = url.strip().rstrip("/")
+    if "://" not in url:
+        url = f"http://{url}"
+    return url if url.count("/") > 2 else f"{url}/v1"
+
+
+def parse_retry_after(value: str | None) -> float | None:
+    """Seconds from a Retry-After header: a number, or a date."""
+    if not value:
+        return None
+    try:
+        return max(float(value), 0.0)
+    except ValueError:
+        pass
+    try:
+        return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    except (TypeError, ValueError):
+        return None
+
+
+def _body(endpoint: Endpoint, request: Request) -> dict[str, Any]:
+    max_tokens = request.max_tokens
+    if endpoint.max_model_len:
+        max_tokens = min(max_tokens, endpoint.max_model_len - 1)
+    body: dict[str, Any] = {
+        "model": endpoint.model, "messages": request.messages, "max_tokens": max_tokens,
+        "temperature": request.temperature, "top_p": request.top_p, "seed": request.seed,
+    }  # fmt: skip
+    if request.thinking is not None:
+        body["chat_template_kwargs"] = {"enable_thinking": request.thinking}
+    if endpoint.is_vllm:
+        body["return_token_ids"] = True
+    return body
+
+
+def _parse(content: bytes) -> Answer:
+    """A chat completion; raises Failure when it is none, or empty."""
+    try:
+        document = json.loads(content)
+        choice, usage = document["choices"][0], document.get("usage") or {}
+        message, reason = choice["message"], choice["finish_reason"]
+        text, reasoning = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
+        if not isinstance(text, str):
+            raise TypeError(f"content is {type(text).__name__}")
+        prompt_ids, output_ids = document.get("prompt_token_ids"), choice.get("token_ids")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        start = content[:80].decode(errors="replace")
+        raise Failure("malformed answer", f"{type(error).__name__}: {error}; it starts {start!r}") from None
+    if reason in ("abort", "error", None):
+        raise Failure("malformed answer", f"finish_reason {reason!r}")
+    if reason not in STOP_REASONS:
+        raise Reject(f"finish_reason {reason}", "the server ended the answer itself")
+    if not text.strip() and reasoning and reason == "length":
+        raise Reject("cut while reasoning", f"{usage.get('completion_tokens', '?')} tokens and no answer yet")
+    if not text.strip():
+        raise Failure("empty answer", f"finish_reason {reason}, {usage.get('completion_tokens', '?')} tokens")
+    finish = "stop" if STOP_REASONS[reason] == "stop" else "length"
+    return Answer(
+        text=text, finish_reason=finish, reasoning=reasoning or None,
+        num_prompt_tokens=int(usage.get("prompt_tokens") or len(prompt_ids or ())),
+        num_output_tokens=int(usage.get("completion_tokens") or len(output_ids or ())),
+        prompt_ids=prompt_ids if prompt_ids and output_ids else None,
+        output_ids=output_ids if prompt_ids and output_ids else None,
+    )  # fmt: skip
+
+
+def _error_text(content: bytes) -> str:
+    """The message inside an error document, or its beginning."""
+    text = content.decode(errors="replace")
+    try:
+        document = json.loads(text)
+        error = document.get("error", document)
+        text = str(error.get("message", error) if isinstance(error, dict) else error)
+    except (ValueError, AttributeError):
+        pass
+    return " ".join(text.split())[:400]
+
+
+def _room(text: str) -> int | None:
+    """Tokens left for the answer, from messages such as "maximum context length is 1024 tokens ... 731 input tokens"."""
+    limit = re.search(r"(?:context length (?:is|of)|max_model_len=?)\D{0,10}(\d+)", text, re.I)
+    prompt = re.search(r"(\d+)\s+(?:input tokens|tokens in the messages|in the messages|prompt tokens)", text, re.I)
+    return int(limit[1]) - int(prompt[1]) if limit and prompt else None
+
+
+def _shorter(request: Request, error: ContextTooLong) -> Request:
+    """The same request for an answer that may fit; raises Reject when none can."""
+    if error.room is not None and 0 < error.room < request.max_tokens:
+        return replace(request, max_tokens=error.room)
+    if error.room is not None or request.max_tokens < 32:
+        raise Reject("context length", error.detail) from None
+    return replace(request, max_tokens=request.max_tokens // 2)

@@ -1,0 +1,393 @@
+"""Conversations to token ids and the mask of tokens the assistant wrote.
+
+Knows tokenizers and chat templates; knows nothing of files or models. The whole text is tokenised once, with offsets, and
+a token is supervised when it lies inside what the assistant wrote (`spans.py`): the generation prompt never is, the
+end-of-turn token always is, the newline a template puts after it is not. A token that merges text from both sides of a
+border is not supervised, because the assistant did not write all of it.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fledge.console import warn
+from fledge.data.conversations import Conversation
+from fledge.data.rejects import Reject
+from fledge.data.spans import Messages, Unmaskable, supervised_renderings
+from fledge.data.templates import read_template
+from fledge.errors import UserError
+
+MIN_SUPERVISED = 2  # the first trained row needs the token it predicts from and the token it predicts
+CHECKED_ROWS = 64  # rows with token ids whose text is compared with their answer, per process
+TURN_MARK = "#turn"
+PROBE = (
+    {"role": "user", "content": "First question"},
+    {"role": "assistant", "content": "first answer"},
+    {"role": "user", "content": "Second question"},
+    {"role": "assistant", "content": "second answer"},
+)
+
+
+class Drop(Reject):
+    """A sound row that has nothing to train on at this length; counted apart from rejected ones."""
+
+    def __reduce__(self):
+        return Drop, (self.reason, self.detail)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sequence: token ids, and True on the tokens the assistant wrote (end of turn included)."""
+
+    id: str
+    input_ids: Tensor  # (T,) int64
+    loss_mask: Tensor  # (T,) bool
+    truncated: bool = False
+    num_cut: int = 0  # supervised tokens lost by truncation
+
+
+def conversation_id(sample_id: str) -> str:
+    """The conversation a sample came from (a split-off turn carries a mark in its id)."""
+    return sample_id.partition(TURN_MARK)[0]
+
+
+class ChatTemplate:
+    """A tokenizer with the template that renders its conversations: its own, or a named one that overrides it.
+
+    `eos_token_ids` are the model's (config, generation config): a tokenizer's own eos may be wrong (SmolLM2's GGUF
+    says <|im_start|>), so it counts only where the model's are not given and the token opens no turn.
+    """
+
+    def __init__(
+        self, tokenizer: Any, name: str | None = None, *, eos_token_ids: Sequence[int] = (),
+        enable_thinking: bool | None = None,
+    ) -> None:  # fmt: skip
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(
+                f"{_where(tokenizer)}: a slow tokenizer ({type(tokenizer).__name__}) gives no character offsets, which the "
+                f"loss mask needs. Use a checkpoint with tokenizer.json."
+            )
+        self.tokenizer = tokenizer
+        self.name = name or "own"
+        self.text = read_template(name, tokenizer) if name else own_template(tokenizer)
+        self.enable_thinking = enable_thinking
+        self.fingerprint = hashlib.sha256(f"{self.text}\0{enable_thinking}".encode()).hexdigest()
+        self.vocab_size = len(tokenizer)
+        self._end_tokens = _control_tokens(tokenizer)
+        self._checked = 0
+        self.end_of_turn = self._end_of_turn()
+        self.stop_token_ids = self._stop_token_ids(tuple(eos_token_ids))
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str, name: str | None = None, *, enable_thinking: bool | None = None,
+        trust_remote_code: bool = False,
+    ) -> "ChatTemplate":  # fmt: skip
+        """Tokenizer, template and eos ids of a target folder or hub name, without its weights."""
+        tokenizer = load_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
+        return cls(
+            tokenizer, name or None, eos_token_ids=model_eos_token_ids(name_or_path), enable_thinking=enable_thinking
+        )
+
+    # ---- text ----------------------------------------------------------------------------------------------------
+
+    def render(self, messages: Messages, add_generation_prompt: bool = False, **kwargs: Any) -> str:
+        """The template's text for these messages; a template that refuses them is a Reject."""
+        if self.enable_thinking is not None:
+            kwargs.setdefault("enable_thinking", self.enable_thinking)
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), chat_template=self.text, tokenize=False,
+                add_generation_prompt=add_generation_prompt, **kwargs,
+            )  # fmt: skip
+        except Exception as error:  # jinja and the template's own raise_exception: any type, any text
+            raise Reject("refused by the template", f"template {self.name!r}: {error}") from None
+
+    def prompt_ids(self, messages: Messages, *, enable_thinking: bool | None = None) -> list[int]:
+        """Token ids of a prompt, generation prompt included: what generation is fed."""
+        kwargs = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        return self._encodings([self.render(messages, True, **kwargs)])[0].ids
+
+    # ---- samples -------------------------------------------------------------------------------------------------
+
+    def encode(self, conversation: Conversation, max_length: int | None = None) -> Sample:
+        """The sample of the whole conversation. Raises Reject when it cannot be masked, Drop when nothing is left."""
+        return self.samples(conversation, max_length)[0]
+
+    def samples(self, conversation: Conversation, max_length: int | None = None) -> list[Sample]:
+        """Every sample of a conversation: one, plus one per turn the template does not keep as written."""
+        result = self.encode_many([conversation], max_length)[0]
+        if isinstance(result, Reject):
+            raise result
+        return result
+
+    def encode_many(
+        self, conversations: Iterable[Conversation], max_length: int | None = None,
+        min_supervised: int = MIN_SUPERVISED,
+    ) -> list[list[Sample] | Reject]:  # fmt: skip
+        """`samples` for many, tokenised in one batch; a conversation that fails gives its Reject instead."""
+        results: list[list[Sample] | Reject] = []
+        pending: list[tuple[int, str, str, tuple]] = []  # result index, sample id, text, spans
+        for conversation in conversations:
+            results.append([])
+            try:
+                ready = self._from_token_ids(conversation) or self._from_markers(conversation)
+                if ready is not None:
+                    results[-1] = [ready]
+                    continue
+                for rendering in self._renderings(conversation):
+                    mark = "" if rendering.turn is None else f"{TURN_MARK}{rendering.turn}"
+                    pending.append((len(results) - 1, conversation.id + mark, rendering.text, rendering.spans))
+            except Reject as reject:
+                results[-1] = reject
+        for (index, id, _, spans), encoding in zip(pending, self._encodings([p[2] for p in pending]), strict=True):
+            samples = results[index]
+            assert isinstance(samples, list)
+            samples.append(
+                Sample(id, torch.tensor(encoding.ids), torch.from_numpy(token_mask(encoding.offsets, spans)))
+            )
+        return [_fit_all(result, max_length, min_supervised) for result in results]
+
+    def verify(self) -> None:
+        """Stop the run when this template cannot be masked at all, before a million rows say so one by one."""
+        messages = list(PROBE[:2])
+        try:
+            samples = self.samples(Conversation("probe", tuple(messages)))
+        except Reject as reject:
+            raise UserError(
+                f"{_where(self.tokenizer)}: chat template {self.name!r} cannot be masked ({reject.detail}). Choose a named "
+                f"template (--chat-template-type), set --enable-thinking / --no-enable-thinking, or train on rows that "
+                f"carry token ids (prompt_token_ids and token_ids, as `fledge regenerate` writes them)."
+            ) from None
+        words = self.tokenizer.decode(samples[0].input_ids[samples[0].loss_mask])
+        if "first answer" not in words or "First question" in words:
+            raise UserError(
+                f"{_where(self.tokenizer)}: chat template {self.name!r} masks {words!r} for the answer 'first answer'. "
+                f"Choose another template with --chat-template-type."
+            )
+        if self.end_of_turn is None:
+            warn(
+                f"chat template {self.name!r} ends no turn with a control token: the draft never learns where to stop."
+            )
+        elif self.end_of_turn not in self.stop_token_ids:
+            token = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
+            warn(f"chat template {self.name!r} ends turns with {token!r}, where the model does not stop generating.")
+
+    # ---- inside --------------------------------------------------------------------------------------------------
+
+    def _renderings(self, conversation: Conversation):
+        if not any(message["role"] == "assistant" for message in conversation.messages):
+            raise Reject("no answer", "it has no assistant message; answer it first with `fledge regenerate`")
+        for index, message in enumerate(conversation.messages):
+            if not isinstance(message["content"], str):
+                kinds = sorted({part["type"] for part in message["content"]})
+                raise Reject("not text", f"message {index} has parts {kinds}, this is a text target")
+        kwargs = _template_kwargs(conversation.meta)
+        messages = _with_finish_reason(conversation)
+
+        def render(messages: Messages, add_generation_prompt: bool) -> str:
+            return self.render(messages, add_generation_prompt, **kwargs)
+
+        try:
+            return supervised_renderings(messages, render, self._end_tokens)
+        except Unmaskable as found:
+            raise Reject("cannot be masked", f"template {self.name!r}, {found}") from None
+
+    def _from_markers(self, conversation: Conversation) -> Sample | None:
+        """A template with {% generation %} markers states itself what the assistant wrote."""
+        if "endgeneration" not in self.text or not conversation.num_answers:
+            return None
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                list(conversation.messages), chat_template=self.text, return_dict=True,
+                return_assistant_tokens_mask=True, **_template_kwargs(conversation.meta),
+            )  # fmt: skip
+        except Exception as error:
+            raise Reject("refused by the template", f"template {self.name!r}: {error}") from None
+        ids, mask = torch.tensor(encoded["input_ids"]), torch.tensor(encoded["assistant_masks"], dtype=torch.bool)
+        ends = torch.zeros_like(mask)
+        ends[1:] = mask[:-1] & ~mask[1:] & torch.isin(ids[1:], torch.tensor(self.stop_token_ids))
+        return Sample(conversation.id, ids, mask | ends)
+
+    def _from_token_ids(self, conversation: Conversation) -> Sample | None:
+        sample = sample_from_token_ids(conversation, self.vocab_size)
+        if sample is None or self._checked >= CHECKED_ROWS:
+            return sample
+        self._checked += 1
+        answer = conversation.messages[-1]["content"] if conversation.messages else None
+        if isinstance(answer, str) and answer.strip():
+            words = self.tokenizer.decode(sample.input_ids[sample.loss_mask])
+            if answer.strip() not in words:
+                raise Reject(
+                    "token ids of another tokenizer",
+                    f"its token ids decode to {words[:60]!r}, its answer is {answer.strip()[:60]!r}",
+                )
+        return sample
+
+    def _encodings(self, texts: list[str]) -> list[Any]:
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        return backend.encode_batch(texts, add_special_tokens=False) if texts else []
+
+    def _end_of_turn(self) -> int | None:
+        """The token this template ends an answer with, from a probe; None without one (or when the probe fails)."""
+        try:
+            rendering = self._renderings(Conversation("probe", PROBE[:2]))[0]
+        except Reject:
+            return None
+        start, end = rendering.spans[-1]
+        token = next((token for token in self._end_tokens if rendering.text.endswith(token, start, end)), None)
+        return None if token is None else self.tokenizer.convert_tokens_to_ids(token)
+
+    def _stop_token_ids(self, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        stops = set(eos_token_ids)
+        if not stops and self.tokenizer.eos_token_id is not None:
+            try:
+                opens_a_turn = self.tokenizer.eos_token_id in self.prompt_ids(PROBE[:1])
+            except Reject:
+                opens_a_turn = False
+            stops = set() if opens_a_turn else {self.tokenizer.eos_token_id}
+        if not eos_token_ids and self.end_of_turn is not None:
+            stops.add(self.end_of_turn)
+        return tuple(sorted(stops))
+
+
+def token_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """True on tokens whose characters lie inside a span. Several tokens of one character (bytes) share its offsets."""
+    mask = np.zeros(len(offsets), dtype=bool)
+    if not len(offsets):
+        return mask
+    starts, ends = np.asarray(offsets, dtype=np.int64).T
+    for first, last in spans:
+        mask |= (starts >= first) & (ends <= last) & (starts < last)
+    return mask
+
+
+def sample_from_token_ids(conversation: Conversation, vocab_size: int) -> Sample | None:
+    """A row that already has its ids: prompt_token_ids + token_ids, or token_ids / input_ids + loss_mask."""
+    meta = conversation.meta
+    prompt = _first(meta, "prompt_token_ids", "prompt_ids")
+    answer = _first(meta, "token_ids", "completion_token_ids", "completion_ids")
+    whole, mask = _first(meta, "input_ids", "token_ids"), meta.get("loss_mask")
+    if prompt is not None and answer is not None:
+        ids, flags = [*prompt, *answer], [False] * len(prompt) + [True] * len(answer)
+    elif whole is not None and mask is not None:
+        ids, flags = list(whole), [bool(flag) for flag in mask]
+        if len(ids) != len(flags):
+            raise Reject("bad token ids", f"{len(ids)} token ids but {len(flags)} entries of loss_mask")
+    elif conversation.messages:
+        return None
+    else:
+        raise Reject("bad token ids", "token ids need prompt_token_ids or loss_mask beside them")
+    wrong = next((t for t in ids if not isinstance(t, int) or isinstance(t, bool) or not 0 <= t < vocab_size), None)
+    if wrong is not None:
+        raise Reject("bad token ids", f"token id {wrong!r} is outside this tokenizer's vocabulary of {vocab_size}")
+    return Sample(conversation.id, torch.tensor(ids, dtype=torch.int64), torch.tensor(flags, dtype=torch.bool))
+
+
+def fit(sample: Sample, max_length: int | None, min_supervised: int = MIN_SUPERVISED) -> Sample:
+    """Cut a sample to `max_length`, saying so; Drop when fewer than `min_supervised` supervised tokens are left."""
+    supervised = int(sample.loss_mask.sum())
+    if max_length is not None and len(sample.input_ids) > max_length:
+        mask = sample.loss_mask[:max_length]
+        left = int(mask.sum())
+        sample = replace(
+            sample, input_ids=sample.input_ids[:max_length], loss_mask=mask, truncated=True, num_cut=supervised - left
+        )
+        if left < min_supervised <= supervised:
+            raise Drop("cut off", f"{left} of {supervised} supervised tokens lie within the first {max_length} tokens")
+        supervised = left
+    if supervised < min_supervised:
+        raise Drop("too short", f"{supervised} supervised tokens, at least {min_supervised} are needed")
+    return sample
+
+
+def own_template(tokenizer: Any) -> str:
+    """The tokenizer's own chat template."""
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:
+        raise UserError(
+            f"{_where(tokenizer)}: the tokenizer has no (default) chat template. Name one with --chat-template-type."
+        ) from None
+
+
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Any:
+    """A target's tokenizer; every way it can fail is one line."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # missing files, no network, broken json, remote code: the library's types vary
+        kind = "folder" if Path(name_or_path).expanduser().is_dir() else "local folder or hub name"
+        raise UserError(
+            f"{name_or_path}: no tokenizer could be loaded from this {kind} ({type(error).__name__}: {str(error)[:200]}). "
+            f"Give a folder with tokenizer.json or the name of a model on the hub."
+        ) from None
+
+
+def model_eos_token_ids(name_or_path: str) -> tuple[int, ...]:
+    """The ids at which the model stops, from its generation config, else its config, else none."""
+    from transformers import AutoConfig, GenerationConfig
+
+    for read in (GenerationConfig.from_pretrained, AutoConfig.from_pretrained):
+        try:
+            eos = getattr(read(name_or_path), "eos_token_id", None)
+        except (OSError, ValueError, KeyError):
+            continue
+        if eos is not None:
+            return tuple(eos) if isinstance(eos, list) else (eos,)
+    return ()
+
+
+def _fit_all(result: list[Sample] | Reject, max_length: int | None, min_supervised: int) -> list[Sample] | Reject:
+    """`fit` for each sample of a conversation; those that fall away are missed only when none is left."""
+    if isinstance(result, Reject):
+        return result
+    fitted: list[Sample] = []
+    dropped: Drop | None = None
+    for sample in result:
+        try:
+            fitted.append(fit(sample, max_length, min_supervised))
+        except Drop as drop:
+            dropped = drop
+    return fitted or dropped or Drop("too short", "it has no supervised tokens")
+
+
+def _with_finish_reason(conversation: Conversation) -> list[dict[str, Any]]:
+    """An answer that stopped at the length limit was given no end of turn: its template's one is not supervised."""
+    messages = [dict(message) for message in conversation.messages]
+    if conversation.meta.get("finish_reason") == "length":
+        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+        messages[last]["finish_reason"] = "length"
+    return messages
+
+
+def _template_kwargs(meta: dict[str, Any]) -> dict[str, Any]:
+    """What a row says about its own rendering: `tools` and `chat_template_kwargs` (enable_thinking and the like)."""
+    kwargs = dict(meta.get("chat_template_kwargs") or {})
+    if isinstance(meta.get("tools"), list):
+        kwargs["tools"] = meta["tools"]
+    return kwargs
+
+
+def _control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Texts that may end a turn: special tokens, longest first."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= {tokenizer.eos_token} if tokenizer.eos_token else set()
+    return tuple(sorted(special, key=len, reverse=True))
+
+
+def _first(meta: dict[str, Any], *names: str) -> Any:
+    return next((meta[name] for name in names if isinstance(meta.get(name), (list, tuple))), None)
+
+
+def _where(tokenizer: Any) -> str:
+    return getattr(tokenizer, "name_or_path", "") or "tokenizer"
