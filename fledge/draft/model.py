@@ -193,7 +193,7 @@ class DraftModel(nn.Module):
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-split layout: states (.., heads, d), cos and sin (.., R) with R <= d."""
     rotary_dim = cos.shape[-1]
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    cos, sin = cos.unsqueeze(-2).to(states.dtype), sin.unsqueeze(-2).to(states.dtype)
     turned, kept = states[..., :rotary_dim], states[..., rotary_dim:]
     low, high = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-high, low), dim=-1) * sin

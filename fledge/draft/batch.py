@@ -1,0 +1,56 @@
+"""Records laid end to end: what one training step sees.
+
+    documents      a a a a | b b b | c c c c c        lengths = (4, 3, 5), no padding anywhere
+    rows           0 . . 3 | 4 . 6 | 7 . . . 11
+
+All layers of the draft but its attention work row by row, and the attention knows the documents (ttt_attention.py),
+so packed documents give exactly what each would give alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fledge.target.record import TargetRecord
+
+# N rows of all documents, A taps, H hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Several records as one flat row."""
+
+    input_ids: Tensor  # (N,) int64
+    loss_mask: Tensor  # (N,) bool
+    position_ids: Tensor  # (N,) or (3, N) int64
+    tap_hidden: Tensor  # (N, A, H)
+    last_hidden: Tensor  # (N, H)
+    lengths: tuple[int, ...]
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.lengths)
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("input_ids", "loss_mask", "position_ids", "tap_hidden", "last_hidden")
+        }
+        return Batch(**moved, lengths=self.lengths)
+
+
+def pack(records: Sequence[TargetRecord]) -> Batch:
+    """Concatenate records. Positions restart with every document, as each record states them."""
+    positions = [record.position_ids for record in records]
+    if any(position.dim() == 2 for position in positions):  # text-only rows beside rows with images
+        positions = [p if p.dim() == 2 else p.expand(3, -1) for p in positions]
+    return Batch(
+        input_ids=torch.cat([record.input_ids for record in records]),
+        loss_mask=torch.cat([record.loss_mask for record in records]),
+        position_ids=torch.cat(positions, dim=-1),
+        tap_hidden=torch.cat([record.tap_hidden for record in records]),
+        last_hidden=torch.cat([record.last_hidden for record in records]),
+        lengths=tuple(len(record) for record in records),
+    )

@@ -1,0 +1,264 @@
+"""TTT unrolling and loss against eagle3's definition, written out row by row, and against decoding with a cache."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fledge.draft.batch import Batch, pack
+from fledge.draft.config import DraftConfig
+from fledge.draft.loss import LossSettings, dense_loss, ttt_loss
+from fledge.draft.model import DraftModel
+from fledge.draft.ttt import align, unroll
+from fledge.target.quirks import LogitQuirks
+from fledge.target.record import TargetRecord
+
+STEPS, VOCAB, DRAFT_VOCAB, SIZE = 4, 40, 24, 16
+
+
+def make_draft(*, eagle31: bool = False) -> DraftModel:
+    torch.manual_seed(0)
+    config = DraftConfig(
+        hidden_size=SIZE, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        vocab_size=VOCAB, draft_vocab_size=DRAFT_VOCAB, tap_layers=(0, 1, 2),
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0}, fc_norm=eagle31, norm_output=eagle31,
+    )  # fmt: skip
+    draft = DraftModel(config, torch.randn(VOCAB, SIZE))
+    chosen = torch.randperm(VOCAB)[:DRAFT_VOCAB].sort().values
+    draft.set_vocab(chosen - torch.arange(DRAFT_VOCAB), torch.isin(torch.arange(VOCAB), chosen))
+    for norm in (module for module in draft.modules() if isinstance(module, torch.nn.RMSNorm)):
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    return draft
+
+
+def make_record(length: int, mask: str, seed: int) -> TargetRecord:
+    generator = torch.Generator().manual_seed(seed)
+    return TargetRecord(
+        sample_id=f"s{seed}",
+        input_ids=torch.randint(VOCAB, (length,), generator=generator),
+        loss_mask=torch.tensor([char == "a" for char in mask]),
+        position_ids=torch.arange(length),
+        tap_hidden=torch.randn(length, 3, SIZE, generator=generator),
+        last_hidden=torch.randn(length, SIZE, generator=generator),
+    )
+
+
+RECORDS = {
+    "one turn": [make_record(9, "pppaaaaaa", 1)],
+    "packed": [make_record(7, "ppaaaaa", 2), make_record(5, "paaaa", 3), make_record(6, "aaaaaa", 4)],
+    "two turns": [make_record(14, "ppaaapppppaaaa", 5)],
+    "untrainable": [make_record(5, "pppap", 6), make_record(6, "ppaaaa", 7)],
+}
+HEAD = torch.randn(VOCAB, SIZE, generator=torch.Generator().manual_seed(9)) * 0.7
+
+
+def teacher_head(hidden: torch.Tensor) -> torch.Tensor:
+    return LogitQuirks(soft_cap=4.0).apply(hidden @ HEAD.T)
+
+
+def run_loss(draft: DraftModel, batch: Batch, settings: LossSettings):
+    alignment = align(batch, STEPS)
+    states = unroll(draft, batch, alignment, STEPS)
+    draft_ids = torch.arange(DRAFT_VOCAB) + draft.d2t
+    arguments = (draft.lm_head.weight, batch.last_hidden, teacher_head, draft_ids, draft.t2d, alignment, settings)
+    return ttt_loss(states, *arguments), dense_loss(states, *arguments)
+
+
+# -- the definition, row by row ----------------------------------------------------------------------------------------
+
+
+def reference_states(draft: DraftModel, record: TargetRecord) -> list[torch.Tensor]:
+    """f'' of every row at every step, from whole matrices: K x (T, H)."""
+    length, layer = len(record), draft.midlayer
+    scale = 1 / math.sqrt(draft.config.head_dim)
+    tokens = record.input_ids
+    hidden, keys, values, states = draft.fuse(record.tap_hidden), [], [], []
+    for step in range(STEPS):
+        ids = torch.tensor([int(tokens[min(t + 1 + step, length - 1)]) for t in range(length)])
+        x = torch.cat([layer.input_layernorm(draft.embedding[ids]), layer.hidden_norm(hidden)], dim=-1)
+        cos, sin = draft.rope(record.position_ids + step)
+
+        def heads(linear, x=x):
+            return linear(x).view(length, -1, draft.config.head_dim)
+
+        def turn(s, cos=cos, sin=sin):
+            half = s.shape[-1] // 2
+            return s * cos[:, None] + torch.cat([-s[..., half:], s[..., :half]], -1) * sin[:, None]
+
+        q = turn(heads(layer.self_attn.q_proj))
+        keys.append(turn(heads(layer.self_attn.k_proj)).repeat_interleave(2, 1))
+        values.append(heads(layer.self_attn.v_proj).repeat_interleave(2, 1))
+        attended = torch.zeros_like(q)
+        for t in range(length):
+            seen_k = torch.cat([keys[0][: t + 1]] + [keys[j][t : t + 1] for j in range(1, step + 1)])
+            seen_v = torch.cat([values[0][: t + 1]] + [values[j][t : t + 1] for j in range(1, step + 1)])
+            weights = torch.einsum("hd,khd->hk", q[t], seen_k).mul(scale).softmax(-1)
+            attended[t] = torch.einsum("hk,khd->hd", weights, seen_v)
+        out = hidden + layer.self_attn.o_proj(attended.flatten(1))
+        out = out + layer.mlp(layer.post_attention_layernorm(out))
+        states.append(out)
+        hidden = draft.norm(out) if draft.config.norm_output else out
+    return states
+
+
+def reference_loss(draft: DraftModel, records: list[TargetRecord], *, shift: int = 1) -> torch.Tensor:
+    """Mean per sequence and step, summed over sequences. shift = 0 is the unshifted mask of other trainers."""
+    total = torch.zeros(())
+    inside = torch.arange(DRAFT_VOCAB) + draft.d2t
+    for record in records:
+        states, mask, length = reference_states(draft, record), record.loss_mask, len(record)
+        for step, hidden in enumerate(states):
+            losses, count = [], 0
+            for t in range(length):
+                p = t + 1 + step
+                if p + 1 >= length or not (mask[p - 1 + shift] and mask[p + shift] and (shift or mask[t])):
+                    continue
+                count += 1
+                target_logits = teacher_head(record.last_hidden[p])
+                if not draft.t2d[target_logits.argmax()]:
+                    continue
+                p_draft = target_logits[inside].softmax(-1)
+                losses.append(-(p_draft * draft.lm_head(draft.norm(hidden[t])).log_softmax(-1)).sum())
+            if losses:
+                total = total + 0.8**step * torch.stack(losses).sum() / count
+    return total
+
+
+@pytest.mark.parametrize("eagle31", [False, True], ids=["eagle3", "eagle3.1"])
+@pytest.mark.parametrize("case", RECORDS)
+def test_loss_and_gradients_equal_the_definition(case: str, eagle31: bool):
+    draft = make_draft(eagle31=eagle31)
+    parameters = list(draft.parameters())
+    found, dense = run_loss(draft, pack(RECORDS[case]), LossSettings())
+    wanted = reference_loss(draft, RECORDS[case])
+    torch.testing.assert_close(found.loss, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dense, wanted, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(
+        torch.autograd.grad(found.loss, parameters), torch.autograd.grad(wanted, parameters), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_first_drafted_token_is_trained():
+    """Rows P - 1, which predict the first token the draft ever proposes, get gradient; unshifted masks skip them.
+
+    With the mask of other trainers the same data gives another loss: the reference notices.
+    """
+    draft, record = make_draft(), RECORDS["one turn"][0]
+    prompt_length = int((~record.loss_mask).sum())
+    alignment = align(pack([record]), STEPS)
+    first_rows = alignment.rows[alignment.row_index[0]]
+    assert int(first_rows.min()) == prompt_length - 1
+    found, _ = run_loss(draft, pack([record]), LossSettings())
+    assert (reference_loss(draft, [record], shift=1) - found.loss).abs() < 1e-5
+    assert (reference_loss(draft, [record], shift=0) - found.loss).abs() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["kl", "lk"])
+@pytest.mark.parametrize("average", ["sequence", "token"])
+def test_fused_equals_dense(kind, average, monkeypatch):
+    draft = make_draft()
+    parameters = list(draft.parameters())
+    settings = LossSettings(kind=kind, average=average)
+    monkeypatch.setattr("fledge.draft.loss.chunk_size", lambda *_: 3)  # several chunks, the last one short
+    found, dense = run_loss(draft, pack(RECORDS["packed"]), settings)
+    torch.testing.assert_close(found.loss, dense, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(
+        torch.autograd.grad(found.loss, parameters, retain_graph=True), torch.autograd.grad(dense, parameters), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_packed_equals_separate():
+    draft = make_draft()
+    parameters = list(draft.parameters())
+    records = RECORDS["packed"] + RECORDS["two turns"]
+    packed, _ = run_loss(draft, pack(records), LossSettings())
+    separate = sum(run_loss(draft, pack([record]), LossSettings())[0].loss for record in records)
+    torch.testing.assert_close(packed.loss, separate)
+    for ours, theirs in zip(
+        torch.autograd.grad(packed.loss, parameters), torch.autograd.grad(separate, parameters), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+class GrowingCache:
+    """The simplest cache there is: concatenation."""
+
+    def __init__(self) -> None:
+        self.keys = self.values = None
+
+    def update(self, keys, values):
+        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], dim=2)
+        self.values = values if self.values is None else torch.cat([self.values, values], dim=2)
+        return self.keys, self.values
+
+
+@pytest.mark.parametrize("eagle31", [False, True], ids=["eagle3", "eagle3.1"])
+def test_unrolled_logits_equal_decoding_with_a_cache(eagle31: bool):
+    """One draft definition: row t of the unrolled training is the draft decoding from prefix t."""
+    draft, record = make_draft(eagle31=eagle31), RECORDS["two turns"][0]
+    batch = pack([record])
+    alignment = align(batch, STEPS)
+    unrolled = draft.lm_head(unroll(draft, batch, alignment, STEPS))
+    features = draft.fuse(record.tap_hidden)
+    for index, t in enumerate(alignment.rows.tolist()):
+        cache = GrowingCache()
+        out = draft.step(record.input_ids[None, 1 : t + 2], features[None, : t + 1], torch.arange(t + 1)[None], cache)
+        hidden = out[:, -1:]
+        for step in range(STEPS):
+            torch.testing.assert_close(draft.logits(hidden)[0, 0], unrolled[step, index], atol=2e-5, rtol=1e-4)
+            if t + 2 + step >= len(record):
+                break
+            token = record.input_ids[None, t + 2 + step, None]
+            hidden = draft.step(token, draft.feedback(hidden), torch.tensor([[t + 1 + step]]), cache)
+
+
+def test_metrics_count_what_they_say():
+    draft, records = make_draft(), RECORDS["packed"]
+    found, _ = run_loss(draft, pack(records), LossSettings())
+    inside = (torch.arange(DRAFT_VOCAB) + draft.d2t).tolist()
+    hits, prefix, trained = [0] * STEPS, [0] * STEPS, [0] * STEPS
+    for record in records:
+        states, mask, length = reference_states(draft, record), record.loss_mask, len(record)
+        for t in range(length):
+            right = True
+            for step in range(STEPS):
+                p = t + 1 + step
+                if p + 1 >= length or not (mask[p] and mask[p + 1]):
+                    right = False
+                    continue
+                best = inside[int(draft.lm_head(draft.norm(states[step][t])).argmax())]
+                hit = best == int(teacher_head(record.last_hidden[p]).argmax())
+                right = right and hit
+                trained[step], hits[step], prefix[step] = trained[step] + 1, hits[step] + hit, prefix[step] + right
+    assert (found.trained.tolist(), found.hits.tolist()) == (trained, hits)
+    assert found.prefix_hits.tolist() == prefix
+    assert 0 < int(found.covered) < int(found.positions)
+
+
+def test_overlap_is_the_acceptance_probability():
+    """sum_v min(p, q) with p the target's *full* distribution: tokens outside the draft vocabulary are rejections."""
+    draft, record = make_draft(), RECORDS["one turn"][0]
+    found, _ = run_loss(draft, pack([record]), LossSettings())
+    inside = torch.arange(DRAFT_VOCAB) + draft.d2t
+    states, expected = reference_states(draft, record), 0.0
+    for t in range(2, 7):
+        full = teacher_head(record.last_hidden[t + 1]).softmax(-1)
+        q = F.softmax(draft.lm_head(draft.norm(states[0][t])), -1)
+        expected += torch.minimum(full[inside], q).sum()
+    torch.testing.assert_close(found.overlap[0], expected)
+
+
+def test_position_ids_of_the_record_are_used():
+    """Negative control for rope: shifted positions change nothing (rotary is relative), stretched ones do."""
+    draft, record = make_draft(), RECORDS["one turn"][0]
+
+    def loss(positions):
+        return run_loss(draft, pack([dataclasses.replace(record, position_ids=positions)]), LossSettings())[0].loss
+
+    base = loss(record.position_ids)
+    assert (loss(record.position_ids + 5) - base).abs() < 1e-4
+    assert (loss(record.position_ids * 3) - base).abs() > 1e-3
