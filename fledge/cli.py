@@ -25,6 +25,8 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "train": Command("fledge.train.run", "TrainArgs", "train", "train a draft head, online or from stored states"),
+    "inspect": Command("fledge.inspect", "InspectArgs", "inspect", "look into data, stored hidden states or a head"),
     "quickstart": Command("fledge.quickstart", "QuickstartArgs", "quickstart", "the whole path on a small real model"),
 }
 

@@ -60,6 +60,15 @@ def data_files(path: Path) -> list[Path]:
     return files
 
 
+def check_source(path_or_name: str) -> None:
+    """Stop when a name that reads like a path leads nowhere, before a tokenizer is loaded or the hub is asked."""
+    path = Path(path_or_name).expanduser()
+    looks_like_path = path_or_name.endswith(SUFFIXES) or path_or_name.startswith((".", "/", "~"))
+    if not path_or_name or not path.exists() and (looks_like_path or path_or_name.count("/") > 1):
+        name = path_or_name or "(empty path)"
+        raise UserError(f"{name}: no such file or folder. Check the path (current folder: {Path.cwd()}).")
+
+
 def is_local(path_or_name: str) -> bool:
     """Whether the data lies on this machine (its content can be hashed and its rows counted)."""
     return Path(path_or_name).expanduser().exists()
@@ -141,8 +150,8 @@ def _json_array(file: Path, key: str) -> Iterator[Row]:
                 more = stream.read(max(CHUNK, len(window))) if len(window) < LARGEST_ROW else ""
                 if not more:
                     raise UserError(
-                        f"{file}:{line + error.lineno - 1}: element {index} of the array is not valid JSON ({error.msg}). "
-                        f"Fix the file, or write one JSON object per line (.jsonl), where a broken line costs one row."
+                        f"{file}:{line + error.lineno - 1}: element {index} of the array is not valid JSON "
+                        f"({error.msg}). Fix the file, or write one JSON object per line (.jsonl), where a broken line costs one row."
                     ) from None
                 window += more
                 continue

@@ -1,11 +1,11 @@
-"""Where in a rendered conversation the assistant speaks. Text only: no tokenizer, no tensors.
+r"""Where in a rendered conversation the assistant speaks. Text only: no tokenizer, no tensors.
 
-The trick: the prompt of turn i, rendered with its generation prompt, is what the target saw when it wrote turn i. So the
-answer of turn i is what a rendering that ends with turn i adds to that prompt:
+The trick: the prompt of turn i, rendered with its generation prompt, is what the target saw when it wrote turn i. So
+the answer of turn i is what a rendering that ends with turn i adds to that prompt:
 
     render(messages[:i], generation prompt)   <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n
     render(messages[:i+1])                    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n
-    supervised                                                                                      Hello<|im_end|>
+    supervised                                                                                       Hello<|im_end|>
 
 A template may render an old turn differently from how the target wrote it (Qwen3 strips earlier thoughts, gpt-oss ends
 only its last turn with <|return|>). Such a turn is no part of the full rendering; it becomes a rendering of its own,

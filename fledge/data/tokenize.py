@@ -1,7 +1,7 @@
 """Conversations to token ids and the mask of tokens the assistant wrote.
 
-Knows tokenizers and chat templates; knows nothing of files or models. The whole text is tokenised once, with offsets, and
-a token is supervised when it lies inside what the assistant wrote (`spans.py`): the generation prompt never is, the
+Knows tokenizers and chat templates; knows nothing of files or models. The whole text is tokenised once, with offsets,
+and a token is supervised when it lies inside what the assistant wrote (`spans.py`): the generation prompt never is, the
 end-of-turn token always is, the newline a template puts after it is not. A token that merges text from both sides of a
 border is not supervised, because the assistant did not write all of it.
 """
@@ -70,8 +70,8 @@ class ChatTemplate:
     ) -> None:  # fmt: skip
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
-                f"{_where(tokenizer)}: a slow tokenizer ({type(tokenizer).__name__}) gives no character offsets, which the "
-                f"loss mask needs. Use a checkpoint with tokenizer.json."
+                f"{_where(tokenizer)}: a slow tokenizer ({type(tokenizer).__name__}) gives no character offsets, and the "
+                f"loss mask needs them. Use a checkpoint with tokenizer.json."
             )
         self.tokenizer = tokenizer
         self.name = name or "own"
@@ -161,8 +161,8 @@ class ChatTemplate:
             samples = self.samples(Conversation("probe", tuple(messages)))
         except Reject as reject:
             raise UserError(
-                f"{_where(self.tokenizer)}: chat template {self.name!r} cannot be masked ({reject.detail}). Choose a named "
-                f"template (--chat-template-type), set --enable-thinking / --no-enable-thinking, or train on rows that "
+                f"{_where(self.tokenizer)}: chat template {self.name!r} cannot be masked ({reject.detail}). Choose a "
+                f"named template (--chat-template-type), set --enable-thinking / --no-enable-thinking, or train on rows that "
                 f"carry token ids (prompt_token_ids and token_ids, as `fledge regenerate` writes them)."
             ) from None
         words = self.tokenizer.decode(samples[0].input_ids[samples[0].loss_mask])
@@ -323,12 +323,14 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Any
     """A target's tokenizer; every way it can fail is one line."""
     from transformers import AutoTokenizer
 
+    path = Path(name_or_path).expanduser()
+    if not path.exists() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+        raise UserError(f"{name_or_path}: no such folder. Give the target's folder or its name on the hub.")
     try:
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:  # missing files, no network, broken json, remote code: the library's types vary
-        kind = "folder" if Path(name_or_path).expanduser().is_dir() else "local folder or hub name"
         raise UserError(
-            f"{name_or_path}: no tokenizer could be loaded from this {kind} ({type(error).__name__}: {str(error)[:200]}). "
+            f"{name_or_path}: no tokenizer could be loaded ({type(error).__name__}: {str(error)[:200]}). "
             f"Give a folder with tokenizer.json or the name of a model on the hub."
         ) from None
 

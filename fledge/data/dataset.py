@@ -1,0 +1,338 @@
+"""A whole data path, tokenised once and kept on disk.
+
+Tokens and masks are two flat memory-mapped files with offsets, so a million rows cost disk, not memory. The folder is keyed
+by everything that could change its content (data, tokenizer, template, length): same key, same samples, no second run.
+Splitting goes by a hash of the conversation's id, so a conversation stays on its side whatever else is in the data.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fledge.console import progress, say, warn
+from fledge.data.conversations import HOPELESS_ROWS, Conversation, DataFormat, read_conversations
+from fledge.data.rejects import MAX_REJECT_SHARE, Reject, Rejects
+from fledge.data.rows import content_hash, count_rows, is_local
+from fledge.data.tokenize import MIN_SUPERVISED, TURN_MARK, ChatTemplate, Drop, Sample, conversation_id
+from fledge.data.vocab import control_ids, count_tokens
+from fledge.errors import UserError
+from fledge.provenance import write_json
+
+LAYOUT = 1  # raise it when samples would come out differently
+BATCH = 256
+
+
+@dataclass
+class Report:
+    """What became of the rows. Rejected rows are bad; dropped ones are sound but empty at this length."""
+
+    rows: int = 0
+    kept: int = 0  # conversations with at least one sample
+    samples: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    truncated: int = 0
+    split_turns: int = 0  # samples made of one turn, because the template forgets how earlier turns were written
+    tokens: int = 0
+    supervised: int = 0
+    supervised_cut: int = 0
+
+    def line(self) -> str:
+        """One line for the log."""
+        parts = [f"{self.kept} of {self.rows} conversations", f"{self.samples} samples", f"{self.tokens} tokens"]
+        parts.append(f"{self.supervised} supervised ({self.supervised / max(self.tokens, 1):.0%})")
+        if self.truncated:
+            parts.append(f"{self.truncated} truncated ({self.supervised_cut} supervised tokens cut)")
+        for word, kinds in (("rejected", self.rejected), ("dropped", self.dropped)):
+            if kinds:
+                parts.append(f"{sum(kinds.values())} {word} ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})")
+        return ", ".join(parts)
+
+
+class TokenizedData(Sequence[Sample]):
+    """Samples of a data path, in the order of its rows. A slice of it made by `split` or `select` is one, too."""
+
+    def __init__(self, folder: Path, template: ChatTemplate, indices: np.ndarray | None = None) -> None:
+        self.folder, self.template = folder, template
+        self._offsets = np.load(folder / "offsets.npy")
+        self._truncated = np.load(folder / "truncated.npy")
+        self._cut = np.load(folder / "cut.npy")
+        self._ids: list[str] = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
+        self._tokens = _memory_map(folder / "tokens.bin", np.int32)
+        self._mask = _memory_map(folder / "mask.bin", np.bool_)
+        if len(self._offsets) != len(self._ids) + 1 or self._offsets[-1] != len(self._tokens):
+            raise UserError(f"{folder}: the tokenised data is incomplete. Delete this folder and run again.")
+        self.indices = np.arange(len(self._ids)) if indices is None else indices
+        self.report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8"))["report"])
+        self._temporary: tempfile.TemporaryDirectory | None = None
+
+    @classmethod
+    def from_path(
+        cls, path_or_name: str, template: ChatTemplate, *, max_length: int | None = None,
+        data_format: DataFormat = "auto", split: str = "train", min_supervised: int = MIN_SUPERVISED,
+        max_reject_share: float = MAX_REJECT_SHARE, cache_dir: str | Path | None = "default", num_proc: int = 1,
+    ) -> "TokenizedData":  # fmt: skip
+        """Tokenise a file, folder or hub data set, or reopen what an earlier run with the same inputs left.
+
+        `cache_dir` None keeps the result for this process only; hub data sets, whose content cannot be hashed before it
+        is read, are never reused.
+        """
+        template.verify()
+        settings = {
+            "layout": LAYOUT, "template": template.fingerprint, "tokenizer": _tokenizer_hash(template),
+            "stop_token_ids": template.stop_token_ids, "max_length": max_length, "min_supervised": min_supervised,
+            "data_format": data_format, "split": split, "max_reject_share": max_reject_share,
+        }  # fmt: skip
+        temporary = None
+        if cache_dir is None or not is_local(path_or_name):
+            temporary = tempfile.TemporaryDirectory(prefix="fledge-tokens-", ignore_cleanup_errors=True)
+            folder = Path(temporary.name) / "data"
+        else:
+            key = json.dumps({**settings, "data": content_hash(path_or_name)}, sort_keys=True)
+            folder = _cache_root(cache_dir) / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        if (folder / "report.json").is_file():
+            data = cls(folder, template)
+            say(f"{path_or_name}: tokenised before ({folder}): {data.report.line()}")
+        else:
+            listed = None if temporary else folder.with_name(folder.name + ".rejects.jsonl")
+            rejects = Rejects(listed, max_reject_share)
+            conversations = read_conversations(path_or_name, data_format=data_format, rejects=rejects, split=split)
+            _build(
+                folder, conversations, rejects, template, max_length, min_supervised, num_proc, path_or_name, settings
+            )
+            data = cls(folder, template)
+            say(f"{path_or_name}: {data.report.line()}")
+        if data.report.rejected:
+            where = "" if temporary else f" See {folder}.rejects.jsonl."
+            warn(f"{path_or_name}: {sum(data.report.rejected.values())} rows rejected.{where}")
+        data._temporary = temporary
+        return data
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index):  # type: ignore[override]
+        if isinstance(index, slice):
+            return self.select(range(len(self))[index])
+        row = int(self.indices[index])
+        begin, end = int(self._offsets[row]), int(self._offsets[row + 1])
+        ids = torch.from_numpy(self._tokens[begin:end].astype(np.int64))
+        mask = torch.from_numpy(self._mask[begin:end].copy())
+        return Sample(self._ids[row], ids, mask, bool(self._truncated[row]), int(self._cut[row]))
+
+    @property
+    def ids(self) -> list[str]:
+        return [self._ids[row] for row in self.indices]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, without reading any."""
+        return np.diff(self._offsets)[self.indices]
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """How often each token id is supervised in these samples. (V,) int64."""
+        return self._count()[0]
+
+    @cached_property
+    def supervised_lengths(self) -> np.ndarray:
+        """Supervised tokens of each sample."""
+        return self._count()[1]
+
+    @property
+    def always(self) -> tuple[int, ...]:
+        """Ids every draft vocabulary for this data must hold: stop tokens, and special tokens the assistant writes."""
+        tokenizer = self.template.tokenizer
+        special = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
+        return control_ids(self.counts, special, self.template.stop_token_ids)
+
+    def select(self, positions: Iterable[int]) -> "TokenizedData":
+        """The samples at these positions, sharing the files."""
+        part = TokenizedData(self.folder, self.template, self.indices[list(positions)])
+        part._temporary = self._temporary
+        return part
+
+    def split(self, eval_fraction: float, seed: int = 0) -> tuple["TokenizedData", "TokenizedData"]:
+        """(train, eval). The same conversation falls on the same side in every run and every superset of the data."""
+        if not 0 < eval_fraction < 1:
+            raise UserError(f"eval_fraction={eval_fraction}: needed is a share between 0 and 1, for example 0.02.")
+        held_out = np.array([_share(conversation_id(id), seed) < eval_fraction for id in self.ids], dtype=bool)
+        if held_out.all() or not held_out.any():
+            raise UserError(
+                f"eval_fraction={eval_fraction} of {len(self)} samples leaves {int(held_out.sum())} for evaluation and "
+                f"{int((~held_out).sum())} for training. Give more data or another fraction."
+            )
+        return self.select(np.flatnonzero(~held_out)), self.select(np.flatnonzero(held_out))
+
+    def _count(self) -> tuple[Tensor, np.ndarray]:
+        counts = torch.zeros(self.template.vocab_size, dtype=torch.int64)
+        lengths = np.zeros(len(self), dtype=np.int64)
+        for begin in range(0, len(self), 1024):
+            rows = self.indices[begin : begin + 1024]
+            spans = [slice(self._offsets[row], self._offsets[row + 1]) for row in rows]
+            chosen = [self._tokens[span][self._mask[span]] for span in spans]
+            lengths[begin : begin + len(rows)] = [len(ids) for ids in chosen]
+            counts += count_tokens(torch.from_numpy(np.concatenate(chosen)), len(counts))
+        return counts, lengths
+
+
+def _build(
+    folder: Path, conversations: Iterator[Conversation], rejects: Rejects, template: ChatTemplate,
+    max_length: int | None, min_supervised: int, num_proc: int, source: str, settings: dict,
+) -> None:  # fmt: skip
+    """Write the folder under a temporary name, then rename: an interrupted run leaves nothing that looks finished."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    try:
+        report = _write_samples(
+            building, conversations, rejects, template, max_length, min_supervised, num_proc, source
+        )
+        write_json(building / "report.json", {"report": asdict(report), "settings": settings, "data": source})
+        if not report.samples:
+            kinds = {**report.rejected, **report.dropped}
+            raise UserError(
+                f"{source}: nothing left to train on; {report.rows} rows gave {kinds or 'no samples'}. "
+                f"Check the chat template and --model-max-length ({max_length})."
+            )
+        try:
+            os.replace(building, folder)
+        except OSError:  # another process finished the same work first
+            if not (folder / "report.json").is_file():
+                raise
+    finally:
+        rejects.close()
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _write_samples(
+    folder: Path, conversations: Iterator[Conversation], rejects: Rejects, template: ChatTemplate,
+    max_length: int | None, min_supervised: int, num_proc: int, source: str,
+) -> Report:  # fmt: skip
+    report = Report()
+    ids: list[str] = []
+    lengths, truncated, cut = [0], [], []
+    with (
+        open(folder / "tokens.bin", "wb") as tokens,
+        open(folder / "mask.bin", "wb") as masks,
+        progress("tokenising", count_rows(source)) as bar,
+    ):
+        for batch, results in _encode_batches(conversations, template, max_length, min_supervised, num_proc):
+            for conversation, result in zip(batch, results, strict=True):
+                if isinstance(result, Drop):
+                    report.dropped[result.reason] = report.dropped.get(result.reason, 0) + 1
+                elif isinstance(result, Reject):
+                    rejects.add(conversation.id, result.reason, result.detail, conversation.where)
+                else:
+                    report.kept += 1
+                    for sample in result:
+                        tokens.write(sample.input_ids.numpy().astype(np.int32).tobytes())
+                        masks.write(sample.loss_mask.numpy().tobytes())
+                        ids.append(sample.id)
+                        lengths.append(len(sample.input_ids))
+                        truncated.append(sample.truncated)
+                        cut.append(sample.num_cut)
+                        report.supervised += int(sample.loss_mask.sum())
+                        report.split_turns += TURN_MARK in sample.id
+            bar.advance(len(batch), f"{len(ids)} samples")
+            if not ids and rejects.num_rejected >= HOPELESS_ROWS:
+                rejects.check(rejects.num_rejected)
+    rejects.check()
+    report.rows, report.samples, report.rejected = rejects.seen, len(ids), dict(rejects.counts)
+    report.truncated, report.tokens, report.supervised_cut = sum(truncated), sum(lengths), sum(cut)
+    np.save(folder / "offsets.npy", np.cumsum(lengths, dtype=np.int64))
+    np.save(folder / "truncated.npy", np.array(truncated, dtype=bool))
+    np.save(folder / "cut.npy", np.array(cut, dtype=np.int64))
+    (folder / "ids.json").write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
+    return report
+
+
+Encoded = tuple[list[Conversation], list[list[Sample] | Reject]]
+
+
+def _encode_batches(
+    conversations: Iterator[Conversation], template: ChatTemplate, max_length: int | None, min_supervised: int,
+    num_proc: int,
+) -> Iterator[Encoded]:  # fmt: skip
+    """Batches in order; with several processes a few are under way at a time, so memory stays flat."""
+    batches = iter(lambda: list(islice(conversations, BATCH)), [])
+    if num_proc <= 1:
+        for batch in batches:
+            yield batch, template.encode_many(batch, max_length, min_supervised)
+        return
+    under_way: deque[tuple[list[Conversation], Future]] = deque()
+    with ProcessPoolExecutor(
+        num_proc, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(template,)
+    ) as pool:
+        for batch in batches:
+            under_way.append((batch, pool.submit(_encode_in_worker, batch, max_length, min_supervised)))
+            if len(under_way) > 2 * num_proc:
+                done, future = under_way.popleft()
+                yield done, _unpack(future.result())
+        for done, future in under_way:
+            yield done, _unpack(future.result())
+
+
+_worker_template: ChatTemplate | None = None
+
+
+def _start_worker(template: ChatTemplate) -> None:
+    global _worker_template
+    _worker_template = template
+
+
+def _encode_in_worker(batch: list[Conversation], max_length: int | None, min_supervised: int) -> list:
+    """Arrays, not tensors, travel back: torch would pass each of them through a file descriptor."""
+    assert _worker_template is not None, "the worker was not initialised"
+    results = _worker_template.encode_many(batch, max_length, min_supervised)
+    return [
+        r
+        if isinstance(r, Reject)
+        else [replace(s, input_ids=s.input_ids.numpy(), loss_mask=s.loss_mask.numpy()) for s in r]
+        for r in results
+    ]
+
+
+def _unpack(results: list) -> list[list[Sample] | Reject]:
+    as_tensor = torch.from_numpy
+    return [
+        r if isinstance(r, Reject)
+        else [replace(s, input_ids=as_tensor(s.input_ids), loss_mask=as_tensor(s.loss_mask)) for s in r]
+        for r in results
+    ]  # fmt: skip
+
+
+def _share(id: str, seed: int) -> float:
+    """A number in [0, 1) that depends on the id and the seed alone."""
+    digest = hashlib.blake2b(f"{seed}:{id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def _cache_root(cache_dir: str | Path) -> Path:
+    if cache_dir != "default":
+        return Path(cache_dir).expanduser()
+    home = (
+        os.environ.get("FLEDGE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fledge"
+    )
+    return Path(home).expanduser() / "tokens"
+
+
+def _tokenizer_hash(template: ChatTemplate) -> str:
+    return hashlib.blake2b(template.tokenizer.backend_tokenizer.to_str().encode(), digest_size=16).hexdigest()
+
+
+def _memory_map(path: Path, dtype: type) -> np.ndarray:
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype=dtype)

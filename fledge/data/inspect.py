@@ -1,0 +1,154 @@
+"""What is in a data set, as the training will see it: one sample in colour, counts, lengths, repetition, coverage.
+
+Reads everything once for the text (finish reasons, duplicates, loops) and once through the tokenised cache. Prints for
+people; `figures` is the same as one JSON-ready document for programs.
+"""
+
+import hashlib
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from rich.text import Text
+
+from fledge.console import console, say, show_table
+from fledge.data.conversations import Conversation, DataFormat, read_conversations
+from fledge.data.dataset import TokenizedData
+from fledge.data.rejects import Rejects
+from fledge.data.tokenize import ChatTemplate, Sample
+from fledge.data.vocab import coverage
+
+COVERAGE_SIZES = (8_192, 16_384, 32_000)
+QUANTILES = (0.05, 0.5, 0.95)
+LOOP_CHARACTERS = 60  # a tail of at least this many characters ...
+LOOP_TURNS = 4  # ... that is the same piece at least this many times
+LONGEST_PIECE = 200
+SUPERVISED, CONTEXT = "bold green", "dim"
+
+
+def figures(data: TokenizedData, path_or_name: str, data_format: DataFormat = "auto", split: str = "train") -> dict:
+    """Every figure of a data set, JSON-ready."""
+    rejects = Rejects(max_share=1.0)
+    text = TextFigures()
+    for conversation in read_conversations(path_or_name, data_format=data_format, rejects=rejects, split=split):
+        text.add(conversation)
+    return {
+        "data": path_or_name,
+        "template": {"name": data.template.name, "fingerprint": data.template.fingerprint},
+        "stop_token_ids": list(data.template.stop_token_ids),
+        "report": asdict(data.report),
+        "length": _quantiles(data.lengths),
+        "supervised_length": _quantiles(data.supervised_lengths),
+        "coverage": {str(size): share for size, share in coverage(data.counts, COVERAGE_SIZES, data.always).items()},
+        "distinct_supervised_tokens": int((data.counts > 0).sum()),
+        "always_in_draft_vocab": list(data.always),
+        **text.summary(),
+    }
+
+
+class TextFigures:
+    """Shares over answers that need no tokenizer: finish reasons, duplicates, repetition loops, turns."""
+
+    def __init__(self) -> None:
+        self.finish_reasons: Counter[str] = Counter()
+        self.turns: Counter[int] = Counter()
+        self.num_answers = self.num_loops = self.num_conversations = 0
+        self._prompts: set[bytes] = set()
+        self._answers: set[bytes] = set()
+        self.first_loop: str | None = None
+
+    def add(self, conversation: Conversation) -> None:
+        self.num_conversations += 1
+        self.finish_reasons[str(conversation.meta.get("finish_reason", "not stated"))] += 1
+        self.turns[conversation.num_answers] += 1
+        first = next((m for m in conversation.messages if m["role"] == "user"), None)
+        self._prompts.add(_digest(first["content"] if first else conversation.meta.get("prompt_token_ids")))
+        for message in conversation.messages:
+            if message["role"] != "assistant":
+                continue
+            self.num_answers += 1
+            self._answers.add(_digest(message["content"]))
+            if isinstance(message["content"], str) and ends_in_loop(message["content"]):
+                self.num_loops += 1
+                self.first_loop = self.first_loop or conversation.where or conversation.id
+
+    def summary(self) -> dict[str, Any]:
+        rows, answers = max(self.num_conversations, 1), max(self.num_answers, 1)
+        return {
+            "finish_reasons": {reason: count / rows for reason, count in self.finish_reasons.most_common()},
+            "answers_per_conversation": {str(turns): count for turns, count in sorted(self.turns.items())},
+            "duplicate_prompts": 1 - len(self._prompts) / rows if self.num_conversations else 0.0,
+            "duplicate_answers": 1 - len(self._answers) / answers if self.num_answers else 0.0,
+            "repetition_loops": self.num_loops / answers,
+            "first_repetition_loop": self.first_loop,
+        }
+
+
+def ends_in_loop(text: str) -> bool:
+    """Whether the text runs out in one piece said over and over: a model that got stuck, usually until the limit."""
+    text = text.rstrip()
+    for period in range(1, LONGEST_PIECE + 1):
+        same = max((LOOP_TURNS - 1) * period, LOOP_CHARACTERS - period)  # characters that equal those one period before
+        if len(text) < same + period:
+            return False
+        if text[-1] == text[-1 - period] and text[-same:] == text[-same - period : -period]:
+            return True
+    return False
+
+
+def show(document: dict[str, Any], sample: Sample, template: ChatTemplate) -> None:
+    """Print a sample in colour and the figures as tables."""
+    console.print(Text(f"Sample {sample.id}: supervised tokens in green", style="bold"))
+    console.print(colour(sample, template.tokenizer))
+    report = document["report"]
+    rows: list[tuple[str, object]] = [
+        ("conversations read", report["rows"]), ("kept", report["kept"]), ("samples", report["samples"]),
+        ("  of split-off turns", report["split_turns"]),
+        *((f"rejected: {reason}", count) for reason, count in report["rejected"].items()),
+        *((f"dropped: {reason}", count) for reason, count in report["dropped"].items()),
+        ("truncated", report["truncated"]), ("tokens", report["tokens"]),
+        ("supervised tokens", f"{report['supervised']} ({report['supervised'] / max(report['tokens'], 1):.1%})"),
+        ("supervised tokens cut off", report["supervised_cut"]),
+        ("distinct supervised tokens", document["distinct_supervised_tokens"]),
+    ]  # fmt: skip
+    show_table(document["data"], ("", "count"), rows)
+    names = ("min", *(f"{q:.0%}" for q in QUANTILES), "max", "mean")
+    lengths = [(label, *document[key].values()) for label, key in
+               (("tokens per sample", "length"), ("supervised", "supervised_length"))]  # fmt: skip
+    show_table("Lengths", ("", *names), lengths)
+    shares = [(f"finish reason: {reason}", f"{share:.1%}") for reason, share in document["finish_reasons"].items()]
+    shares += [
+        ("identical prompts", f"{document['duplicate_prompts']:.1%}"),
+        ("identical answers", f"{document['duplicate_answers']:.1%}"),
+        ("answers that end in a loop", f"{document['repetition_loops']:.1%}"),
+    ]
+    show_table("Answers", ("", "share"), shares)
+    show_table(
+        "Draft vocabulary", ("size", "coverage"),
+        [(size, f"{share:.2%}") for size, share in document["coverage"].items()],
+    )  # fmt: skip
+    if document["first_repetition_loop"]:
+        say(f"first answer that ends in a loop: {document['first_repetition_loop']}")
+
+
+def colour(sample: Sample, tokenizer: Any) -> Text:
+    """The sample's text, runs of equal mask decoded together so that characters of several tokens stay whole."""
+    text = Text()
+    ids, mask = sample.input_ids.tolist(), sample.loss_mask.tolist()
+    begin = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or mask[end] != mask[begin]:
+            text.append(tokenizer.decode(ids[begin:end]), style=SUPERVISED if mask[begin] else CONTEXT)
+            begin = end
+    return text
+
+
+def _quantiles(lengths: np.ndarray) -> dict[str, float]:
+    values = {"min": int(lengths.min()), **{f"p{int(q * 100)}": int(np.quantile(lengths, q)) for q in QUANTILES}}
+    return {**values, "max": int(lengths.max()), "mean": round(float(lengths.mean()), 1)}
+
+
+def _digest(content: Any) -> bytes:
+    text = content if isinstance(content, str) else repr(content)
+    return hashlib.blake2b(text.strip().encode("utf-8", "surrogatepass"), digest_size=8).digest()
