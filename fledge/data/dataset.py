@@ -1,7 +1,8 @@
 """A whole data path, tokenised once and kept on disk.
 
-Tokens and masks are two flat memory-mapped files with offsets, so a million rows cost disk, not memory. The folder is keyed
-by everything that could change its content (data, tokenizer, template, length): same key, same samples, no second run.
+Tokens and masks are two flat memory-mapped files with offsets, so a million rows cost disk, not memory. The folder is
+keyed by everything that could change its content (data, tokenizer, template, length): same key, same samples, no second
+run.
 Splitting goes by a hash of the conversation's id, so a conversation stays on its side whatever else is in the data.
 """
 
@@ -14,7 +15,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -294,24 +295,26 @@ def _start_worker(template: ChatTemplate) -> None:
     _worker_template = template
 
 
-def _encode_in_worker(batch: list[Conversation], max_length: int | None, min_supervised: int) -> list:
+Packed = list[list[tuple[str, np.ndarray, np.ndarray, bool, int]] | Reject]
+
+
+def _encode_in_worker(batch: list[Conversation], max_length: int | None, min_supervised: int) -> Packed:
     """Arrays, not tensors, travel back: torch would pass each of them through a file descriptor."""
     assert _worker_template is not None, "the worker was not initialised"
-    results = _worker_template.encode_many(batch, max_length, min_supervised)
-    return [
-        r
-        if isinstance(r, Reject)
-        else [replace(s, input_ids=s.input_ids.numpy(), loss_mask=s.loss_mask.numpy()) for s in r]
-        for r in results
-    ]
+    packed: Packed = []
+    for result in _worker_template.encode_many(batch, max_length, min_supervised):
+        if isinstance(result, Reject):
+            packed.append(result)
+        else:
+            packed.append([(s.id, s.input_ids.numpy(), s.loss_mask.numpy(), s.truncated, s.num_cut) for s in result])
+    return packed
 
 
-def _unpack(results: list) -> list[list[Sample] | Reject]:
-    as_tensor = torch.from_numpy
+def _unpack(packed: Packed) -> list[list[Sample] | Reject]:
     return [
-        r if isinstance(r, Reject)
-        else [replace(s, input_ids=as_tensor(s.input_ids), loss_mask=as_tensor(s.loss_mask)) for s in r]
-        for r in results
+        result if isinstance(result, Reject)
+        else [Sample(id, torch.from_numpy(ids), torch.from_numpy(mask), *rest) for id, ids, mask, *rest in result]
+        for result in packed
     ]  # fmt: skip
 
 

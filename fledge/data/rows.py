@@ -151,7 +151,8 @@ def _json_array(file: Path, key: str) -> Iterator[Row]:
                 if not more:
                     raise UserError(
                         f"{file}:{line + error.lineno - 1}: element {index} of the array is not valid JSON "
-                        f"({error.msg}). Fix the file, or write one JSON object per line (.jsonl), where a broken line costs one row."
+                        f"({error.msg}). Fix the file, or write one JSON object per line (.jsonl): there a broken line "
+                        f"costs one row."
                     ) from None
                 window += more
                 continue

@@ -70,8 +70,8 @@ class ChatTemplate:
     ) -> None:  # fmt: skip
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
-                f"{_where(tokenizer)}: a slow tokenizer ({type(tokenizer).__name__}) gives no character offsets, and the "
-                f"loss mask needs them. Use a checkpoint with tokenizer.json."
+                f"{_where(tokenizer)}: a slow tokenizer ({type(tokenizer).__name__}) gives no character offsets, and "
+                f"the loss mask needs them. Use a checkpoint with tokenizer.json."
             )
         self.tokenizer = tokenizer
         self.name = name or "own"
@@ -162,8 +162,8 @@ class ChatTemplate:
         except Reject as reject:
             raise UserError(
                 f"{_where(self.tokenizer)}: chat template {self.name!r} cannot be masked ({reject.detail}). Choose a "
-                f"named template (--chat-template-type), set --enable-thinking / --no-enable-thinking, or train on rows that "
-                f"carry token ids (prompt_token_ids and token_ids, as `fledge regenerate` writes them)."
+                f"named template (--chat-template-type), set --enable-thinking, or train on rows that carry token ids "
+                f"(prompt_token_ids and token_ids)."
             ) from None
         words = self.tokenizer.decode(samples[0].input_ids[samples[0].loss_mask])
         if "first answer" not in words or "First question" in words:

@@ -1,7 +1,7 @@
 """The draft vocabulary: which target tokens the draft may propose.
 
-Knows token counts, nothing of text or models. `d2t` holds offsets (target_id = draft_id + d2t[draft_id]), `t2d` says which
-target ids are in; the invariant between the two is checked wherever they come from a file.
+Knows token counts, nothing of text or models. `d2t` holds offsets (target_id = draft_id + d2t[draft_id]), `t2d` says
+which target ids are in; the invariant between the two is checked wherever they come from a file.
 """
 
 from collections.abc import Iterable, Sequence
@@ -43,8 +43,8 @@ def build_vocab(
     if len(counts) > vocab_size:
         if int(counts[vocab_size:].sum()):
             raise UserError(
-                f"the data holds token id {int(counts.nonzero()[-1])}, the target's vocabulary ends at {vocab_size - 1}: "
-                f"the data was tokenised for another model. Tokenise it with this target's tokenizer."
+                f"the data holds token id {int(counts.nonzero()[-1])}, the target's vocabulary ends at "
+                f"{vocab_size - 1}: the data was tokenised for another model. Tokenise it with this target's tokenizer."
             )
         counts = counts[:vocab_size]
     counts = torch.nn.functional.pad(counts.long(), (0, vocab_size - len(counts)))
@@ -52,8 +52,8 @@ def build_vocab(
     kept = torch.tensor(sorted(set(always)), dtype=torch.int64)
     if size < 1 or len(kept) > size:
         raise UserError(
-            f"draft_vocab_size={draft_vocab_size} is too small: {len(kept)} stop and control tokens always belong to it. "
-            f"Raise it (32000 is usual)."
+            f"draft_vocab_size={draft_vocab_size} is too small: {len(kept)} stop and control tokens always belong to "
+            f"it. Raise it (32000 is usual)."
         )
     if len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < vocab_size:
         raise UserError(f"control token id {int(kept.max())} is outside the target's vocabulary of {vocab_size}.")
@@ -82,8 +82,8 @@ def check_vocab(d2t: Tensor, t2d: Tensor, source: str = "draft vocabulary") -> N
     """`nonzero(t2d) == d2t + arange(D)`, or an error that says where the two disagree."""
     if d2t.ndim != 1 or t2d.ndim != 1 or d2t.dtype not in (torch.int64, torch.int32) or t2d.dtype != torch.bool:
         raise UserError(
-            f"{source}: d2t is {d2t.dtype} {tuple(d2t.shape)} and t2d {t2d.dtype} {tuple(t2d.shape)}; needed are int64 (D,) "
-            f"and bool (V,). Rebuild the head's vocabulary."
+            f"{source}: d2t is {d2t.dtype} {tuple(d2t.shape)} and t2d {t2d.dtype} {tuple(t2d.shape)}; needed are "
+            f"int64 (D,) and bool (V,). Rebuild the head's vocabulary."
         )
     inside = t2d.nonzero().flatten()
     if len(inside) != len(d2t):
