@@ -143,13 +143,13 @@ class DraftModel(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q (.., h, d), k and v (.., g, d) from token embeddings and hidden states (.., H).
 
-        `queries` picks the rows (first dimension) whose queries are needed; keys are made for all rows.
+        `queries` picks the rows (dimension -2) whose queries are needed; keys are made for all rows.
         """
         layer, head_dim = self.midlayer, self.config.head_dim
         inputs = torch.cat((layer.input_layernorm(embeds), layer.hidden_norm(hidden)), dim=-1)
         cos, sin = rope
-        asked = inputs if queries is None else inputs[queries]
-        asked_rope = (cos, sin) if queries is None else (cos[queries], sin[queries])
+        asked = inputs if queries is None else inputs[..., queries, :]
+        asked_rope = (cos, sin) if queries is None else (cos[..., queries, :], sin[..., queries, :])
         q = layer.self_attn.q_proj(asked).unflatten(-1, (-1, head_dim))
         k = layer.self_attn.k_proj(inputs).unflatten(-1, (-1, head_dim))
         v = layer.self_attn.v_proj(inputs).unflatten(-1, (-1, head_dim))
@@ -172,22 +172,35 @@ class DraftModel(nn.Module):
     # -- decoding ------------------------------------------------------------------------------------------------------
 
     def step(
-        self, token_ids: Tensor, hidden: Tensor, position_ids: Tensor, cache: KeyValueCache, mask: Tensor | None = None
+        self,
+        token_ids: Tensor,
+        hidden: Tensor,
+        position_ids: Tensor | None,
+        cache: KeyValueCache,
+        mask: Tensor | None = None,
+        *,
+        rope: tuple[Tensor, Tensor] | None = None,
+        last_only: bool = False,
     ) -> Tensor:
-        """One forward with a cache: tokens (B, S), features f (B, S, H) -> f'' (B, S, H).
+        """One forward with a cache: tokens (B, S), features f (B, S, H) -> f'' (B, S, H), or (B, 1, H) of the last row.
 
         Row s pairs the feature of position p with the *next* token; position_ids (B, S) hold p, the feature's
-        position. `mask` (B or 1, 1, S, K) is boolean (True: may see) or additive over cached + new keys;
-        None means S == 1 and everything visible, or a causal block on an empty cache.
+        position (`rope`, cos and sin of those positions, stands in for them). `mask` (.., rows asked, K) is boolean
+        (True: may see) or additive over cached + new keys; None means one row that sees everything, or a causal block
+        on an empty cache.
         """
-        q, k, v = self.project(self.embed(token_ids), hidden, self.rope(position_ids))
+        queries = slice(-1, None) if last_only else None
+        if rope is None:
+            assert position_ids is not None
+            rope = self.rope(position_ids)
+        q, k, v = self.project(self.embed(token_ids), hidden, rope, queries=queries)
         keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2))
         causal = mask is None and q.shape[1] > 1
         assert not causal or keys.shape[2] == q.shape[1], "a block of rows on a filled cache needs a mask"
         attended = F.scaled_dot_product_attention(
             q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]
         )
-        return self.finish(hidden, attended.transpose(1, 2))
+        return self.finish(hidden if queries is None else hidden[:, queries], attended.transpose(1, 2))
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

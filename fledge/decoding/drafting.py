@@ -1,0 +1,108 @@
+"""The head's side of a round: follow the accepted tokens, then grow a tree of candidates.
+
+Knows the head, its cache and the tree's shape. Knows nothing of the target but its features.
+
+Token x_j enters the head with the feature of token j - 1 at rope position j - 1, so after `extend` over all tokens up to
+x_L the cache has L rows, and the last row predicts x_(L+1). Rows of the cache while a tree grows (top_k = 2):
+
+    0 .. L-1                | L, L+1          | L+2, L+3
+    tokens, target features | beam of level 1 | beam of level 2 ..      own feedback; dropped at the end of the round
+
+A beam row sees all committed rows, its ancestors' rows and itself. The mask buffer is aligned to the right, so that
+its view of any length is [zeros over the committed rows | tree part] without copying.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fledge.decoding.cache import DraftCache
+from fledge.decoding.records import TreeShape
+from fledge.decoding.tree import Tree, build, select
+from fledge.draft.model import DraftModel
+
+# S new tokens, H hidden size, k beam width, D draft vocabulary
+
+
+class Drafter:
+    """Drafts for one generation of at most `capacity` tokens."""
+
+    def __init__(self, draft: DraftModel, shape: TreeShape, capacity: int) -> None:
+        config, weight = draft.config, draft.fc.weight
+        self.draft = draft
+        self.width = min(shape.top_k, max(shape.total_token - 1, 1), config.draft_vocab_size)
+        self.num_nodes = shape.total_token - 1
+        tree_rows = self.width * shape.levels
+        self.capacity = capacity
+        self.cache = DraftCache(
+            config.num_key_value_heads, config.head_dim, capacity + tree_rows, weight.dtype, weight.device
+        )
+        self.rope = draft.rope(torch.arange(capacity + shape.levels + 1, device=weight.device))
+        self._blocked = torch.finfo(weight.dtype).min
+        self._mask = torch.zeros(self.width, capacity + tree_rows, dtype=weight.dtype, device=weight.device)
+        self._itself = torch.zeros(self.width, self.width, dtype=weight.dtype, device=weight.device)
+        self._itself.fill_(self._blocked).fill_diagonal_(0)
+        self._beam_ids = torch.arange(self.width, device=weight.device)
+        self._levels = candidate_levels(self.width, shape.levels).to(weight.device)
+
+    def extend(self, token_ids: Tensor, features: Tensor) -> Tensor:
+        """New tokens (S,), each with the fused target feature (S, H) of the token before it: f'' of the last (1, H)."""
+        start, end = self.cache.length, self.cache.length + token_ids.shape[0]
+        rope = (self.rope[0][start:end], self.rope[1][start:end])
+        hidden = self.draft.step(token_ids[None], features[None], None, self.cache, rope=rope, last_only=True)
+        self.cache.commit()
+        return hidden[0]
+
+    def grow(self, root: Tensor, hidden: Tensor, num_levels: int) -> Tree:
+        """The tree below the root (1,), from the head's output (1, H) on the root's row: `num_levels` >= 1 levels deep."""
+        width = self.width
+        log_probs, tokens = self._children(hidden)  # (1, k)
+        beam_scores, beam_tokens, beam_ids = log_probs[0], tokens[0], self._beam_ids
+        beam_hidden = self.draft.feedback(hidden).expand(width, -1)
+        all_scores, all_tokens = [beam_scores], [beam_tokens]
+        all_parents = [torch.full_like(beam_ids, -1)]
+        tree_part, num_candidates = self._itself, width
+        for level in range(1, num_levels):
+            hidden = self._forward_beam(beam_tokens, beam_hidden, tree_part, level)
+            log_probs, tokens = self._children(hidden)  # (k, k)
+            scores = (beam_scores[:, None] + log_probs).flatten()
+            all_scores.append(scores)
+            all_tokens.append(tokens.flatten())
+            all_parents.append(beam_ids.repeat_interleave(width))
+            if level + 1 < num_levels:
+                beam_scores, best = scores.topk(width)
+                row = best // width
+                beam_tokens, beam_ids = all_tokens[-1][best], best + num_candidates
+                beam_hidden = self.draft.feedback(hidden)[row]
+                tree_part = torch.cat((tree_part[row], self._itself), dim=-1)
+            num_candidates += width * width
+        self.cache.rewind()
+        scores = torch.cat(all_scores)
+        chosen = select(scores, min(self.num_nodes, scores.shape[0]))
+        return build(root, torch.cat(all_tokens), torch.cat(all_parents), self._levels, chosen, num_levels)
+
+    def _children(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and target ids (.., k) of the k best next tokens, from f'' (.., H)."""
+        logits = self.draft.logits(hidden).float()
+        best = logits.topk(self.width, dim=-1)
+        log_probs = best.values - logits.logsumexp(dim=-1, keepdim=True)
+        # A head that overflows still gives a well-formed tree: NaN would break the order select() relies on.
+        return log_probs.nan_to_num_(nan=float("-inf"), neginf=float("-inf")), self.draft.target_ids(best.indices)
+
+    def _forward_beam(self, tokens: Tensor, hidden: Tensor, tree_part: Tensor, level: int) -> Tensor:
+        """The beam's tokens (k,) with their parents' feedback (k, H) -> f'' (k, H)."""
+        position, seen = self.cache.length + level - 1, tree_part.shape[1]
+        self._mask[:, self.capacity : self.capacity + seen] = tree_part
+        mask = self._mask[:, self.capacity - self.cache.length : self.capacity + seen]
+        cos, sin = self.rope
+        rope = (cos[position], sin[position])
+        return self.draft.step(tokens[None], hidden[None], None, self.cache, mask, rope=rope)[0]
+
+
+def candidate_levels(width: int, num_levels: int) -> Tensor:
+    """Level of every candidate: `width` of level 1, then `width` squared per level."""
+    levels: list[Any] = [1] * width
+    for level in range(2, num_levels + 1):
+        levels += [level] * width * width
+    return torch.tensor(levels)

@@ -1,0 +1,107 @@
+"""Additive attention masks over cached rows and tree nodes, one per kind of attention layer the target has.
+
+Knows windows, positions and ancestors. Knows nothing of caches beyond their length. The mask of tree nodes sees the
+whole prefix, then ancestors only; sliding windows and chunks cut it by *position*, since nodes of one level share one:
+
+    prefix_len = 3, nodes root a b a.c at positions 3 4 4 5         sliding window of 3 positions
+
+        root  1 1 1 | 1 . . .                                           root  . 1 1 | 1 . . .
+        a     1 1 1 | 1 1 . .                                           a     . . 1 | 1 1 . .
+        b     1 1 1 | 1 . 1 .                                           b     . . 1 | 1 . 1 .
+        a.c   1 1 1 | 1 1 . 1                                           a.c   . . . | 1 1 . 1
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fledge.errors import UserError
+
+# N query rows, K keys = prefix + N
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How far a layer sees: everything, the last `size` positions, or its own chunk of `size` positions."""
+
+    name: Literal["full_attention", "sliding_attention", "chunked_attention"]
+    size: int = 0
+
+    def reaches_back(self, last_position: int) -> bool:
+        """True when every position up to `last_position` sees all before it: the kind then equals full attention."""
+        return self.name == "full_attention" or last_position < self.size
+
+    def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """(N, K) bool from positions (N,) and (K,); causality is not checked here."""
+        if self.name == "sliding_attention":
+            return keys[None, :] > queries[:, None] - self.size
+        if self.name == "chunked_attention":
+            return keys[None, :] // self.size == queries[:, None] // self.size
+        return torch.ones(queries.shape[0], keys.shape[0], dtype=torch.bool, device=keys.device)
+
+
+FULL = Kind("full_attention")
+
+
+def kinds_of(text_config: Any, name: str) -> list[Kind]:
+    """The kinds of attention layers a target has, in a fixed order."""
+    types = getattr(text_config, "layer_types", None)
+    if types is None:
+        window = getattr(text_config, "sliding_window", None)
+        return [Kind("sliding_attention", window)] if window else [FULL]
+    kinds = []
+    for layer_type in sorted(set(types)):
+        if layer_type == "full_attention":
+            kinds.append(FULL)
+        elif layer_type == "sliding_attention":
+            kinds.append(Kind("sliding_attention", text_config.sliding_window))
+        elif layer_type == "chunked_attention":
+            kinds.append(Kind("chunked_attention", text_config.attention_chunk_size))
+        else:
+            raise UserError(
+                f"{name}: layers of type {layer_type!r} keep a running state that cannot branch, so fledge cannot decode "
+                f"this target yet. Needed: full, sliding-window or chunked attention in every layer."
+            )
+    return kinds
+
+
+class Masks:
+    """Builds what a model takes as `attention_mask`: one tensor, or a dict by layer type where there are several."""
+
+    def __init__(self, kinds: list[Kind], dtype: torch.dtype, device: torch.device, *, causal_by_default: bool) -> None:
+        """`causal_by_default`: the attention function reads None as a causal block (or as one row that sees all)."""
+        self.kinds, self.dtype, self.device = kinds, dtype, device
+        self.causal_by_default = causal_by_default
+
+    def causal(self, num_rows: int) -> Any:
+        """For a block of rows on an empty cache."""
+        if self.causal_by_default and all(kind.reaches_back(num_rows - 1) for kind in self.kinds):
+            return self._by_kind(lambda kind: None)
+        positions = torch.arange(num_rows, device=self.device)
+        lower = positions[None, :] <= positions[:, None]
+        return self._by_kind(lambda kind: self._additive(lower & kind.visible(positions, positions)))
+
+    def tree(self, prefix_len: int, positions: Tensor, ancestors: Tensor, last_position: int) -> Any:
+        """For tree nodes at `positions` (N,) behind a prefix; `last_position` is their largest."""
+        if ancestors.shape[0] == 1 and all(kind.reaches_back(last_position) for kind in self.kinds):
+            return self._by_kind(lambda kind: None)
+        everything = torch.ones(ancestors.shape[0], prefix_len, dtype=torch.bool, device=self.device)
+        seen = torch.cat((everything, ancestors), dim=-1)
+        full = self._additive(seen)
+
+        def mask(kind: Kind) -> Tensor:
+            if kind.reaches_back(last_position):
+                return full
+            keys = torch.cat((torch.arange(prefix_len, device=self.device), positions))
+            return self._additive(seen & kind.visible(positions, keys))
+
+        return self._by_kind(mask)
+
+    def _additive(self, visible: Tensor) -> Tensor:
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
+        return mask.masked_fill_(~visible, torch.finfo(self.dtype).min)[None, None]
+
+    def _by_kind(self, make: Any) -> Any:
+        return make(self.kinds[0]) if len(self.kinds) == 1 else {kind.name: make(kind) for kind in self.kinds}

@@ -1,0 +1,85 @@
+"""What goes into a generation and what comes out: sampling, tree shape, the generation itself and its trace.
+
+Plain records. Knows nothing of models; the numbers are defined here and nowhere else.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fledge.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from the target's logits: temperature, then top-k, then top-p, then a draw."""
+
+    temperature: float = 0.0
+    """0 takes the most likely token; 1 samples from the target's own distribution"""
+    top_p: float = 1.0
+    """keep the most likely tokens that together hold this share of the probability"""
+    top_k: int = 0
+    """keep this many most likely tokens; 0 keeps all"""
+    seed: int | None = None
+    """seed of the draws; None takes a fresh one"""
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise UserError(f"temperature={self.temperature} must be 0 (greedy) or positive.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} must lie in (0, 1]; 1 keeps every token.")
+        if self.top_k < 0:
+            raise UserError(f"top_k={self.top_k} must be 0 (keep every token) or positive.")
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """The draft tree of every round. top_k = 1 drafts a chain of min(depth + 1, total_token - 1) tokens."""
+
+    total_token: int = 60
+    """nodes verified per round, the root (last round's bonus token) included"""
+    depth: int = 5
+    """draft rounds after the first level: depth + 1 levels, at most depth + 2 tokens per round"""
+    top_k: int = 10
+    """children per node, and nodes expanded per level"""
+
+    def __post_init__(self) -> None:
+        if self.total_token < 1 or self.depth < 0 or self.top_k < 1:
+            raise UserError(
+                f"tree total_token={self.total_token}, depth={self.depth}, top_k={self.top_k}: needed are "
+                f"total_token >= 1, depth >= 0 and top_k >= 1."
+            )
+
+    @property
+    def levels(self) -> int:
+        """Levels drafted below the root: a level deeper than the number of drafted nodes cannot be reached."""
+        return min(self.depth + 1, self.total_token - 1)
+
+
+@dataclass(frozen=True)
+class RoundTrace:
+    """One round as a tree: node 0 is the root; node i continues node parents[i]."""
+
+    token_ids: list[int]
+    parents: list[int]
+    accepted: list[int]  # nodes kept, root first, in order; cut at EOS or the length limit
+    bonus: int | None  # the target's own token after the last kept node; None when the cut fell before it
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one call generated, and where the time went."""
+
+    token_ids: list[int]  # EOS included when it was generated; nothing after it, nothing past the limit
+    accepted: list[int]  # per verification round: tokens emitted - 1, counted after the cut; plain: []
+    drafted_depth: int  # levels drafted per round; 0 for plain decoding
+    finish_reason: Literal["stop", "length"]
+    ttft_s: float  # prompt in -> first token known
+    decode_s: float  # everything after the first token
+    phases_s: dict[str, float]  # prefill, draft, verify, accept, other
+    num_forwards: int  # target forwards after prefill
+    rounds: list[RoundTrace] | None = None
+
+    @property
+    def tau(self) -> float:
+        """Tokens per target forward, bonus included; the prefill's own token belongs to no round. NaN without rounds."""
+        return (len(self.token_ids) - 1) / self.num_forwards if self.num_forwards else float("nan")
