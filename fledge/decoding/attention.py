@@ -35,7 +35,7 @@ def grouped_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query (B, h, S, d), key and value (B, g, K, d) -> (B, S, h, d). No mask: causal block, or one row that sees all."""
+    """query (B, h, S, d), key, value (B, g, K, d) -> (B, S, h, d). No mask: a causal block, or one row that sees all."""
     if any(kwargs.get(name) is not None for name in UNUSUAL):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
@@ -60,7 +60,7 @@ AttentionInterface.register(NAME, grouped_attention)
 
 
 def can_replace(model: Any, text_config: Any) -> bool:
-    """Models written against transformers' attention interface take ours; eager-only ones (sinks, soft-cap) keep theirs."""
+    """Models that may use sdpa take our function; eager ones (attention sinks, soft-capped scores) keep their own."""
     return bool(getattr(model, "_supports_sdpa", False)) and text_config._attn_implementation != "eager"
 
 

@@ -88,7 +88,7 @@ class TargetCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Called by the model's attention layers: store (1, g, S, d), return everything visible (1, g, length + S, d)."""
+        """Called by the model's attention layers: store (1, g, S, d), return all rows in use (1, g, length + S, d)."""
         keys, values = (layer_idx, 0), (layer_idx, 1)
         self._write[keys].copy_(key_states)
         self._write[values].copy_(value_states)

@@ -2,8 +2,8 @@
 
 Knows the head, its cache and the tree's shape. Knows nothing of the target but its features.
 
-Token x_j enters the head with the feature of token j - 1 at rope position j - 1, so after `extend` over all tokens up to
-x_L the cache has L rows, and the last row predicts x_(L+1). Rows of the cache while a tree grows (top_k = 2):
+Token x_j enters the head with the feature of token j - 1 at rope position j - 1, so after `extend` over all tokens up
+to x_L the cache has L rows, and the last row predicts x_(L+1). Rows of the cache while a tree grows (top_k = 2):
 
     0 .. L-1                | L, L+1          | L+2, L+3
     tokens, target features | beam of level 1 | beam of level 2 ..      own feedback; dropped at the end of the round
@@ -55,7 +55,7 @@ class Drafter:
         return hidden[0]
 
     def grow(self, root: Tensor, hidden: Tensor, num_levels: int) -> Tree:
-        """The tree below the root (1,), from the head's output (1, H) on the root's row: `num_levels` >= 1 levels deep."""
+        """The tree of `num_levels` >= 1 levels below the root (1,), from the head's output (1, H) on the root's row."""
         width = self.width
         log_probs, tokens = self._children(hidden)  # (1, k)
         beam_scores, beam_tokens, beam_ids = log_probs[0], tokens[0], self._beam_ids

@@ -61,8 +61,8 @@ def kinds_of(text_config: Any, name: str) -> list[Kind]:
             kinds.append(Kind("chunked_attention", text_config.attention_chunk_size))
         else:
             raise UserError(
-                f"{name}: layers of type {layer_type!r} keep a running state that cannot branch, so fledge cannot decode "
-                f"this target yet. Needed: full, sliding-window or chunked attention in every layer."
+                f"{name}: layers of type {layer_type!r} keep a running state that cannot branch, so fledge cannot "
+                f"decode this target yet. Needed: full, sliding-window or chunked attention in every layer."
             )
     return kinds
 

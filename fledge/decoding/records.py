@@ -81,5 +81,5 @@ class Generation:
 
     @property
     def tau(self) -> float:
-        """Tokens per target forward, bonus included; the prefill's own token belongs to no round. NaN without rounds."""
+        """Tokens per target forward, bonus included; the prefill's token belongs to no round. NaN without rounds."""
         return (len(self.token_ids) - 1) / self.num_forwards if self.num_forwards else float("nan")

@@ -77,7 +77,7 @@ class Verifier:
         return output
 
     def verify(self, tree: Tree, num_levels: int, *, taps: bool) -> TargetOutput:
-        """All nodes of the tree (N,) behind the committed rows; their rows stay open until `keep`. Shapes (1, N, ..)."""
+        """All nodes of the tree (N,) behind the committed rows; the rows stay open until `keep`. Shapes (1, N, ..)."""
         prefix_len = self.cache.length
         self.cache.open(len(tree))
         positions, last = tree.levels + prefix_len, prefix_len + num_levels

@@ -94,7 +94,7 @@ class DraftModel(nn.Module):
     # -- the target's side ---------------------------------------------------------------------------------------------
 
     def bind_embedding(self, embedding: Tensor) -> None:
-        """Share the target's embedding matrix (V, H). Not a parameter: neither trained, saved nor moved with the head."""
+        """Share the target's embedding (V, H). Not a parameter: neither trained, saved nor moved with the head."""
         assert embedding.shape[1] == self.config.hidden_size, f"{embedding.shape=} {self.config.hidden_size=}"
         self._embedding = [embedding.detach()]  # in a list, so that nn.Module does not register it
 

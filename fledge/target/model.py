@@ -26,7 +26,7 @@ class Target:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         tokenizer: Any = None,
         *,
         tap_layers: Sequence[int] | None = None,
@@ -37,7 +37,8 @@ class Target:
         self.tokenizer = tokenizer
         self.config = self.model.config
         self.text_config = self.config.get_text_config()
-        self.name, self.revision = name or self.config.name_or_path, revision
+        self.name: str = name or self.config.name_or_path
+        self.revision = revision
         self.layers = self._decoder_layers()
         self.tap_layers = self._checked_taps(tap_layers)
         self.quirks = logit_quirks(self.text_config)
@@ -72,7 +73,7 @@ class Target:
             options["attn_implementation"] = attn_implementation
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name_or_path, revision=revision, dtype=dtype, output_loading_info=True, **options
             )
         except Exception as error:  # the library raises a dozen types here: truncated files, unknown names, no network
@@ -81,6 +82,7 @@ class Target:
                 f"{name_or_path}: could not be loaded as a causal LM ({type(error).__name__}: "
                 f"{reason[0] if reason else 'no message'}). Check the path or hub name and that its files are complete."
             ) from error
+        model, loading = loaded
         if not spread["device_map"] and not spread["tp_plan"]:
             model = model.to(device or default_device())
         _refuse_bad_weights(model, loading["missing_keys"], name_or_path)
@@ -218,6 +220,8 @@ def _refuse_bad_weights(model: nn.Module, missing: Sequence[str], name: str) -> 
             f"{name}: {len(missing)} weights are missing from its files (first {sorted(missing)[0]}) and would be random. "
             f"Get a complete checkpoint."
         )
-    bad = [key for key, tensor in model.named_parameters() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    bad = [
+        key for key, tensor in model.named_parameters() if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
     if bad:
         raise UserError(f"{name}: {len(bad)} weights contain NaN or infinity, first {bad[0]}. Get a sound checkpoint.")

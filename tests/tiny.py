@@ -1,0 +1,156 @@
+"""The table of tiny targets: real transformers architectures with random weights, and heads for them.
+
+A new architecture is a new row here; every equivalence test runs over the table. Weights are drawn wider than models
+are initialised, so that greedy outputs vary instead of repeating one token.
+"""
+
+import functools
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fledge.draft.config import derive
+from fledge.draft.model import DraftModel
+from fledge.target.model import Target
+
+VOCAB = 128
+WINDOW = 7  # smaller than every test sequence, so that a forgotten sliding mask shows
+EOS = 3
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.15, "tie_word_embeddings": False,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS,
+}  # fmt: skip
+SLIDING_AND_FULL = ["sliding_attention", "full_attention"] * 2
+
+# name -> (transformers config class, what differs from COMMON)
+TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"num_hidden_layers": 8, "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}}),
+    "qwen2": ("Qwen2Config", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3_moe": ("Qwen3MoeConfig", {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32, "norm_topk_prob": True}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1Config", {"head_dim": 16, "rope_parameters": {
+        "rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}}),
+    "hunyuan_v1_moe": ("HunYuanMoEV1Config", {"head_dim": 16, "num_experts": 4, "moe_topk": 2}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 16,
+        "final_logit_softcapping": 5.0, "attn_logit_softcapping": 20.0, "layer_types": SLIDING_AND_FULL}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 16,
+        "layer_types": SLIDING_AND_FULL, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
+    "gpt_oss": ("GptOssConfig", {"head_dim": 16, "sliding_window": WINDOW, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "layer_types": SLIDING_AND_FULL, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1.5e5, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "original_max_position_embeddings": 64, "truncate": False}}),
+    "cohere2": ("Cohere2Config", {"sliding_window": WINDOW, "logit_scale": 0.25, "tie_word_embeddings": True,
+        "layer_types": SLIDING_AND_FULL}),
+    "granite": ("GraniteConfig", {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.7,
+        "attention_multiplier": 0.2}),
+    "deepseek_v3": ("DeepseekV3Config", {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "n_group": 1,
+        "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}),
+    "mistral": ("MistralConfig", {"sliding_window": WINDOW, "head_dim": 16}),
+    "phi3": ("Phi3Config", {"rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "glm4": ("Glm4Config", {"head_dim": 16, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+}  # fmt: skip
+NAMES = tuple(TARGETS)
+
+
+def tiny_model(name: str, seed: int = 0, **overrides: Any) -> Any:
+    """A fresh random model of the table's row."""
+    import transformers
+
+    config_class, differs = TARGETS[name]
+    config = getattr(transformers, config_class)(**{**COMMON, **differs, **overrides})
+    torch.manual_seed(seed)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for key, parameter in model.named_parameters():
+        if parameter.ndim == 1 and "bias" in key:  # zero at initialisation: would hide a dropped bias
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@functools.cache
+def tiny_target(name: str) -> Target:
+    """The target of the table's row, made once."""
+    model = tiny_model(name)
+    taps = None if model.config.num_hidden_layers >= 7 else (1, 2, 3)
+    return Target(model, tap_layers=taps, name=f"tiny-{name}")
+
+
+def tiny_draft(
+    target: Target,
+    kind: Literal["random", "zero", "adversarial"] = "random",
+    *,
+    draft_vocab_size: int | None = 48,
+    eagle31: bool = False,
+    seed: int = 1,
+) -> DraftModel:
+    """An untrained head. `zero` ties all its scores; `adversarial` is sure of the tokens it should like least."""
+    torch.manual_seed(seed)
+    draft = DraftModel(tiny_config(target, draft_vocab_size, eagle31), target.embedding_weight)
+    if not draft.config.full_vocab:
+        draft.set_vocab(*tiny_vocab(target.vocab_size, draft.config.draft_vocab_size, seed))
+    with torch.no_grad():
+        if kind == "zero":
+            for parameter in draft.parameters():
+                parameter.zero_()
+        if kind == "adversarial":
+            draft.warm_start_head(target.head_weight)
+            draft.lm_head.weight.mul_(-1e4)
+    return draft.eval().requires_grad_(False)
+
+
+def tiny_config(target: Target, draft_vocab_size: int | None = 48, eagle31: bool = False) -> Any:
+    """The derived draft config of a tiny target."""
+    return derive(
+        target.text_config, vocab_size=target.vocab_size, tap_layers=target.tap_layers,
+        draft_vocab_size=draft_vocab_size, eagle31=eagle31,
+    )  # fmt: skip
+
+
+def tiny_vocab(vocab_size: int, draft_vocab_size: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """d2t and t2d of a random draft vocabulary that holds EOS."""
+    order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))
+    chosen = torch.cat((torch.tensor([EOS]), order[order != EOS]))[:draft_vocab_size].sort().values
+    t2d = torch.zeros(vocab_size, dtype=torch.bool)
+    t2d[chosen] = True
+    return chosen - torch.arange(draft_vocab_size), t2d
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Random token ids, none of them special."""
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return torch.randint(4, VOCAB, (length,), generator=generator).tolist()
+
+
+class ScriptedDraft(DraftModel):
+    """A head of the right shape that knows the answer: it proposes script[j] (certain) as token j, others after it.
+
+    Its states carry nothing but the row's position; the real layer runs all the same, so the cache sees traffic.
+    """
+
+    def __init__(self, target: Target, script: list[int]) -> None:
+        super().__init__(tiny_config(target, None), target.embedding_weight)
+        self.script = torch.tensor(script)
+
+    def step(self, token_ids, hidden, position_ids, cache, mask=None, *, rope=None, last_only=False):  # noqa: D102
+        output = super().step(token_ids, hidden, position_ids, cache, mask, rope=rope, last_only=last_only)
+        position = torch.full(output.shape[:2], cache.used - 1.0) if last_only else hidden[..., 0] + 1
+        return torch.cat((position[..., None], torch.zeros_like(output[..., 1:])), dim=-1)
+
+    def feedback(self, hidden: Tensor) -> Tensor:  # noqa: D102
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:  # noqa: D102
+        next_token = self.script[(hidden[..., 0].long() + 2).clamp(max=len(self.script) - 1)]
+        ranking = -0.1 * torch.arange(self.config.draft_vocab_size).expand(*next_token.shape, -1)
+        return ranking.scatter(-1, next_token[..., None], 10.0)
