@@ -35,7 +35,7 @@ def grouped_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query (B, h, S, d), key, value (B, g, K, d) -> (B, S, h, d). No mask: a causal block, or one row that sees all."""
+    """query (B, h, S, d), key, value (B, g, K, d) -> (B, S, h, d). No mask: causal, or one row that sees all."""
     if any(kwargs.get(name) is not None for name in UNUSUAL):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs

@@ -38,7 +38,7 @@ class Drafter:
         self.cache = DraftCache(
             config.num_key_value_heads, config.head_dim, capacity + tree_rows, weight.dtype, weight.device
         )
-        self.rope = draft.rope(torch.arange(capacity + shape.levels + 1, device=weight.device))
+        self.rope = draft.rope(torch.arange(capacity, device=weight.device))
         self._blocked = torch.finfo(weight.dtype).min
         self._mask = torch.zeros(self.width, capacity + tree_rows, dtype=weight.dtype, device=weight.device)
         self._itself = torch.zeros(self.width, self.width, dtype=weight.dtype, device=weight.device)
@@ -56,6 +56,12 @@ class Drafter:
 
     def grow(self, root: Tensor, hidden: Tensor, num_levels: int) -> Tree:
         """The tree of `num_levels` >= 1 levels below the root (1,), from the head's output (1, H) on the root's row."""
+        scores, tokens, parents = self.candidates(hidden, num_levels)
+        chosen = select(scores, min(self.num_nodes, scores.shape[0]))
+        return build(root, tokens, parents, self._levels, chosen, num_levels)
+
+    def candidates(self, hidden: Tensor, num_levels: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, target ids and parents (C,) of all drafts, level by level; parent -1 is the root."""
         width = self.width
         log_probs, tokens = self._children(hidden)  # (1, k)
         beam_scores, beam_tokens, beam_ids = log_probs[0], tokens[0], self._beam_ids
@@ -78,9 +84,7 @@ class Drafter:
                 tree_part = torch.cat((tree_part[row], self._itself), dim=-1)
             num_candidates += width * width
         self.cache.rewind()
-        scores = torch.cat(all_scores)
-        chosen = select(scores, min(self.num_nodes, scores.shape[0]))
-        return build(root, torch.cat(all_tokens), torch.cat(all_parents), self._levels, chosen, num_levels)
+        return torch.cat(all_scores), torch.cat(all_tokens), torch.cat(all_parents)
 
     def _children(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and target ids (.., k) of the k best next tokens, from f'' (.., H)."""

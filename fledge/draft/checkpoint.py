@@ -23,10 +23,16 @@ from fledge.provenance import write_json
 WEIGHTS = "model.safetensors"
 
 
-def save_draft(model: DraftModel, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write the head so that fledge, vLLM and SGLang load it. Files appear under their names only when complete."""
+def save_draft(
+    model: DraftModel, folder: Path, *, dtype: torch.dtype = torch.bfloat16, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Write the head so that fledge, vLLM and SGLang load it. Files appear under their names only when complete.
+
+    `weights` replaces the model's own parameters where they are sharded over ranks and were gathered elsewhere.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = draft_tensors(model, dtype)
+    tensors |= {name: w.to("cpu", tensors[name].dtype).contiguous() for name, w in (weights or {}).items()}
     temporary = folder / (WEIGHTS + ".tmp")
     save_file(tensors, str(temporary), metadata={"format": "pt"})
     write_json(folder / "config.json", to_json(model.config, dtype=str(dtype).removeprefix("torch.")))
@@ -54,7 +60,7 @@ def load_draft(folder: str | Path, embedding: Tensor, *, dtype: torch.dtype | No
     _match_keys(set(tensors), expected, folder / WEIGHTS)
     _match_shapes(model, tensors, folder / WEIGHTS)
     if not config.full_vocab:
-        check_vocab(tensors["d2t"], tensors["t2d"], where=str(folder / WEIGHTS))
+        check_vocab(tensors["d2t"], tensors["t2d"], source=str(folder / WEIGHTS))
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{folder / WEIGHTS}: {name} contains NaN or infinity. Use an earlier checkpoint.")
@@ -77,8 +83,8 @@ def _match_target(config: DraftConfig, embedding: Tensor, folder: Path) -> None:
     if config.vocab_size > vocab_size or config.hidden_size != hidden_size:
         raise UserError(
             f"{folder}: the head is for a target with vocabulary {config.vocab_size} and hidden size "
-            f"{config.hidden_size}; this target has {vocab_size} and {hidden_size}. Use the head's own target, or train "
-            f"a head for this one."
+            f"{config.hidden_size}; this target has {vocab_size} and {hidden_size}. Use the head's own target, or "
+            f"train a head for this one."
         )
 
 

@@ -1,4 +1,4 @@
-"""The draft head's shape, derived from the target's text config, and its JSON form (the EAGLE checkpoint's config.json).
+"""The draft head's shape, derived from the target's text config, and its JSON form (an EAGLE checkpoint's config.json).
 
 Everything a head can get wrong in the wild is taken from the target here: rope (theta and scaling), head_dim, RMSNorm
 epsilon, max_position_embeddings. A draft config file only overrides sizes.
@@ -59,22 +59,20 @@ class DraftConfig:
         """True when draft ids are target ids; d2t and t2d are then omitted from checkpoints."""
         return self.draft_vocab_size == self.vocab_size
 
-    def llama_config(self) -> Any:
-        """The transformers config whose rotary embedding and activation the draft uses."""
+    def rotary_config(self) -> Any:
+        """The transformers config of the draft's rotary embedding.
+
+        Llama's rotary embedding turns whole heads, whatever `partial_rotary_factor` says: it gets the turned part.
+        """
         from transformers import LlamaConfig
 
+        rope = dict(self.rope_parameters)
         return LlamaConfig(
             hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
             num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            head_dim=self.head_dim,
-            num_hidden_layers=1,
-            vocab_size=self.vocab_size,
-            rms_norm_eps=self.rms_norm_eps,
+            head_dim=int(self.head_dim * (rope.pop("partial_rotary_factor", None) or 1.0)),
             max_position_embeddings=self.max_position_embeddings,
-            hidden_act=self.hidden_act,
-            rope_parameters=dict(self.rope_parameters),
+            rope_parameters=rope,
         )
 
 
@@ -87,7 +85,7 @@ def derive(
     eagle31: bool = False,
     overrides: dict[str, Any] | None = None,
 ) -> DraftConfig:
-    """The draft config for a target. draft_vocab_size None (or larger than the vocabulary) keeps the whole vocabulary."""
+    """The draft config for a target. draft_vocab_size None (or beyond the vocabulary) keeps the whole vocabulary."""
     heads, kv_heads, head_dim = _attention_shape(text_config)
     values: dict[str, Any] = {
         "hidden_size": text_config.hidden_size,
@@ -112,7 +110,7 @@ SIZES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "hea
 
 
 def read_overrides(path: Path) -> dict[str, Any]:
-    """The sizes a draft config file (ours, AngelSlim's, SpecForge's) sets; what follows from the target is not taken."""
+    """The sizes a draft config file (ours, AngelSlim's, SpecForge's) sets; what the target decides is not taken."""
     document = _read_json(path)
     fields = {field.name for field in dataclasses.fields(DraftConfig)}
     for key in document:
@@ -218,6 +216,11 @@ def rope_of(text_config: Any) -> dict[str, Any]:
     if "full_attention" in rope:
         rope = rope["full_attention"]
     rope = {"rope_type": "default", **rope}
+    if rope["rope_type"] == "dynamic" and rope.get("alpha"):
+        # Hunyuan: "dynamic" by name, but a fixed stretch of the base. Said this way, every engine computes the same.
+        head_dim = _attention_shape(text_config)[2]
+        rope_theta = rope["rope_theta"] * rope["alpha"] ** (head_dim / (head_dim - 2))
+        rope = {"rope_type": "default", "rope_theta": rope_theta}
     if text_config.__dict__.get("kv_lora_rank") or getattr(text_config, "kv_lora_rank", None):
         rope.pop("partial_rotary_factor", None)  # latent attention rotates a slice of its own; the draft is plain
     return rope

@@ -86,7 +86,7 @@ class DraftModel(nn.Module):
         self.midlayer = MidLayer(config)
         self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
-        self.rotary = LlamaRotaryEmbedding(config.llama_config())
+        self.rotary = LlamaRotaryEmbedding(config.rotary_config())
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.ones(config.vocab_size, dtype=torch.bool))
         self.bind_embedding(embedding)

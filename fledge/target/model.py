@@ -137,7 +137,7 @@ class Target:
         taps: bool = True,
         **model_inputs: Any,
     ) -> TargetOutput:
-        """Hidden states for input_ids (B, T). `attention_mask` may be 2-D, an additive 4-D mask or a dict by layer type."""
+        """Hidden states for input_ids (B, T). `attention_mask`: 2-D, additive 4-D, or a dict of these by layer type."""
         self._taps = {} if taps else None
         try:
             output = self.model.base_model(
@@ -217,8 +217,8 @@ def default_device() -> torch.device:
 def _refuse_bad_weights(model: nn.Module, missing: Sequence[str], name: str) -> None:
     if missing:
         raise UserError(
-            f"{name}: {len(missing)} weights are missing from its files (first {sorted(missing)[0]}) and would be random. "
-            f"Get a complete checkpoint."
+            f"{name}: {len(missing)} weights are missing from its files (first {sorted(missing)[0]}) and would be "
+            f"random. Get a complete checkpoint."
         )
     bad = [
         key for key, tensor in model.named_parameters() if tensor.is_floating_point() and not tensor.isfinite().all()
