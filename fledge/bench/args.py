@@ -101,7 +101,7 @@ class OutputArgs:
     no_metrics: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only generate and write results.jsonl: no quality checks, no summary, no report."""
     samples: int = 2
-    """Answers per set shown in the report with accepted and rejected draft tokens coloured (generated apart, untimed)."""
+    """Answers per set shown in the report with kept and refused draft tokens coloured (generated apart, untimed)."""
     run_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Run the code the model wrote for humaneval against its unit tests, in a restricted subprocess (pass@1)."""
 
@@ -176,7 +176,7 @@ class BenchArgs:
             "--num-gpus-total": (self.workers.num_gpus_total, 0),
             "--num-workers": (self.workers.num_workers, 1),
             "--samples": (self.output.samples, 0),
-            **{"--concurrency": (number, 1) for number in sorted(self.server.concurrency, reverse=True)},
+            "--concurrency": (min(self.server.concurrency), 1),
         }
         if isinstance(self.decoding.total_token, int):
             numbers["--total-token"] = (self.decoding.total_token, 2)

@@ -1,7 +1,7 @@
 """Three kinds of chart as inline SVG: horizontal bars, columns, lines. No script, no network.
 
-Colours are classes (`s0`, `s1`, ... for series; `ink`, `faint`, `grid`), so that the page's style sheet can give them one
-value for light and one for dark. Text sits in the SVG at the size of the page's small print. Knows numbers and labels.
+Colours are classes (`s0`, `s1`, ... for series; `ink`, `faint`, `grid`), so that the page's style sheet can give them
+one value for light and one for dark. Text has the size of the page's small print. Knows numbers and labels.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from html import escape
 
 WIDTH = 460
 ROW = 30
-CHARACTER = 6.4  # mean width of a character at 12 px, for layout
+CHARACTER = 7.3  # mean width of a character at 12 px, for layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +57,7 @@ def bars(rows: Sequence[Bar], *, description: str, mark: float | None = None, ma
         body.append(_text(left - 8, y + 18, row.label, "ink", "end"))
         x = left
         for value, style in row.parts:
-            body.append(
-                f'<rect class="{style}" x="{x:.1f}" y="{y + 5}" width="{max(value * scale, 0.5):.1f}" height="18"/>'
-            )
+            body.append(_rect(x, y + 5, max(value * scale, 0.5), 18, style))
             x += value * scale
         if row.interval:
             low, high = (left + end * scale for end in row.interval)
@@ -82,7 +80,7 @@ def columns(
         middle = 10 + step * (index + 0.5)
         tall = (base - top) * value / peak
         body += [
-            f'<rect class="s0" x="{middle - width / 2:.1f}" y="{base - tall:.1f}" width="{width:.1f}" height="{tall:.1f}"/>',
+            _rect(middle - width / 2, base - tall, width, tall, "s0"),
             _text(middle, base - tall - 6, text, "ink", "middle"),
             _text(middle, base + 17, label, "faint", "middle"),
         ]
@@ -112,7 +110,7 @@ def lines(
         text = f"{value:.0%}" if percent else f"{value:.1f}"
         body += [_line(left, y, WIDTH - right, y, "grid"), _text(left - 8, y + 4, text, "faint", "end")]
     body += [_text(spot(i, floor)[0], base + 17, label, "faint", "middle") for i, label in enumerate(labels)]
-    taken: list[float] = []
+    ends: list[tuple[float, float, str, str]] = []
     for number, line in enumerate(series):
         spots = [(*spot(index, value), value) for index, value in enumerate(line.values) if value is not None]
         if not spots:
@@ -122,18 +120,19 @@ def lines(
         body.append(f'<polyline class="line {style}" points="{path}"/>')
         body += [_point(x, y, style, number) for x, y, _ in spots]
         x, y, value = spots[-1]
-        y = _free(y, taken)
-        body.append(_text(x + 9, y + 4, f"{value:.0%}" if percent else f"{value:.2f}", f"{style} value"))
+        ends.append((x, y, f"{value:.0%}" if percent else f"{value:.2f}", f"{style} value"))
+    body += _end_labels(ends)
     body.append(_text((left + WIDTH - right) / 2, height - 4, axis, "faint", "middle"))
     return _svg(height, body, description)
 
 
-def _free(y: float, taken: list[float]) -> float:
-    """A height for a label that keeps 13 px from those already placed."""
-    while any(abs(y - other) < 13 for other in taken):
-        y += 3
-    taken.append(y)
-    return y
+def _end_labels(ends: list[tuple[float, float, str, str]]) -> list[str]:
+    """The last value beside each line, in the lines' order from top to bottom, 13 px apart at least."""
+    placed, last = [], -100.0
+    for x, y, text, style in sorted(ends, key=lambda end: end[1]):
+        last = max(y, last + 13)
+        placed.append(_text(x + 9, last + 4, text, style))
+    return placed
 
 
 def _point(x: float, y: float, style: str, number: int) -> str:
@@ -147,6 +146,10 @@ def _point(x: float, y: float, style: str, number: int) -> str:
 
 def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
     return f'<line class="{style}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _rect(x: float, y: float, width: float, height: float, style: str) -> str:
+    return f'<rect class="{style}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"/>'
 
 
 def _text(x: float, y: float, text: str, style: str, anchor: str = "start") -> str:

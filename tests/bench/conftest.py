@@ -9,25 +9,11 @@ import pytest
 
 from fledge.bench.args import BenchArgs, DecodingArgs, ModelArgs, OutputArgs, PromptArgs, WorkerArgs
 from fledge.bench.run import Placement, run
+from fledge.decoding.records import Generation
 
 EOS = 0
 PLAIN_S, VERIFY_S, DRAFT_S, OTHER_S, PREFILL_S = 0.010, 0.012, 0.003, 0.001, 0.005
 DEPTH = 3
-
-
-@dataclasses.dataclass
-class FakeGeneration:
-    """The fields of the decoding stage's Generation."""
-
-    token_ids: list[int]
-    accepted: list[int]
-    drafted_depth: int
-    finish_reason: str
-    ttft_s: float
-    decode_s: float
-    phases_s: dict[str, float]
-    num_forwards: int
-    rounds: list | None = None
 
 
 @dataclasses.dataclass
@@ -71,7 +57,7 @@ class FakeEngine:
         if side == "baseline" or self.mode == "aa":
             slow = self.slowdown if side == "eagle" else 1.0
             seconds = PLAIN_S * (len(ids) - 1) * noise * slow
-            return FakeGeneration(
+            return Generation(
                 ids, [], 0, reason, PREFILL_S, seconds, {"prefill": PREFILL_S, "verify": seconds}, len(ids) - 1
             )
         accepted, left = [], len(ids) - 1
@@ -85,7 +71,7 @@ class FakeEngine:
         rounds = len(accepted)
         parts = {"verify": VERIFY_S, "draft": DRAFT_S, "accept": OTHER_S / 2, "other": OTHER_S / 2}
         phases = {name: cost * rounds * noise * self.slowdown for name, cost in parts.items()}
-        return FakeGeneration(
+        return Generation(
             ids, accepted, DEPTH, reason, PREFILL_S, sum(phases.values()), {"prefill": PREFILL_S, **phases}, rounds,
             [] if trace else None,
         )  # fmt: skip
@@ -134,7 +120,7 @@ def fake_run():
 
     def go(args: BenchArgs, engine: FakeEngine | None = None, *, num_workers: int = 1, settings: dict | None = None):
         run(args, engine or FakeEngine(mode=args.model.mode), Placement(num_workers, 0),
-            settings or {"mode": args.model.mode, "seed": args.decoding.seed})  # fmt: skip
+            settings or {"mode": args.model.mode, **dataclasses.asdict(args.decoding)})  # fmt: skip
         return args.output_dir
 
     return go

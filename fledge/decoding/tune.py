@@ -1,0 +1,258 @@
+"""Which draft tree is fastest on this machine with this head.
+
+    tokens per second of a tree (n nodes, L levels, k children) = E(n, L, k) / (V(n) + D(k, L) + o)
+
+V(n), the target's time for n tokens, D, the head's time for a tree, and o, the rest of a round, are measured here. So
+is E, the tokens emitted per round: along answers the target itself wrote, the head drafts the largest tree of every k
+once per position, and where the true continuation ranks among the candidates says how many of its tokens each smaller
+tree would have kept: a tree of n nodes keeps the best n - 1 by score, so one pass answers for all n and L. The choice
+is then confirmed by real decoding beside the default tree and plain decoding. Knows target, head and prompts.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fledge import provenance
+from fledge.console import progress
+from fledge.decoding.drafting import Drafter, candidate_levels
+from fledge.decoding.generate import generate_plain, generate_speculative
+from fledge.decoding.records import Generation, Sampling, TreeShape
+from fledge.decoding.tree import Tree, ancestors_of
+from fledge.decoding.tree_profile import TreeProfile
+from fledge.decoding.verifying import verifier_of
+from fledge.draft.model import DraftModel
+from fledge.errors import UserError
+from fledge.target.model import Target
+
+NODES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 60, 80, 96)
+WIDTHS = (1, 2, 3, 4, 6, 8, 10)
+MAX_LEVELS = 8
+POSITIONS_PER_ANSWER = 24
+TIMINGS = 5
+DEFAULT = TreeShape()
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Seconds per round, by part."""
+
+    plain_s: float
+    verify_s: dict[int, float]  # by number of nodes
+    draft_s: dict[tuple[int, int], float]  # by top_k and levels
+    overhead_s: float
+
+    def round_s(self, nodes: int, levels: int, width: int) -> float:
+        """One round of a tree; between two measured node counts the time is interpolated."""
+        sizes = sorted(self.verify_s)
+        verify = float(np.interp(nodes, sizes, [self.verify_s[size] for size in sizes]))
+        return verify + self.draft_s[width, levels] + self.overhead_s
+
+
+Ranks = dict[int, list[np.ndarray]]  # by top_k, per position: (MAX_LEVELS, MAX_LEVELS) [levels - 1, path level - 1]
+
+
+@torch.inference_mode()
+def tune(
+    target: Target, draft: DraftModel, prompts: Sequence[list[int]], *, sampling: Sampling, max_new_tokens: int,
+    eos_token_ids: Sequence[int] | None = None,
+) -> TreeProfile:  # fmt: skip
+    """Measure costs and acceptance on these prompts, choose the best tree, confirm it by real decoding."""
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "sampling": sampling, "eos_token_ids": eos_token_ids,
+    }  # fmt: skip
+    generate_plain(target, prompts[0], **{**options, "max_new_tokens": 8})  # warm-up
+    answers = [generate_plain(target, prompt, **options).token_ids for prompt in prompts]
+    pairs = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if len(answer) > MAX_LEVELS]
+    if not pairs:
+        raise UserError(
+            f"all {len(prompts)} answers are shorter than {MAX_LEVELS + 1} tokens: too short to tune a tree on. Use "
+            f"prompts that ask for more, or a larger --max-new-token."
+        )
+    widths = [width for width in WIDTHS if width <= draft.config.draft_vocab_size]
+    with progress("tune", len(widths) + len(NODES) + 3) as bar:
+        ranks: Ranks = {}
+        for width in widths:
+            ranks[width] = list(ranks_along(target, draft, pairs, width))
+            bar.advance(note=f"acceptance, top_k {width}")
+        costs = measure_costs(target, draft, pairs[0], widths, options, lambda note: bar.advance(note=note))
+        curve = best_by_nodes(ranks, costs)
+        best = max(curve, key=lambda point: point["tokens_per_s"])
+        tree = TreeShape(int(best["total_token"]), int(best["depth"]), int(best["top_k"]))
+        measured = confirm(target, draft, [prompt for prompt, _ in pairs], tree, options)
+        bar.advance(2, note="confirmed")
+    return TreeProfile(
+        tree=tree, tau=best["tau"], tokens_per_s=best["tokens_per_s"], plain_tokens_per_s=1.0 / costs.plain_s,
+        temperature=sampling.temperature, measured=measured, curve=curve, hardware=provenance.hardware(),
+        costs={
+            "verify_s": costs.verify_s, "overhead_s": costs.overhead_s,
+            "draft_s": {f"{width}x{levels}": seconds for (width, levels), seconds in costs.draft_s.items()},
+        },
+    )  # fmt: skip
+
+
+# -- acceptance --------------------------------------------------------------------------------------------------------
+
+
+def ranks_along(
+    target: Target, draft: DraftModel, pairs: Sequence[tuple[list[int], list[int]]], width: int
+) -> Iterator[np.ndarray]:
+    """For positions spread over every answer: the ranks of the true continuation in the head's largest tree."""
+    levels = candidate_levels(width, MAX_LEVELS).numpy()
+    for prompt, answer in pairs:
+        tokens = torch.tensor(prompt + answer, device=target.device)
+        taps = target.forward(tokens[None]).tap_hidden
+        assert taps is not None
+        features = draft.fuse(taps[0])
+        drafter = Drafter(draft, TreeShape(len(levels) + 1, MAX_LEVELS - 1, width), len(tokens))
+        done = 1  # token 0 has no feature before it
+        for root in positions(len(prompt), len(answer)):
+            hidden = drafter.extend(tokens[done : root + 1], features[done - 1 : root])
+            done = root + 1
+            scores, drafted, parents = (x.float().cpu().numpy() for x in drafter.candidates(hidden, MAX_LEVELS))
+            truth = (prompt + answer)[root + 1 : root + 1 + MAX_LEVELS]
+            yield continuation_ranks(scores, drafted, parents, levels, truth)
+
+
+def positions(prompt_len: int, answer_len: int) -> list[int]:
+    """Roots spread evenly over an answer, each with a whole tree's depth of answer behind it."""
+    last = prompt_len + answer_len - 1 - MAX_LEVELS
+    return sorted({int(p) for p in np.linspace(prompt_len, max(prompt_len, last), POSITIONS_PER_ANSWER)} - {0})
+
+
+def continuation_ranks(
+    scores: np.ndarray, tokens: np.ndarray, parents: np.ndarray, levels: np.ndarray, truth: Sequence[int]
+) -> np.ndarray:
+    """Rank of the j-th true token's node among the candidates of the first L levels, at [L - 1, j - 1].
+
+    Infinite where the tree does not hold the token. A tree of n nodes holds the ranks below n - 1.
+    """
+    ranks = np.full((MAX_LEVELS, MAX_LEVELS), np.inf)
+    node = -1
+    for level, token in enumerate(truth, start=1):
+        found = np.flatnonzero((levels == level) & (parents == node) & (tokens == token))
+        if not len(found):
+            break
+        node = found[0]
+        better = (scores > scores[node]) | ((scores == scores[node]) & (np.arange(len(scores)) < node))
+        for limit in range(level, MAX_LEVELS + 1):
+            ranks[limit - 1, level - 1] = np.count_nonzero(better & (levels <= limit))
+    return ranks
+
+
+def expected_tau(ranks: Sequence[np.ndarray], nodes: int, levels: int) -> float:
+    """Mean tokens per round of a tree: one, and one for every true token it holds (ranks rise along the path)."""
+    return 1.0 + float(np.mean([np.count_nonzero(one[levels - 1] < nodes - 1) for one in ranks]))
+
+
+def best_by_nodes(ranks: Ranks, costs: Costs) -> list[dict[str, float]]:
+    """For every number of nodes the levels and children with most expected tokens per second."""
+    curve = []
+    for nodes in NODES:
+        points = []
+        for width, some in ranks.items():
+            if width > nodes - 1 and width > 1:  # decoding would narrow it to nodes - 1
+                continue
+            for levels in range(1, min(MAX_LEVELS, nodes - 1) + 1):
+                tau = expected_tau(some, nodes, levels)
+                speed = tau / costs.round_s(min(nodes, candidate_count(width, levels) + 1), levels, width)
+                points.append(
+                    {"total_token": nodes, "depth": levels - 1, "top_k": width, "tau": tau, "tokens_per_s": speed}
+                )
+        curve.append(max(points, key=lambda point: point["tokens_per_s"]))
+    return curve
+
+
+def candidate_count(width: int, levels: int) -> int:
+    """Candidates of a tree: `width` of level 1, `width` squared of every further one."""
+    return width + width * width * (levels - 1)
+
+
+# -- costs -------------------------------------------------------------------------------------------------------------
+
+
+def measure_costs(
+    target: Target, draft: DraftModel, pair: tuple[list[int], list[int]], widths: Sequence[int],
+    options: dict[str, Any], step: Callable[[str], None],
+) -> Costs:  # fmt: skip
+    """Time the parts of a round in the middle of an answer."""
+    prompt, answer = pair
+    tokens = prompt + answer[: len(answer) // 2]
+    verify_s: dict[int, float] = {}
+    for nodes in NODES:
+        verify_s[nodes] = verify_time(target, tokens, nodes)
+        step(f"verifying {nodes} tokens")
+    draft_s = {
+        (width, levels): seconds for width in widths for levels, seconds in draft_times(target, draft, tokens, width)
+    }
+    run = generate_speculative(target, draft, prompt, tree=TreeShape(8, 2, 2), **{**options, "max_new_tokens": 32})
+    overhead = (run.phases_s["accept"] + run.phases_s["other"]) / max(run.num_forwards, 1)
+    step("drafting")
+    return Costs(verify_time(target, tokens, 1), verify_s, draft_s, overhead)
+
+
+def verify_time(target: Target, tokens: list[int], nodes: int) -> float:
+    """Seconds for one forward and head over `nodes` tokens behind a prefix."""
+    verifier, device = verifier_of(target), target.device
+    parents = torch.zeros(nodes, dtype=torch.int64, device=device)
+    levels = (torch.arange(nodes, device=device) > 0).long()
+    ids = torch.tensor(tokens, device=device)
+    tree = Tree(ids[-1:].repeat(nodes), parents, levels, ancestors_of(parents, 1))
+    with verifier.session(len(tokens) + nodes):
+        verifier.prefill(ids, taps=False)
+        return median_time(lambda: target.head(verifier.verify(tree, 1, taps=nodes > 1).last_hidden[0]), device)
+
+
+def draft_times(target: Target, draft: DraftModel, tokens: list[int], width: int) -> Iterator[tuple[int, float]]:
+    """Seconds to follow three new tokens and grow a tree, for every number of levels."""
+    device = target.device
+    drafter = Drafter(draft, TreeShape(NODES[-1], MAX_LEVELS - 1, width), len(tokens) + 8)
+    ids = torch.tensor(tokens, device=device)
+    features = torch.zeros(len(tokens), draft.config.hidden_size, device=device, dtype=draft.fc.weight.dtype)
+    drafter.extend(ids, features)
+    length = drafter.cache.length
+
+    def once(levels: int) -> None:
+        drafter.cache.length = length
+        drafter.cache.rewind()
+        drafter.grow(ids[-1:], drafter.extend(ids[-3:], features[-3:]), levels)
+
+    short = median_time(lambda: once(1), device)
+    long = median_time(lambda: once(MAX_LEVELS), device)
+    for levels in range(1, MAX_LEVELS + 1):
+        yield levels, short + (long - short) * (levels - 1) / (MAX_LEVELS - 1)
+
+
+def median_time(call: Callable[[], Any], device: torch.device) -> float:
+    """Median seconds of a call, the device waited for, after one call to warm up."""
+    wait: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    seconds = []
+    for _ in range(TIMINGS + 1):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[1:]))
+
+
+def confirm(
+    target: Target, draft: DraftModel, prompts: Sequence[list[int]], tree: TreeShape, options: dict[str, Any]
+) -> dict[str, float]:
+    """Real decoding speeds on the same prompts, interleaved: plain, the chosen tree, the default tree."""
+    ways: dict[str, Callable[[list[int]], Generation]] = {
+        "plain": lambda prompt: generate_plain(target, prompt, **options),
+        "chosen": lambda prompt: generate_speculative(target, draft, prompt, tree=tree, **options),
+        "default": lambda prompt: generate_speculative(target, draft, prompt, tree=DEFAULT, **options),
+    }
+    tokens, seconds = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0.0)
+    for prompt in prompts:
+        for way, generate in ways.items():
+            made = generate(prompt)
+            tokens[way] += len(made.token_ids) - 1
+            seconds[way] += made.decode_s
+    return {way: tokens[way] / seconds[way] for way in ways}

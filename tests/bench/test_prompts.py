@@ -1,0 +1,164 @@
+"""Where questions come from, and what happens when they are not there."""
+
+import gzip
+import json
+
+import pytest
+
+from fledge.bench import hub
+from fledge.bench.prompts import NAMED_SETS, QUICK_FILE, dataset_label, load_questions, read_question_file
+from fledge.errors import UserError
+
+
+def write_set(folder, name, count=5):
+    path = folder / name / "question.jsonl"
+    path.parent.mkdir(parents=True)
+    rows = [{"question_id": 100 + i, "category": "c", "turns": [f"question {i}", "and then?"]} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_quick_set_is_in_the_package():
+    questions = load_questions("quick")
+    assert len(questions) >= 40 and QUICK_FILE.parent.name == "bench"
+    assert sum(len(question.turns) > 1 for question in questions) >= 5
+    assert len({question.turns[0] for question in questions}) == len(questions)
+
+
+def test_named_set_comes_from_bench_dir(tmp_path):
+    write_set(tmp_path, "gsm8k")
+    questions = load_questions("gsm8k", bench_dir=tmp_path)
+    assert [question.id for question in questions] == ["100", "101", "102", "103", "104"]
+    assert questions[0].turns == ("question 0", "and then?")
+
+
+def test_bench_dir_from_the_environment(tmp_path, monkeypatch):
+    write_set(tmp_path, "qa")
+    monkeypatch.setenv("FLEDGE_BENCH_DIR", str(tmp_path))
+    assert len(load_questions("qa")) == 5
+
+
+def test_question_begin_and_end_cut_the_set(tmp_path):
+    write_set(tmp_path, "sum")
+    chosen = load_questions("sum", bench_dir=tmp_path, begin=1, end=3)
+    assert [question.id for question in chosen] == ["101", "102"]
+    with pytest.raises(UserError, match="no question left of 5"):
+        load_questions("sum", bench_dir=tmp_path, begin=7)
+
+
+def test_missing_set_names_the_path_and_what_is_there(tmp_path):
+    write_set(tmp_path, "gsm8k")
+    with pytest.raises(UserError, match=r"alpaca.question.jsonl: no such file .* has gsm8k"):
+        load_questions("alpaca", bench_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMED_SETS)
+def test_without_folder_and_hub_the_error_says_how_to_provide_the_set(name, monkeypatch):
+    import datasets
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.delenv("FLEDGE_BENCH_DIR", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(hub, "human_eval_problems", list)
+    with pytest.raises(UserError, match=f"DIR/{name}/question.jsonl"):
+        load_questions(name)
+
+
+HUB_ROWS = {
+    "mt_bench": {"prompt": ["one", "two"], "category": "writing", "reference": []},
+    "humaneval": {"prompt": "def f():\n", "canonical_solution": "", "test": "def check(c): c()", "entry_point": "f"},
+    "gsm8k": {"question": "1+1?", "answer": "#### 2"},
+    "alpaca": {"instruction": "Add.", "input": "1 2", "output": "3"},
+    "qa": {"question": "who?", "answer": ["me", "I"]},
+    "sum": {"article": "long", "highlights": "short"},
+    "math500": {"problem": "1+1", "answer": "2", "subject": "algebra"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMED_SETS)
+def test_hub_sets_become_80_questions_always_the_same(name, monkeypatch):
+    import datasets
+
+    rows = [{**HUB_ROWS[name], "n": number} for number in range(200)]
+    monkeypatch.delenv("FLEDGE_BENCH_DIR", raising=False)
+    monkeypatch.setattr(hub, "human_eval_problems", list)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, config, split: rows)
+    questions = load_questions(name)
+    assert len(questions) == 80 and len({question.id for question in questions}) == 80
+    assert questions == load_questions(name)
+    assert all(turn for question in questions for turn in question.turns)
+    if name == "humaneval":
+        assert questions[0].code_check == {key: HUB_ROWS[name][key] for key in ("prompt", "test", "entry_point")}
+
+
+def test_human_eval_package_serves_humaneval_and_its_tests(tmp_path, monkeypatch):
+    """The package needs no hub; questions in EAGLE's format find their unit tests in it by the function's text."""
+    data = tmp_path / "human_eval" / "data"
+    data.mkdir(parents=True)
+    (data.parent / "__init__.py").touch()
+    problem = {**HUB_ROWS["humaneval"], "task_id": "HumanEval/0"}
+    with gzip.open(data / "HumanEval.jsonl.gz", "wt") as file:
+        file.write(json.dumps(problem) + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delenv("FLEDGE_BENCH_DIR", raising=False)
+    assert load_questions("humaneval")[0].code_check["entry_point"] == "f"
+
+    path = tmp_path / "sets" / "humaneval" / "question.jsonl"
+    path.parent.mkdir(parents=True)
+    rows = [{"turns": ["Complete the code I provided.\ndef f():\n"]}, {"turns": ["Complete the code.\ndef g():\n"]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_questions("humaneval", bench_dir=tmp_path / "sets")
+    assert found[0].code_check["test"] == problem["test"] and found[1].code_check is None
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"turns": ["hi"]},
+        {"prompt": "hi"},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "no"}]},
+    ],
+)
+def test_a_file_may_use_any_usual_spelling(tmp_path, row):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(row) + "\n\n")
+    (question,) = load_questions(str(path))
+    assert question.turns == ("hi",) and question.dataset == "mine"
+
+
+def test_system_prompt_is_kept(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    path.write_text(json.dumps({"messages": messages}))
+    assert load_questions(str(path))[0].system == "be brief"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"turns": ["a"]}\n{"turns": ', ":2: not valid JSON"),
+        ('{"question_id": 1, "turns": ["a"]}\n{"question_id": 1, "turns": ["b"]}', ":2: question id '1' was already"),
+        ('{"question": "a"}', "needed a non-empty `turns`"),
+        ('{"turns": [""]}', "needed a non-empty `turns`"),
+        ("[1]", "found list"),
+        ("\n", "no questions"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, text, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_question_file(path, "bad")
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'gsm8k'"):
+        load_questions("gsm8")
+
+
+def test_a_question_file_is_called_by_its_folder(tmp_path):
+    assert dataset_label(str(tmp_path / "mine" / "question.jsonl")) == "mine"
+    assert dataset_label("x/y/own.jsonl") == "own"

@@ -1,0 +1,100 @@
+"""Scores and the comparison of outputs."""
+
+import pytest
+
+from fledge.bench.prompts import Question
+from fledge.bench.quality import code_of, compare_outputs, first_difference, last_number, same_boxed, score_answer
+from fledge.bench.sandbox import passes_tests
+
+
+class Asked:
+    """An engine that says which prefix it was asked about."""
+
+    def __init__(self, gap, spacing=0.01, best=(5, 6)):
+        self.answer = {"token_ids": list(best), "gap": gap, "spacing": spacing}
+
+    def top2(self, token_ids):
+        self.prefix = token_ids
+        return self.answer
+
+    def mean_log_likelihood(self, prompt_ids, token_ids):
+        return -float(len(token_ids))
+
+
+def test_first_difference():
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 9, 3]) == 1
+    assert first_difference([1, 2], [1, 2, 3]) == 2
+
+
+def test_a_difference_at_a_near_tie_is_explained_by_rounding():
+    engine = Asked(gap=0.03)
+    check = compare_outputs(engine, [1], {"baseline": [4, 5, 7], "eagle": [4, 6, 7]}, greedy=True)
+    assert engine.prefix == [1, 4]
+    assert check["tie"] and check["position"] == 1 and check["spacings"] == pytest.approx(3)
+
+
+@pytest.mark.parametrize(("gap", "best"), [(0.5, (5, 6)), (0.03, (5, 8))])
+def test_a_difference_at_a_clear_favourite_or_another_token_is_not(gap, best):
+    check = compare_outputs(Asked(gap, best=best), [1], {"baseline": [4, 5], "eagle": [4, 6]}, greedy=True)
+    assert not check["tie"]
+
+
+def test_sampled_outputs_are_compared_by_likelihood():
+    check = compare_outputs(Asked(0.0), [1], {"baseline": [4, 5], "eagle": [4]}, greedy=False)
+    assert check == {"baseline_log_likelihood": -2.0, "eagle_log_likelihood": -1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("so 12 + 30 = 42.", 42), ("about $1,234.50 in all", 1234.5), ("it is -3", -3), ("none", None), ("#### 99", 99)],
+)
+def test_last_number(text, number):
+    assert last_number(text) == number
+
+
+def test_gsm8k_and_math_scores():
+    question = Question("gsm8k", "0", "", ("?",), reference=("7+3=<<7+3=10>>10\n#### 10",))
+    assert score_answer(question, "The answer is 10.", run_code=False) is True
+    assert score_answer(question, "The answer is 10, no, 11.", run_code=False) is False
+    assert same_boxed(r"so \boxed{\frac{1}{2}}.", r"$\dfrac{1}{2}$")
+    assert not same_boxed(r"so \boxed{3}", "4") and not same_boxed("3", "3")
+
+
+def test_sets_without_an_answer_have_no_score():
+    assert score_answer(Question("mt_bench", "0", "", ("?",), reference=("x",)), "x", run_code=False) is None
+
+
+CHECK = {
+    "prompt": "from typing import List\n\n\ndef double(x: int) -> int:\n    '''Twice x.'''\n",
+    "test": "def check(candidate):\n    assert candidate(2) == 4\n",
+    "entry_point": "double",
+}
+HUMANEVAL = Question("humaneval", "0", "code", ("?",), code_check=CHECK)
+
+
+def test_code_runs_only_when_asked():
+    assert score_answer(HUMANEVAL, "    return 2 * x\n", run_code=False) is None
+    assert score_answer(HUMANEVAL, "    return 2 * x\n", run_code=True) is True
+    assert score_answer(HUMANEVAL, "    return 3 * x\n", run_code=True) is False
+
+
+def test_code_is_found_in_a_fenced_block():
+    answer = "Sure!\n```python\ndef double(x):\n    return x + x\n```\nDone."
+    assert code_of(answer, CHECK["prompt"]).startswith("from typing import List")
+    assert score_answer(HUMANEVAL, answer, run_code=True) is True
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def double(x):\n    while True: pass",
+        "def double(x):\n    return bytearray(4 << 30) and 4",
+        "def double(x):\n    open('big', 'wb').write(b'x' * (4 << 20)); return 4",
+        "import os, sys\nprint('all tests passed'); sys.stdout.flush(); os._exit(1)",
+        "def double(x):\n    import os\n    return 4 if os.environ.get('HOME') else 5",
+    ],
+    ids=["endless", "memory", "disk", "pretended", "environment"],
+)
+def test_the_sandbox_stops_bad_code(code):
+    assert passes_tests(code, CHECK, time_limit_s=2.0) is False
