@@ -27,10 +27,10 @@ ROLES = {
 }  # fmt: skip
 ID_KEYS = ("id", "conversation_id", "prompt_id", "uid")
 FORMAT_KEYS = {
+    "auto": ("conversations", "conversation", "messages", "data"),
     "sharegpt": ("conversations", "conversation"),
     "ultrachat": ("messages", "data"),
     "messages": ("messages",),
-    "auto": ("conversations", "conversation", "messages", "data"),
 }
 TOKEN_KEYS = ("token_ids", "completion_token_ids", "completion_ids", "input_ids")
 HOPELESS_ROWS = 200  # this many rows and not one good: stop at once instead of reading a million more

@@ -311,9 +311,10 @@ def _encode_in_worker(batch: list[Conversation], max_length: int | None, min_sup
 
 
 def _unpack(packed: Packed) -> list[list[Sample] | Reject]:
+    as_tensor = torch.from_numpy
     return [
         result if isinstance(result, Reject)
-        else [Sample(id, torch.from_numpy(ids), torch.from_numpy(mask), *rest) for id, ids, mask, *rest in result]
+        else [Sample(id, as_tensor(ids), as_tensor(mask), cut, lost) for id, ids, mask, cut, lost in result]
         for result in packed
     ]  # fmt: skip
 

@@ -33,6 +33,7 @@ class Row:
 
 def read_rows(path_or_name: str, split: str = "train") -> Iterator[Row]:
     """Stream the rows of a file, a folder of files, a saved `datasets` folder or a hub data set."""
+    check_source(path_or_name)
     path = Path(path_or_name).expanduser()
     if path.is_dir() and (path / "dataset_info.json").is_file():
         yield from _saved_dataset_rows(path)
@@ -134,10 +135,11 @@ def _json_lines(stream: IO[bytes] | gzip.GzipFile, file: Path, key: str) -> Iter
 def _json_array(file: Path, key: str) -> Iterator[Row]:
     """The elements of a JSON array, decoded one by one from a moving window over the file."""
     decoder = json.JSONDecoder()
-    window, line, index = "", 1, 0
+    line, index = 1, 0
     with open(file, encoding="utf-8-sig") as stream:
-        window = stream.read(CHUNK).lstrip()[1:]
-        position = 0
+        while not (window := stream.read(CHUNK)).strip():
+            line += window.count("\n")
+        position = window.index("[") + 1
         while True:
             position = _skip(window, position, " \t\r\n,")
             line += window.count("\n", 0, position)
@@ -179,10 +181,6 @@ def _saved_dataset_rows(path: Path) -> Iterator[Row]:
 def _hub_rows(name: str, split: str) -> Iterator[Row]:
     """Stream a hub data set, `org/name` or `org/name:configuration`."""
     repository, _, configuration = name.partition(":")
-    if name.endswith(SUFFIXES) or name.startswith((".", "/", "~")) or repository.count("/") > 1 or not name:
-        raise UserError(
-            f"{name or '(empty path)'}: no such file or folder. Check the path (current folder: {Path.cwd()})."
-        )
     import datasets
 
     try:

