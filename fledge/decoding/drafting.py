@@ -38,7 +38,9 @@ class Drafter:
         self.cache = DraftCache(
             config.num_key_value_heads, config.head_dim, capacity + tree_rows, weight.dtype, weight.device
         )
-        self.rope = draft.rope(torch.arange(capacity, device=weight.device))
+        # Rows past the last position are never needed; clamped, they cannot switch a length-dependent rope either.
+        positions = torch.arange(capacity + shape.levels, device=weight.device)
+        self.rope = draft.rope(positions.clamp(max=config.max_position_embeddings - 1))
         self._blocked = torch.finfo(weight.dtype).min
         self._mask = torch.zeros(self.width, capacity + tree_rows, dtype=weight.dtype, device=weight.device)
         self._itself = torch.zeros(self.width, self.width, dtype=weight.dtype, device=weight.device)

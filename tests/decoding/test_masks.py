@@ -1,0 +1,77 @@
+"""Masks against the drawing and against transformers' own causal masks."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fledge.decoding.masks import FULL, Kind, Masks, kinds_of
+from fledge.decoding.tree import ancestors_of
+from fledge.errors import UserError
+
+PARENTS = torch.tensor([0, 0, 0, 1])
+POSITIONS = torch.tensor([3, 4, 4, 5])
+
+
+def masks(*kinds: Kind, causal_by_default: bool = True) -> Masks:
+    return Masks(list(kinds), torch.float32, torch.device("cpu"), causal_by_default=causal_by_default)
+
+
+def seen(mask: torch.Tensor) -> list[list[int]]:
+    assert set(mask.unique().tolist()) <= {0.0, torch.finfo(torch.float32).min}
+    return (mask[0, 0] == 0).int().tolist()
+
+
+def test_the_drawing():
+    sliding = Kind("sliding_attention", 3)
+    both = masks(FULL, sliding).tree(3, POSITIONS, ancestors_of(PARENTS, 2), 5)
+    assert seen(both["full_attention"]) == [
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0, 1, 0],
+        [1, 1, 1, 1, 1, 0, 1],
+    ]
+    assert seen(both["sliding_attention"]) == [
+        [0, 1, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 1, 0, 0],
+        [0, 0, 1, 1, 0, 1, 0],
+        [0, 0, 0, 1, 1, 0, 1],
+    ]
+
+
+def test_chunks_cut_where_positions_do():
+    mask = masks(Kind("chunked_attention", 4)).tree(3, POSITIONS, ancestors_of(PARENTS, 2), 5)
+    assert seen(mask) == [[1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0, 1]]
+
+
+def test_a_window_that_reaches_back_shares_the_full_mask():
+    both = masks(FULL, Kind("sliding_attention", 6)).tree(3, POSITIONS, ancestors_of(PARENTS, 2), 5)
+    assert both["sliding_attention"] is both["full_attention"]
+
+
+def test_one_row_needs_no_mask_until_the_window_is_full():
+    one, root = torch.ones(1, 1, dtype=torch.bool), torch.tensor([4])
+    assert masks(Kind("sliding_attention", 5)).tree(4, root, one, 4) is None
+    assert seen(masks(Kind("sliding_attention", 4)).tree(4, root, one, 4)) == [[0, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("window", [3, 20])
+def test_prompt_masks_are_transformers(window):
+    from transformers import MistralConfig
+    from transformers.masking_utils import create_sliding_window_causal_mask
+
+    config = MistralConfig(sliding_window=window)
+    config._attn_implementation = "eager"
+    theirs = create_sliding_window_causal_mask(config, torch.zeros(1, 9, 8), None, None)
+    ours = masks(Kind("sliding_attention", window), causal_by_default=False).causal(9)
+    assert torch.equal(ours, theirs)
+    assert (masks(Kind("sliding_attention", window)).causal(9) is None) == (window == 20)
+
+
+def test_kinds_come_from_the_config():
+    assert kinds_of(SimpleNamespace(), "t") == [FULL]
+    assert kinds_of(SimpleNamespace(sliding_window=9), "t") == [Kind("sliding_attention", 9)]
+    mixed = SimpleNamespace(layer_types=["sliding_attention", "full_attention"], sliding_window=9)
+    assert kinds_of(mixed, "t") == [FULL, Kind("sliding_attention", 9)]
+    with pytest.raises(UserError, match="t: layers of type 'linear_attention' keep a running state"):
+        kinds_of(SimpleNamespace(layer_types=["linear_attention", "full_attention"]), "t")
