@@ -25,6 +25,10 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "bench": Command("fledge.bench.run", "BenchArgs", "bench", "measure plain against speculative decoding"),
+    "report": Command(
+        "fledge.bench.compare", "ReportArgs", "report", "draw a benchmark report again, or compare several"
+    ),
     "train": Command("fledge.train.run", "TrainArgs", "train", "train a draft head, online or from stored states"),
     "inspect": Command("fledge.inspect", "InspectArgs", "inspect", "look into data, stored hidden states or a head"),
     "quickstart": Command("fledge.quickstart", "QuickstartArgs", "quickstart", "the whole path on a small real model"),

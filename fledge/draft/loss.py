@@ -13,6 +13,7 @@ incoming gradient.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from fledge.draft.ttt import Alignment
 
 # P taught positions, C chunk of them, K steps, S active rows, D draft vocab, V target vocab
 
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 64 * 2**20  # small enough that a chunk's matrices stay near a CPU's cache, large enough for its GEMMs
 Kind = Literal["kl", "lk"]
 Average = Literal["sequence", "token"]
 
@@ -49,7 +50,7 @@ class LossOutput:
     trained: Tensor  # (K,) rows that were asked
     hits: Tensor  # (K,) rows whose top-1 is the target's argmax; targets outside the draft vocabulary are misses
     prefix_hits: Tensor  # (K,) rows right at this step and at every earlier one
-    overlap: Tensor  # (K,) summed sum_v min(p(v), q(v)) against the target's full distribution: acceptance at T = 1
+    overlap: Tensor  # (K,) summed sum_v min(p(v), q(v)), the acceptance at T = 1; under KL only without gradient
     covered: Tensor  # () positions whose target argmax is a draft token
     positions: Tensor  # ()
 
@@ -74,8 +75,9 @@ def ttt_loss(
         states = states.to(torch.get_autocast_dtype(device_type))
     with torch.autocast(device_type, enabled=False):  # dtypes are chosen here: states' for the head, fp32 for the rest
         results = _FusedLoss.apply(
-            states, head_weight, last_hidden, teacher_head, draft_ids, t2d, alignment, settings, weights
-        )
+            states, head_weight, last_hidden, teacher_head, draft_ids, t2d, alignment, settings, weights,
+            torch.is_grad_enabled(),
+        )  # fmt: skip
     loss, step_loss, hits, overlap, covered = results
     trained = alignment.trained
     matrix = hits.new_zeros(states.shape[:2], dtype=torch.bool)  # (K, S)
@@ -110,45 +112,118 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, states: Tensor, head_weight: Tensor, last_hidden: Tensor, teacher_head: Callable[[Tensor], Tensor],
-        draft_ids: Tensor, t2d: Tensor, alignment: Alignment, settings: LossSettings, weights: Tensor,
+        draft_ids: Tensor, t2d: Tensor, alignment: Alignment, settings: LossSettings, weights: Tensor, wants_grad: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        num_steps, num_rows, size = states.shape
-        weight = head_weight.to(states.dtype)
-        wants_grad = any(ctx.needs_input_grad[:2])
-        grad_states = torch.zeros_like(states) if wants_grad else None
-        grad_weight = torch.zeros_like(head_weight, dtype=torch.float32) if wants_grad else None
-        step_loss = states.new_zeros(num_steps, dtype=torch.float32)
-        overlap = torch.zeros_like(step_loss)
-        total, covered = step_loss.new_zeros(()), torch.zeros((), dtype=torch.int64, device=states.device)
-        hits = torch.zeros(alignment.row_index.shape, dtype=torch.bool, device=states.device)
-        chunk = chunk_size(num_steps, len(draft_ids), len(t2d))
-        for start in range(0, len(alignment.positions), chunk):
-            part = slice(start, start + chunk)
+        sums = _Sums(states, head_weight, alignment, wants_grad)
+        per_chunk = chunk_size(len(states), len(draft_ids), len(t2d))
+        rows = _kl_rows if settings.kind == "kl" else _lk_rows
+        for start in range(0, len(alignment.positions), per_chunk):
+            part = slice(start, start + per_chunk)
             teacher = read_teacher(teacher_head(last_hidden[alignment.positions[part]]), draft_ids, t2d)
-            covered += teacher.covered.sum()
-            step, column = alignment.trained[:, part].nonzero(as_tuple=True)  # (R,) pairs of this chunk
-            rows = alignment.row_index[:, part][step, column]
-            inputs = states[step, rows]
-            row_weight = (weights[:, part][step, column] * teacher.covered[column]).float()
-            loss, hit, alpha, grad = _rows(inputs @ weight.T, teacher, column, row_weight, settings, wants_grad)
-            total += (loss * row_weight).sum()
-            step_loss.index_add_(0, step, loss * teacher.covered[column])
-            overlap.index_add_(0, step, alpha)
-            hits[step, column + start] = hit
-            if grad_states is not None and grad_weight is not None and grad is not None:
-                grad = grad.to(states.dtype)
-                grad_states[step, rows] = grad @ weight
-                grad_weight += grad.T @ inputs
+            rows(sums, part, teacher, weights[:, part] * teacher.covered, settings)
+            sums.covered += teacher.covered.sum()
         if wants_grad:
-            ctx.save_for_backward(grad_states, grad_weight)
+            ctx.save_for_backward(sums.grad_states, sums.grad_weight)
         ctx.head_dtype = head_weight.dtype
-        ctx.mark_non_differentiable(step_loss, hits, overlap, covered)
-        return total, step_loss, hits, overlap, covered
+        outputs = (sums.step_loss, sums.hits, sums.overlap, sums.covered)
+        ctx.mark_non_differentiable(*outputs)
+        return sums.total, *outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         grad_states, grad_weight = ctx.saved_tensors
-        return grad_states * grads[0], (grad_weight * grads[0]).to(ctx.head_dtype), *[None] * 7
+        return grad_states * grads[0], (grad_weight * grads[0]).to(ctx.head_dtype), *[None] * 8
+
+
+class _Sums:
+    """What a pass over the chunks adds up."""
+
+    def __init__(self, states: Tensor, head_weight: Tensor, alignment: Alignment, wants_grad: bool) -> None:
+        num_steps, device = len(states), states.device
+        self.states, self.weight, self.alignment = states, head_weight.to(states.dtype), alignment
+        self.wants_grad = wants_grad
+        self.grad_states = torch.zeros_like(states) if wants_grad else states
+        self.grad_weight = torch.zeros_like(head_weight, dtype=torch.float32) if wants_grad else head_weight
+        self.total = torch.zeros((), device=device)
+        self.step_loss, self.overlap = torch.zeros(num_steps, device=device), torch.zeros(num_steps, device=device)
+        self.hits = torch.zeros(alignment.row_index.shape, dtype=torch.bool, device=device)
+        self.covered = torch.zeros((), dtype=torch.int64, device=device)
+
+    def row_states(self, step: int, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """For a chunk of positions at one step: (C, H) states, their (C,) row numbers, and which are real."""
+        index = self.alignment.row_index[step, part]
+        real = index >= 0
+        index = index.clamp_min(0)
+        return self.states[step, index], index, real
+
+    def add_row_grads(self, step: int, index: Tensor, real: Tensor, grad: Tensor) -> None:
+        self.grad_states[step, index[real]] = grad[real].to(self.grad_states.dtype)
+
+
+def _kl_rows(sums: _Sums, part: slice, teacher: "TeacherChunk", weights: Tensor, settings: LossSettings) -> None:
+    """Cross-entropy of one chunk at all steps.
+
+    With q = e / s (e = exp(z - max)) the gradient of a row's loss is w (q - p). The p half is the same for all steps:
+    sum_v p(v) z(v) = (p W) . h, so p W is multiplied once per chunk and never subtracted from a [C, D] matrix.
+    """
+    dtype, weight = sums.states.dtype, sums.weight
+    p = teacher.probs.to(dtype)
+    taught = p @ weight  # (C, H)
+    left, right = [], []  # factors of the weight gradient: sum of left^T right
+    pulled = torch.zeros_like(taught)
+    for step in range(len(sums.states)):
+        h, index, real = sums.row_states(step, part)
+        row_weight = weights[step, :, None]
+        z = (h @ weight.T).float()
+        top, best = z.max(-1, keepdim=True)
+        sums.hits[step, part] = (best[:, 0] == teacher.argmax) & teacher.covered & real
+        e = z.sub_(top).exp_()
+        total = e.sum(-1, keepdim=True)
+        loss = (top + total.log())[:, 0] - (taught.float() * h.float()).sum(-1)
+        sums.total += (loss * row_weight[:, 0]).sum()
+        sums.step_loss[step] += loss[teacher.covered & real].sum()
+        if not sums.wants_grad:
+            sums.overlap[step] += _overlap(e / total, teacher)[real].sum()
+            continue
+        e = e.to(dtype)
+        scale = row_weight / total
+        grad = (e @ weight).float() * scale - taught.float() * row_weight
+        sums.add_row_grads(step, index, real, grad)
+        left.append(e)
+        right.append((h * scale).to(dtype))
+        pulled -= (h * row_weight).to(dtype)
+    if sums.wants_grad:
+        sums.grad_weight += torch.cat([*left, p]).T @ torch.cat([*right, pulled])
+
+
+def _lk_rows(sums: _Sums, part: slice, teacher: "TeacherChunk", weights: Tensor, settings: LossSettings) -> None:
+    """LK-hybrid of one chunk at all steps; TV = 1 - sum min(p, q), so only entries with q < p move it."""
+    dtype, weight, p = sums.states.dtype, sums.weight, teacher.probs
+    entropy = -torch.special.xlogy(p, p).sum(-1)
+    for step in range(len(sums.states)):
+        h, index, real = sums.row_states(step, part)
+        z = (h @ weight.T).float()
+        lse = z.logsumexp(-1, keepdim=True)
+        sums.hits[step, part] = (z.argmax(-1) == teacher.argmax) & teacher.covered & real
+        cross_entropy = lse[:, 0] - (p * z).sum(-1)
+        q = z.sub_(lse).exp_()
+        tv = 1 - torch.minimum(p, q).sum(-1)
+        share = torch.exp(-settings.lk_eta * (1 - tv))
+        loss = share * (cross_entropy - entropy) + (1 - share) * tv
+        sums.total += (loss * weights[step]).sum()
+        sums.step_loss[step] += cross_entropy[teacher.covered & real].sum()
+        sums.overlap[step] += _overlap(q, teacher)[real].sum()
+        if sums.wants_grad:
+            below = (q < p) * q
+            grad_tv = q * below.sum(-1, keepdim=True) - below
+            grad = (share[:, None] * (q - p) + (1 - share)[:, None] * grad_tv).mul_(weights[step, :, None]).to(dtype)
+            sums.add_row_grads(step, index, real, grad @ weight)
+            sums.grad_weight += grad.T @ h
+
+
+def _overlap(q: Tensor, teacher: "TeacherChunk") -> Tensor:
+    """sum_v min(p(v), q(v)) with p the target's full distribution: (C,)."""
+    return torch.minimum(teacher.probs * teacher.mass[:, None], q).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -156,51 +231,31 @@ class TeacherChunk:
     """The target at C positions, restricted to the draft vocabulary."""
 
     probs: Tensor  # (C, D) fp32, sums to 1
-    mass: Tensor  # (C,) fp32 share of the full distribution inside the draft vocabulary
     argmax: Tensor  # (C,) index into the draft vocabulary of the target's argmax; meaningless where not covered
     covered: Tensor  # (C,) bool: the target's argmax is a draft token
+    logits: Tensor  # (C, V) full, in the target's dtype
+    inside_lse: Tensor  # (C,) fp32
+
+    @cached_property
+    def mass(self) -> Tensor:
+        """(C,) share of the full distribution inside the draft vocabulary."""
+        return torch.exp(self.inside_lse - self.logits.float().logsumexp(-1))
 
 
 def read_teacher(logits: Tensor, draft_ids: Tensor, t2d: Tensor) -> TeacherChunk:
     """Full target logits (C, V) to the restricted distribution."""
-    best = logits.argmax(-1)
-    covered = t2d[best]
+    best = logits.max(-1).indices  # several times faster than argmax on CPU
     inside = logits if len(draft_ids) == logits.shape[-1] else logits[:, draft_ids]
     inside = inside.float()
     inside_lse = inside.logsumexp(-1)
-    mass = torch.exp(inside_lse - logits.float().logsumexp(-1))
-    return TeacherChunk(torch.exp(inside - inside_lse[:, None]), mass, torch.searchsorted(draft_ids, best), covered)
-
-
-def _rows(
-    logits: Tensor, teacher: TeacherChunk, column: Tensor, row_weight: Tensor, settings: LossSettings, wants_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Loss, hit, overlap and gradient of R draft rows with logits (R, D), taught by teacher rows `column` (R,)."""
-    z, p = logits.float(), teacher.probs[column]
-    hit = (z.argmax(-1) == teacher.argmax[column]) & teacher.covered[column]
-    lse = z.logsumexp(-1, keepdim=True)
-    cross_entropy = lse[:, 0] - (p * z).sum(-1)
-    q = z.sub_(lse).exp_()
-    full_p = p * teacher.mass[column, None]
-    alpha = torch.minimum(full_p, q).sum(-1)
-    if settings.kind == "kl":
-        grad = q.sub_(p).mul_(row_weight[:, None]) if wants_grad else None
-        return cross_entropy, hit, alpha, grad
-    below = (q < p).float() * q  # TV = 1 - sum min(p, q): only entries where q < p move it
-    tv = 1 - torch.minimum(p, q).sum(-1)
-    share = torch.exp(-settings.lk_eta * (1 - tv))
-    entropy = -torch.special.xlogy(p, p).sum(-1)
-    loss = share * (cross_entropy - entropy) + (1 - share) * tv
-    if not wants_grad:
-        return loss, hit, alpha, None
-    grad_tv = q * below.sum(-1, keepdim=True) - below
-    grad = share[:, None] * (q - p) + (1 - share)[:, None] * grad_tv
-    return loss, hit, alpha, grad * row_weight[:, None]
+    return TeacherChunk(
+        torch.exp(inside - inside_lse[:, None]), torch.searchsorted(draft_ids, best), t2d[best], logits, inside_lse
+    )
 
 
 def chunk_size(num_steps: int, draft_vocab_size: int, vocab_size: int) -> int:
-    """Teacher positions per chunk: fp32 teacher logits and three copies of the draft's fit CHUNK_BYTES."""
-    per_position = 4 * (2 * vocab_size + 3 * num_steps * draft_vocab_size)
+    """Teacher positions per chunk: its logits and the draft's at all steps fit CHUNK_BYTES."""
+    per_position = 4 * (vocab_size + 2 * draft_vocab_size) + 2 * num_steps * draft_vocab_size
     return max(16, CHUNK_BYTES // per_position)
 
 

@@ -30,6 +30,13 @@ class KeyValueCache(Protocol):
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm in the dtype of its input, with the statistics in fp32: the fused kernel under autocast, too."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden, self.normalized_shape, self.weight.to(hidden.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Projections of the draft's attention; the attention itself differs between training and decoding."""
 
@@ -60,9 +67,9 @@ class MidLayer(nn.Module):
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.mlp = SwiGLU(config)
 
@@ -81,10 +88,10 @@ class DraftModel(nn.Module):
         self.config = config
         size, num_taps = config.hidden_size, len(config.tap_layers)
         if config.fc_norm:
-            self.fc_norm = nn.ModuleList(nn.RMSNorm(size, eps=config.rms_norm_eps) for _ in range(num_taps))
+            self.fc_norm = nn.ModuleList(RMSNorm(size, eps=config.rms_norm_eps) for _ in range(num_taps))
         self.fc = nn.Linear(num_taps * size, size, bias=False)
         self.midlayer = MidLayer(config)
-        self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
         self.rotary = LlamaRotaryEmbedding(config.rotary_config())
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))

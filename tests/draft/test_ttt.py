@@ -166,7 +166,9 @@ def test_fused_equals_dense(kind, average, monkeypatch):
     found, dense = run_loss(draft, pack(RECORDS["packed"]), settings)
     torch.testing.assert_close(found.loss, dense, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(
-        torch.autograd.grad(found.loss, parameters, retain_graph=True), torch.autograd.grad(dense, parameters), strict=True
+        torch.autograd.grad(found.loss, parameters, retain_graph=True),
+        torch.autograd.grad(dense, parameters),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
@@ -242,7 +244,8 @@ def test_metrics_count_what_they_say():
 def test_overlap_is_the_acceptance_probability():
     """sum_v min(p, q) with p the target's *full* distribution: tokens outside the draft vocabulary are rejections."""
     draft, record = make_draft(), RECORDS["one turn"][0]
-    found, _ = run_loss(draft, pack([record]), LossSettings())
+    with torch.no_grad():
+        found, _ = run_loss(draft, pack([record]), LossSettings())
     inside = torch.arange(DRAFT_VOCAB) + draft.d2t
     states, expected = reference_states(draft, record), 0.0
     for t in range(2, 7):

@@ -1,0 +1,150 @@
+"""`fledge train`'s flags: ours in groups, then every argument of transformers' Trainer under its own name.
+
+The names are AngelSlim's where it has one (`--target_model_name_or_path`, `--train_hidden_path`, ...); `-` and `_` are
+the same. Not given is None: what can be derived is derived, printed, and written beside the head.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from fledge.config import field_names, read_recipe
+from fledge.draft.loss import LossSettings
+from fledge.errors import UserError, nearest
+
+
+def _flag(default: Any, text: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """Where the training data comes from."""
+
+    _argument_group_name = "data"
+
+    target_model_name_or_path: str | None = _flag(None, "The target: a transformers model folder or hub name.")
+    train_data_path: list[str] = _flag([], "Conversations to train on, live: files, folders or hub names.")
+    eval_data_path: list[str] = _flag([], "Conversations to evaluate on. Empty: --eval_fraction of the training data.")
+    train_hidden_path: list[str] = _flag([], "Stored hidden states to train on (made by `fledge extract`).")
+    eval_hidden_path: list[str] = _flag([], "Stored hidden states to evaluate on.")
+    data_format: str = _flag("auto", "auto, sharegpt, ultrachat or messages.")
+    chat_template_type: str | None = _flag(None, "Named chat template that overrides the tokenizer's own.")
+    model_max_length: int = _flag(2048, "Longest sample in tokens; longer ones are cut and counted.")
+    eval_fraction: float = _flag(0.0, "Share of the conversations held out for evaluation when no eval data is given.")
+    max_samples: int | None = _flag(None, "Use only the first so many samples.")
+    max_reject_share: float = _flag(0.05, "Stop when more than this share of the rows is unusable.")
+    lm_head_key: str | None = _flag(None, "Name of the target head's tensor; not needed: the model is asked.")
+    num_proc: int | None = _flag(None, "Processes for tokenisation.")
+
+
+@dataclass(kw_only=True)
+class DraftArguments:
+    """The draft head and its loss."""
+
+    _argument_group_name = "draft"
+
+    draft_model_config_path: str | None = _flag(None, "JSON with sizes of the draft. Empty: derived from the target.")
+    draft_vocab_size: int | None = _flag(None, "Target tokens the draft may propose, most frequent first. 0: all. "
+                                         "Empty: the config file's, else 32000.")  # fmt: skip
+    draft_type: Literal["eagle3", "eagle3.1"] = _flag("eagle3", "eagle3.1 adds a norm per tap and post-norm feedback.")
+    tap_layers: list[int] = _flag([], "Decoder layers whose inputs feed the draft. Empty: 2, N // 2, N - 3.")
+    init_from: str | None = _flag(None, "Start from this head instead of a fresh one.")
+    ttt_steps: int = _flag(7, "Draft steps unrolled per position (training-time test).")
+    loss_type: Literal["kl", "lk"] = _flag("kl", "kl: cross-entropy to the target. lk: the LK-hybrid of KL and TV.")
+    step_decay: float = _flag(0.8, "Weight of TTT step k is step_decay ** k.")
+    loss_average: Literal["sequence", "token"] = _flag("sequence", "Mean within sequences first, or over all tokens.")
+    target_dtype: str = _flag("auto", "dtype of the live target: auto, bfloat16, float16 or float32.")
+    save_dtype: Literal["bfloat16", "float16", "float32"] = _flag("bfloat16", "dtype of the final head's file.")
+
+    def loss_settings(self) -> LossSettings:
+        return LossSettings(kind=self.loss_type, step_decay=self.step_decay, average=self.loss_average)
+
+
+@dataclass
+class TrainerArguments(TrainingArguments):
+    """transformers' TrainingArguments with this job's defaults; every other default is the library's."""
+
+    _argument_group_name = "trainer (transformers' TrainingArguments)"
+
+    output_dir: str | None = _flag(None, "Where the head, its checkpoints and its provenance go.")
+    per_device_train_batch_size: int = _flag(4, "Sequences per device and forward pass; never padded.")
+    per_device_eval_batch_size: int = _flag(4, "Sequences per device and evaluation pass.")
+    learning_rate: float | None = _flag(None, "Peak rate. Empty: 0.4 / hidden size, at most 1e-3 (1e-4 at 4096).")
+    lr_scheduler_type: str = _flag("cosine", "Schedule after warm-up.")
+    warmup_ratio: float | None = _flag(0.03, "Share of the steps spent warming up, unless --warmup_steps is given.")
+    adam_beta2: float = _flag(0.95, "Second AdamW beta.")
+    max_grad_norm: float = _flag(0.5, "Gradient clipping.")
+    bf16: bool = _flag(True, "bfloat16 mixed precision with fp32 master weights.")
+    logging_steps: float = _flag(10, "Steps between log lines.")
+    save_total_limit: int | None = _flag(2, "Checkpoints kept for resuming.")
+    report_to: str | None = _flag("none", "wandb, tensorboard, trackio, ... or none.")
+    remove_unused_columns: bool = _flag(False, "Not used: samples are records.")
+    logging_nan_inf_filter: bool = _flag(False, "False: a NaN loss stops the run.")
+    resume_from_checkpoint: str | None = _flag(
+        "auto", "auto: continue the run in --output_dir when there is one. Or a checkpoint folder, or False."
+    )
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.warmup_ratio and not self.warmup_steps:
+            self.warmup_steps = self.warmup_ratio  # below 1, the library reads it as a share
+        super().__post_init__()
+
+
+@dataclass(kw_only=True)
+class TrainArgs:
+    """All of it."""
+
+    data: DataArguments
+    draft: DraftArguments
+    trainer: TrainerArguments
+
+    def resolved(self) -> dict[str, Any]:
+        """Every field as written beside the head; running from this file repeats the run."""
+        parts = (dataclasses.asdict(self.data), dataclasses.asdict(self.draft), self.trainer.to_dict())
+        return {key: value for part in parts for key, value in part.items()}
+
+
+GROUPS = (DataArguments, DraftArguments, TrainerArguments)
+
+
+def parse_args(_args_class: type, argv: Sequence[str], *, prog: str, description: str) -> TrainArgs:
+    """Flags and `--config recipe.yaml` to TrainArgs."""
+    known = [name for group in GROUPS for name in field_names(group)]
+    parser = HfArgumentParser(GROUPS, prog=prog, description=description)  # type: ignore[arg-type]
+    parser.add_argument("--config", help="Recipe: a YAML file of these flags; flags on the command line win.")
+    words = _with_recipe(list(argv), known)
+    try:
+        data, draft, trainer, *_, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    except ValueError as error:
+        raise UserError(f"{error} (see `{prog} --help`)") from None
+    if rest:
+        name = rest[0].lstrip("-").partition("=")[0].replace("-", "_")
+        raise UserError(f"unknown flag {rest[0]!r}{nearest(name, known)}.")
+    if not trainer.output_dir:
+        raise UserError("--output_dir is needed: the folder for the head, its checkpoints and its provenance.")
+    return TrainArgs(data=data, draft=draft, trainer=trainer)
+
+
+def _with_recipe(argv: list[str], known: Sequence[str]) -> list[str]:
+    for index, word in enumerate(argv):
+        if word.startswith("--config"):
+            inline = word.partition("=")[2]
+            if not inline and index + 1 >= len(argv):
+                raise UserError("--config needs a YAML file.")
+            recipe = read_recipe(Path(inline or argv[index + 1]), known)
+            flags: list[str] = []
+            for key, value in recipe.items():
+                if value is not None:
+                    flags += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+            return flags + argv[:index] + argv[index + (1 if inline else 2) :]
+    return argv

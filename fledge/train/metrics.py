@@ -1,0 +1,51 @@
+"""Training metrics as sums that add up over batches, ranks and steps.
+
+acc_k       share of rows at TTT step k whose top-1 is the target's argmax (outside the draft vocabulary: a miss)
+overlap_k   mean of sum_v min(p, q): the acceptance probability at temperature 1
+tau         1 + sum_k P(right at steps 0..k): predicted acceptance length of a chain of K drafts, greedy
+coverage    share of positions whose target argmax is a draft token: the ceiling of acc_k
+"""
+
+import torch
+from torch import Tensor
+
+from fledge.draft.loss import LossOutput
+
+
+class MetricSums:
+    """Adds LossOutputs; `summary` divides."""
+
+    def __init__(self, num_steps: int, device: torch.device) -> None:
+        self.num_steps = num_steps
+        self.sums = torch.zeros(5 * num_steps + 2, dtype=torch.float64, device=device)
+
+    def add(self, output: LossOutput) -> None:
+        """Add one batch; no host synchronisation."""
+        parts = (output.step_loss, output.trained, output.hits, output.prefix_hits, output.overlap)
+        last = torch.stack((output.covered, output.positions))
+        self.sums += torch.cat([part.detach().double() for part in (*parts, last)])
+
+    def summary(self, sums: Tensor | None = None) -> dict[str, float]:
+        """Metrics from the sums (or from sums reduced over ranks). Empty when nothing was trained."""
+        values = (self.sums if sums is None else sums).tolist()
+        k = self.num_steps
+        loss, trained, hits, prefix, overlap = (values[i * k : (i + 1) * k] for i in range(5))
+        covered, positions = values[5 * k :]
+        if not positions:
+            return {}
+        result = {"tau": 1 + sum(p / max(t, 1) for p, t in zip(prefix, trained, strict=True))}
+        for step in range(k):
+            result[f"acc_{step}"] = hits[step] / max(trained[step], 1)
+        if any(overlap):
+            result |= {f"overlap_{step}": overlap[step] / max(trained[step], 1) for step in range(k)}
+        result["cross_entropy_0"] = loss[0] / max(covered, 1)
+        result["coverage"] = covered / positions
+        return result
+
+    def reset(self) -> None:
+        self.sums.zero_()
+
+
+def taught_positions(loss_mask: Tensor) -> int:
+    """Positions of one document that teach a row at step 0: the unit of per-token averaging (see fledge.draft.ttt)."""
+    return int((loss_mask[1:-1] & loss_mask[2:]).sum())

@@ -1,0 +1,227 @@
+"""`fledge train`: data or stored states in, a draft head out.
+
+Puts the stages together: source -> draft vocabulary -> draft -> Trainer -> final head with provenance.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset
+from transformers import set_seed
+
+from fledge import provenance
+from fledge.console import say, show_table, warn
+from fledge.data.dataset import TokenizedData
+from fledge.data.tokenize import ChatTemplate
+from fledge.data.vocab import build_vocab
+from fledge.draft.checkpoint import WEIGHTS, load_draft
+from fledge.draft.config import DraftConfig, derive, read_overrides, to_json
+from fledge.draft.model import DraftModel
+from fledge.errors import UserError
+from fledge.target.live import LiveSource
+from fledge.target.model import Target
+from fledge.target.record import TargetRecord
+from fledge.train.arguments import DataArguments, DraftArguments, TrainArgs, TrainerArguments, parse_args
+from fledge.train.module import TTTModule
+from fledge.train.resume import check_same_run, find_checkpoint
+from fledge.train.trainer import DraftTrainer
+
+__all__ = ["TrainArgs", "parse_args", "train"]
+
+DEFAULT_DRAFT_VOCAB = 32_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """What training needs to know, whoever provides it: a live target or stored states."""
+
+    train: Any  # dataset of samples or records
+    eval: Any
+    to_record: Callable[[Any], TargetRecord]
+    counts: Tensor  # (V,) supervised tokens of the training data
+    always: Sequence[int]  # ids that belong to every draft vocabulary
+    text_config: Any
+    tap_layers: tuple[int, ...]
+    embedding: Tensor  # (V, H)
+    head_weight: Tensor  # (V, H)
+    teacher_head: Callable[[Tensor], Tensor]
+    target_name: str
+    device: torch.device
+
+
+def train(args: TrainArgs) -> None:
+    """Train a draft head: online (--train_data_path, the target in this process) or offline (--train_hidden_path).
+
+    Ends with a head in --output_dir that fledge, vLLM and SGLang load. A run that was stopped continues where it was.
+    """
+    output_dir = Path(str(args.trainer.output_dir))
+    checkpoint = find_checkpoint(output_dir, args.trainer.resume_from_checkpoint)
+    set_seed(args.trainer.seed)
+    source = open_source(args)
+    config = draft_config(args.draft, source)
+    _resolve(args, config)
+    if args.trainer.should_save:
+        check_same_run(output_dir, args.resolved(), checkpoint is not None)
+    draft = make_draft(config, args.draft, source, args.trainer.seed)
+    module = TTTModule(draft, source.teacher_head, args.draft.ttt_steps, args.draft.loss_settings())
+    trainer = DraftTrainer(
+        module, args.trainer, to_record=source.to_record, train_dataset=source.train, eval_dataset=source.eval,
+        save_dtype=getattr(torch, args.draft.save_dtype),
+    )  # fmt: skip
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    finish(trainer, args, source, result.metrics)
+
+
+def open_source(args: TrainArgs) -> Source:
+    """The stored source when hidden states are given, else the live one."""
+    if args.data.train_hidden_path:
+        from fledge.train.stored import stored_source
+
+        return stored_source(args)
+    return live_source(args)
+
+
+def live_source(args: TrainArgs) -> Source:
+    """Load the target and tokenise the conversations."""
+    data = args.data
+    if not data.target_model_name_or_path:
+        raise UserError("--target_model_name_or_path is needed for online training: the target's folder or hub name.")
+    if not data.train_data_path:
+        raise UserError("--train_data_path is needed (conversations), or --train_hidden_path (stored hidden states).")
+    target = Target.from_pretrained(
+        data.target_model_name_or_path, dtype=args.draft.target_dtype, device=args.trainer.device,
+        tap_layers=args.draft.tap_layers or None,
+    )  # fmt: skip
+    template = ChatTemplate(
+        target.tokenizer, data.chat_template_type or None, eos_token_ids=target.eos_token_ids
+    )  # fmt: skip
+    parts = [tokenize(path, template, data) for path in data.train_data_path]
+    held_out = [tokenize(path, template, data) for path in data.eval_data_path]
+    if not held_out and data.eval_fraction:
+        split = [part.split(data.eval_fraction) for part in parts]
+        parts, held_out = [train for train, _ in split], [held for _, held in split]
+    train_data = limited(ConcatDataset(parts), data.max_samples)
+    if not len(train_data):
+        raise UserError(f"{', '.join(data.train_data_path)}: no trainable samples. `fledge inspect` says why.")
+    counts = torch.stack([_padded(part.counts, target.vocab_size) for part in parts]).sum(0)
+    return Source(
+        train=train_data,
+        eval=ConcatDataset(held_out) if held_out else None,
+        to_record=LiveSource(target).record,
+        counts=counts,
+        always=sorted({token for part in parts for token in part.always}),
+        text_config=target.text_config,
+        tap_layers=target.tap_layers,
+        embedding=target.embedding_weight,
+        head_weight=target.head_weight,
+        teacher_head=target.head,
+        target_name=target.name,
+        device=args.trainer.device,
+    )
+
+
+def tokenize(path: str, template: ChatTemplate, data: DataArguments) -> TokenizedData:
+    return TokenizedData.from_path(
+        path, template, max_length=data.model_max_length, data_format=data.data_format,  # type: ignore[arg-type]
+        max_reject_share=data.max_reject_share, num_proc=data.num_proc or 1,
+    )  # fmt: skip
+
+
+def limited(dataset: Any, max_samples: int | None) -> Any:
+    """The first `max_samples` of a dataset."""
+    if max_samples is None or max_samples >= len(dataset):
+        return dataset
+    return torch.utils.data.Subset(dataset, range(max_samples))
+
+
+def draft_config(args: DraftArguments, source: Source) -> DraftConfig:
+    """Derived from the target, sizes overridden by a config file, the vocabulary by its flag."""
+    overrides = read_overrides(Path(args.draft_model_config_path)) if args.draft_model_config_path else {}
+    vocab_size = source.head_weight.shape[0]
+    wanted = args.draft_vocab_size if args.draft_vocab_size is not None else overrides.pop("draft_vocab_size", None)
+    overrides.pop("draft_vocab_size", None)
+    size = DEFAULT_DRAFT_VOCAB if wanted is None else (wanted or vocab_size)
+    return derive(
+        source.text_config, vocab_size=vocab_size, tap_layers=source.tap_layers, draft_vocab_size=size,
+        eagle31=args.draft_type == "eagle3.1", overrides=overrides,
+    )  # fmt: skip
+
+
+def make_draft(config: DraftConfig, args: DraftArguments, source: Source, seed: int) -> DraftModel:
+    """A fresh head (lm_head from the target's rows) or one continued from --init_from, in fp32 on the device."""
+    torch.manual_seed(seed)
+    vocab = build_vocab(source.counts, config.vocab_size, config.draft_vocab_size, source.always)
+    say(
+        f"draft vocabulary: {config.draft_vocab_size} of {config.vocab_size} tokens cover {vocab.coverage:.2%} of the "
+        f"supervised tokens (a ceiling on acceptance)"
+    )
+    if vocab.coverage < 0.95:
+        warn(f"coverage {vocab.coverage:.1%} is low; raise --draft_vocab_size.")
+    draft = DraftModel(config, source.embedding)
+    draft.set_vocab(vocab.d2t, vocab.t2d)
+    draft.warm_start_head(source.head_weight)
+    if args.init_from:
+        continue_from(draft, Path(args.init_from), source)
+    show_table("draft head", ["field", "value"], [[k, v] for k, v in to_json(config).items() if v is not None])
+    num_parameters = sum(p.numel() for p in draft.parameters())
+    say(f"{num_parameters / 1e6:.1f} M trained parameters; taps are inputs of layers {list(config.tap_layers)}")
+    return draft.to(source.device, torch.float32)
+
+
+@torch.no_grad()
+def continue_from(draft: DraftModel, folder: Path, source: Source) -> None:
+    """Take every weight of an earlier head; lm_head rows follow their tokens into the new draft vocabulary."""
+    before = load_draft(folder, source.embedding, dtype=torch.float32)
+    old, new = dict(before.named_parameters()), dict(draft.named_parameters())
+    differ = [n for n in new if n != "lm_head.weight" and (n not in old or old[n].shape != new[n].shape)]
+    if differ or set(old) - set(new):
+        raise UserError(
+            f"--init_from {folder}: its {(differ or sorted(set(old) - set(new)))[0]} does not fit the draft being trained. "
+            f"Use the same sizes and --draft_type as that head."
+        )
+    for name in new:
+        if name != "lm_head.weight":
+            new[name].copy_(old[name])
+    ids = draft.target_ids(torch.arange(draft.config.draft_vocab_size))
+    old_ids = before.target_ids(torch.arange(before.config.draft_vocab_size))
+    kept = torch.isin(ids, old_ids)
+    draft.lm_head.weight[kept] = before.lm_head.weight[torch.searchsorted(old_ids, ids[kept])]
+    say(
+        f"continuing from {folder / WEIGHTS}: {int(kept.sum())} of {len(ids)} vocabulary rows kept, others from the target"
+    )
+
+
+def _resolve(args: TrainArgs, config: DraftConfig) -> None:
+    trainer: TrainerArguments = args.trainer
+    if trainer.learning_rate is None:
+        trainer.learning_rate = min(1e-3, 0.4 / config.hidden_size)
+        say(f"learning rate {trainer.learning_rate:.1e} (0.4 / hidden size {config.hidden_size}, at most 1e-3)")
+    args.draft.draft_vocab_size = config.draft_vocab_size
+
+
+def finish(trainer: DraftTrainer, args: TrainArgs, source: Source, metrics: dict[str, float]) -> None:
+    """Final evaluation, provenance beside the head, and one line that says where everything is."""
+    output_dir = Path(str(args.trainer.output_dir))
+    if trainer.eval_dataset is not None:
+        metrics = {**metrics, **trainer.evaluate()}
+    if not trainer.is_world_process_zero():
+        return
+    trainer.save_state()
+    provenance.write(
+        output_dir / "provenance.json", args.resolved(), target=source.target_name, steps=trainer.state.global_step,
+        metrics=metrics,
+    )  # fmt: skip
+    shown = {key: value for key, value in metrics.items() if key.startswith("eval_")} or metrics
+    show_table("result", ["metric", "value"], [[key, f"{value:.4g}"] for key, value in shown.items()])
+    say(f"head: {output_dir}  (steps {trainer.state.global_step}; `fledge bench --draft {output_dir}` measures it)")
+    print(json.dumps({"output_dir": str(output_dir), **metrics}))
+
+
+def _padded(counts: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.pad(counts, (0, size - len(counts)))

@@ -1,0 +1,152 @@
+"""transformers' Trainer with our loss, sources and checkpoints. The loop, resume, DDP / FSDP / DeepSpeed are its own.
+
+Batches are lists of samples (live) or records (stored); `to_record` turns either into records, so the rest cannot tell
+them apart. Losses are summed over sequences (or tokens) and divided by their number in the whole optimisation step,
+over accumulation and ranks: N processes with batch 1 take the step of one process with batch N.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from fledge.draft.batch import Batch, pack
+from fledge.draft.checkpoint import WEIGHTS, read_tensors, save_draft
+from fledge.draft.loss import LossOutput
+from fledge.draft.model import DraftModel
+from fledge.errors import UserError
+from fledge.target.record import TargetRecord
+from fledge.train.arguments import TrainerArguments
+from fledge.train.metrics import MetricSums, taught_positions
+from fledge.train.module import TTTModule
+
+
+def as_list(items: Sequence[Any]) -> list[Any]:
+    """The collator: samples stay samples until the device they are needed on is known."""
+    return list(items)
+
+
+class DraftTrainer(Trainer):
+    """Trains a TTTModule. Checkpoints are heads in the EAGLE layout in fp32, so a resumed run continues exactly."""
+
+    def __init__(
+        self,
+        module: TTTModule,
+        args: TrainerArguments,
+        *,
+        to_record: Callable[[Any], TargetRecord],
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        save_dtype: torch.dtype = torch.bfloat16,
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        super().__init__(
+            model=module, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=as_list,
+            callbacks=callbacks,
+        )  # fmt: skip
+        self.to_record, self.save_dtype = to_record, save_dtype
+        self.model_accepts_loss_kwargs = True  # the loss is already divided for accumulation
+        self.per_token = module.settings.average == "token"
+        self.window = MetricSums(module.ttt_steps, args.device)
+        self._window_start, self._window_tokens = time.monotonic(), 0
+
+    @property
+    def draft(self) -> DraftModel:
+        return self.accelerator.unwrap_model(self.model).draft
+
+    # -- batches and loss ----------------------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, inputs: list[Any]) -> Batch:  # type: ignore[override]
+        return pack([self.to_record(item) for item in inputs]).to(self.args.device)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Sequences (or taught tokens) of the whole optimisation step, over all ranks."""
+        counts = [taught_positions(item.loss_mask) for batch in batch_samples for item in batch]
+        total = torch.tensor(sum(counts) if self.per_token else sum(count > 0 for count in counts), device=device)
+        return self.accelerator.reduce(total, reduction="sum")
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean loss of the optimisation step; this batch's share of it."""
+        output: LossOutput = model(inputs)
+        self.window.add(output)
+        self._window_tokens += len(inputs.input_ids)
+        ranks = self.accelerator.num_processes  # gradients are averaged over ranks, the loss is a sum over them
+        loss = output.loss * ranks / num_items_in_batch.clamp_min(1)
+        return (loss, output) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss.item()} at step {self.state.global_step + 1}. The last checkpoint in "
+                f"{self.args.output_dir} is intact; lower --learning_rate or --max_grad_norm and resume from it."
+            )
+        return loss
+
+    # -- metrics -------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self.window.summary(self.accelerator.reduce(self.window.sums.clone(), reduction="sum")))
+            seconds = time.monotonic() - self._window_start
+            logs["tokens_per_s"] = self._window_tokens * self.accelerator.num_processes / max(seconds, 1e-9)
+            self.window.reset()
+            self._window_start, self._window_tokens = time.monotonic(), 0
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss, accuracy by position and predicted tau on held-out records."""
+        start = time.monotonic()
+        loader = self.get_eval_dataloader(eval_dataset)
+        module = self.model_wrapped if hasattr(self.model_wrapped, "module") else self.model
+        module.eval()
+        sums = MetricSums(self.window.num_steps, self.args.device)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, sequences or tokens
+        for items in loader:
+            with self.accelerator.autocast():
+                output = self.accelerator.unwrap_model(module)(self._prepare_inputs(items))
+            sums.add(output)
+            counts = [taught_positions(item.loss_mask) for item in items]
+            totals += torch.tensor(
+                [output.loss.item(), sum(counts) if self.per_token else sum(count > 0 for count in counts)],
+                dtype=torch.float64, device=self.args.device,
+            )  # fmt: skip
+        module.train()
+        reduced = self.accelerator.reduce(torch.cat((sums.sums, totals)), reduction="sum")
+        found = {**sums.summary(reduced[:-2]), "loss": (reduced[-2] / reduced[-1].clamp_min(1)).item()}
+        found["runtime_s"] = time.monotonic() - start
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items() if math.isfinite(value)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir or ".")
+        if self.args.should_save:
+            final = folder == Path(self.args.output_dir or ".")
+            weights = {key.removeprefix("draft."): value for key, value in (state_dict or {}).items()}
+            save_draft(self.draft, folder, dtype=self.save_dtype if final else torch.float32, weights=weights)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_weights(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint
+        self._load_weights(Path(self.state.best_model_checkpoint))
+
+    def _load_weights(self, folder: Path) -> None:
+        self.draft.load_state_dict(read_tensors(folder / WEIGHTS), strict=False)
