@@ -1,0 +1,318 @@
+"""The mask, token by token: decoding what is supervised gives what the assistant wrote and its end of turn, no more."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from fledge.data.conversations import Conversation
+from fledge.data.rejects import Reject
+from fledge.data.templates import TEMPLATES
+from fledge.data.tokenize import ChatTemplate, Drop, Sample, conversation_id, fit, token_mask
+from fledge.errors import UserError
+
+CHATML = ("<|im_start|>", "<|im_end|>")
+END_OF_TURN = {
+    "hunyuan_dense": "<｜hy_place▁holder▁no▁2｜>", "hunyuan_moe": "<|eos|>", "llama3": "<|eot_id|>",
+    "gemma": "<end_of_turn>", "gpt_oss": "<|return|>", "deepseek": "<｜end▁of▁sentence｜>", "mistral": "</s>",
+}  # fmt: skip
+VARIANTS = [(name, file, control) for name, files in TEMPLATES.items() for file, control in files]
+WORDS = "¡Señor! 你好 👩‍👩‍👧\n\n```py\nx = 1\n```"
+
+
+def conversation(messages, **meta) -> Conversation:
+    return Conversation("c", tuple(messages), meta)
+
+
+def supervised(template: ChatTemplate, sample: Sample) -> str:
+    return template.tokenizer.decode(sample.input_ids[sample.loss_mask])
+
+
+def runs(template: ChatTemplate, sample: Sample) -> list[str]:
+    """The supervised tokens, one text per turn."""
+    edges = np.flatnonzero(np.diff(np.r_[0, sample.loss_mask.numpy().astype(int), 0]))
+    return [template.tokenizer.decode(sample.input_ids[a:b]) for a, b in edges.reshape(-1, 2)]
+
+
+@pytest.fixture
+def named(make_tokenizer):
+    """named(template name, its control tokens): the template over a tokenizer without one of its own."""
+
+    def make(name: str, control, **kwargs) -> ChatTemplate:
+        plain = [token for token in control if "think" in token]
+        special = [token for token in control if token not in plain] + ["<｜hy_place▁holder▁no▁3｜>"]
+        return ChatTemplate(make_tokenizer(special, None, eos=None, words=plain), name, **kwargs)
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "file", "control"), VARIANTS, ids=[v[1] for v in VARIANTS])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_every_named_template_masks_exactly_the_answers(named, talk, name, file, control, system):
+    template = named(name, control)
+    template.verify()
+    end = END_OF_TURN.get(file, "<|im_end|>")
+    lead = "<|channel|>final<|message|>" if file == "gpt_oss" else " " if file == "mistral" else ""
+    samples = template.samples(conversation(talk("One?", WORDS, "Two?", "Yes.", system=system)))
+    answers = [run for sample in samples for run in runs(template, sample)]
+    assert sorted(answers) == sorted([lead + WORDS + end, lead + "Yes." + end])
+    for sample in samples:
+        text = template.tokenizer.decode(sample.input_ids)
+        assert text.count("One?") == 1 and (system is None or text.count(system) == 1)
+
+
+@pytest.mark.parametrize(("name", "file", "control"), VARIANTS, ids=[v[1] for v in VARIANTS])
+def test_generation_is_fed_exactly_what_precedes_the_answer(named, talk, name, file, control):
+    template = named(name, control)
+    sample = template.samples(conversation(talk("One?", "a", "Two?", "b", system="s")))[0]
+    prompt = template.prompt_ids(talk("One?", "a", "Two?", system="s"))
+    edges = np.flatnonzero(np.diff(sample.loss_mask.numpy().astype(int)))
+    last = next(edge for edge in edges[::-1] if not sample.loss_mask[edge]) + 1
+    thought = 6 if file == "qwen3" else 0  # <think>, 2 newlines, </think>, 2 newlines: the template's filler
+    assert sample.input_ids[: last - thought].tolist() == prompt
+
+
+def test_the_prompt_and_the_newline_after_the_turn_are_not_supervised(make_tokenizer, talk):
+    template = ChatTemplate(make_tokenizer())
+    sample = template.encode(conversation(talk("Hi", "Hello")))
+    ids = sample.input_ids.tolist()
+    start = len(template.prompt_ids(talk("Hi")))
+    assert sample.loss_mask.tolist() == [False] * start + [True] * (len("Hello") + 1) + [False]
+    assert ids[-2] == template.end_of_turn and template.tokenizer.decode(ids[-1]) == "\n"
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_mask_off_by_one_would_be_caught(make_tokenizer, talk, shift):
+    """The negative control of this file: the check that holds everywhere else fails for a shifted mask."""
+    template = ChatTemplate(make_tokenizer())
+    sample = template.encode(conversation(talk("Hi", "Hello")))
+    assert supervised(template, sample) == "Hello<|im_end|>"
+    shifted = Sample("c", sample.input_ids, sample.loss_mask.roll(shift))
+    assert supervised(template, shifted) != "Hello<|im_end|>"
+
+
+def test_verify_catches_a_mask_off_by_one(make_tokenizer, monkeypatch):
+    template = ChatTemplate(make_tokenizer())
+    monkeypatch.setattr("fledge.data.tokenize.token_mask", lambda offsets, spans: ~token_mask(offsets, spans))
+    with pytest.raises(UserError, match="for the answer 'first answer'"):
+        template.verify()
+
+
+PLAIN_TEXT = (
+    "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A: ' }}{{ m.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}A: {% endif %}"
+)
+
+
+def test_tokens_that_merge_over_a_border_are_not_supervised(make_tokenizer, talk):
+    """`Ġ` + `b` merge the prompt's space with the answer's first letter, `!` + newline its last with the template's."""
+    merges = [("Ġ", "b"), ("!", "Ċ")]
+    template = ChatTemplate(make_tokenizer((), PLAIN_TEXT, eos=None, merges=merges))
+    sample = template.encode(conversation(talk("a", "bcd!", "e", "xyz")))
+    assert runs(template, sample) == ["cd", "xyz"]
+    template = ChatTemplate(make_tokenizer((), PLAIN_TEXT, eos=None))
+    assert runs(template, template.encode(conversation(talk("a", "bcd!", "e", "xyz")))) == ["bcd!", "xyz"]
+
+
+def test_bytes_of_one_character_are_masked_together():
+    """Byte tokens of 'é' share the character's offsets; the zero-width token at a span's start belongs to it."""
+    offsets = [(0, 1), (1, 2), (1, 2), (2, 3), (3, 3)]
+    assert token_mask(offsets, [(1, 3)]).tolist() == [False, True, True, True, False]
+    assert token_mask([], [(0, 1)]).tolist() == []
+
+
+def test_an_answer_cut_by_the_length_limit_keeps_no_end_of_turn(make_tokenizer, talk):
+    template = ChatTemplate(make_tokenizer())
+    cut = template.encode(conversation(talk("a", "bcd"), finish_reason="length"))
+    whole = template.encode(conversation(talk("a", "bcd"), finish_reason="stop"))
+    assert supervised(template, cut) == "bcd" and supervised(template, whole) == "bcd<|im_end|>"
+
+
+def test_qwen3_thoughts(named, talk):
+    """Each turn is supervised as the target wrote it: the earlier one in a sample of its own, with its thought."""
+    template = named("qwen3", dict((f, c) for _, f, c in VARIANTS)["qwen3"])
+    first, second = "<think>\n1\n</think>\n\nb", "<think>\n2\n</think>\n\nd"
+    samples = template.samples(conversation(talk("a", first, "c", second)))
+    assert [s.id for s in samples] == ["c", "c#turn1"] and [conversation_id(s.id) for s in samples] == ["c", "c"]
+    assert [runs(template, s) for s in samples] == [[second + "<|im_end|>"], [first + "<|im_end|>"]]
+    assert "1" not in template.tokenizer.decode(samples[0].input_ids)
+
+
+def test_thinking_off_puts_the_empty_thought_into_the_prompt(named, talk):
+    template = named("qwen3", dict((f, c) for _, f, c in VARIANTS)["qwen3"], enable_thinking=False)
+    assert template.render(talk("a"), True).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert template.prompt_ids(talk("a")) != template.prompt_ids(talk("a"), enable_thinking=True)
+    assert runs(template, template.samples(conversation(talk("a", "b")))[0]) == ["b<|im_end|>"]
+
+
+OPENS_A_THOUGHT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+WITH_MARKERS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def test_a_template_that_cannot_be_masked_is_refused_with_what_was_found(make_tokenizer, talk):
+    template = ChatTemplate(make_tokenizer(template=OPENS_A_THOUGHT))
+    with pytest.raises(Reject, match="cannot be masked.*turn 1: the prompt renders as .*<think>"):
+        template.encode(conversation(talk("a", "b")))
+    with pytest.raises(UserError, match="cannot be masked.*--chat-template-type"):
+        template.verify()
+
+
+def test_generation_markers_are_believed(make_tokenizer, talk):
+    tokenizer = make_tokenizer(template=WITH_MARKERS)
+    template = ChatTemplate(tokenizer, eos_token_ids=[tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    template.verify()
+    assert runs(template, template.encode(conversation(talk("a", "b", "c", "d")))) == ["b<|im_end|>", "d<|im_end|>"]
+
+
+def test_a_template_that_refuses_a_row_rejects_it(make_tokenizer, talk):
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    template = ChatTemplate(make_tokenizer(template=refuses + PLAIN_TEXT))
+    with pytest.raises(Reject, match="refused by the template.*System role not supported"):
+        template.encode(conversation(talk("a", "b", system="s")))
+    assert supervised(template, template.encode(conversation(talk("a", "bc")))) == "bc"
+
+
+def test_truncation_is_stated_and_never_silent(make_tokenizer, talk):
+    template = ChatTemplate(make_tokenizer())
+    whole = template.encode(conversation(talk("a", "bcdefg")))
+    start = int(whole.loss_mask.nonzero()[0])
+    cut = template.encode(conversation(talk("a", "bcdefg")), max_length=start + 3)
+    assert (len(cut.input_ids), cut.truncated, cut.num_cut) == (start + 3, True, 4)
+    assert supervised(template, cut) == "bcd" and not whole.truncated
+    with pytest.raises(Drop, match=f"cut off: 1 of 7 supervised tokens lie within the first {start + 1}"):
+        template.encode(conversation(talk("a", "bcdefg")), max_length=start + 1)
+    newline_only = template.encode(conversation(talk("a", "bcdefg")), max_length=len(whole.input_ids) - 1)
+    assert newline_only.truncated and newline_only.num_cut == 0
+
+
+def test_too_few_supervised_tokens_are_dropped():
+    sample = Sample("c", torch.arange(4), torch.tensor([False, False, False, True]))
+    with pytest.raises(Drop, match="too short: 1 supervised tokens, at least 2"):
+        fit(sample, None)
+    assert fit(sample, None, min_supervised=1) is sample
+
+
+def test_token_ids_need_no_template(make_tokenizer):
+    template = ChatTemplate(make_tokenizer())
+    ids = template.tokenizer.encode("prompt", add_special_tokens=False)
+    answer = template.tokenizer.encode("answer<|im_end|>", add_special_tokens=False)
+    pair = template.encode(Conversation("c", (), {"prompt_token_ids": ids, "token_ids": answer}))
+    flags = [0] * len(ids) + [1] * len(answer)
+    mask = template.encode(Conversation("c", (), {"input_ids": ids + answer, "loss_mask": flags}))
+    for sample in (pair, mask):
+        assert sample.input_ids.tolist() == ids + answer and sample.loss_mask.tolist() == [bool(f) for f in flags]
+        assert sample.input_ids.dtype == torch.int64 and sample.loss_mask.dtype == torch.bool
+
+
+@pytest.mark.parametrize(
+    ("meta", "reason", "detail"),
+    [
+        ({"input_ids": [1, 2], "loss_mask": [1]}, "bad token ids", "2 token ids but 1 entries"),
+        ({"input_ids": [1, 2]}, "bad token ids", "prompt_token_ids or loss_mask"),
+        (
+            {"prompt_token_ids": [1], "token_ids": [9999]},
+            "bad token ids",
+            "9999 is outside this tokenizer's vocabulary",
+        ),
+        ({"prompt_token_ids": [1], "token_ids": ["a"]}, "bad token ids", "'a'"),
+        ({}, "bad token ids", "prompt_token_ids or loss_mask"),
+    ],
+)
+def test_bad_token_ids(make_tokenizer, meta, reason, detail):
+    with pytest.raises(Reject) as caught:
+        ChatTemplate(make_tokenizer()).encode(Conversation("c", (), meta))
+    assert caught.value.reason == reason and detail in caught.value.detail
+
+
+def test_token_ids_of_another_tokenizer_are_noticed(make_tokenizer, talk):
+    template = ChatTemplate(make_tokenizer())
+    row = {"prompt_token_ids": [1, 2], "token_ids": template.tokenizer.encode("Hello", add_special_tokens=False)}
+    assert template.encode(conversation(talk("Hi", "Hello"), **row)).loss_mask.sum() == 5
+    row["token_ids"] = [id + 1 for id in row["token_ids"]]
+    with pytest.raises(Reject, match="token ids of another tokenizer"):
+        template.encode(conversation(talk("Hi", "Hello"), **row))
+
+
+def test_prompts_without_answers_and_images_are_rejected(make_tokenizer, talk):
+    template = ChatTemplate(make_tokenizer())
+    with pytest.raises(Reject, match="no answer.*fledge regenerate"):
+        template.encode(conversation(talk("Hi")))
+    messages = [{"role": "user", "content": [{"type": "image"}]}, *talk("Hi", "Hello")[1:]]
+    with pytest.raises(Reject, match="not text: message 0 has parts"):
+        template.encode(conversation(messages))
+
+
+def test_one_bad_conversation_does_not_disturb_its_batch(make_tokenizer, talk):
+    template = ChatTemplate(make_tokenizer())
+    results = template.encode_many(
+        [conversation(talk("a", "bc")), conversation(talk("a")), conversation(talk("d", "ef"))]
+    )
+    assert [isinstance(r, Reject) for r in results] == [False, True, False]
+    assert supervised(template, results[2][0]) == "ef<|im_end|>"
+
+
+def test_the_models_eos_wins_over_the_tokenizers(make_tokenizer):
+    """SmolLM2's GGUF tokenizer once called <|im_start|> its eos: generation would never have stopped."""
+    wrong = make_tokenizer(eos="<|im_start|>")
+    end = wrong.convert_tokens_to_ids("<|im_end|>")
+    assert ChatTemplate(wrong).stop_token_ids == (end,)
+    assert ChatTemplate(wrong, eos_token_ids=[end, 3]).stop_token_ids == (3, end)
+
+
+def test_an_end_of_turn_at_which_the_model_does_not_stop_is_warned_of(make_tokenizer, capsys):
+    ChatTemplate(make_tokenizer(), eos_token_ids=[3]).verify()
+    assert "'<|im_end|>', where the model does not stop" in capsys.readouterr().err
+    ChatTemplate(make_tokenizer(template=PLAIN_TEXT), eos_token_ids=[3]).verify()
+    assert "ends no turn with a control token" in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_a_template_asks_for_one(make_tokenizer):
+    with pytest.raises(UserError, match="no .*chat template. Name one with --chat-template-type"):
+        ChatTemplate(make_tokenizer(template=None))
+
+
+def test_slow_tokenizers_are_refused():
+    with pytest.raises(UserError, match="slow tokenizer .* no character offsets"):
+        ChatTemplate(object())
+
+
+def test_loading_a_target(target_dir, tmp_path, talk):
+    template = ChatTemplate.from_pretrained(str(target_dir))
+    assert template.stop_token_ids == (template.tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    with pytest.raises(UserError, match="no such folder"):
+        ChatTemplate.from_pretrained(str(tmp_path / "nowhere"))
+    (target_dir / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+        ChatTemplate.from_pretrained(str(target_dir))
+
+
+def test_rejects_survive_the_way_between_processes():
+    for kind in (Reject, Drop):
+        copy = pickle.loads(pickle.dumps(kind("reason", "detail")))
+        assert type(copy) is kind and (copy.reason, copy.detail) == ("reason", "detail")
+
+
+def test_smollm2_as_it_answered(smollm2_dir, shared_data, talk):
+    """Rows vLLM generated: the mask has the tokens vLLM counted, up to re-tokenising text (9 of 10 to the token)."""
+    template = ChatTemplate.from_pretrained(str(smollm2_dir))
+    template.verify()
+    assert template.stop_token_ids == (2,)
+    lines = (shared_data / "smollm2_regen.jsonl").read_text().splitlines()[:200]
+    exact = 0
+    for row in map(json.loads, lines):
+        user, gpt = (turn["value"] for turn in row["conversations"])
+        sample = template.encode(conversation(talk(user, gpt), finish_reason=row["finish_reason"]))
+        end = "<|im_end|>" if row["finish_reason"] == "stop" else ""
+        assert supervised(template, sample).strip() == (gpt.rstrip() + end).strip()
+        exact += int(sample.loss_mask.sum()) == row["n"]
+    assert exact > 170
