@@ -25,6 +25,10 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "serve": Command("fledge.target.engine", "ServeArgs", "serve", "start vLLM servers, one per GPU group"),
+    "regenerate": Command(
+        "fledge.data.regenerate", "RegenerateArgs", "regenerate", "let the target answer every conversation again"
+    ),
     "bench": Command("fledge.bench.run", "BenchArgs", "bench", "measure plain against speculative decoding"),
     "report": Command(
         "fledge.bench.compare", "ReportArgs", "report", "draw a benchmark report again, or compare several"

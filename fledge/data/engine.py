@@ -19,7 +19,6 @@ class Request:
     top_p: float
     seed: int
     thinking: bool | None  # None: whatever the chat template does by itself
-    images_from: str = ""  # folder that relative image paths start from
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,13 @@ class Engine(Protocol):
     """An async context manager. `answer` raises `rejects.Reject` for a request that has no answer."""
 
     model: str
-    concurrency: int  # requests worth having in flight
     errors: Counter[str]  # failed attempts by kind, retried ones included
 
+    @property
+    def concurrency(self) -> int:
+        """Requests worth having in flight; known once the context is entered."""
+        ...
+
     async def answer(self, request: Request) -> Answer: ...
-    async def __aenter__(self) -> "Engine": ...
+    async def __aenter__(self) -> Any: ...
     async def __aexit__(self, *error: object) -> None: ...

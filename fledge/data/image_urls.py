@@ -16,6 +16,8 @@ from fledge.data.rejects import Reject
 
 FETCH_TIMEOUT_S = 30.0
 LARGEST_IMAGE_BYTES = 64 << 20
+LONGEST_PATH = 4096
+IMAGE_TYPES = ("image", "image_url", "input_image")
 
 
 def has_images(messages: list[dict[str, Any]]) -> bool:
@@ -25,11 +27,23 @@ def has_images(messages: list[dict[str, Any]]) -> bool:
     )
 
 
-def with_data_urls(messages: list[dict[str, Any]], base: Path) -> list[dict[str, Any]]:
+def anchored(message: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The message with relative image paths made absolute, so that it means the same in a row of another folder."""
+    if not isinstance(message["content"], list):
+        return message
+    parts = []
+    for part in message["content"]:
+        source = source_of(part) if part.get("type") in IMAGE_TYPES else ""
+        path = folder / source.removeprefix("file://") if 0 < len(source) < LONGEST_PATH else None
+        parts.append({"type": "image", "image": str(path.resolve())} if path and path.is_file() else part)
+    return {**message, "content": parts}
+
+
+def with_data_urls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same messages with every image as `{"type": "image_url", "image_url": {"url": "data:..."}}`. Blocks: files
     and the network are read here."""
     return [
-        {**message, "content": [_part(part, base) for part in message["content"]]}
+        {**message, "content": [_part(part) for part in message["content"]]}
         if isinstance(message["content"], list)
         else message
         for message in messages
@@ -47,7 +61,7 @@ def source_of(part: dict[str, Any]) -> str:
     return found
 
 
-def read_image(source: str, base: Path) -> bytes:
+def read_image(source: str) -> bytes:
     """The bytes behind a source; raises Reject."""
     try:
         if source.startswith("data:"):
@@ -56,22 +70,22 @@ def read_image(source: str, base: Path) -> bytes:
             with urllib.request.urlopen(source, timeout=FETCH_TIMEOUT_S) as response:
                 return response.read(LARGEST_IMAGE_BYTES)
         path = Path(source.removeprefix("file://")).expanduser()
-        if len(source) < 4096 and (base / path).is_file():
-            return (base / path).read_bytes()
+        if len(source) < LONGEST_PATH and path.is_file():
+            return path.read_bytes()
         if len(source) >= 64 and re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", source):
             return base64.b64decode(source)
     except (OSError, ValueError, binascii.Error) as error:
         raise Reject("broken image", f"{_short(source)}: {error}") from None
-    raise Reject("broken image", f"{_short(source)}: no such file under {base}, and neither an URL nor base64")
+    raise Reject("broken image", f"{_short(source)}: no such file, and neither an URL nor base64")
 
 
-def _part(part: dict[str, Any], base: Path) -> dict[str, Any]:
+def _part(part: dict[str, Any]) -> dict[str, Any]:
     if part.get("type") == "text":
         return part
-    if part.get("type") not in ("image", "image_url", "input_image"):
+    if part.get("type") not in IMAGE_TYPES:
         raise Reject("unknown part", f"a message part has type {part.get('type')!r}; text and image are known")
     source = source_of(part)
-    content = read_image(source, base)
+    content = read_image(source)
     mime = _check(content, source)
     url = source if source.startswith("data:") else f"data:{mime};base64,{base64.b64encode(content).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}

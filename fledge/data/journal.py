@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
+import threading
 import time
 import zlib
 from collections import Counter
@@ -76,6 +77,7 @@ class Journal:
         self._open: dict[int, _Shard] = {}
         self._sealed: dict[int, dict[str, Any]] = {}
         self._manifest_time = 0.0
+        self._closing = threading.Lock()
 
     def __enter__(self) -> "Journal":
         self._inner.mkdir(parents=True, exist_ok=True)
@@ -149,10 +151,17 @@ class Journal:
             self._seal(shard)
 
     def sync(self) -> None:
-        """Put everything written so far on the disk."""
-        for shard in list(self._open.values()):
-            if not shard.file.closed:
-                os.fsync(shard.file.fileno())
+        """Put everything written so far on the disk. The only method another thread may call."""
+        for handle in self._handles():
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    def _handles(self) -> list[int]:
+        """Duplicates, because a shard may be sealed and closed while its file is being synced."""
+        with self._closing:
+            return [os.dup(shard.file.fileno()) for shard in self._open.values()]
 
     def rejects(self) -> Iterator[dict[str, str]]:
         """Every rejected row, in input order."""
@@ -263,7 +272,8 @@ class Journal:
         assert not self.is_done(index), f"row {index} is already done"
         number = index // self.shard_size
         if number not in self._open:
-            self._open[number] = self._new_shard(number)
+            with self._closing:
+                self._open[number] = self._new_shard(number)
         return self._open[number]
 
     def _append(self, shard: _Shard, index: int, kind: bytes, payload: bytes) -> tuple[int, int]:
@@ -279,7 +289,7 @@ class Journal:
         return os.pread(shard.file.fileno(), length, offset)
 
     def _seal(self, shard: _Shard) -> None:
-        """Sort a full shard into input order and give it its name. Killed at any point, the next start does it again."""
+        """Sort a full shard into input order and give it its name. Killed at any point, the next start repeats it."""
         name = f"shard-{shard.number:05d}.jsonl"
         checksum, size = hashlib.sha256(), 0
         temporary = self._inner / f"{name}.tmp"
@@ -300,8 +310,9 @@ class Journal:
         _sync_folder(self._inner)
         _sync_folder(self.folder)
         self._sealed[shard.number] = json.loads(json.dumps(sealed))
-        self._open.pop(shard.number)
-        shard.file.close()
+        with self._closing:
+            self._open.pop(shard.number)
+            shard.file.close()
         os.unlink(shard.file.name)
         if time.monotonic() - self._manifest_time > MANIFEST_EVERY_S:
             self.write_manifest()
@@ -320,7 +331,9 @@ class Journal:
         del self._sealed[number]
         self._open[number] = self._read_partial(number)
 
-    def _write_partial(self, number: int, rows: Iterable[tuple[int, bytes]], rejects: dict[int, dict[str, str]]) -> None:
+    def _write_partial(
+        self, number: int, rows: Iterable[tuple[int, bytes]], rejects: dict[int, dict[str, str]]
+    ) -> None:
         temporary = self._inner / f"{number:05d}.partial.tmp"
         with open(temporary, "wb") as out:
             shard = _Shard(number, 0, 0, out)

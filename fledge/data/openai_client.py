@@ -18,18 +18,26 @@ vLLM says which tokens it read and wrote (`return_token_ids`); other servers are
 import asyncio
 import json
 import random
-import re
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from fledge.console import say, warn
+from fledge.data.chat_completions import (
+    CONTEXT_ERROR,
+    ContextTooLong,
+    Failure,
+    body,
+    error_text,
+    parse_completion,
+    parse_retry_after,
+    room,
+    shorter,
+)  # fmt: skip
 from fledge.data.engine import Answer, Request
 from fledge.data.image_urls import has_images, with_data_urls
 from fledge.data.rejects import Reject
@@ -40,24 +48,6 @@ MAX_RATE_LIMITS = 200
 LONGEST_PAUSE_S = 60.0
 PROBE_TIMEOUT_S = 10.0
 PROBES_UNTIL_DOWN = 3
-STOP_REASONS = {"stop": "stop", "eos": "stop", "eos_token": "stop", "length": "length"}
-CONTEXT_ERROR = re.compile(r"context (length|window)|max_model_len|maximum.{0,40}tokens|too (long|many tokens)", re.I)
-
-
-class Failure(Exception):
-    """An attempt that may succeed another time. `counts`: against the request's attempts."""
-
-    def __init__(self, kind: str, detail: str, *, counts: bool = True) -> None:
-        super().__init__(f"{kind}: {detail}")
-        self.kind, self.detail, self.counts = kind, detail, counts
-
-
-class ContextTooLong(Exception):
-    """The server says that prompt and answer do not fit; `room` is what is left for the answer, where it said so."""
-
-    def __init__(self, detail: str, room: int | None) -> None:
-        super().__init__(detail)
-        self.detail, self.room = detail, room
 
 
 @dataclass(eq=False)
@@ -101,14 +91,17 @@ class OpenAIClient:
         self,
         urls: Sequence[str],
         *,
-        concurrency: int,
+        concurrency: int | None = None,
+        num_in_flight: int = 256,
         model: str | None = None,
         api_key: str | None = None,
         patience: Patience = Patience(),  # noqa: B008  (frozen)
         only_answering: bool = False,
     ) -> None:
-        """`concurrency` is per endpoint; with `only_answering`, urls are candidates and silent ones are forgotten."""
-        self.endpoints = [Endpoint(normal_url(url), concurrency) for url in dict.fromkeys(urls)]
+        """`concurrency` is per endpoint; None shares `num_in_flight` evenly. With `only_answering`, urls are candidates
+        and silent ones are forgotten."""
+        self.endpoints = [Endpoint(normal_url(url), concurrency or 1) for url in dict.fromkeys(urls)]
+        self._num_in_flight = None if concurrency else num_in_flight
         self.model, self.patience, self.errors = model or "", patience, Counter[str]()
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._only_answering = only_answering
@@ -144,7 +137,7 @@ class OpenAIClient:
     async def answer(self, request: Request) -> Answer:
         """The answer, after as many attempts as it takes; raises Reject when there is none to be had."""
         if has_images(request.messages):
-            messages = await asyncio.to_thread(with_data_urls, request.messages, Path(request.images_from))
+            messages = await asyncio.to_thread(with_data_urls, request.messages)
             request = replace(request, messages=messages)
         attempts, limits, empties, last = 0, 0, 0, None
         while True:
@@ -153,7 +146,7 @@ class OpenAIClient:
                 return await self._attempt(endpoint, request)
             except ContextTooLong as error:
                 self.errors["context length"] += 1
-                request = _shorter(request, error)
+                request = shorter(request, error)
                 continue
             except Failure as failure:
                 self.errors[failure.kind] += 1
@@ -195,17 +188,18 @@ class OpenAIClient:
         return answer
 
     async def _post(self, endpoint: Endpoint, request: Request) -> Answer:
-        async with self._session.post(f"{endpoint.url}/chat/completions", json=_body(endpoint, request)) as response:
+        fields = body(request, model=endpoint.model, max_model_len=endpoint.max_model_len, token_ids=endpoint.is_vllm)
+        async with self._session.post(f"{endpoint.url}/chat/completions", json=fields) as response:
             content = await response.read()
         if response.status != 200:
             self._refused(endpoint, response.status, response.headers.get("Retry-After"), content, request)
-        return _parse(content)
+        return parse_completion(content)
 
     def _refused(
         self, endpoint: Endpoint, status: int, retry_after: str | None, content: bytes, request: Request
     ) -> None:
         """Turn an HTTP error into the exception that says what to do about it."""
-        text = _error_text(content)
+        text = error_text(content)
         detail = f"{endpoint.url}: HTTP {status}: {text}"
         if status == 429 or (status == 503 and retry_after):
             self._pause(endpoint, retry_after, detail)
@@ -216,7 +210,7 @@ class OpenAIClient:
             hint = "Check --api-key-env." if status != 404 else "Check the URL and --model."
             self._stop(UserError(f"{detail.rstrip('.')}. {hint}"))
         if status in (400, 413, 422) and CONTEXT_ERROR.search(text):
-            raise ContextTooLong(detail, _room(text))
+            raise ContextTooLong(detail, room(text))
         raise Reject(f"HTTP {status}", detail)
 
     # -- endpoints
@@ -299,6 +293,9 @@ class OpenAIClient:
                 warn(f"{endpoint.url}: does not answer yet ({endpoint.last_error}); the others begin without it.")
             else:
                 self._settle(endpoint, models)
+        if self._num_in_flight:
+            for endpoint in self.endpoints:
+                endpoint.limit = max(self._num_in_flight // len(self.endpoints), 1)
         say(f"{sum(e.up for e in self.endpoints)} of {len(self.endpoints)} servers answer, model {self.model}")
 
     async def _models(self, endpoint: Endpoint) -> list[dict[str, Any]] | None:
@@ -311,7 +308,7 @@ class OpenAIClient:
             endpoint.last_error = str(error) or type(error).__name__
             return None
         if response.status in (401, 403):
-            raise UserError(f"{endpoint.url}: HTTP {response.status}: {_error_text(content)} Check --api-key-env.")
+            raise UserError(f"{endpoint.url}: HTTP {response.status}: {error_text(content)} Check --api-key-env.")
         if response.status >= 500:
             endpoint.last_error = f"HTTP {response.status}"
             return None
@@ -376,91 +373,3 @@ def normal_url(url: str) -> str:
     if "://" not in url:
         url = f"http://{url}"
     return url if url.count("/") > 2 else f"{url}/v1"
-
-
-def parse_retry_after(value: str | None) -> float | None:
-    """Seconds from a Retry-After header: a number, or a date."""
-    if not value:
-        return None
-    try:
-        return max(float(value), 0.0)
-    except ValueError:
-        pass
-    try:
-        return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except (TypeError, ValueError):
-        return None
-
-
-def _body(endpoint: Endpoint, request: Request) -> dict[str, Any]:
-    max_tokens = request.max_tokens
-    if endpoint.max_model_len:
-        max_tokens = min(max_tokens, endpoint.max_model_len - 1)
-    body: dict[str, Any] = {
-        "model": endpoint.model, "messages": request.messages, "max_tokens": max_tokens,
-        "temperature": request.temperature, "top_p": request.top_p, "seed": request.seed,
-    }  # fmt: skip
-    if request.thinking is not None:
-        body["chat_template_kwargs"] = {"enable_thinking": request.thinking}
-    if endpoint.is_vllm:
-        body["return_token_ids"] = True
-    return body
-
-
-def _parse(content: bytes) -> Answer:
-    """A chat completion; raises Failure when it is none, or empty."""
-    try:
-        document = json.loads(content)
-        choice, usage = document["choices"][0], document.get("usage") or {}
-        message, reason = choice["message"], choice["finish_reason"]
-        text, reasoning = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
-        if not isinstance(text, str):
-            raise TypeError(f"content is {type(text).__name__}")
-        prompt_ids, output_ids = document.get("prompt_token_ids"), choice.get("token_ids")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        start = content[:80].decode(errors="replace")
-        raise Failure("malformed answer", f"{type(error).__name__}: {error}; it starts {start!r}") from None
-    if reason in ("abort", "error", None):
-        raise Failure("malformed answer", f"finish_reason {reason!r}")
-    if reason not in STOP_REASONS:
-        raise Reject(f"finish_reason {reason}", "the server ended the answer itself")
-    if not text.strip() and reasoning and reason == "length":
-        raise Reject("cut while reasoning", f"{usage.get('completion_tokens', '?')} tokens and no answer yet")
-    if not text.strip():
-        raise Failure("empty answer", f"finish_reason {reason}, {usage.get('completion_tokens', '?')} tokens")
-    finish = "stop" if STOP_REASONS[reason] == "stop" else "length"
-    return Answer(
-        text=text, finish_reason=finish, reasoning=reasoning or None,
-        num_prompt_tokens=int(usage.get("prompt_tokens") or len(prompt_ids or ())),
-        num_output_tokens=int(usage.get("completion_tokens") or len(output_ids or ())),
-        prompt_ids=prompt_ids if prompt_ids and output_ids else None,
-        output_ids=output_ids if prompt_ids and output_ids else None,
-    )  # fmt: skip
-
-
-def _error_text(content: bytes) -> str:
-    """The message inside an error document, or its beginning."""
-    text = content.decode(errors="replace")
-    try:
-        document = json.loads(text)
-        error = document.get("error", document)
-        text = str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError):
-        pass
-    return " ".join(text.split())[:400]
-
-
-def _room(text: str) -> int | None:
-    """Tokens left for the answer, from messages such as "maximum context length is 1024 tokens ... 731 input tokens"."""
-    limit = re.search(r"(?:context length (?:is|of)|max_model_len=?)\D{0,10}(\d+)", text, re.I)
-    prompt = re.search(r"(\d+)\s+(?:input tokens|tokens in the messages|in the messages|prompt tokens)", text, re.I)
-    return int(limit[1]) - int(prompt[1]) if limit and prompt else None
-
-
-def _shorter(request: Request, error: ContextTooLong) -> Request:
-    """The same request for an answer that may fit; raises Reject when none can."""
-    if error.room is not None and 0 < error.room < request.max_tokens:
-        return replace(request, max_tokens=error.room)
-    if error.room is not None or request.max_tokens < 32:
-        raise Reject("context length", error.detail) from None
-    return replace(request, max_tokens=request.max_tokens // 2)

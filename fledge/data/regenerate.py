@@ -1,0 +1,214 @@
+"""`fledge regenerate`: every conversation answered again, by the target itself.
+
+The head learns the text its target writes, so the target writes the training data: the largest single lever on
+acceptance. Knows conversations, turns and settings. Does not know how an answer comes about (`engine.py`) nor how rows
+survive a crash (`journal.py`).
+
+Every user turn is asked in order, with the target's own previous answers before it. A turn that cannot be answered, or
+an answer cut by `--max-tokens`, ends its conversation there: the turns before it are the row. What is drawn per row
+(seed, temperature, thinking) is a function of `--seed` and the row's id, so a resumed run draws the same.
+"""
+
+import asyncio
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from fledge import provenance
+from fledge.console import Bar, progress, say, warn
+from fledge.data.conversations import Conversation, read_conversations
+from fledge.data.engine import Engine
+from fledge.data.journal import Journal
+from fledge.data.regenerate_args import PromptArgs, RegenerateArgs
+from fledge.data.rejects import Reject, Rejects
+from fledge.data.sampling import TemperatureMixture
+from fledge.data.turns import Asker, prompt_digest, tally
+from fledge.errors import UserError
+
+BATCH_READ = 64
+SYNC_EVERY_S = 2.0
+CHOSEN = ("duplicate prompt", "prompt too long", "answer cut")  # rejects the user asked for
+LASTING = (*CHOSEN, "context length", "broken image", "tool calls", "no question", "unknown part")
+
+
+def regenerate(args: RegenerateArgs) -> None:
+    """Let the target answer every conversation again; exact under kills, one row per input row."""
+    started = time.monotonic()
+    asyncio.run(_regenerate(args))
+    say(f"done in {time.monotonic() - started:.0f} s: {args.output_dir}")
+
+
+async def _regenerate(args: RegenerateArgs) -> None:
+    TemperatureMixture.parse(args.answers.temperature)
+    if args.answers.max_tokens < 1 or not 0 < args.answers.top_p <= 1:
+        raise UserError(
+            f"--max-tokens is {args.answers.max_tokens} and --top-p {args.answers.top_p}; the first must be at least "
+            "1, the second in (0, 1]."
+        )
+    input_rejects = Rejects(max_share=args.prompts.max_reject_share)
+    total, digest = _count(args.prompts, input_rejects)
+    async with _engine(args) as engine:
+        settings = _settings(args, engine.model, digest)
+        with Journal(args.output_dir, total=total, shard_size=args.data_shard_size, settings=settings,
+                     tally=tally) as journal:  # fmt: skip
+            provenance.write(args.output_dir / "run.json", asdict(args))
+            if args.engines.retry_rejects:
+                say(f"{journal.reopen(lambda reason: reason not in LASTING)} rejected rows are asked again")
+            run = _Run(args, engine, journal, Rejects(journal.input_rejects, args.prompts.max_reject_share))
+            await run.all_rows()
+            _report(journal, args)
+
+
+def _count(prompts: PromptArgs, rejects: Rejects) -> tuple[int, str]:
+    """How many conversations there are, and a digest of what they ask: reads everything once, before hours of work."""
+    digest, total = hashlib.sha256(), 0
+    for conversation in _read(prompts, rejects):
+        total += 1
+        digest.update(f"{conversation.id}\0{prompt_digest(conversation.messages).hex()}\n".encode())
+    return total, digest.hexdigest()[:16]
+
+
+def _read(prompts: PromptArgs, rejects: Rejects) -> Iterator[Conversation]:
+    stream = read_conversations(
+        prompts.data_name_or_path, data_format=prompts.data_format, rejects=rejects, split=prompts.split
+    )
+    for number, conversation in enumerate(stream):
+        if prompts.max_samples is not None and number >= prompts.max_samples:
+            return
+        yield conversation
+
+
+def _settings(args: RegenerateArgs, model: str, digest: str) -> dict[str, Any]:
+    """What decides the content of the rows: a run is only continued with the same."""
+    prompts = asdict(args.prompts)
+    return {
+        **{name: prompts[name] for name in ("data_format", "system_prompt", "deduplicate", "max_prompt_length")},
+        "input_sha256": digest, **asdict(args.answers), "model": model, "engine": args.engines.engine,
+    }  # fmt: skip
+
+
+def _engine(args: RegenerateArgs) -> Engine:
+    engines = args.engines
+    if engines.engine == "transformers":
+        if not engines.model:
+            raise UserError("--engine transformers needs --model: the target's folder or hub name.")
+        from fledge.data.local_engine import LocalEngine
+
+        return LocalEngine(engines.model, dtype=engines.dtype, device=engines.device, batch_size=engines.batch_size)
+    from fledge.data.openai_client import OpenAIClient, Patience
+
+    urls = engines.endpoints or tuple(f"127.0.0.1:{engines.base_port + i}" for i in range(engines.max_clients))
+    patience = Patience(
+        request_s=engines.request_timeout_s, give_up_after_s=engines.give_up_after_s, max_attempts=engines.max_attempts
+    )
+    return OpenAIClient(
+        urls, concurrency=engines.concurrency, num_in_flight=engines.num_threads, model=engines.model,
+        api_key=_api_key(engines.api_key_env), patience=patience, only_answering=not engines.endpoints,
+    )  # fmt: skip
+
+
+def _api_key(variable: str | None) -> str | None:
+    if variable and not os.environ.get(variable):
+        raise UserError(
+            f"--api-key-env {variable}: this environment variable is not set. Export the key under that name."
+        )
+    return os.environ[variable] if variable else None
+
+
+Item = tuple[int, Conversation, int | None]  # row number, its conversation, the earlier row that asks the same
+
+
+class _Run:
+    """One pass over the input: reads ahead a little, keeps the engine full, writes rows as they come."""
+
+    def __init__(self, args: RegenerateArgs, engine: Engine, journal: Journal, rejects: Rejects) -> None:
+        self.args, self.engine, self.journal, self.rejects = args, engine, journal, rejects
+        self.asker = Asker(args.prompts, args.answers, engine)
+        self.output_tokens, self.started = 0, time.monotonic()
+        self._rows = self._missing_rows()
+        self._buffer: list[Item] = []
+        self._reading = asyncio.Lock()
+
+    async def all_rows(self) -> None:
+        done = self.journal.num_done
+        if done:
+            say(f"{done} of {self.journal.total} rows are there already")
+        with progress("regenerate", self.journal.total, done) as bar:
+            syncing = asyncio.create_task(self._sync_forever())
+            try:
+                async with asyncio.TaskGroup() as workers:
+                    for _ in range(min(self.engine.concurrency, max(self.journal.total - done, 1))):
+                        workers.create_task(self._worker(bar))
+            except* UserError as errors:
+                raise errors.exceptions[0] from None
+            finally:
+                syncing.cancel()
+                self.rejects.close()
+
+    async def _worker(self, bar: Bar) -> None:
+        while (item := await self._next()) is not None:
+            index, conversation, first = item
+            try:
+                if first is not None:
+                    raise Reject("duplicate prompt", f"asks the same as row {first}")
+                row = await self.asker.row(conversation)
+                self.journal.add(index, row)
+                self.output_tokens += row["num_output_tokens"]
+            except Reject as reject:
+                self.journal.reject(index, conversation.id, reject.reason, reject.detail, conversation.where)
+            bar.advance(1, self._note())
+
+    async def _next(self) -> Item | None:
+        """The next row to answer. Reading happens in a thread: answers must not wait for a slow disk or hub."""
+        async with self._reading:
+            if not self._buffer:
+                self._buffer = (await asyncio.to_thread(self._read_some))[::-1]
+            return self._buffer.pop() if self._buffer else None
+
+    def _read_some(self) -> list[Item]:
+        return [item for _, item in zip(range(BATCH_READ), self._rows, strict=False)]
+
+    def _missing_rows(self) -> Iterator[Item]:
+        """Rows not done yet; what is a duplicate is settled here, in input order, so that the first one stays."""
+        first_asked: dict[bytes, int] = {}
+        for index, conversation in enumerate(_read(self.args.prompts, self.rejects)):
+            first = index
+            if self.args.prompts.deduplicate:
+                first = first_asked.setdefault(prompt_digest(conversation.messages)[:10], index)
+            if not self.journal.is_done(index):
+                yield index, conversation, first if first != index else None
+
+    async def _sync_forever(self) -> None:
+        while True:
+            await asyncio.sleep(SYNC_EVERY_S)
+            await asyncio.to_thread(self.journal.sync)
+
+    def _note(self) -> str:
+        rate = self.output_tokens / max(time.monotonic() - self.started, 1e-3)
+        errors = ", ".join(f"{count} {kind}" for kind, count in self.engine.errors.most_common(4))
+        return f"{rate:.0f} tok/s" + (f" (retried: {errors})" if errors else "")
+
+
+def _report(journal: Journal, args: RegenerateArgs) -> None:
+    """Totals, and a UserError when too much went wrong."""
+    counts = journal.counts()
+    rejected = Counter({k.removeprefix("rejected: "): n for k, n in counts.items() if k.startswith("rejected: ")})
+    say(
+        f"{counts['rows']} rows, {counts['output_tokens']} answer tokens, "
+        f"{counts['finish_reason: length']} cut at --max-tokens, {rejected.total()} rejected"
+    )
+    for reason, count in rejected.most_common():
+        warn(f"{count} rows rejected: {reason} (listed in {args.output_dir / 'rejects.jsonl'})")
+    failed = sum(count for reason, count in rejected.items() if reason not in CHOSEN)
+    if failed > args.prompts.max_reject_share * journal.total:
+        raise UserError(
+            f"{failed} of {journal.total} rows have no answer, more than the {args.prompts.max_reject_share:.0%} "
+            f"allowed. See {args.output_dir / 'rejects.jsonl'}; --retry-rejects asks them again, --max-reject-share "
+            "allows more."
+        )
+    if counts["rows"] == 0:
+        raise UserError(f"no row was answered; see {args.output_dir / 'rejects.jsonl'}.")
