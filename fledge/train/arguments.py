@@ -130,7 +130,7 @@ def parse_args(_args_class: type, argv: Sequence[str], *, prog: str, description
     if rest:
         name = rest[0].lstrip("-").partition("=")[0].replace("-", "_")
         raise UserError(f"unknown flag {rest[0]!r}{nearest(name, known)}.")
-    if not trainer.output_dir:
+    if not any(word.replace("-", "_").startswith("__output_dir") for word in words):  # the library has a default
         raise UserError("--output_dir is needed: the folder for the head, its checkpoints and its provenance.")
     return TrainArgs(data=data, draft=draft, trainer=trainer)
 

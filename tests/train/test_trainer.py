@@ -1,0 +1,152 @@
+"""The Trainer around our loss: complete heads, exact resume, right averaging, clean stops. A tiny target, in fp32."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_target, tiny_vocab
+
+from fledge.data.tokenize import Sample
+from fledge.draft.checkpoint import load_draft, read_tensors
+from fledge.draft.loss import LossSettings
+from fledge.draft.model import DraftModel
+from fledge.errors import UserError
+from fledge.target.live import LiveSource
+from fledge.train.arguments import TrainerArguments
+from fledge.train.module import TTTModule
+from fledge.train.resume import check_same_run, find_checkpoint
+from fledge.train.trainer import DraftTrainer
+
+STEPS = 3
+
+
+def samples(num: int, *, seed: int = 0) -> list[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for index in range(num):
+        length = int(torch.randint(8, 20, (1,), generator=generator))
+        ids = torch.randint(4, 128, (length,), generator=generator)
+        mask = torch.arange(length) >= length // 2
+        made.append(Sample(f"s{index}", ids, mask))
+    return made
+
+
+def make_trainer(folder: Path, data: list[Sample], *, average="sequence", eval_data=None, **overrides) -> DraftTrainer:
+    target = tiny_target("qwen3")
+    torch.manual_seed(0)
+    draft = DraftModel(tiny_config(target), target.embedding_weight)
+    draft.set_vocab(*tiny_vocab(target.vocab_size, draft.config.draft_vocab_size))
+    draft.warm_start_head(target.head_weight)
+    settings = {
+        "output_dir": str(folder), "learning_rate": 1e-3, "per_device_train_batch_size": 2, "max_steps": 6,
+        "bf16": False, "save_steps": 2, "logging_steps": 1, "disable_tqdm": True, "warmup_steps": 1, "seed": 3,
+        **overrides,
+    }  # fmt: skip
+    args = TrainerArguments(**settings)
+    module = TTTModule(draft, target.head, STEPS, LossSettings(average=average))
+    return DraftTrainer(
+        module, args, to_record=LiveSource(target).record, train_dataset=data, eval_dataset=eval_data,
+        save_dtype=torch.float32,
+    )  # fmt: skip
+
+
+def losses(trainer: DraftTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_final_head_is_complete_and_loss_falls(tmp_path):
+    data = samples(4) * 10
+    trainer = make_trainer(tmp_path, data, max_steps=20, save_strategy="no", eval_data=samples(4))
+    trainer.train()
+    trainer.save_model()
+    assert sum(losses(trainer)[-3:]) < 0.9 * sum(losses(trainer)[:3])
+    loaded = load_draft(tmp_path, tiny_target("qwen3").embedding_weight)
+    trained = dict(trainer.draft.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, trained[name]), name
+    entry = trainer.state.log_history[0]
+    wanted = {"loss", "tau", "coverage", "tokens_per_s", "cross_entropy_0", *(f"acc_{k}" for k in range(STEPS))}
+    assert wanted <= set(entry)
+    metrics = trainer.evaluate()
+    assert metrics["eval_tau"] >= 1 and 0 < metrics["eval_overlap_0"] < 1
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    """Stopped after step 4 of 6 (a torn checkpoint lies there, too) and continued: the same losses and weights."""
+    data = samples(16)
+    whole = make_trainer(tmp_path / "whole", data)
+    whole.train()
+    part = make_trainer(tmp_path / "part", data)
+    part.train()
+    shutil.rmtree(tmp_path / "part" / "checkpoint-6")
+    torn = tmp_path / "part" / "checkpoint-5"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"half": ')
+    checkpoint = find_checkpoint(tmp_path / "part", "auto")
+    assert checkpoint is not None and checkpoint.endswith("checkpoint-4") and not torn.exists()
+    again = make_trainer(tmp_path / "part", data)
+    again.train(resume_from_checkpoint=checkpoint)
+    assert losses(again)[-2:] == losses(whole)[-2:]
+    ends = [read_tensors(tmp_path / which / "checkpoint-6" / "model.safetensors") for which in ("whole", "part")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize("average", ["sequence", "token"])
+def test_accumulation_equals_a_larger_batch(tmp_path, average):
+    """Batches of unequal sequences: a mean of means would differ, and so does this test's control."""
+    data = samples(8)
+    run = {"max_steps": 2, "save_strategy": "no", "average": average, "warmup_steps": 0}
+    large = make_trainer(tmp_path, data, per_device_train_batch_size=4, **run)
+    large.train()
+    small = make_trainer(tmp_path, data, per_device_train_batch_size=1, gradient_accumulation_steps=4, **run)
+    small.train()
+    torch.testing.assert_close(losses(small), losses(large), rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(small.draft.parameters(), large.draft.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    other = make_trainer(tmp_path, data[1:] + data[:1], per_device_train_batch_size=3, **run)
+    other.train()
+    assert abs(losses(other)[0] - losses(large)[0]) > 1e-4
+
+
+def test_nan_loss_stops_with_the_checkpoint_intact(tmp_path):
+    trainer = make_trainer(tmp_path, samples(16))
+    honest, calls = trainer.to_record, []
+
+    def poisoned(sample):
+        record = honest(sample)
+        calls.append(sample.id)
+        if len(calls) > 6:
+            record.tap_hidden.fill_(float("nan"))
+        return record
+
+    trainer.to_record = poisoned
+    with pytest.raises(UserError, match="loss became nan at step 4.*resume"):
+        trainer.train()
+    assert find_checkpoint(tmp_path, "auto") == str(tmp_path / "checkpoint-2")
+    tensors = read_tensors(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+
+
+def test_untrainable_samples_do_not_stop_a_batch(tmp_path):
+    """A sample whose only supervised token is its last teaches nothing; beside others it changes nothing."""
+    empty = Sample("empty", torch.arange(4, 12), torch.arange(8) == 7)
+    trainer = make_trainer(tmp_path, [empty, *samples(3)], max_steps=2, save_strategy="no")
+    trainer.train()
+    assert all(torch.tensor(losses(trainer)).isfinite())
+
+
+def test_another_run_in_the_same_folder_is_refused(tmp_path):
+    check_same_run(tmp_path, {"learning_rate": 1e-3, "num_train_epochs": 2}, resuming=False)
+    check_same_run(tmp_path, {"learning_rate": 1e-3, "num_train_epochs": 3}, resuming=True)
+    with pytest.raises(UserError, match="learning_rate=0.001, this one 0.01"):
+        check_same_run(tmp_path, {"learning_rate": 1e-2, "num_train_epochs": 3}, resuming=True)
+    assert json.loads((tmp_path / "train_config.json").read_text())["learning_rate"] == 1e-3
+
+
+def test_resume_from_a_folder_without_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="no complete checkpoint there"):
+        find_checkpoint(tmp_path, str(tmp_path / "nowhere"))
+    assert find_checkpoint(tmp_path, "auto") is None
+    assert find_checkpoint(tmp_path, "False") is None
