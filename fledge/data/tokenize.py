@@ -188,6 +188,10 @@ class ChatTemplate:
             if not isinstance(message["content"], str):
                 kinds = sorted({part["type"] for part in message["content"]})
                 raise Reject("not text", f"message {index} has parts {kinds}, this is a text target")
+            if message.get("tool_calls") and self.name != "own":
+                raise Reject(
+                    "tool calls", f"message {index} calls tools, which the named template {self.name!r} cannot write"
+                )
         kwargs = _template_kwargs(conversation.meta)
         messages = _with_finish_reason(conversation)
 

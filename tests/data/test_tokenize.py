@@ -252,6 +252,12 @@ def test_prompts_without_answers_and_images_are_rejected(make_tokenizer, talk):
         template.encode(conversation(messages))
 
 
+def test_a_named_template_does_not_lose_tool_calls_in_silence(make_tokenizer, talk):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}
+    with pytest.raises(Reject, match="tool calls: message 1 .* named template 'chatml'"):
+        ChatTemplate(make_tokenizer(), "chatml").encode(conversation([*talk("a"), call]))
+
+
 def test_one_bad_conversation_does_not_disturb_its_batch(make_tokenizer, talk):
     template = ChatTemplate(make_tokenizer())
     results = template.encode_many(
