@@ -368,7 +368,7 @@ class Journal:
     @property
     def input_rejects(self) -> Path:
         """Where the reader lists the rows it could not use; they come first in rejects.jsonl."""
-        return self.folder / ".journal" / "input-rejects.jsonl"
+        return self.folder / ".journal" / "input-rejects"
 
     def write_rejects(self) -> None:
         temporary = self._inner / "rejects.jsonl.tmp"

@@ -16,7 +16,7 @@ from typing import IO, Any
 from fledge.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".parquet")
-OUR_OWN_FILES = ("rejects.jsonl", "dataset_info.json", "state.json")
+OUR_OWN_FILES = ("rejects.jsonl", "manifest.json", "run.json", "dataset_info.json", "state.json")
 CHUNK = 1 << 20
 LARGEST_ROW = 64 << 20
 
