@@ -1,0 +1,114 @@
+"""Sampled speculative output follows the target's own law: a chi-square test over the first three tokens.
+
+The law is computed exactly, from the target's probabilities after every prefix; the vocabulary is small enough.
+"""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from scipy import stats
+from tiny import tiny_draft, tiny_model
+
+from fledge.decoding import generate
+from fledge.decoding.accept import distribution
+from fledge.decoding.generate import Sampling, TreeShape, generate_plain, generate_speculative
+from fledge.target.model import Target
+
+VOCAB, LENGTH, DRAWS = 8, 3, 1000
+IDS = [5, 2, 7]
+SETTINGS = {"T=1": (1.0, 1.0, 0), "T=0.7 top-p 0.9 top-k 20": (0.7, 0.9, 20)}
+
+
+@functools.cache
+def small_target() -> Target:
+    model = tiny_model("llama", vocab_size=VOCAB, num_hidden_layers=1, initializer_range=0.08)
+    return Target(model, tap_layers=(0,), name="eight-tokens")
+
+
+@functools.cache
+def law(temperature: float, top_p: float, top_k: int) -> dict[tuple[int, ...], float]:
+    """Probability of every sequence of three tokens."""
+    target, sampling = small_target(), Sampling(temperature, top_p, top_k)
+    probabilities: dict[tuple[int, ...], float] = {(): 1.0}
+    for length in range(LENGTH):
+        prefixes = list(itertools.product(range(VOCAB), repeat=length))
+        batch = torch.tensor([IDS + list(prefix) for prefix in prefixes])
+        rows = distribution(target.head(target.forward(batch, taps=False).last_hidden[:, -1]), sampling)
+        rows = rows / rows.sum(-1, keepdim=True)
+        for prefix, row in zip(prefixes, rows.tolist(), strict=True):
+            probabilities |= {(*prefix, token): probabilities[prefix] * p for token, p in enumerate(row)}
+    return {sequence: p for sequence, p in probabilities.items() if len(sequence) == LENGTH and p > 0}
+
+
+def p_value(sequences: list[tuple[int, ...]], expected: dict[tuple[int, ...], float]) -> float:
+    """Of the chi-square test; sequences expected fewer than five times are counted together."""
+    assert set(sequences) <= set(expected), "a sequence the target cannot emit"
+    counts = {sequence: 0 for sequence in expected}
+    for sequence in sequences:
+        counts[sequence] += 1
+    common = [sequence for sequence, p in expected.items() if p * DRAWS >= 5]
+    assert len(common) > 10, "too few sequences to tell laws apart"
+    observed = [counts[sequence] for sequence in common]
+    wanted = [expected[sequence] * DRAWS for sequence in common]
+    rest = DRAWS - sum(wanted)
+    if rest > 1e-6:
+        observed, wanted = [*observed, DRAWS - sum(observed)], [*wanted, rest]
+    scale = sum(observed) / sum(wanted)
+    return float(stats.chisquare(observed, [value * scale for value in wanted]).pvalue)
+
+
+def speculative_sequences(setting: str) -> list[tuple[int, ...]]:
+    target = small_target()
+    head = tiny_draft(target, draft_vocab_size=None)
+    head.warm_start_head(target.head_weight)
+    found, accepted = [], 0
+    for seed in range(DRAWS):
+        generation = generate_speculative(
+            target, head, IDS, tree=TreeShape(6, 1, 3), max_new_tokens=LENGTH, eos_token_ids=(),
+            sampling=Sampling(*SETTINGS[setting], seed=seed),
+        )  # fmt: skip
+        found.append(tuple(generation.token_ids))
+        accepted += sum(generation.accepted)
+    assert accepted > DRAWS / 10, "hardly anything was accepted: the rule was not put to the test"
+    return found
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_speculative_sampling_follows_the_targets_law(setting):
+    assert p_value(speculative_sequences(setting), law(*SETTINGS[setting])) > 1e-3
+
+
+def test_plain_sampling_follows_the_targets_law():
+    target, setting = small_target(), SETTINGS["T=1"]
+    found = [
+        tuple(
+            generate_plain(
+                target, IDS, max_new_tokens=LENGTH, eos_token_ids=(), sampling=Sampling(*setting, seed=seed)
+            ).token_ids
+        )
+        for seed in range(DRAWS)
+    ]
+    assert p_value(found, law(*setting)) > 1e-3
+
+
+def test_a_rule_that_favours_the_draft_is_found(monkeypatch):
+    """The planted wrong rule: three times in ten the head's favourite is accepted whatever the target drew."""
+    right, coin = generate.accepted_nodes, torch.Generator().manual_seed(0)
+
+    def wrong(token_ids, parents, ancestors, chosen):
+        if len(token_ids) > 1 and torch.rand((), generator=coin) < 0.3:
+            chosen[0] = token_ids[1]
+        return right(token_ids, parents, ancestors, chosen)
+
+    monkeypatch.setattr(generate, "accepted_nodes", wrong)
+    assert p_value(speculative_sequences("T=1"), law(*SETTINGS["T=1"])) < 1e-6
+
+
+def test_the_seed_decides():
+    target = small_target()
+    draw = functools.partial(generate_plain, target, IDS, max_new_tokens=20, eos_token_ids=())
+    first, again, other = (draw(sampling=Sampling(1.0, seed=seed)).token_ids for seed in (1, 1, 2))
+    assert first == again != other
+    assert len({tuple(draw(sampling=Sampling(1.0)).token_ids) for _ in range(3)}) == 3  # no seed: fresh draws
