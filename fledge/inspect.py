@@ -1,6 +1,7 @@
 """`fledge inspect PATH`: look at what a path is, and show it with the module that knows it.
 
-A folder with manifest.json holds stored hidden states, a folder with config.json a draft head; everything else is data.
+A folder whose manifest.json says hidden_store holds stored hidden states, a folder with config.json is a draft head;
+everything else is data (regenerated answers have a manifest, too).
 """
 
 import json
@@ -47,11 +48,9 @@ class InspectArgs:
 def inspect(args: InspectArgs) -> None:
     """Show what is in a data set (as training will see it), a store of hidden states or a draft head."""
     folder = Path(args.path).expanduser()
-    if (folder / "manifest.json").is_file():
-        kind = _read_json(folder / "manifest.json").get("kind")
-        if kind != "hidden_store":
-            raise UserError(f"{folder / 'manifest.json'}: kind is {kind!r}, `inspect` knows 'hidden_store'.")
-        _call("fledge.target.store", "inspect_store", args, "stored hidden states")
+    manifest = folder / "manifest.json"
+    if manifest.is_file() and _read_json(manifest).get("kind") == "hidden_store":
+        _call("fledge.target.store.inspect", "inspect_store", args, "stored hidden states")
     elif (folder / "config.json").is_file():
         _call("fledge.export.check", "inspect_head", args, "draft heads")
     else:
