@@ -33,6 +33,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command(
         "fledge.bench.compare", "ReportArgs", "report", "draw a benchmark report again, or compare several"
     ),
+    "extract": Command("fledge.target.extract", "ExtractArgs", "extract", "store the target's hidden states"),
     "train": Command("fledge.train.run", "TrainArgs", "train", "train a draft head, online or from stored states"),
     "inspect": Command("fledge.inspect", "InspectArgs", "inspect", "look into data, stored hidden states or a head"),
     "quickstart": Command("fledge.quickstart", "QuickstartArgs", "quickstart", "the whole path on a small real model"),

@@ -17,11 +17,11 @@ from fledge.bench.measure import Engine, Job, MeasureSettings, measure, warm_up
 from fledge.bench.prompts import Question, load_questions
 from fledge.bench.report import write_report
 from fledge.bench.rows import Results, Row, code_fingerprint, folder_fingerprint, open_results, row_key
-from fledge.bench.workers import run_jobs
 from fledge.console import progress, say, show_table, warn
 from fledge.decoding.records import TreeShape
 from fledge.decoding.tree_profile import profile_path, resolve_tree, write_profile
 from fledge.errors import UserError
+from fledge.workers import run_jobs
 
 RESULTS = "results.jsonl"
 TUNE_QUESTIONS, TUNE_TOKENS = 6, 128

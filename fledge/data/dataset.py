@@ -94,7 +94,7 @@ class TokenizedData(Sequence[Sample]):
         """
         template.verify()
         settings = {
-            "layout": LAYOUT, "template": template.fingerprint, "tokenizer": _tokenizer_hash(template),
+            "layout": LAYOUT, "template": template.fingerprint, "tokenizer": tokenizer_digest(template),
             "stop_token_ids": template.stop_token_ids, "max_length": max_length, "min_supervised": min_supervised,
             "data_format": data_format, "split": split, "max_reject_share": max_reject_share,
         }  # fmt: skip
@@ -171,7 +171,7 @@ class TokenizedData(Sequence[Sample]):
         """(train, eval). The same conversation falls on the same side in every run and every superset of the data."""
         if not 0 < eval_fraction < 1:
             raise UserError(f"eval_fraction={eval_fraction}: needed is a share between 0 and 1, for example 0.02.")
-        held_out = np.array([_share(conversation_id(id), seed) < eval_fraction for id in self.ids], dtype=bool)
+        held_out = np.array([hash_share(conversation_id(id), seed) < eval_fraction for id in self.ids], dtype=bool)
         if held_out.all() or not held_out.any():
             raise UserError(
                 f"eval_fraction={eval_fraction} of {len(self)} samples leaves {int(held_out.sum())} for evaluation and "
@@ -319,7 +319,7 @@ def _unpack(packed: Packed) -> list[list[Sample] | Reject]:
     ]  # fmt: skip
 
 
-def _share(id: str, seed: int) -> float:
+def hash_share(id: str, seed: int) -> float:
     """A number in [0, 1) that depends on the id and the seed alone."""
     digest = hashlib.blake2b(f"{seed}:{id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
@@ -334,7 +334,8 @@ def _cache_root(cache_dir: str | Path) -> Path:
     return Path(home).expanduser() / "tokens"
 
 
-def _tokenizer_hash(template: ChatTemplate) -> str:
+def tokenizer_digest(template: ChatTemplate) -> str:
+    """A digest of the tokenizer's whole definition."""
     return hashlib.blake2b(template.tokenizer.backend_tokenizer.to_str().encode(), digest_size=16).hexdigest()
 
 

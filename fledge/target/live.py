@@ -5,6 +5,8 @@ what makes stored and live training the same, bit for bit; on long samples it co
 tokens already fill the matrix units.
 """
 
+from collections.abc import Iterable, Iterator
+
 import torch
 
 from fledge.data.tokenize import Sample
@@ -17,6 +19,10 @@ class LiveSource:
 
     def __init__(self, target: Target) -> None:
         self.target = target
+
+    def records(self, samples: Iterable[Sample]) -> Iterator[TargetRecord]:
+        """One record per sample, in order."""
+        return map(self.record, samples)
 
     def record(self, sample: Sample) -> TargetRecord:
         """Run the target over one sample. Tensors stay on the target's device."""

@@ -71,7 +71,7 @@ def _pool(
             if deaths[number] >= MAX_DEATHS_PER_JOB:
                 raise UserError(
                     f"{describe(job)}: {deaths[number]} workers died on it ({_first_line(error)}). Often memory: try "
-                    f"fewer workers, --max-gpu-memory or a smaller --max-new-token. Finished questions are kept."
+                    f"fewer workers or shorter sequences. What was finished is kept."
                 ) from None
             warn(f"a worker died on {describe(job)} ({_first_line(error)}); starting another and asking again.")
             waiting.appendleft((number, job))
@@ -101,7 +101,7 @@ def _ray() -> Any:
     except ImportError:
         raise UserError(
             "several workers need Ray, which is not installed. Install it with `pip install 'fledge[ray]'`, or use one "
-            "worker: --num-gpus-total equal to --num-gpus-per-model, or --num-workers 1."
+            "worker: `bench` with --num-gpus-total equal to --num-gpus-per-model, `extract` with --num-workers 1."
         ) from None
     return ray
 
@@ -109,7 +109,9 @@ def _ray() -> Any:
 def _check_gpus(ray: Any, wanted: int) -> None:
     found = int(ray.cluster_resources().get("GPU", 0))
     if wanted > found:
-        raise UserError(f"--num-gpus-total {wanted} GPUs wanted, Ray sees {found}. Lower it, or join more nodes.")
+        raise UserError(
+            f"{wanted} GPUs wanted by all workers, Ray sees {found}. Ask for fewer workers, or join more nodes."
+        )
 
 
 def _original(error: Any) -> BaseException:

@@ -1,0 +1,272 @@
+"""`fledge extract`: conversations in, a store of hidden states out.
+
+Lays the samples out in shards, then fills what is missing, one sample per forward pass. Started again it goes on where
+it stopped; started with more data it adds to the store. Knows where records come from only as a `Producer`.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from fledge import provenance
+from fledge.console import Bar, progress, say, show_table, warn
+from fledge.data.conversations import DataFormat
+from fledge.data.dataset import TokenizedData
+from fledge.data.tokenize import ChatTemplate, Sample
+from fledge.errors import UserError
+from fledge.target.head import TargetHead
+from fledge.target.live import LiveSource
+from fledge.target.model import Target, default_device
+from fledge.target.record import TargetRecord
+from fledge.target.store.describe import describe_states
+from fledge.target.store.manifest import Identity, LastStorage, Manifest, TapStorage
+from fledge.target.store.shard import ShardBuffer
+from fledge.target.store.writer import Ranks, StoreWriter, gib
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractArgs:
+    """The command's flags."""
+
+    model_name: str
+    """The target: a transformers model folder or hub name."""
+    dataset_path: list[str]
+    """Conversations: files, folders or hub names, one or more."""
+    output_dir: Path
+    """The store. An existing one is continued; what it holds already is not made again."""
+    target_backend: Literal["hf", "vllm"] = "hf"
+    """hf: the target in this process. vllm: a vLLM server that extracts hidden states (see docs/formats.md)."""
+    server: list[str] | None = None
+    """With --target-backend vllm: base URLs of the servers, e.g. http://localhost:8000."""
+    model_max_length: int = 2048
+    """Longest sample in tokens; longer ones are cut and counted."""
+    chat_template_type: str | None = None
+    """Named chat template that overrides the tokenizer's own."""
+    data_format: DataFormat = "auto"
+    """Format of the rows."""
+    max_samples: int | None = None
+    """Only the first so many samples."""
+    max_reject_share: float = 0.05
+    """Stop when more than this share of the rows is unusable."""
+    num_proc: int = 1
+    """Processes for tokenisation."""
+    revision: str | None = None
+    """Revision of a target on the hub."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """dtype the target runs in, and of the stored states. auto: as the checkpoint says."""
+    tap_layers: list[int] | None = None
+    """Decoder layers whose inputs are stored. None: 2, N // 2, N - 3."""
+    attn_implementation: str | None = None
+    """Attention kernel of transformers, e.g. sdpa, flash_attention_2."""
+    device_map: str | None = None
+    """`auto` spreads a target over all visible GPUs (and the CPU)."""
+    tap_storage: TapStorage = "same"
+    """fp8 halves the taps' size: one scale per row and tap."""
+    last_storage: LastStorage = "all"
+    """supervised keeps the last state only where the assistant wrote: nothing else teaches."""
+    shard_mb: int = 256
+    """Size of a shard; at most one shard of work is lost when the run is killed."""
+    num_workers: int = 1
+    """Processes, each with its own copy of the target, spread over GPUs and nodes by Ray."""
+    gpus_per_worker: int = 1
+    """GPUs of each worker (0: CPU). More than one needs --device-map auto."""
+
+
+class Producer(Protocol):
+    """Whoever turns samples into records."""
+
+    def records(self, samples: Iterable[Sample]) -> Iterator[TargetRecord]: ...
+
+
+def extract(args: ExtractArgs) -> None:
+    """Store the target's hidden states for a data set, so that training needs no target.
+
+    Resumes where it stopped, adds what is new, refuses to mix targets or templates, and checks the disk first. Runs on
+    several GPUs under torchrun, or with --num-workers through Ray.
+    """
+    alone = args.num_workers <= 1
+    manifest = extract_share(args, ranks_of_environment()) if alone else extract_with_workers(args)
+    if manifest is None:
+        return
+    provenance.write(args.output_dir / "provenance.json", args)
+    counts = manifest.document()["counts"]
+    rows = [("records", counts["records"]), ("tokens", counts["tokens"]), ("supervised tokens", counts["supervised"]),
+            ("shards", len(manifest.shards)), ("size", gib(counts["bytes"]))]  # fmt: skip
+    show_table(str(args.output_dir), ("", "count"), rows)
+    if not manifest.complete:
+        missing = manifest.planned_records - manifest.records
+        warn(f"{missing} planned records are not there yet; the run that makes them is still to finish.")
+    print(json.dumps({"output_dir": str(args.output_dir), "complete": manifest.complete, **counts}))
+
+
+def extract_share(args: ExtractArgs, ranks: Ranks) -> Manifest | None:
+    """One process's part of the work. The manifest for the first rank, None for the others."""
+    opened = open_target(args)
+    samples = Samples.read(args, opened.template)
+    manifest = fill(
+        args.output_dir, opened.identity, opened.head, opened.producer, samples, shard_bytes=args.shard_mb << 20,
+        ranks=ranks, pinned=opened.pinned,
+    )  # fmt: skip
+    return manifest if ranks.first else None
+
+
+def fill(
+    folder: Path, identity: Identity, head: TargetHead, producer: Producer, samples: "Samples", *, shard_bytes: int,
+    ranks: Ranks = Ranks(), pinned: bool = False,  # noqa: B008 - frozen
+) -> Manifest:  # fmt: skip
+    """Bring a store up to these samples: the plan, then every pending shard of this rank."""
+    with StoreWriter(folder, identity, head, samples, shard_bytes=shard_bytes, ranks=ranks) as writer:
+        pending = writer.pending()
+        away = [shard for shard in pending if any(s.id not in samples.index for s in shard.samples)]
+        if away:
+            warn(f"{len(away)} shards planned by an earlier run wait for samples that are not in this data.")
+        todo = [shard for shard in pending if shard not in away]
+        total = sum(shard.tokens for shard in writer.plan.shards if shard.number % ranks.world == ranks.rank)
+        left = sum(shard.tokens for shard in pending)
+        if todo:
+            done = f", {total - left} are there already" if total > left else ""
+            say(f"extracting {sum(s.tokens for s in todo)} tokens in {len(todo)} shards{done}")
+        with _shown(ranks, total, total - left) as bar:
+            for shard in todo:
+                buffer = ShardBuffer(shard, identity, pinned=pinned)
+                for record in producer.records(samples.get(planned.id) for planned in shard.samples):
+                    buffer.put(record)
+                    bar.advance(len(record))
+                writer.seal(buffer)
+        return writer.finish()
+
+
+class Samples:
+    """The samples of several data paths, in order, found by id."""
+
+    def __init__(self, parts: Sequence[Sequence[Sample]], ids: Sequence[str]) -> None:
+        self._data: Any = torch.utils.data.ConcatDataset(parts) if parts else []  # type: ignore[arg-type]
+        self.ids = list(ids)
+        self.index = {id: position for position, id in enumerate(self.ids)}
+
+    @classmethod
+    def read(cls, args: ExtractArgs, template: ChatTemplate) -> "Samples":
+        """Tokenise the data of the command."""
+        parts = [
+            TokenizedData.from_path(
+                path, template, max_length=args.model_max_length, data_format=args.data_format,
+                max_reject_share=args.max_reject_share, num_proc=args.num_proc,
+            )
+            for path in args.dataset_path
+        ]  # fmt: skip
+        return cls.of(parts, args.max_samples)
+
+    @classmethod
+    def of(cls, parts: Sequence[TokenizedData], max_samples: int | None = None) -> "Samples":
+        return cls(parts, [id for part in parts for id in part.ids][:max_samples])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self._data[position] for position in range(len(self.ids)))
+
+    def get(self, id: str) -> Sample:
+        return self._data[self.index[id]]
+
+
+@dataclass(frozen=True)
+class OpenTarget:
+    """What a run needs of the target, whichever backend runs it."""
+
+    template: ChatTemplate
+    identity: Identity
+    head: TargetHead
+    producer: Producer
+    pinned: bool
+
+
+def open_target(args: ExtractArgs) -> OpenTarget:
+    """Load the target (hf), or its ends and a client of the server (vllm)."""
+    if args.target_backend == "vllm":
+        from fledge.target.engine import open_engine
+
+        return open_engine(args)
+    if args.server:
+        raise UserError("--server is for --target-backend vllm; the hf backend runs the target in this process.")
+    target = Target.from_pretrained(
+        args.model_name, dtype=args.dtype, device=device_of_rank(), device_map=args.device_map,
+        tap_layers=args.tap_layers or None, revision=args.revision, attn_implementation=args.attn_implementation,
+    )  # fmt: skip
+    template = ChatTemplate(target.tokenizer, args.chat_template_type or None, eos_token_ids=target.eos_token_ids)
+    return OpenTarget(
+        template, identity_of(target, template, args), TargetHead.of(target), LiveSource(target),
+        target.device.type == "cuda",
+    )  # fmt: skip
+
+
+def identity_of(target: Target, template: ChatTemplate, args: ExtractArgs) -> Identity:
+    """What the states of this run depend on."""
+    return describe_states(
+        target.name, target.revision, target.text_config, TargetHead.of(target), target.tap_layers, template,
+        dtype=str(target.dtype).removeprefix("torch."), max_length=args.model_max_length,
+        tap_storage=args.tap_storage, last_storage=args.last_storage,
+    )  # fmt: skip
+
+
+def ranks_of_environment() -> Ranks:
+    """This process's place under torchrun (or any launcher that sets RANK and WORLD_SIZE); alone otherwise."""
+    return Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def device_of_rank() -> torch.device:
+    """The accelerator of this local rank."""
+    device = default_device()
+    local = os.environ.get("LOCAL_RANK")
+    return torch.device(device.type, int(local)) if local is not None and device.type != "cpu" else device
+
+
+def extract_with_workers(args: ExtractArgs) -> Manifest:
+    """The same work by several Ray workers: each is a rank and makes its own shards."""
+    from fledge.target.store.manifest import read_manifest
+    from fledge.workers import run_jobs
+
+    gpus = args.gpus_per_worker if torch.accelerator.is_available() else 0
+    if gpus > 1 and not args.device_map:
+        raise UserError(f"--gpus-per-worker {gpus} without --device-map auto: one GPU of each group would do the work.")
+    one = replace(args, num_workers=1)
+    ranks = [Ranks(rank, args.num_workers) for rank in range(args.num_workers)]
+    with _watch(args.output_dir):
+        finished = run_jobs(
+            lambda: None, lambda _, rank: extract_share(one, rank) and None, ranks, num_workers=args.num_workers,
+            gpus_per_worker=gpus, describe=lambda rank: f"share {rank.rank + 1} of {rank.world}",
+        )  # fmt: skip
+        for rank, _ in finished:
+            say(f"worker {rank.rank + 1} of {rank.world} is done")
+    return read_manifest(args.output_dir)
+
+
+@contextmanager
+def _watch(folder: Path) -> Iterator[None]:
+    """Say now and then how many shards are finished, while workers that cannot be heard make them."""
+    stop = threading.Event()
+
+    def tell() -> None:
+        told = -1
+        while not stop.wait(5.0):
+            count = sum(1 for _ in (folder / "sealed").glob("shard-*.json"))
+            if count != told:
+                say(f"{folder}: {count} shards finished")
+                told = count
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _shown(ranks: Ranks, total: int, done: int) -> AbstractContextManager[Bar]:
+    title = "extracting" if ranks.world == 1 else f"extracting (rank {ranks.rank} of {ranks.world})"
+    return progress(title, total, done)

@@ -1,0 +1,198 @@
+"""The target's two ends without its middle: embedding, head and what is done to the logits.
+
+Offline training, an engine's client and foreign stores need no more of a target. Taken from a loaded `Target`, or read
+from its safetensors files by name, so that a target of any size costs two tensors.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fledge.errors import UserError, nearest
+from fledge.target.model import Target
+from fledge.target.quirks import LogitQuirks, logit_quirks
+
+# V target vocab, H hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetHead:
+    """`head(last_hidden)` gives exactly the target's logits."""
+
+    embedding: Tensor  # (V, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    quirks: LogitQuirks
+    keys: tuple[str, ...]  # names of `weight` in the target: two where it is tied to the embedding
+
+    def __call__(self, last_hidden: Tensor) -> Tensor:
+        """(..., H) after the final norm -> (..., V)."""
+        return self.quirks.apply(nn.functional.linear(last_hidden, self.weight, self.bias))
+
+    @property
+    def tied(self) -> bool:
+        return self.embedding.data_ptr() == self.weight.data_ptr()
+
+    @classmethod
+    def of(cls, target: Target) -> "TargetHead":
+        """The ends of a loaded target; shares its tensors."""
+        head = target.model.get_output_embeddings()
+        parameters = target.model.named_parameters(remove_duplicate=False)
+        keys = tuple(name for name, parameter in parameters if parameter is head.weight)
+        return cls(
+            embedding=target.embedding_weight, weight=target.head_weight, bias=getattr(head, "bias", None),
+            quirks=target.quirks, keys=keys,
+        )  # fmt: skip
+
+    def to(self, device: torch.device) -> "TargetHead":
+        embedding = self.embedding.to(device)
+        weight = embedding if self.tied else self.weight.to(device)
+        return dataclasses.replace(
+            self, embedding=embedding, weight=weight, bias=None if self.bias is None else self.bias.to(device)
+        )
+
+    def digest(self) -> str:
+        """A digest of the numbers: two fine-tunes of one model rarely share it."""
+        digest = hashlib.sha256()
+        for tensor in self._tensors().values():
+            digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+            digest.update(as_bytes(tensor))
+        return digest.hexdigest()
+
+    def save(self, path: Path, identity: str) -> None:
+        """Write the file; atomic renaming is the caller's."""
+        metadata = {
+            "identity": identity, "quirks": json.dumps(dataclasses.asdict(self.quirks)), "keys": json.dumps(self.keys),
+        }  # fmt: skip
+        save_file(self._tensors(), path, metadata=metadata)
+        path.chmod(0o644)  # the library makes it private
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device, identity: str) -> "TargetHead":
+        """Read what `save` wrote, for the store whose identity it is."""
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        if metadata.get("identity") != identity:
+            raise UserError(
+                f"{path}: belongs to another target or other settings than the manifest beside it. Put the right "
+                f"manifest back, or extract into a new folder."
+            )
+        tensors = load_file(path, device=str(device))
+        return cls(
+            embedding=tensors["embedding"], weight=tensors.get("head", tensors["embedding"]),
+            bias=tensors.get("head_bias"), quirks=LogitQuirks(**json.loads(metadata["quirks"])),
+            keys=tuple(json.loads(metadata["keys"])),
+        )  # fmt: skip
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"embedding": self.embedding.detach().cpu().contiguous()}
+        if not self.tied:
+            tensors["head"] = self.weight.detach().cpu().contiguous()
+        if self.bias is not None:
+            tensors["head_bias"] = self.bias.detach().cpu().contiguous()
+        return tensors
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, without a copy."""
+    array: Any = tensor.flatten().view(torch.uint8).numpy()
+    return memoryview(array) if array.size else memoryview(b"")
+
+
+class TargetEnds:
+    """A target of which only embedding, final norm and head are in memory."""
+
+    def __init__(self, name: str, config: Any, head: TargetHead, norm: nn.Module | None) -> None:
+        self.name, self.config, self.head, self.norm = name, config, head, norm
+        self.text_config = config.get_text_config()
+
+    @classmethod
+    def from_files(
+        cls, name_or_path: str, *, lm_head_key: str | None = None, dtype: torch.dtype | None = None,
+        revision: str | None = None,
+    ) -> "TargetEnds":  # fmt: skip
+        """Read them from the safetensors files of a folder or hub name."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        try:
+            config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(config)
+        except Exception as error:  # the library's types vary: no folder, no network, unknown architecture
+            raise UserError(
+                f"{name_or_path}: no config of a causal LM could be loaded ({type(error).__name__}: "
+                f"{str(error).strip()[:200]}). Give the target's folder or hub name."
+            ) from error
+        files = _tensor_files(name_or_path, revision)
+        names = {id(parameter): name for name, parameter in skeleton.named_parameters(remove_duplicate=False)}
+        embedding_key = names[id(skeleton.get_input_embeddings().weight)]
+        output: Any = skeleton.get_output_embeddings()
+        head_key = lm_head_key or names[id(output.weight)]
+        if config.get_text_config().tie_word_embeddings and not lm_head_key:
+            head_key = embedding_key
+        read = _Reader(name_or_path, files, dtype or config.get_text_config().dtype)
+        embedding = read(embedding_key)
+        weight = embedding if head_key == embedding_key else read(head_key)
+        bias = read(names[id(output.bias)]) if getattr(output, "bias", None) is not None else None
+        keys = tuple(dict.fromkeys((head_key, *((names[id(output.weight)],) if not lm_head_key else ()))))
+        quirks = logit_quirks(config.get_text_config())
+        head = TargetHead(embedding=embedding, weight=weight, bias=bias, quirks=quirks, keys=keys)
+        return cls(name_or_path, config, head, _read_norm(skeleton, names, read))
+
+
+def _read_norm(skeleton: Any, names: dict[int, str], read: "_Reader") -> nn.Module | None:
+    """The decoder's final norm, as the architecture's own module (Gemma's multiplies by 1 + w)."""
+    norm = getattr(skeleton.get_decoder(), "norm", None)
+    if norm is None:
+        return None
+    found = {name: read(names[id(parameter)]) for name, parameter in norm.named_parameters()}
+    norm = norm.to_empty(device="cpu")
+    norm.load_state_dict(found, assign=True)
+    return norm.eval().requires_grad_(False)
+
+
+class _Reader:
+    def __init__(self, name: str, files: dict[str, Path], dtype: torch.dtype | None) -> None:
+        self._name, self._files, self._dtype = name, files, dtype
+
+    def __call__(self, key: str) -> Tensor:
+        if key not in self._files:
+            raise UserError(
+                f"{self._name}: its files hold no tensor {key!r}{nearest(key, self._files)}. Name the head's with "
+                f"--lm_head_key."
+            )
+        with safe_open(self._files[key], "pt") as file:
+            tensor = file.get_tensor(key)
+        return tensor.to(self._dtype) if self._dtype is not None else tensor
+
+
+def _tensor_files(name_or_path: str, revision: str | None) -> dict[str, Path]:
+    """Tensor name -> file."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=["*.safetensors"]))
+        except Exception as error:
+            raise UserError(f"{name_or_path}: could not be downloaded ({str(error).strip()[:200]}).") from error
+    return dict(_names_in(folder))
+
+
+def _names_in(folder: Path) -> Iterator[tuple[str, Path]]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no safetensors files there. Save the target with save_pretrained.")
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                yield key, path
