@@ -126,6 +126,8 @@ class ServerArgs:
     """Server without the head, such as http://localhost:8000. None: one is started through `fledge serve`."""
     eagle_url: str | None = None
     """Server with the head. None: one is started through `fledge serve`."""
+    api_key_env: str | None = None
+    """Environment variable that holds the servers' API key."""
     concurrency: tuple[int, ...] = (1,)
     """Requests in flight; several numbers make a sweep."""
     num_speculative_tokens: int = 3

@@ -43,7 +43,7 @@ class Line:
 
 def bars(rows: Sequence[Bar], *, description: str, mark: float | None = None, mark_text: str = "") -> str:
     """Horizontal bars with their values behind them, and a dashed line at `mark`."""
-    left = min(170.0, max(len(row.label) for row in rows) * CHARACTER + 12)
+    left = min(230.0, max(len(row.label) for row in rows) * CHARACTER + 12)
     right = max(len(row.text) for row in rows) * CHARACTER + 12
     span = max([row.reach for row in rows] + ([mark] if mark else [])) or 1.0
     scale = (WIDTH - left - right) / span

@@ -96,6 +96,11 @@ def _quality_clause(quality: dict[str, Any]) -> str:
     if quality.get("compared"):
         if quality["identical"] == quality["compared"]:
             return f", and all {quality['compared']} answers are identical."
+        if "unchecked" in quality:
+            return (
+                f"; {quality['identical']} of {quality['compared']} answers are identical (a server cannot be asked "
+                f"whether the others part at a near-tie)."
+            )
         if not quality["unexplained"]:
             return (
                 f"; {quality['identical']} of {quality['compared']} answers are identical, the others part at a "
@@ -198,6 +203,19 @@ def drawings(document: Document) -> dict[str, str]:
             ],
             mark=1.0, mark_text="plain", description="speed-up per data set",
         )  # fmt: skip
+    if any("concurrency" in figures for figures in sets.values()):
+        drawn["throughput"] = charts.bars(
+            [
+                charts.Bar(
+                    f"{name}: {label}", [(figures[side]["throughput_tokens_per_s"], style)],
+                    f"{figures[side]['throughput_tokens_per_s']:.0f} tok/s",
+                )
+                for name, figures in sets.items()
+                for side, label, style in (("baseline", "plain", "s6"), ("eagle", "with head", "s0"))
+                if side in figures
+            ],
+            description="throughput by data set and requests in flight",
+        )  # fmt: skip
     if head.get("acceptance"):
         drawn |= _acceptance_drawings({name: one for name, one in sets.items() if one.get("acceptance")}, head)
     if all((head.get(side) or {}).get("phases_s") for side in ("baseline", "eagle")):
@@ -210,6 +228,8 @@ def drawings(document: Document) -> dict[str, str]:
 def _acceptance_drawings(sets: dict[str, Any], head: dict[str, Any]) -> dict[str, str]:
     own = {name: figures["acceptance"] for name, figures in sets.items() if name != "all"}
     deepest = max(len(one["by_position"]) for one in own.values())
+    if not deepest:  # SGLang tells tau only
+        return {}
     positions = [str(position + 1) for position in range(deepest)]
     drawn = {
         kind: charts.lines(

@@ -10,6 +10,7 @@ import pytest
 from fledge.bench.args import BenchArgs, DecodingArgs, ModelArgs, OutputArgs, PromptArgs, WorkerArgs
 from fledge.bench.run import Placement, run
 from fledge.decoding.records import Generation
+from fledge.errors import UserError
 
 EOS = 0
 PLAIN_S, VERIFY_S, DRAFT_S, OTHER_S, PREFILL_S = 0.010, 0.012, 0.003, 0.001, 0.005
@@ -26,14 +27,19 @@ class FakeEngine:
     max_answer: int = 60
     die_on: str | None = None  # kill the process at this question, once per `marker`
     marker: str = ""
+    always_die: bool = False
     disagree: bool = False  # the speculative side answers something else
     calls: list = dataclasses.field(default_factory=list)
 
     def load(self) -> "FakeEngine":
+        if self.mode == "refuse":
+            raise UserError("no such head")
         return self
 
     def prompt_ids(self, messages):
         if self.die_on and any(self.die_on in message["content"] for message in messages):
+            if self.always_die:
+                os._exit(1)
             if not os.path.exists(self.marker):
                 Path(self.marker).touch()
                 os._exit(1)
