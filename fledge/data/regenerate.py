@@ -60,7 +60,7 @@ async def _regenerate(args: RegenerateArgs) -> None:
                 say(f"{journal.reopen(lambda reason: reason not in LASTING)} rejected rows are asked again")
             run = _Run(args, engine, journal, Rejects(journal.input_rejects, args.prompts.max_reject_share))
             await run.all_rows()
-            _report(journal, args)
+            _report(journal, args, run.rate())
 
 
 def _count(prompts: PromptArgs, rejects: Rejects) -> tuple[int, str]:
@@ -187,18 +187,21 @@ class _Run:
             await asyncio.sleep(SYNC_EVERY_S)
             await asyncio.to_thread(self.journal.sync)
 
+    def rate(self) -> float:
+        """Answer tokens per second of this session."""
+        return self.output_tokens / max(time.monotonic() - self.started, 1e-3)
+
     def _note(self) -> str:
-        rate = self.output_tokens / max(time.monotonic() - self.started, 1e-3)
         errors = ", ".join(f"{count} {kind}" for kind, count in self.engine.errors.most_common(4))
-        return f"{rate:.0f} tok/s" + (f" (retried: {errors})" if errors else "")
+        return f"{self.rate():.0f} tok/s" + (f" (retried: {errors})" if errors else "")
 
 
-def _report(journal: Journal, args: RegenerateArgs) -> None:
+def _report(journal: Journal, args: RegenerateArgs, rate: float) -> None:
     """Totals, and a UserError when too much went wrong."""
     counts = journal.counts()
     rejected = Counter({k.removeprefix("rejected: "): n for k, n in counts.items() if k.startswith("rejected: ")})
     say(
-        f"{counts['rows']} rows, {counts['output_tokens']} answer tokens, "
+        f"{counts['rows']} rows, {counts['output_tokens']} answer tokens ({rate:.1f} tok/s in this session), "
         f"{counts['finish_reason: length']} cut at --max-tokens, {rejected.total()} rejected"
     )
     for reason, count in rejected.most_common():

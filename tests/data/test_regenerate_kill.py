@@ -1,0 +1,91 @@
+"""SIGKILL at 25 random moments: the shards are byte for byte those of an uninterrupted run."""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+from fakes.openai_server import FakeServer, ServerThread
+
+from fledge.data.regenerate import regenerate
+from fledge.data.regenerate_args import EngineArgs, PromptArgs, RegenerateArgs
+
+KILLS = 25
+ROWS = 2500
+SHARD = 300
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_25_times(tmp_path):
+    data = tmp_path / "in.jsonl"
+    with open(data, "w") as out:
+        for index in range(ROWS):
+            fault = {7: " [fault: 500 x1]", 11: " [fault: 422]"}.get(index % 50, "")
+            row = {"id": f"row-{index}", "conversations": [{"from": "human", "value": f"question {index}{fault}"}]}
+            out.write(json.dumps(row) + "\n")
+    server = ServerThread(FakeServer(delay_s=0.01))
+    try:
+        kills = kill_again_and_again(data, tmp_path / "killed", server.url)
+        assert kills >= KILLS
+        manifest = json.loads((tmp_path / "killed" / "manifest.json").read_text())
+        assert manifest["shards"] and not manifest["complete"]  # they hit the work, not just the start or the end
+        assert finish(data, tmp_path / "killed", server.url) == 0
+        assert finish(data, tmp_path / "whole", server.url) == 0
+    finally:
+        server.stop()
+    whole, killed = contents(tmp_path / "whole"), contents(tmp_path / "killed")
+    assert list(killed) == list(whole) and len(whole) == -(-ROWS // SHARD) + 1
+    assert killed == whole
+    lines = [line for name, text in killed.items() for line in text.decode().splitlines()]
+    ids = [json.loads(line)["id"] for line in lines]
+    assert sorted(ids) == sorted(f"row-{index}" for index in range(ROWS))  # rejects included: every id once
+    assert json.loads((tmp_path / "killed" / "manifest.json").read_text())["complete"]
+
+
+def kill_again_and_again(data: Path, out: Path, url: str) -> int:
+    """Start, kill after a random while, and so on. A run that ends before its kill does not count."""
+    moments = random.Random(0)
+    kills = 0
+    for _ in range(3 * KILLS):
+        child = start(data, out, url)
+        # from the first instruction to well inside the work: starting takes about 0.1 s
+        time.sleep(moments.uniform(0.0, 0.25))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        kills += os.WIFSIGNALED(status)
+        if kills == KILLS or not os.WIFSIGNALED(status):
+            break
+    return kills
+
+
+def finish(data: Path, out: Path, url: str) -> int:
+    _, status = os.waitpid(start(data, out, url), 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def start(data: Path, out: Path, url: str) -> int:
+    """A forked process that regenerates (starting Python anew each time would take a minute of imports)."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        regenerate(
+            RegenerateArgs(
+                prompts=PromptArgs(data_name_or_path=str(data)), output_dir=out, data_shard_size=SHARD,
+                engines=EngineArgs(endpoints=(url,), concurrency=16),
+            )
+        )  # fmt: skip
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted([*out.glob("shard-*"), out / "rejects.jsonl"])}
