@@ -1,0 +1,98 @@
+"""The engine in this process: the same command, no server."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from fledge.data.engine import Request
+from fledge.data.local_engine import LocalEngine
+from fledge.data.regenerate import regenerate
+from fledge.data.regenerate_args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
+from fledge.data.rejects import Reject
+from fledge.data.tokenize import ChatTemplate
+from fledge.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tiny_dir(tmp_path_factory, make_tokenizer) -> Path:
+    """A tiny llama with a byte tokenizer, saved as a checkpoint. Random weights, so answers are noise of bytes."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = make_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=256)
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_rows_of_several_turns_carry_their_tokens(tiny_dir, tmp_path):
+    turns = [("human", "first"), ("gpt", "OLD"), ("human", "second"), ("gpt", "OLD")]
+    rows = [{"id": f"r{i}", "conversations": [{"from": r, "value": f"{v} {i}"} for r, v in turns]} for i in range(12)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    regenerate(
+        RegenerateArgs(
+            prompts=PromptArgs(data_name_or_path=str(tmp_path / "in.jsonl"), max_reject_share=1.0),
+            output_dir=tmp_path / "out",
+            answers=AnswerArgs(max_tokens=8, temperature="1.0"),
+            engines=EngineArgs(engine="transformers", model=str(tiny_dir), batch_size=5),
+        )
+    )
+    found = [json.loads(line) for line in (tmp_path / "out" / "shard-00000.jsonl").read_text().splitlines()]
+    rejected = (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()
+    assert len(found) + len(rejected) == 12 and len(found) >= 8
+    template = ChatTemplate.from_pretrained(str(tiny_dir))
+    for row in found:
+        said = [{"role": "user", "content": row["conversations"][0]["value"]}]
+        ids = row.get("input_ids") or row["prompt_token_ids"] + row["token_ids"]
+        assert ids[: len(template.prompt_ids(said))] == template.prompt_ids(said)
+        assert "OLD" not in json.dumps(row)
+
+
+def test_greedy_answers_are_the_models_own(tiny_dir):
+    async def ask():
+        async with LocalEngine(str(tiny_dir), batch_size=4, device="cpu") as engine:
+            requests = [Request([{"role": "user", "content": f"q{i}"}], 6, 0.0, 1.0, 0, None) for i in range(6)]
+            answers = await asyncio.gather(*(engine.answer(r) for r in requests), return_exceptions=True)
+            return [a for a in answers if not isinstance(a, Reject)], engine._decoder.model
+
+    answers, model = asyncio.run(ask())
+    assert len(answers) >= 3
+    for answer in answers:
+        ids = torch.tensor([answer.prompt_ids + answer.output_ids])
+        with torch.no_grad():
+            expected = model(input_ids=ids).logits[0].argmax(-1).tolist()
+        assert expected[len(answer.prompt_ids) - 1 : -1] == answer.output_ids
+
+
+def test_a_prompt_beyond_the_context_is_rejected(tiny_dir):
+    async def ask():
+        async with LocalEngine(str(tiny_dir), batch_size=2) as engine:
+            await engine.answer(Request([{"role": "user", "content": "x" * 300}], 6, 0.0, 1.0, 0, None))
+
+    with pytest.raises(Reject, match="context length"):
+        asyncio.run(ask())
+
+
+def test_a_failing_model_reaches_everybody_who_waits(tiny_dir):
+    async def ask():
+        async with LocalEngine(str(tiny_dir), batch_size=2) as engine:
+            engine._decoder.model = None  # as an out-of-memory error would: the decoding thread dies
+            request = Request([{"role": "user", "content": "x"}], 6, 0.0, 1.0, 0, None)
+            return await asyncio.gather(*(engine.answer(request) for _ in range(5)), return_exceptions=True)
+
+    assert all(isinstance(answer, TypeError) for answer in asyncio.run(ask()))
+
+
+def test_a_missing_model_is_named(tmp_path):
+    with pytest.raises(UserError, match="needs --model"):
+        (tmp_path / "in.jsonl").write_text('{"id": "a", "conversations": [{"from": "human", "value": "x"}]}\n')
+        regenerate(
+            RegenerateArgs(
+                prompts=PromptArgs(data_name_or_path=str(tmp_path / "in.jsonl")), output_dir=tmp_path / "out",
+                engines=EngineArgs(engine="transformers"),
+            )
+        )  # fmt: skip
