@@ -93,9 +93,10 @@ def tap_layers_of(head: str) -> tuple[int, ...]:
 def refused_path(one: RoundTrace) -> list[int]:
     """The drafted continuation that was refused where the round ended: from its last kept node on."""
     node, path = one.accepted[-1], []
-    while node in one.parents:
-        node = one.parents.index(node)
-        path.append(one.token_ids[node])
+    for child in range(node + 1, len(one.parents)):  # children follow their parents; the root is its own parent
+        if one.parents[child] == node:
+            node = child
+            path.append(one.token_ids[node])
     return path
 
 
