@@ -349,7 +349,12 @@ class OpenAIClient:
                 self._wake(len(self._waiting))
 
     async def _probe(self, endpoint: Endpoint) -> None:
-        models = await self._models(endpoint)
+        try:
+            models = await self._models(endpoint)
+        except UserError as error:  # the key is no longer accepted
+            self._fatal = self._fatal or error
+            self._wake(len(self._waiting))
+            return
         if models is not None:
             endpoint.failed_probes = 0
             if not endpoint.up:

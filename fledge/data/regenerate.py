@@ -143,7 +143,7 @@ class _Run:
                 async with asyncio.TaskGroup() as workers:
                     for _ in range(min(self.engine.concurrency, max(self.journal.total - done, 1))):
                         workers.create_task(self._worker(bar))
-            except* UserError as errors:
+            except ExceptionGroup as errors:  # one reason is enough: the others follow from it
                 raise errors.exceptions[0] from None
             finally:
                 syncing.cancel()

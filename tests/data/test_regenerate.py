@@ -4,6 +4,9 @@ import asyncio
 import base64
 import io
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -255,6 +258,24 @@ def test_the_documented_flag_names(server, tmp_path):
     assert run_command("regenerate", flags) == 0
     assert [row["id"] for row in rows_of(tmp_path / "out")] == ["r0"]
     assert run_command("regenerate", [*flags, "--temperature", "0.5:0.3,1:0.3"]) == 1
+
+
+def test_the_documented_script(server, tmp_path):
+    """Variables on top, empty ones left out, further flags passed on, the command's own exit status."""
+    data = prompts(tmp_path / "in.jsonl", "one", "one")
+    repository = Path(__file__).resolve().parents[2]
+    environment = {
+        **os.environ, "DATA_NAME_OR_PATH": str(data), "OUTPUT_DIR": str(tmp_path / "out"), "DATA_FORMAT": "sharegpt",
+        "DATA_SHARD_SIZE": "1", "BASE_PORT": str(server.port), "MAX_CLIENTS": "1", "SYSTEM_PROMPT": "",
+        "MODEL_NAME": "", "PYTHONPATH": str(repository), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    script = ["bash", str(repository / "scripts" / "speculative" / "generate_data_for_target_model.sh")]
+    done = subprocess.run([*script, "--deduplicate"], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [row["id"] for row in rows_of(tmp_path / "out")] == ["r0"]
+    assert rejects_of(tmp_path / "out") == [("r1", "duplicate prompt")]
+    again = subprocess.run(script, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 1 and "deduplicate was True, now False" in again.stderr
 
 
 class InstantEngine:

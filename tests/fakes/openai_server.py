@@ -155,7 +155,6 @@ class ServerThread:
 
     def start(self) -> None:
         started = threading.Event()
-        self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, args=(started,), daemon=True)
         self._thread.start()
         assert started.wait(10)
@@ -167,7 +166,7 @@ class ServerThread:
 
     def _serve(self, started: threading.Event) -> None:
         async def run() -> None:
-            self._stopping = asyncio.Event()
+            self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
             runner = web.AppRunner(self.server.app(), shutdown_timeout=0.05)
             await runner.setup()
             site = web.TCPSite(runner, "127.0.0.1", self.port, reuse_address=True)
@@ -177,8 +176,7 @@ class ServerThread:
             await self._stopping.wait()
             await runner.cleanup()
 
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(run())
+        asyncio.run(run())  # cancels the handlers that hang
 
 
 def main() -> None:
