@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 STAGES = ("data", "target", "draft", "train", "export", "decoding", "bench")
-RIM = {"config", "errors", "console", "provenance"}
+RIM = {"config", "errors", "console", "provenance", "workers"}
 PACKAGE = Path(__file__).parent.parent / "fledge"
 
 

@@ -7,7 +7,7 @@ it stopped; started with more data it adds to the store. Knows where records com
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,7 +71,7 @@ class ExtractArgs:
     """fp8 halves the taps' size: one scale per row and tap."""
     last_storage: LastStorage = "all"
     """supervised keeps the last state only where the assistant wrote: nothing else teaches."""
-    shard_mb: int = 256
+    shard_mb: float = 256
     """Size of a shard; at most one shard of work is lost when the run is killed."""
     num_workers: int = 1
     """Processes, each with its own copy of the target, spread over GPUs and nodes by Ray."""
@@ -111,7 +111,7 @@ def extract_share(args: ExtractArgs, ranks: Ranks) -> Manifest | None:
     opened = open_target(args)
     samples = Samples.read(args, opened.template)
     manifest = fill(
-        args.output_dir, opened.identity, opened.head, opened.producer, samples, shard_bytes=args.shard_mb << 20,
+        args.output_dir, opened.identity, opened.head, opened.producer, samples, shard_bytes=int(args.shard_mb * 2**20),
         ranks=ranks, pinned=opened.pinned,
     )  # fmt: skip
     return manifest if ranks.first else None
@@ -146,10 +146,9 @@ def fill(
 class Samples:
     """The samples of several data paths, in order, found by id."""
 
-    def __init__(self, parts: Sequence[Sequence[Sample]], ids: Sequence[str]) -> None:
-        self._data: Any = torch.utils.data.ConcatDataset(parts) if parts else []  # type: ignore[arg-type]
-        self.ids = list(ids)
-        self.index = {id: position for position, id in enumerate(self.ids)}
+    def __init__(self, data: Any, ids: Iterable[str], positions: Iterable[int]) -> None:
+        self._data, self.ids, self._positions = data, list(ids), list(positions)
+        self.index = dict(zip(self.ids, self._positions, strict=True))
 
     @classmethod
     def read(cls, args: ExtractArgs, template: ChatTemplate) -> "Samples":
@@ -165,10 +164,18 @@ class Samples:
 
     @classmethod
     def of(cls, parts: Sequence[TokenizedData], max_samples: int | None = None) -> "Samples":
-        return cls(parts, [id for part in parts for id in part.ids][:max_samples])
+        """All samples of these parts, or the first so many."""
+        data: Any = torch.utils.data.ConcatDataset(parts) if parts else []  # type: ignore[arg-type]
+        ids = [id for part in parts for id in part.ids][:max_samples]
+        return cls(data, ids, range(len(ids)))
+
+    def only(self, ids: Set[str]) -> "Samples":
+        """Those with these ids, in the same order."""
+        kept = [(id, at) for id, at in zip(self.ids, self._positions, strict=True) if id in ids]
+        return Samples(self._data, [id for id, _ in kept], [at for _, at in kept])
 
     def __iter__(self) -> Iterator[Sample]:
-        return (self._data[position] for position in range(len(self.ids)))
+        return (self._data[position] for position in self._positions)
 
     def get(self, id: str) -> Sample:
         return self._data[self.index[id]]
@@ -188,7 +195,7 @@ class OpenTarget:
 def open_target(args: ExtractArgs) -> OpenTarget:
     """Load the target (hf), or its ends and a client of the server (vllm)."""
     if args.target_backend == "vllm":
-        from fledge.target.engine import open_engine
+        from fledge.target.engine_states import open_engine
 
         return open_engine(args)
     if args.server:

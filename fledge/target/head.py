@@ -53,12 +53,11 @@ class TargetHead:
             quirks=target.quirks, keys=keys,
         )  # fmt: skip
 
-    def to(self, device: torch.device) -> "TargetHead":
-        embedding = self.embedding.to(device)
-        weight = embedding if self.tied else self.weight.to(device)
-        return dataclasses.replace(
-            self, embedding=embedding, weight=weight, bias=None if self.bias is None else self.bias.to(device)
-        )
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "TargetHead":
+        embedding = self.embedding.to(device, dtype)
+        weight = embedding if self.tied else self.weight.to(device, dtype)
+        bias = None if self.bias is None else self.bias.to(device, dtype)
+        return dataclasses.replace(self, embedding=embedding, weight=weight, bias=bias)
 
     def digest(self) -> str:
         """A digest of the numbers: two fine-tunes of one model rarely share it."""

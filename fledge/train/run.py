@@ -101,21 +101,17 @@ def live_source(args: TrainArgs) -> Source:
     template = ChatTemplate(
         target.tokenizer, data.chat_template_type or None, eos_token_ids=target.eos_token_ids
     )  # fmt: skip
-    parts = [tokenize(path, template, data) for path in data.train_data_path]
-    held_out = [tokenize(path, template, data) for path in data.eval_data_path]
-    if not held_out and data.eval_fraction:
-        split = [part.split(data.eval_fraction) for part in parts]
-        parts, held_out = [train for train, _ in split], [held for _, held in split]
+    parts, held_out = tokenise_all(data, template)
     train_data = limited(ConcatDataset(parts), data.max_samples)
     if not len(train_data):
         raise UserError(f"{', '.join(data.train_data_path)}: no trainable samples. `fledge inspect` says why.")
-    counts = torch.stack([_padded(part.counts, target.vocab_size) for part in parts]).sum(0)
+    counts, always = count_supervised(parts, target.vocab_size)
     return Source(
         train=train_data,
         eval=ConcatDataset(held_out) if held_out else None,
         to_record=LiveSource(target).record,
         counts=counts,
-        always=sorted({token for part in parts for token in part.always}),
+        always=always,
         text_config=target.text_config,
         tap_layers=target.tap_layers,
         embedding=target.embedding_weight,
@@ -124,6 +120,22 @@ def live_source(args: TrainArgs) -> Source:
         target_name=target.name,
         device=args.trainer.device,
     )
+
+
+def tokenise_all(data: DataArguments, template: ChatTemplate) -> tuple[list[TokenizedData], list[TokenizedData]]:
+    """The conversations to train and to evaluate on."""
+    parts = [tokenize(path, template, data) for path in data.train_data_path]
+    held_out = [tokenize(path, template, data) for path in data.eval_data_path]
+    if not held_out and data.eval_fraction:
+        split = [part.split(data.eval_fraction) for part in parts]
+        parts, held_out = [train for train, _ in split], [held for _, held in split]
+    return parts, held_out
+
+
+def count_supervised(parts: Sequence[TokenizedData], vocab_size: int) -> tuple[Tensor, list[int]]:
+    """(V,) supervised tokens of the training data, and the ids that belong to every draft vocabulary."""
+    counts = torch.stack([_padded(part.counts, vocab_size) for part in parts]).sum(0)
+    return counts, sorted({token for part in parts for token in part.always})
 
 
 def tokenize(path: str, template: ChatTemplate, data: DataArguments) -> TokenizedData:

@@ -93,11 +93,8 @@ class Plan:
         for sample in samples:
             planned = describe(sample)
             known = self.place.get(planned.id)
-            if known is not None and known[1] != planned:
-                raise UserError(
-                    f"sample {planned.id!r}: the store holds this id with other tokens ({known[1].length} tokens, now "
-                    f"{planned.length}). The data, its template or the length changed: extract into a new folder."
-                )
+            if known is not None:
+                check_same(known[1], sample, "the store")
             if planned.id in seen:
                 raise UserError(
                     f"sample id {planned.id!r} appears twice in the data. Give rows their own `id`, or rename one of "
@@ -124,6 +121,15 @@ def cut(samples: Iterable[PlannedSample], tokens_per_shard: int, first: int) -> 
     if waiting:
         shards.append(PlannedShard(first + len(shards), tuple(waiting)))
     return shards
+
+
+def check_same(planned: PlannedSample, sample: Sample, where: str) -> None:
+    """The sample must have the tokens and the mask it was planned with."""
+    if planned != describe(sample):
+        raise UserError(
+            f"sample {sample.id!r}: {where} holds this id with other tokens ({planned.length} tokens, now "
+            f"{len(sample.input_ids)}). The data, its template or the length changed: extract into a new folder."
+        )
 
 
 def describe(sample: Sample) -> PlannedSample:

@@ -17,7 +17,7 @@ from fledge.errors import UserError
 from fledge.target.head import TargetHead
 from fledge.target.record import TargetRecord
 from fledge.target.store.manifest import HEAD, file_sha256, read_manifest
-from fledge.target.store.plan import Plan
+from fledge.target.store.plan import Plan, PlannedSample
 from fledge.target.store.shard import DAMAGED, ShardReader
 
 
@@ -53,9 +53,9 @@ class HiddenStore(Sequence[TargetRecord]):
         return np.concatenate([np.diff(shard.offsets) for shard in self.shards] or [np.zeros(0, dtype=np.int64)])
 
     @cached_property
-    def crcs(self) -> dict[str, int]:
-        """id -> checksum of the tokens and mask it was made from."""
-        return {id: planned.crc for id, (_, planned) in Plan.read(self.folder).place.items()}
+    def planned(self) -> dict[str, PlannedSample]:
+        """id -> what the record was made from."""
+        return {id: planned for id, (_, planned) in Plan.read(self.folder).place.items()}
 
     def counts(self, indices: Sequence[int] | None = None) -> Tensor:
         """How often each token id is supervised, in all records (from the shards' tables) or in some. (V,) int64."""

@@ -1,0 +1,101 @@
+"""A store in front of the live target: what it lacks of the given conversations is extracted and kept, once.
+
+Records then come from files in the order of the conversations, so training is what it would be online, bit for bit.
+The target is loaded only when something is missing, and is gone before training starts.
+"""
+
+import gc
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fledge.console import say
+from fledge.data.tokenize import ChatTemplate
+from fledge.errors import UserError
+from fledge.target.extract import Samples, fill, ranks_of_environment
+from fledge.target.head import TargetHead
+from fledge.target.live import LiveSource
+from fledge.target.model import Target
+from fledge.target.store.describe import describe_states
+from fledge.target.store.manifest import MANIFEST, Identity, read_manifest
+from fledge.target.store.plan import check_same
+from fledge.target.store.reader import HiddenStore
+from fledge.train.arguments import TrainArgs
+from fledge.train.records import Part, Records, by_id
+from fledge.train.run import Source, count_supervised, tokenise_all
+from fledge.train.stored import open_stores, source_from
+
+SHARD_BYTES = 256 << 20
+POLL_S = 0.5
+
+
+def cached_source(args: TrainArgs) -> Source:
+    """The source for --train_hidden_path and --train_data_path (or --eval_data_path) together."""
+    data = args.data
+    if not data.target_model_name_or_path:
+        raise UserError(
+            "--target_model_name_or_path is needed beside conversations: its tokenizer, and the target itself for what "
+            "the store lacks. Leave --train_data_path and --eval_data_path out to train on the store alone."
+        )
+    template = ChatTemplate.from_pretrained(data.target_model_name_or_path, data.chat_template_type or None)
+    parts, held_out = tokenise_all(data, template)
+    train_ids = [id for part in parts for id in part.ids][: data.max_samples]
+    eval_ids = [id for part in held_out for id in part.ids]
+    complete(args, template, Samples.of([*parts, *held_out]).only({*train_ids, *eval_ids}))
+    train_stores, eval_stores = open_stores(args)
+    stores = [*train_stores, *eval_stores]
+    train = by_id(stores, train_ids) if parts else [Part.whole(store) for store in train_stores]
+    evaluated = by_id(stores, eval_ids) if held_out else [Part.whole(store) for store in eval_stores]
+    counts, always = count_supervised(parts or held_out, train_stores[0].identity.vocab_size)
+    return source_from(args, train_stores[0], Records(train), Records(evaluated) if evaluated else None, counts, always)
+
+
+def complete(args: TrainArgs, template: ChatTemplate, samples: Samples) -> None:
+    """Extract what the stores lack into the first one."""
+    data = args.data
+    folders = [Path(path).expanduser() for path in (*data.train_hidden_path, *data.eval_hidden_path)]
+    stores = [HiddenStore(folder, allow_incomplete=True) for folder in folders if (folder / MANIFEST).is_file()]
+    missing = samples.only(set(samples.ids) - stored_ids(stores, samples))
+    if not missing.ids:
+        say(f"all {len(samples.ids)} samples are stored; the target is not loaded")
+        return
+    say(f"{len(missing.ids)} of {len(samples.ids)} samples are not stored yet: {folders[0]} gets them first")
+    target = Target.from_pretrained(
+        str(data.target_model_name_or_path), dtype=args.draft.target_dtype, device=args.trainer.device,
+        tap_layers=args.draft.tap_layers or None,
+    )  # fmt: skip
+    identity = identity_for(target, template, args, folders[0])
+    fill(
+        folders[0], identity, TargetHead.of(target), LiveSource(target), missing,
+        shard_bytes=SHARD_BYTES, ranks=ranks_of_environment(), pinned=target.device.type == "cuda",
+    )  # fmt: skip
+    del target
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    while not read_manifest(folders[0]).complete:  # other ranks are still making their share
+        time.sleep(POLL_S)
+
+
+def stored_ids(stores: Sequence[HiddenStore], samples: Samples) -> set[str]:
+    """Ids of these samples that are stored, each with the tokens it has now."""
+    found: set[str] = set()
+    for store in stores:
+        here, planned = set(store.ids), store.planned
+        for sample in samples:
+            if sample.id in here:
+                check_same(planned[sample.id], sample, str(store.folder))
+                found.add(sample.id)
+    return found
+
+
+def identity_for(target: Target, template: ChatTemplate, args: TrainArgs, folder: Path) -> Identity:
+    """The identity of what will be added; an existing store keeps its own way of storing."""
+    before = read_manifest(folder).identity if (folder / MANIFEST).is_file() else None
+    return describe_states(
+        target.name, target.revision, target.text_config, TargetHead.of(target), target.tap_layers, template,
+        dtype=str(target.dtype).removeprefix("torch."), max_length=args.data.model_max_length,
+        tap_storage=before.tap_storage if before else "same", last_storage=before.last_storage if before else "all",
+    )  # fmt: skip

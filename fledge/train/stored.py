@@ -1,0 +1,122 @@
+"""Training data from files: stores of `fledge extract`. The target is not loaded; its two ends come from the store."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fledge.console import say, warn
+from fledge.data.vocab import control_ids
+from fledge.errors import UserError
+from fledge.target.angelslim import ckpt_files
+from fledge.target.store.describe import plain_config, read_text_config
+from fledge.target.store.manifest import MANIFEST, Identity
+from fledge.target.store.reader import HiddenStore
+from fledge.train.arguments import TrainArgs
+from fledge.train.records import Part, Records, as_it_is, split
+from fledge.train.run import Source, limited
+
+
+def stored_source(args: TrainArgs) -> Source:
+    """The source for --train_hidden_path: a store, AngelSlim's files, or (with conversations) a store as a cache."""
+    data = args.data
+    folders = [Path(path).expanduser() for path in (*data.train_hidden_path, *data.eval_hidden_path)]
+    foreign = [folder for folder in folders if not (folder / MANIFEST).is_file() and ckpt_files(folder)]
+    if foreign and len(foreign) < len(folders):
+        raise UserError(f"{foreign[0]} holds .ckpt files, the other paths stores of fledge: train on one kind.")
+    if foreign:
+        from fledge.train.foreign import angelslim_source
+
+        return angelslim_source(args)
+    if data.train_data_path or data.eval_data_path:
+        from fledge.train.cached import cached_source
+
+        return cached_source(args)
+    train_stores, eval_stores = open_stores(args)
+    train, held_out = [Part.whole(store) for store in train_stores], [Part.whole(store) for store in eval_stores]
+    if not held_out and data.eval_fraction:
+        train, held_out = split(train, data.eval_fraction)
+    counts = torch.stack([part.store.counts(part.rows) for part in train]).sum(0)
+    identity = train_stores[0].identity
+    always = control_ids(counts, identity.special_token_ids, identity.stop_token_ids)
+    say(f"training from stored states; the target ({identity.target}) is not loaded")
+    return source_from(args, train_stores[0], Records(train), Records(held_out) if held_out else None, counts, always)
+
+
+def source_from(
+    args: TrainArgs, store: HiddenStore, train: Any, held_out: Any, counts: Tensor, always: Sequence[int]
+) -> Source:
+    """Records with the ends of the target they were made by."""
+    if not len(train):
+        raise UserError(f"{', '.join(args.data.train_hidden_path)}: no records. `fledge inspect` says what is there.")
+    head = store.head(args.trainer.device)
+    return Source(
+        train=limited(train, args.data.max_samples),
+        eval=held_out,
+        to_record=as_it_is,
+        counts=counts,
+        always=always,
+        text_config=read_text_config(store.identity),
+        tap_layers=tuple(store.identity.tap_layers),
+        embedding=head.embedding,
+        head_weight=head.weight,
+        teacher_head=head,
+        target_name=store.identity.target,
+        device=args.trainer.device,
+    )
+
+
+def open_stores(args: TrainArgs) -> tuple[list[HiddenStore], list[HiddenStore]]:
+    """The train and eval stores, checked against each other and against the flags."""
+    data = args.data
+    train, held_out = (
+        [HiddenStore(Path(path).expanduser(), max_length=data.model_max_length) for path in paths]
+        for paths in (data.train_hidden_path, data.eval_hidden_path)
+    )
+    first = train[0]
+    for store in (*train, *held_out):
+        differ = store.identity.differences(first.identity, ignore=("max_length",))
+        if differ:
+            raise UserError(
+                f"{store.folder} was made with {'; '.join(differ)} (as in {first.folder}). States of different targets "
+                f"or settings do not mix."
+            )
+        cut = int((store.lengths > data.model_max_length).sum())
+        if cut:
+            warn(f"{store.folder}: {cut} of {len(store)} records are cut to {data.model_max_length} tokens.")
+    check_flags(args, first.identity, first.folder)
+    return train, held_out
+
+
+def check_flags(args: TrainArgs, identity: Identity, folder: Path) -> None:
+    """What the command line says about the target must be what the states were made with."""
+    data, draft = args.data, args.draft
+    found = target_differs(data.target_model_name_or_path, identity) if data.target_model_name_or_path else []
+    if data.chat_template_type and data.chat_template_type != identity.template:
+        found.append(f"chat template {identity.template!r}, not {data.chat_template_type!r}")
+    if draft.target_dtype not in ("auto", identity.dtype):
+        found.append(f"dtype {identity.dtype}, not {draft.target_dtype}")
+    if draft.tap_layers and list(draft.tap_layers) != identity.tap_layers:
+        found.append(f"tap layers {identity.tap_layers}, not {draft.tap_layers}")
+    if data.lm_head_key and data.lm_head_key not in identity.head_keys:
+        found.append(f"the head {' = '.join(identity.head_keys)}, not {data.lm_head_key} (--lm_head_key)")
+    if found:
+        raise UserError(
+            f"{folder}: its states were made with {'; '.join(found)}. Leave the flag out to train with the store's, or "
+            f"extract again with yours."
+        )
+
+
+def target_differs(name: str, identity: Identity) -> list[str]:
+    """Whether `name` is another target than the store's: by its config when it is at hand, else by its last name."""
+    if name == identity.target:
+        return []
+    if (Path(name).expanduser() / "config.json").is_file():
+        from transformers import AutoConfig
+
+        config = plain_config(AutoConfig.from_pretrained(name).get_text_config())
+        differ = sorted(key for key in config if config[key] != identity.text_config.get(key))
+        return [f"target {identity.target}, not {name} ({', '.join(differ[:4])} differ)"] if differ else []
+    return [] if Path(name).name == Path(identity.target).name else [f"target {identity.target}, not {name}"]

@@ -1,0 +1,47 @@
+"""A saved tiny target, conversations, and stores made from them by the command."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from saved_target import save_target, write_conversations
+
+from fledge.target.extract import ExtractArgs, extract
+
+
+@pytest.fixture(scope="session")
+def saved_target(tmp_path_factory) -> Path:
+    return save_target(tmp_path_factory.mktemp("target") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory) -> Path:
+    return write_conversations(tmp_path_factory.mktemp("data") / "talk.jsonl", 24)
+
+
+@pytest.fixture(scope="session")
+def extract_args(saved_target, conversations) -> Callable[..., ExtractArgs]:
+    """Arguments for a store of several small shards."""
+
+    def make(folder: Path, **changes) -> ExtractArgs:
+        plain = {"model_name": str(saved_target), "dataset_path": [str(conversations)], "output_dir": folder,
+                 "model_max_length": 120, "shard_mb": 0.25}  # fmt: skip
+        return ExtractArgs(**{**plain, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory, extract_args) -> Path:
+    """A finished store; tests that change one work on a copy."""
+    folder = tmp_path_factory.mktemp("stores") / "store"
+    extract(extract_args(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Tokenised data goes to a folder of this run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLEDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
