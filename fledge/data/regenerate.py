@@ -4,9 +4,10 @@ The head learns the text its target writes, so the target writes the training da
 acceptance. Knows conversations, turns and settings. Does not know how an answer comes about (`engine.py`) nor how rows
 survive a crash (`journal.py`).
 
-Every user turn is asked in order, with the target's own previous answers before it. A turn that cannot be answered, or
-an answer cut by `--max-tokens`, ends its conversation there: the turns before it are the row. What is drawn per row
-(seed, temperature, thinking) is a function of `--seed` and the row's id, so a resumed run draws the same.
+Every user turn is asked in order, with the target's own previous answers before it. An answer cut by `--max-tokens`, or
+a turn beyond the context, ends its conversation there: the row says so (`turns_left_out`), the manifest counts it. What
+is drawn per row (seed, temperature, thinking) is a function of `--seed` and the row's id, so a resumed run draws the
+same.
 """
 
 import asyncio
@@ -85,8 +86,9 @@ def _read(prompts: PromptArgs, rejects: Rejects) -> Iterator[Conversation]:
 def _settings(args: RegenerateArgs, model: str, digest: str) -> dict[str, Any]:
     """What decides the content of the rows: a run is only continued with the same."""
     prompts = asdict(args.prompts)
+    names = ("data_format", "system_prompt", "deduplicate", "max_prompt_length", "tokenizer")
     return {
-        **{name: prompts[name] for name in ("data_format", "system_prompt", "deduplicate", "max_prompt_length")},
+        **{name: prompts[name] for name in names},
         "input_sha256": digest, **asdict(args.answers), "model": model, "engine": args.engines.engine,
     }  # fmt: skip
 

@@ -19,7 +19,12 @@ from fledge.data.sampling import TemperatureMixture, fraction
 OURS = (
     "finish_reason", "num_prompt_tokens", "num_output_tokens", "sampling", "thinking", "model", "n", "loss_mask",
     "token_ids", "input_ids", "prompt_token_ids", "chat_template_kwargs", "turns_left_out",
+    "turns_left_out_because",
 )  # fmt: skip
+
+# A later turn without an answer for one of these reasons leaves a good, shorter conversation. Any other reason (a
+# server that failed too often, say) rejects the row, so that --retry-rejects can ask for all of it again.
+ENDS_A_CONVERSATION = ("context length", "prompt too long", "empty answer", "broken image", "cut while reasoning")
 
 
 class Asker:
@@ -40,6 +45,7 @@ class Asker:
         folder = _folder_of(conversation)
         said: list[dict[str, Any]] = list(system)
         given: list[Answer] = []
+        left_out: dict[str, Any] = {}
         for turn, question in enumerate(questions):
             messages = [*said, anchored(question, folder)]
             try:
@@ -49,13 +55,15 @@ class Asker:
                     Request(messages, answers.max_tokens, temperature, answers.top_p, (row_seed + turn) % 2**31,
                             thinking)
                 )  # fmt: skip
-            except Reject:
-                if not given:
+            except Reject as reject:
+                if not given or reject.reason not in ENDS_A_CONVERSATION:
                     raise
+                left_out = {"turns_left_out": len(questions) - turn, "turns_left_out_because": reject.reason}
                 break
             given.append(answer)
             said = [*messages, _assistant(answer)]
-            if answer.finish_reason == "length":
+            if answer.finish_reason == "length" and turn + 1 < len(questions):
+                left_out = {"turns_left_out": len(questions) - turn - 1, "turns_left_out_because": "answer cut"}
                 break
         if given[-1].finish_reason == "length" and answers.truncated == "drop":
             raise Reject(
@@ -71,7 +79,7 @@ class Asker:
             "finish_reason": given[-1].finish_reason,
             "num_prompt_tokens": given[-1].num_prompt_tokens,
             "num_output_tokens": sum(answer.num_output_tokens for answer in given),
-            **({"turns_left_out": len(questions) - len(given)} if len(given) < len(questions) else {}),
+            **left_out,
             "sampling": sampling,
             "thinking": thinking,
             **({"chat_template_kwargs": {"enable_thinking": thinking}} if thinking is not None else {}),
@@ -134,6 +142,11 @@ def tally(row: dict[str, Any]) -> dict[str, int]:
         "prompt_tokens": row["num_prompt_tokens"],
         "output_tokens": row["num_output_tokens"],
         f"temperature: {row['sampling']['temperature']}": 1,
+        **(
+            {f"turns left out: {row['turns_left_out_because']}": row["turns_left_out"]}
+            if "turns_left_out" in row
+            else {}
+        ),
         **({f"thinking: {'on' if row['thinking'] else 'off'}": 1} if row["thinking"] is not None else {}),
     }
 

@@ -101,7 +101,26 @@ def test_a_cut_answer_ends_its_conversation(server, tmp_path):
     data = write(tmp_path / "in.jsonl", [{"id": "a", "conversations": [{"from": r, "value": v} for r, v in turns]}])
     (row,) = run(data, tmp_path / "out", server.url)
     assert len(row["conversations"]) == 2 and row["finish_reason"] == "length" and row["turns_left_out"] == 1
-    assert "never asked" not in server.server.asked
+    assert row["turns_left_out_because"] == "answer cut" and "never asked" not in server.server.asked
+    counts = json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]
+    assert counts["turns left out: answer cut"] == 1
+
+
+@pytest.mark.parametrize("fault, kept", [("too-long", True), ("500", False)])
+def test_a_later_turn_beyond_the_context_shortens_the_row_but_a_failing_server_rejects_it(
+    server, tmp_path, fault, kept
+):
+    turns = [("human", "fine"), ("gpt", "x"), ("human", f"q [fault: {fault}]"), ("gpt", "x"), ("human", "third")]
+    data = write(tmp_path / "in.jsonl", [
+        {"id": "a", "conversations": [{"from": r, "value": v} for r, v in turns]},
+        {"id": "b", "conversations": [{"from": "human", "value": "plain"}]},
+    ])  # fmt: skip
+    rows = run(data, tmp_path / "out", server.url, prompt={"max_reject_share": 1.0})
+    if kept:
+        assert [row["id"] for row in rows] == ["a", "b"] and len(rows[0]["conversations"]) == 2
+        assert (rows[0]["turns_left_out"], rows[0]["turns_left_out_because"]) == (2, "context length")
+    else:
+        assert [row["id"] for row in rows] == ["b"] and rejects_of(tmp_path / "out") == [("a", "HTTP 500")]
 
 
 def test_cut_answers_are_kept_or_dropped_by_choice_and_counted(server, tmp_path):
