@@ -163,7 +163,8 @@ def best_by_nodes(ranks: Ranks, costs: Costs) -> list[dict[str, float]]:
                 points.append(
                     {"total_token": nodes, "depth": levels - 1, "top_k": width, "tau": tau, "tokens_per_s": speed}
                 )
-        curve.append(max(points, key=lambda point: point["tokens_per_s"]))
+        if points:
+            curve.append(max(points, key=lambda point: point["tokens_per_s"]))
     return curve
 
 

@@ -178,7 +178,7 @@ def test_thinking_and_template_flags_change_the_prompt(folders):
     prompts = {}
     for name, flags in {
         "default": (), "on": ("--thinking", "on"), "off": ("--thinking", "off"),
-        "named": ("--chat-template-type", "NAMED"),
+        "named": ("--chat-template-type", "smollm2"),
     }.items():  # fmt: skip
         loaded = spec_of(folders, *flags).load()
         prompts[name] = loaded.target.tokenizer.decode(loaded.prompt_ids(messages))
