@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fledge.decoding.accept import accepted_nodes, choose
+from fledge.decoding.accept import accept, choose
 from fledge.decoding.drafting import Drafter
 from fledge.decoding.records import Generation, RoundTrace, Sampling, TreeShape
 from fledge.decoding.tree import Tree, root_only
@@ -90,11 +90,11 @@ def generate_speculative(
     with verifier.session(num_rows + tree.total_token):
         prompt = torch.tensor(prompt_ids, device=target.device)
         output = verifier.prefill(prompt, taps=True)
-        chosen = choose(target.head(output.last_hidden[0, -1:]), sampling, generator)
-        writer.write(chosen.tolist())
+        first = choose(target.head(output.last_hidden[0, -1:]), sampling, generator)
+        writer.write(first.tolist())
         clock.lap("prefill")
         drafter = Drafter(draft, tree, num_rows)
-        new_tokens, tap_hidden = torch.cat((prompt[1:], chosen)), _taps(output)
+        new_tokens, tap_hidden = torch.cat((prompt[1:], first)), _taps(output)
         while not writer.finished:
             levels = min(tree.levels, writer.room - 1)  # deeper nodes could not be emitted
             nodes = _draft(drafter, new_tokens, tap_hidden, levels)
@@ -102,12 +102,10 @@ def generate_speculative(
             output = verifier.verify(nodes, levels, taps=True)
             logits = target.head(output.last_hidden[0])
             clock.lap("verify")
-            chosen = choose(logits, sampling, generator)
-            path = accepted_nodes(nodes.token_ids, nodes.parents, nodes.ancestors, chosen)
-            rows = path.tolist()
+            path, new_tokens = accept(nodes, logits, sampling, generator)
+            rows, new = path.tolist(), new_tokens.tolist()
             verifier.keep(rows)
-            new_tokens, tap_hidden = chosen[path], _taps(output)[path]
-            new = new_tokens.tolist()
+            tap_hidden = _taps(output)[path]
             clock.lap("accept")
             emitted = writer.write(new)
             accepted.append(emitted - 1)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from fledge.decoding.accept import accepted_nodes, choose, distribution, draw
+from fledge.decoding import accept as module
+from fledge.decoding.accept import accept, accepted_nodes, choose, distribution, draw, walk
 from fledge.decoding.records import Sampling
-from fledge.decoding.tree import ancestors_of
+from fledge.decoding.tree import Tree, ancestors_of
 
 
 def random_logits(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
@@ -61,9 +62,29 @@ def test_temperature_zero_is_argmax():
     assert torch.equal(choose(logits, Sampling()), logits.argmax(-1))
 
 
+def test_a_nucleus_wider_than_the_first_guess(monkeypatch):
+    """The short sort is only a short cut: the same tokens are kept."""
+    flat, peaked = 0.01 * random_logits(3, 300), 2 * random_logits(3, 300, seed=1)
+    for logits in (flat, peaked, torch.cat((flat, peaked))):
+        whole = distribution(logits, Sampling(1.0, top_p=0.8))
+        monkeypatch.setattr(module, "NUCLEUS_GUESS", 20)
+        assert torch.equal(distribution(logits, Sampling(1.0, top_p=0.8)), whole)
+        monkeypatch.undo()
+
+
+def tree_of(token_ids: list[int], parents: list[int]) -> Tree:
+    parents_t = torch.tensor(parents)
+    zeros = torch.zeros_like(parents_t)  # levels play no part in acceptance
+    return Tree(torch.tensor(token_ids), parents_t, zeros, ancestors_of(parents_t, len(parents)))
+
+
 # root 9 -> a b; a -> c d; c -> e        nodes: root a b c d e
-TOKENS = torch.tensor([9, 1, 2, 3, 4, 5])
-PARENTS = torch.tensor([0, 0, 0, 1, 1, 3])
+TREE = tree_of([9, 1, 2, 3, 4, 5], [0, 0, 0, 1, 1, 3])
+
+
+def certain(chosen: list[int]) -> torch.Tensor:
+    """Logits under which even a draw takes these tokens."""
+    return torch.zeros(len(chosen), 12).scatter(1, torch.tensor(chosen)[:, None], 1e4)
 
 
 @pytest.mark.parametrize(
@@ -77,29 +98,26 @@ PARENTS = torch.tensor([0, 0, 0, 1, 1, 3])
     ],
 )
 def test_the_walk_from_the_root(chosen, path):
-    found = accepted_nodes(TOKENS, PARENTS, ancestors_of(PARENTS, 3), torch.tensor(chosen))
-    assert found.tolist() == path
+    emitted = [chosen[node] for node in path]
+    assert accepted_nodes(TREE, torch.tensor(chosen)).tolist() == path
+    for sampling in (Sampling(), Sampling(1.0, seed=0)):
+        found = accept(TREE, certain(chosen), sampling)
+        assert (found[0].tolist(), found[1].tolist()) == (path, emitted)
 
 
-def test_the_walk_agrees_with_a_loop_on_random_trees():
+def test_both_walks_agree_on_random_trees():
     generator = torch.Generator().manual_seed(0)
+    lengths = set()
     for _ in range(200):
         num_nodes = int(torch.randint(1, 20, (), generator=generator))
         parents = [0] + [int(torch.randint(0, node, (), generator=generator)) for node in range(1, num_nodes)]
-        siblings: dict[int, int] = {}
-        tokens = [50]
-        for node in range(1, num_nodes):
-            siblings[parents[node]] = siblings.get(parents[node], -1) + 1
-            tokens.append(siblings[parents[node]])
-        chosen = torch.randint(0, 3, (num_nodes,), generator=generator).tolist()
-        path = [0]
-        while True:
-            match = [n for n in range(1, num_nodes) if parents[n] == path[-1] and tokens[n] == chosen[path[-1]]]
-            if not match:
-                break
-            path.append(match[0])
-        parents_t = torch.tensor(parents)
-        found = accepted_nodes(
-            torch.tensor(tokens), parents_t, ancestors_of(parents_t, num_nodes), torch.tensor(chosen)
-        )
-        assert found.tolist() == path
+        tokens = [11] + [
+            sum(parents[other] == parents[node] for other in range(1, node)) for node in range(1, num_nodes)
+        ]
+        tree = tree_of([min(token, 10) for token in tokens], parents)
+        chosen = torch.randint(0, 3, (num_nodes,), generator=generator)
+        path, emitted = walk(tree, certain(chosen.tolist()), Sampling(1.0), None)
+        assert accepted_nodes(tree, chosen).tolist() == path.tolist()
+        assert chosen[path].tolist() == emitted.tolist()
+        lengths.add(len(path))
+    assert len(lengths) > 3

@@ -10,6 +10,7 @@ import torch
 from tiny import EOS, NAMES, VOCAB, ScriptedDraft, prompt, tiny_draft, tiny_model, tiny_target
 
 from fledge.decoding import generate
+from fledge.decoding.accept import accept
 from fledge.decoding.generate import Generation, Sampling, TreeShape, generate_plain, generate_speculative
 from fledge.errors import UserError
 from fledge.target.model import Target
@@ -206,11 +207,11 @@ def test_a_head_with_other_taps_is_refused():
 def test_this_file_notices_a_wrong_rule(monkeypatch):
     """Accepting the draft's favourite unseen changes the output: the comparison above is not vacuous."""
 
-    def credulous(token_ids, parents, ancestors, chosen):
-        chosen[0] = token_ids[1] if len(token_ids) > 1 else chosen[0]
-        return torch.tensor([0])
+    def credulous(tree, logits, sampling, generator):
+        path, emitted = accept(tree, logits, sampling, generator)
+        return (path, emitted) if len(tree) == 1 else (path[:1], tree.token_ids[1:2])
 
-    monkeypatch.setattr(generate, "accepted_nodes", credulous)
+    monkeypatch.setattr(generate, "accept", credulous)
     target, ids = tiny_target("llama"), prompt(20)
     found = generate_speculative(
         target, tiny_draft(target), ids, tree=TreeShape(), max_new_tokens=NEW, sampling=GREEDY, eos_token_ids=()

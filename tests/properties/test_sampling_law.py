@@ -12,7 +12,7 @@ from scipy import stats
 from tiny import tiny_draft, tiny_model
 
 from fledge.decoding import generate
-from fledge.decoding.accept import distribution
+from fledge.decoding.accept import accept, accepted_nodes, choose, distribution
 from fledge.decoding.generate import Sampling, TreeShape, generate_plain, generate_speculative
 from fledge.target.model import Target
 
@@ -75,8 +75,17 @@ def speculative_sequences(setting: str) -> list[tuple[int, ...]]:
     return found
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_speculative_sampling_follows_the_targets_law(setting):
+def all_at_once(tree, logits, sampling, generator):
+    """Acceptance as accelerators do it: the target draws at every node in parallel."""
+    chosen = choose(logits, sampling, generator)
+    path = accepted_nodes(tree, chosen)
+    return path, chosen[path]
+
+
+@pytest.mark.parametrize("setting, in_parallel", [("T=1", False), ("T=1", True), ("T=0.7 top-p 0.9 top-k 20", False)])
+def test_speculative_sampling_follows_the_targets_law(setting, in_parallel, monkeypatch):
+    if in_parallel:
+        monkeypatch.setattr(generate, "accept", all_at_once)
     assert p_value(speculative_sequences(setting), law(*SETTINGS[setting])) > 1e-3
 
 
@@ -95,14 +104,14 @@ def test_plain_sampling_follows_the_targets_law():
 
 def test_a_rule_that_favours_the_draft_is_found(monkeypatch):
     """The planted wrong rule: three times in ten the head's favourite is accepted whatever the target drew."""
-    right, coin = generate.accepted_nodes, torch.Generator().manual_seed(0)
+    coin = torch.Generator().manual_seed(0)
 
-    def wrong(token_ids, parents, ancestors, chosen):
-        if len(token_ids) > 1 and torch.rand((), generator=coin) < 0.3:
-            chosen[0] = token_ids[1]
-        return right(token_ids, parents, ancestors, chosen)
+    def wrong(tree, logits, sampling, generator):
+        if len(tree) > 1 and torch.rand((), generator=coin) < 0.3:
+            return torch.tensor([0]), tree.token_ids[1:2]
+        return accept(tree, logits, sampling, generator)
 
-    monkeypatch.setattr(generate, "accepted_nodes", wrong)
+    monkeypatch.setattr(generate, "accept", wrong)
     assert p_value(speculative_sequences("T=1"), law(*SETTINGS["T=1"])) < 1e-6
 
 
