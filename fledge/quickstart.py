@@ -61,8 +61,9 @@ def quickstart(args: QuickstartArgs) -> None:
 
     heading("2 of 3: train an EAGLE-3 head")
     head = work / "head"
+    held_out = ("--eval_fraction", "0.05") if args.num_prompts >= 100 else ()
     run(
-        "train", "--target_model_name_or_path", target, "--train_data_path", str(answers), "--eval_fraction", "0.05",
+        "train", "--target_model_name_or_path", target, "--train_data_path", str(answers), *held_out,
         "--output_dir", str(head), "--draft_vocab_size", str(args.draft_vocab_size), "--model_max_length", "512",
         "--ttt_steps", "3", "--num_train_epochs", str(args.epochs), "--logging_steps", "20", "--save_strategy", "epoch",
     )  # fmt: skip

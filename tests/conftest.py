@@ -41,3 +41,11 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     model.hf_quantizer = None
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory) -> Path:
+    """A tiny random Llama with a byte tokenizer, as a folder on disk."""
+    from saved_target import save_target
+
+    return save_target(tmp_path_factory.mktemp("tiny-target"))

@@ -129,6 +129,25 @@ class DraftModel(nn.Module):
         draft_ids = torch.arange(self.config.draft_vocab_size, device=self.d2t.device)
         self.lm_head.weight.copy_(target_head[self.target_ids(draft_ids).to(target_head.device)])
 
+    @torch.no_grad()
+    def warm_start(self, target_head: Tensor, tap_hidden: Tensor) -> None:
+        """Start where the target's states are: head rows (V, H), and a few hundred rows of taps (N, A, H).
+
+        - lm_head takes the target's rows;
+        - fc passes the highest tap on, with the others mixed in weakly, scaled so that f has RMS 1: raw states have RMS
+          8 in SmolLM2, and next to them what attention and MLP add at first is lost;
+        - the final norm starts low, so that the first logits are unsure (standard deviation 1.25): through the target's
+          rows an untrained state is confident and wrong.
+        Measured together: +5 points of top-1 after 60 steps on SmolLM2 (docs/log.md, "How a head starts").
+        """
+        self.warm_start_head(target_head)
+        size = self.config.hidden_size
+        self.fc.weight.mul_(0.1)
+        self.fc.weight[:, -size:] += torch.eye(size, device=self.fc.weight.device)
+        self.fc.weight.div_(self.fuse(tap_hidden).float().pow(2).mean(-1).sqrt().median().clamp_min(1e-6))
+        row_norm = self.lm_head.weight.float().norm(dim=-1).median()
+        self.norm.weight.fill_(min(1.0, 1.25 / max(float(row_norm), 1e-6)))
+
     # -- the layer, in the parts that training and decoding share ------------------------------------------------------
 
     def fuse(self, tap_hidden: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from fledge.train.trainer import DraftTrainer
 __all__ = ["TrainArgs", "parse_args", "train"]
 
 DEFAULT_DRAFT_VOCAB = 32_000
+STARTING_SAMPLES = 8  # whose states set the scale of a fresh head
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def draft_config(args: DraftArguments, source: Source) -> DraftConfig:
 
 
 def make_draft(config: DraftConfig, args: DraftArguments, source: Source, seed: int) -> DraftModel:
-    """A fresh head (lm_head from the target's rows) or one continued from --init_from, in fp32 on the device."""
+    """A fresh head (started from the target's rows and states) or one continued from --init_from, in fp32 on the device."""
     torch.manual_seed(seed)
     vocab = build_vocab(source.counts, config.vocab_size, config.draft_vocab_size, source.always)
     say(
@@ -177,9 +178,12 @@ def make_draft(config: DraftConfig, args: DraftArguments, source: Source, seed: 
         warn(f"coverage {vocab.coverage:.1%} is low; raise --draft_vocab_size.")
     draft = DraftModel(config, source.embedding)
     draft.set_vocab(vocab.d2t, vocab.t2d)
-    draft.warm_start_head(source.head_weight)
     if args.init_from:
+        draft.warm_start_head(source.head_weight)
         continue_from(draft, Path(args.init_from), source)
+    else:
+        first = [source.to_record(source.train[index]) for index in range(min(STARTING_SAMPLES, len(source.train)))]
+        draft.warm_start(source.head_weight, torch.cat([record.tap_hidden for record in first]))
     show_table("draft head", ["field", "value"], [[k, v] for k, v in to_json(config).items() if v is not None])
     num_parameters = sum(p.numel() for p in draft.parameters())
     say(f"{num_parameters / 1e6:.1f} M trained parameters; taps are inputs of layers {list(config.tap_layers)}")
