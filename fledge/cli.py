@@ -36,6 +36,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "extract": Command("fledge.target.extract", "ExtractArgs", "extract", "store the target's hidden states"),
     "train": Command("fledge.train.run", "TrainArgs", "train", "train a draft head, online or from stored states"),
+    "export": Command("fledge.export.convert", "ExportArgs", "export_head", "write a head as vLLM or SGLang read it"),
+    "convert": Command("fledge.export.convert", "ConvertArgs", "convert_head", "bring another trainer's head here"),
     "inspect": Command("fledge.inspect", "InspectArgs", "inspect", "look into data, stored hidden states or a head"),
     "quickstart": Command("fledge.quickstart", "QuickstartArgs", "quickstart", "the whole path on a small real model"),
 }

@@ -58,7 +58,9 @@ def test_resolved_config_repeats_the_run(tmp_path):
     import yaml
 
     first = parse("--output_dir", str(tmp_path), "--ttt_steps", "5", "--train_data_path", "x", "--step_decay", "0.9")
-    own = {k: v for k, v in first.resolved().items() if k in ("ttt_steps", "train_data_path", "step_decay", "tap_layers")}
+    own = {
+        k: v for k, v in first.resolved().items() if k in ("ttt_steps", "train_data_path", "step_decay", "tap_layers")
+    }
     recipe = tmp_path / "again.yaml"
     recipe.write_text(yaml.safe_dump({k: v for k, v in own.items() if v not in (None, [])}))
     again = parse("--config", str(recipe), "--output_dir", str(tmp_path))

@@ -1,0 +1,100 @@
+"""How other programs name and configure an EAGLE-3 head: one row per layout, nothing else differs.
+
+fledge's own checkpoint *is* the EAGLE layout (docs/eagle3.md, 8) with tap ids as inputs of decoder layers. A layout
+says how tensor names, tap ids and config differ from it, and what its reader ignores. Read in: vLLM 0.32.0
+(llama_eagle3.py, transformers_utils/configs/speculators), SGLang 0.5.23 (its models/llama_eagle3.py adds 1 to the ids
+in eagle_config: they name layer *outputs*), speculators 0.9.0, SpecForge 0.2.0, the EAGLE repository.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fledge.draft.config import DraftConfig, to_json
+
+JSON = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to write a head. `tap_shift` is added to our tap ids (inputs of layers) to get the layout's."""
+
+    name: str
+    describe: Callable[[DraftConfig, str, str], JSON]  # config, dtype, target name -> config.json
+    tap_shift: int = 0
+    layer_prefix: str = "midlayer."
+    eagle31: bool = True
+    """Whether its reader honours fc_norm and norm_output."""
+    serve: str = ""
+    """The command that serves HEAD with TARGET."""
+
+    def tensor_name(self, ours: str) -> str:
+        """The layout's name of one of our tensors."""
+        return ours.replace("midlayer.", self.layer_prefix, 1) if ours.startswith("midlayer.") else ours
+
+    def our_name(self, theirs: str) -> str:
+        """Our name of one of the layout's tensors."""
+        return theirs.replace(self.layer_prefix, "midlayer.", 1) if theirs.startswith(self.layer_prefix) else theirs
+
+
+def _eagle_config(config: DraftConfig, dtype: str, target: str) -> JSON:
+    return to_json(config, dtype=dtype)
+
+
+def _sglang_config(config: DraftConfig, dtype: str, target: str) -> JSON:
+    document = to_json(config, dtype=dtype)
+    outputs = [layer - 1 for layer in config.tap_layers]
+    document["eagle_aux_hidden_state_layer_ids"] = outputs
+    document["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = outputs
+    document["fledge"]["tap_convention"] = "output of decoder layer i"
+    return document
+
+
+def _speculators_config(config: DraftConfig, dtype: str, target: str) -> JSON:
+    """No top-level model_type (it breaks loading); norm_before_residual counts as true when absent."""
+    layer = to_json(config, dtype=dtype)
+    for key in ("architectures", "eagle_config", "eagle_aux_hidden_state_layer_ids", "fledge", "target_hidden_size",
+                "draft_vocab_size", "fc_norm", "norm_output"):  # fmt: skip
+        layer.pop(key)
+    layer["num_aux_hidden_states"] = len(config.tap_layers)
+    return {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.9.0",
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}
+            ],
+            "verifier": {"name_or_path": target, "architectures": []},
+        },
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.hidden_size,
+        "norm_before_residual": False,
+        "norm_before_fc": False,
+        "fc_norm": config.fc_norm,
+        "norm_output": config.norm_output,
+        "eagle_aux_hidden_state_layer_ids": list(config.tap_layers),
+        "transformer_layer_config": layer,
+        "tie_word_embeddings": False,
+        "dtype": dtype,
+    }
+
+
+VLLM = 'vllm serve TARGET --speculative-config \'{"method": "eagle3", "model": "HEAD", "num_speculative_tokens": 3}\''  # without "method" vLLM 0.32 crashes
+SGLANG = (
+    "python3 -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 "
+    "--speculative-draft-model-path HEAD --speculative-num-steps 5 --speculative-eagle-topk 8 "
+    "--speculative-num-draft-tokens 32"
+)
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("eagle", _eagle_config, serve=VLLM),
+        Layout("vllm", _eagle_config, serve=VLLM),
+        Layout("sglang", _sglang_config, tap_shift=-1, serve=SGLANG),
+        Layout("speculators", _speculators_config, layer_prefix="layers.0.", serve="vllm serve HEAD"),
+    )
+}
