@@ -17,7 +17,7 @@ Args = TypeVar("Args")
 
 
 def parse(args_class: type[Args], argv: Sequence[str], *, prog: str, description: str) -> Args:
-    """Flags (and `--config recipe.yaml`) to an instance of `args_class`. Nested dataclasses give grouped, flat flags."""
+    """Flags (and `--config recipe.yaml`) to an instance of `args_class`. Nested dataclasses group the help."""
     import tyro
 
     flags = _with_recipe(list(argv), field_names(args_class))

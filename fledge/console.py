@@ -7,7 +7,7 @@ one plain line every ten seconds, so that logs stay readable and never look dead
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -48,7 +48,8 @@ class _RichBar:
         self._bars, self._task = bars, task
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
-        self._bars.update(self._task, advance=steps, **({"note": note} if note is not None else {}))
+        fields: dict[str, Any] = {} if note is None else {"note": note}
+        self._bars.update(self._task, advance=steps, **fields)
 
 
 class _PlainBar:

@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit of the source tree fledge runs from (with `+changes` when it is dirty); None outside a checkout."""
+    """The git commit of the source tree fledge runs from (`+changes` when it is dirty); None outside a checkout."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

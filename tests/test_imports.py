@@ -1,4 +1,4 @@
-"""Imports go left to right: data -> target -> draft -> train -> export -> decoding -> bench, with a rim below them all."""
+"""Imports go left to right: data -> target -> draft -> train -> export -> decoding -> bench, with a rim below."""
 
 import ast
 from pathlib import Path

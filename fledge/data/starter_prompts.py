@@ -42,15 +42,16 @@ CODE = (
     "Show me how to {} in Python, with a short explanation.",
 )
 TASKS = (
-    "reverses the words of a sentence", "counts how often each letter occurs in a text", "finds the largest of three numbers",
+    "reverses the words of a sentence", "counts how often each letter occurs in a text",
+    "finds the largest of three numbers",
     "checks whether a number is prime", "removes duplicates from a list while keeping the order",
     "converts degrees Celsius to Fahrenheit", "reads a file and prints its longest line", "merges two sorted lists",
     "computes the factorial of a number", "tells whether a word is a palindrome",
 )  # fmt: skip
 SUMS = (
-    "A shop sells pens for {a} cents and notebooks for {b} cents. How much do {c} pens and {d} notebooks cost together?",
-    "Mira reads {c} pages a day. Her book has {b} pages. How many days does she need, and how many pages on the last one?",
-    "A train leaves with {b} passengers. At each of {d} stops {c} people get off and {a} get on. How many are on it then?",
+    "A shop sells pens for {a} cents and notebooks for {b} cents. What do {c} pens and {d} notebooks cost together?",
+    "Mira reads {c} pages a day. Her book has {b} pages. How many days does she need, and how many pages on the last?",
+    "A train leaves with {b} passengers. At each of {d} stops {c} people get off and {a} get on. How many are on then?",
     "Tom has {b} marbles, gives {c} to each of his {d} friends and finds {a} more. How many does he have now?",
 )
 

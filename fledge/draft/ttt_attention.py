@@ -178,7 +178,7 @@ def _own_backward(
     return *grad_keys, *grad_values
 
 
-# -- the step-0 part: a flash kernel and its own backward, or plain tensor algebra --------------------------------------
+# -- the step-0 part: a flash kernel and its own backward, or plain tensor algebra -------------------------------------
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ def findings(config: DraftConfig, target_config: Any) -> list[Finding]:
            "embeddings and d2t belong to another vocabulary")  # fmt: skip
     ours, theirs = config.rope_parameters, wanted.rope_parameters
     expect("warning", "rope theta", ours.get("rope_theta"), theirs.get("rope_theta"),
-           "4 to 8 % accept length if the head was trained at the target's; measure both with `fledge bench`")  # fmt: skip
+           "4 to 8 % accept length if it was trained at the target's; measure both with `fledge bench`")  # fmt: skip
     expect("warning", "rope type", ours.get("rope_type", "default"), theirs.get("rope_type", "default"),
            "acceptance falls with the position")  # fmt: skip
     expect("warning", "head_dim", config.head_dim, wanted.head_dim, "fine if trained so; EAGLE derived it wrongly once")
@@ -69,9 +69,7 @@ def inspect_head(args: Any) -> None:
     head = read_head(folder)  # complete, finite, d2t and t2d consistent, or an error
     show_table(str(folder), ["field", "value"], [[k, v] for k, v in to_json(head.config).items() if v is not None])
     dtypes = sorted({str(tensor.dtype) for name, tensor in head.tensors.items() if name not in ("d2t", "t2d")})
-    say(
-        f"{sum(t.numel() for t in head.tensors.values()) / 1e6:.1f} M values in {', '.join(dtypes)}; complete and finite"
-    )
+    say(f"{sum(t.numel() for t in head.tensors.values()) / 1e6:.1f} M values, {', '.join(dtypes)}; complete and finite")
     if args.target is None:
         say("give --target to compare it with the model it drafts for")
         return
@@ -83,6 +81,4 @@ def inspect_head(args: Any) -> None:
         return
     show_table("findings", ["severity", "what", "cost"], [[f.severity, f.what, f.cost] for f in found])
     if any(finding.severity == "error" for finding in found):
-        raise UserError(
-            f"{folder}: does not fit {args.target} ({found[0].what}). The table above says what each costs."
-        )
+        raise UserError(f"{folder}: does not fit {args.target} ({found[0].what}). The table says what each costs.")

@@ -50,8 +50,8 @@ def read_foreign(
     layer = {**document, **document["transformer_layer_config"]} if speculators else document
     if layer.get("norm_before_residual", speculators) or layer.get("norm_before_fc"):
         raise UserError(
-            f"{folder}: norm_before_residual or norm_before_fc is set. fledge's head keeps the un-normed residual, as the "
-            f"EAGLE-3 paper does; this head cannot be expressed in it."
+            f"{folder}: norm_before_residual or norm_before_fc is set. fledge's head keeps the un-normed residual, as "
+            f"the EAGLE-3 paper does; this head cannot be expressed in it."
         )
     taps = _taps(document, num_target_layers, tap_convention, folder)
     config = _config(layer, document, taps, num_target_layers, overrides, folder)
@@ -215,7 +215,7 @@ class ConvertArgs:
     target: str | None = None
     """The target's folder or hub name: its depth fixes tap layers the head does not name."""
     tap_convention: TapConvention = "input"
-    """What tap ids in its config mean: input of layer i (vLLM, speculators) or output of layer i (SGLang, SpecForge)."""
+    """What its tap ids mean: input of layer i (vLLM, speculators) or output of layer i (SGLang, SpecForge)."""
     rope_theta: float | None = None
     """The rope base the head was trained with, where its config states another."""
 

@@ -82,7 +82,10 @@ def _speculators_config(config: DraftConfig, dtype: str, target: str) -> JSON:
     }
 
 
-VLLM = 'vllm serve TARGET --speculative-config \'{"method": "eagle3", "model": "HEAD", "num_speculative_tokens": 3}\''  # without "method" vLLM 0.32 crashes
+VLLM = (  # without "method" vLLM 0.32 crashes
+    "vllm serve TARGET --speculative-config "
+    """'{"method": "eagle3", "model": "HEAD", "num_speculative_tokens": 3}'"""
+)
 SGLANG = (
     "python3 -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 "
     "--speculative-draft-model-path HEAD --speculative-num-steps 5 --speculative-eagle-topk 8 "

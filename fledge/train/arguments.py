@@ -77,7 +77,9 @@ class TrainerArguments(TrainingArguments):
     output_dir: str | None = _flag(None, "Where the head, its checkpoints and its provenance go.")
     per_device_train_batch_size: int = _flag(4, "Sequences per device and forward pass; never padded.")
     per_device_eval_batch_size: int = _flag(4, "Sequences per device and evaluation pass.")
-    learning_rate: float | None = _flag(None, "Peak rate. Empty: 0.4 / hidden size, at most 1e-3 (1e-4 at 4096).")
+    learning_rate: float | None = _flag(  # type: ignore[assignment]
+        None, "Peak rate. Empty: 0.4 / hidden size, at most 1e-3 (1e-4 at 4096)."
+    )
     lr_scheduler_type: str = _flag("cosine", "Schedule after warm-up.")
     warmup_ratio: float | None = _flag(0.03, "Share of the steps spent warming up, unless --warmup_steps is given.")
     adam_beta2: float = _flag(0.95, "Second AdamW beta.")

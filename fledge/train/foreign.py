@@ -23,9 +23,7 @@ def angelslim_source(args: TrainArgs) -> Source:
     data = args.data
     name = data.target_model_name_or_path
     if not name:
-        raise UserError(
-            "--target_model_name_or_path is needed with .ckpt files: embedding and head are in its files."
-        )
+        raise UserError("--target_model_name_or_path is needed with .ckpt files: embedding and head are in its files.")
     ends = TargetEnds.from_files(name, lm_head_key=data.lm_head_key or None)
     taps = tuple(args.draft.tap_layers) or default_tap_layers(ends.text_config.num_hidden_layers)
     vocab_size, hidden_size = ends.head.weight.shape

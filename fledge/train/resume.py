@@ -32,7 +32,7 @@ def find_checkpoint(output_dir: Path, wanted: str | None) -> str | None:
     if word not in ("auto", "true", "yes"):
         if not is_complete(Path(str(wanted))):
             raise UserError(
-                f"--resume_from_checkpoint {wanted}: no complete checkpoint there (trainer_state.json is missing or cut). "
+                f"--resume_from_checkpoint {wanted}: no complete checkpoint there (trainer_state.json missing or cut). "
                 f"Give another folder, or `auto` for the newest complete one."
             )
         return str(wanted)
@@ -65,7 +65,7 @@ def check_same_run(output_dir: Path, resolved: dict[str, Any], resuming: bool) -
         for key, value in plain.items():
             if key not in FREE and key in before and before[key] != value:
                 raise UserError(
-                    f"{output_dir}: the run there has {key}={before[key]!r}, this one {value!r}. Continue it with the same "
+                    f"{output_dir}: the run there has {key}={before[key]!r}, this one {value!r}. Continue with its "
                     f"settings, choose another --output_dir, or start over with --resume_from_checkpoint False."
                 )
     write_json(path, resolved)

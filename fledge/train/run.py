@@ -103,13 +103,13 @@ def live_source(args: TrainArgs) -> Source:
         target.tokenizer, data.chat_template_type or None, eos_token_ids=target.eos_token_ids
     )  # fmt: skip
     parts, held_out = tokenise_all(data, template)
-    train_data = limited(ConcatDataset(parts), data.max_samples)
+    train_data = limited(ConcatDataset(parts), data.max_samples)  # type: ignore[arg-type]
     if not len(train_data):
         raise UserError(f"{', '.join(data.train_data_path)}: no trainable samples. `fledge inspect` says why.")
     counts, always = count_supervised(parts, target.vocab_size)
     return Source(
         train=train_data,
-        eval=ConcatDataset(held_out) if held_out else None,
+        eval=ConcatDataset(held_out) if held_out else None,  # type: ignore[arg-type]
         to_record=LiveSource(target).record,
         counts=counts,
         always=always,
@@ -167,7 +167,7 @@ def draft_config(args: DraftArguments, source: Source) -> DraftConfig:
 
 
 def make_draft(config: DraftConfig, args: DraftArguments, source: Source, seed: int) -> DraftModel:
-    """A fresh head (started from the target's rows and states) or one continued from --init_from, in fp32 on the device."""
+    """A fresh head (started from the target's rows and states) or one continued from --init_from, in fp32."""
     torch.manual_seed(seed)
     vocab = build_vocab(source.counts, config.vocab_size, config.draft_vocab_size, source.always)
     say(
@@ -198,7 +198,7 @@ def continue_from(draft: DraftModel, folder: Path, source: Source) -> None:
     differ = [n for n in new if n != "lm_head.weight" and (n not in old or old[n].shape != new[n].shape)]
     if differ or set(old) - set(new):
         raise UserError(
-            f"--init_from {folder}: its {(differ or sorted(set(old) - set(new)))[0]} does not fit the draft being trained. "
+            f"--init_from {folder}: its {(differ or sorted(set(old) - set(new)))[0]} does not fit this draft. "
             f"Use the same sizes and --draft_type as that head."
         )
     for name in new:
@@ -208,9 +208,7 @@ def continue_from(draft: DraftModel, folder: Path, source: Source) -> None:
     old_ids = before.target_ids(torch.arange(before.config.draft_vocab_size))
     kept = torch.isin(ids, old_ids)
     draft.lm_head.weight[kept] = before.lm_head.weight[torch.searchsorted(old_ids, ids[kept])]
-    say(
-        f"continuing from {folder / WEIGHTS}: {int(kept.sum())} of {len(ids)} vocabulary rows kept, others from the target"
-    )
+    say(f"continuing from {folder / WEIGHTS}: {int(kept.sum())} of {len(ids)} vocabulary rows kept, the others new")
 
 
 def _resolve(args: TrainArgs, config: DraftConfig) -> None:

@@ -46,8 +46,8 @@ class DraftTrainer(Trainer):
         callbacks: list[Any] | None = None,
     ) -> None:
         super().__init__(
-            model=module, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=as_list,
-            callbacks=callbacks,
+            model=module, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            data_collator=as_list, callbacks=callbacks,  # type: ignore[arg-type]
         )  # fmt: skip
         self.to_record, self.save_dtype = to_record, save_dtype
         self.model_accepts_loss_kwargs = True  # the loss is already divided for accumulation
@@ -70,7 +70,7 @@ class DraftTrainer(Trainer):
         total = torch.tensor(sum(counts) if self.per_token else sum(count > 0 for count in counts), device=device)
         return self.accelerator.reduce(total, reduction="sum")
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean loss of the optimisation step; this batch's share of it."""
@@ -108,13 +108,13 @@ class DraftTrainer(Trainer):
         """Loss, accuracy by position and predicted tau on held-out records."""
         start = time.monotonic()
         loader = self.get_eval_dataloader(eval_dataset)
-        module = self.model_wrapped if hasattr(self.model_wrapped, "module") else self.model
+        module: Any = self.accelerator.unwrap_model(self.model)
         module.eval()
         sums = MetricSums(self.window.num_steps, self.args.device)
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, sequences or tokens
         for items in loader:
             with self.accelerator.autocast():
-                output = self.accelerator.unwrap_model(module)(self._prepare_inputs(items))
+                output = module(self._prepare_inputs(items))
             sums.add(output)
             counts = [taught_positions(item.loss_mask) for item in items]
             totals += torch.tensor(

@@ -71,8 +71,8 @@ def test_angelslim_and_eagle_heads(head_dir, tmp_path):
     with pytest.raises(UserError, match="names no tap layers. Give --target"):
         convert_head(ConvertArgs(head=str(foreign), output_dir=tmp_path / "back"))
     tiny_target("llama").model.config.save_pretrained(tmp_path / "target")
-    convert_head(ConvertArgs(
-        head=str(foreign), output_dir=tmp_path / "back", target=str(tmp_path / "target"), rope_theta=123.0))  # fmt: skip
+    where = {"head": str(foreign), "output_dir": tmp_path / "back", "target": str(tmp_path / "target")}
+    convert_head(ConvertArgs(**where, rope_theta=123.0))
     back = read_head(tmp_path / "back")
     assert back.config.tap_layers == (2, 4, 5) and back.config.rope_parameters["rope_theta"] == 123.0
     assert all(torch.equal(back.tensors[name], tensors[name]) for name in tensors)
@@ -90,10 +90,6 @@ def test_what_cannot_be_converted_is_named(head_dir, tmp_path, how):
         document["norm_before_residual"] = True
     (head_dir / "config.json").write_text(json.dumps(document))
     save_file(tensors, head_dir / WEIGHTS)
-    message = {
-        "missing": "missing: norm.weight",
-        "unknown": "unknown: midlayer.self_attn.q_norm",
-        "residual": "un-normed",
-    }
+    message = {"missing": "missing: norm.weight", "unknown": "unknown: midlayer.self_attn", "residual": "un-normed"}
     with pytest.raises(UserError, match=message[how]):
         convert_head(ConvertArgs(head=str(head_dir), output_dir=tmp_path / "back"))
