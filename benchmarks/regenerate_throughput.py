@@ -110,7 +110,8 @@ def report(args: argparse.Namespace, rounds: list[dict]) -> None:
         for name in ("fledge", "vllm bench")
     }
     result = {"ratio_median": statistics.median(ratios), "ratios": ratios, "median": median, "rounds": rounds}
-    facts = provenance.collect({key: str(value) for key, value in vars(args).items() if key not in ("model", "vllm")})
+    named = {"prompts": args.prompts.name, "out": args.out.name, "model": Path(args.model).name, "vllm": "vllm"}
+    facts = provenance.collect({**{key: str(value) for key, value in vars(args).items()}, **named})
     facts["command"] = "python benchmarks/regenerate_throughput.py --model DIR --prompts prompts.jsonl --vllm VLLM"
     provenance.write_json(args.out.with_suffix(".json"), {"what": __doc__.splitlines()[0], **result, **facts})
     lines = [
