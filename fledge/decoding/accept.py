@@ -14,7 +14,9 @@ from torch import Tensor
 from fledge.decoding.records import Sampling
 from fledge.decoding.tree import Tree
 
-NUCLEUS_GUESS = 512  # tokens that usually hold top_p; sorting them costs a tenth of sorting a vocabulary
+NUCLEUS_GUESS = (
+    512  # tokens that usually hold top_p; sorting them costs a tenth of sorting 49152 (24 against 286 ms for 60 rows)
+)
 
 # N tree nodes, V target vocabulary, A accepted nodes (root included)
 
@@ -26,7 +28,7 @@ def accept(
 
     logits (N, V) are the target's at every node. Draws are independent, so drawing only where the walk comes by has the
     same law as drawing everywhere; it pays where a row costs more than a step (60 rows of 49152 tokens, top-p 0.9, on
-    one core: 275 ms against 12).
+    one CPU core: 24 ms for all, 0.6 ms per step of the walk).
     """
     if sampling.temperature > 0 and logits.device.type == "cpu":
         return walk(tree, logits, sampling, generator)
