@@ -13,6 +13,7 @@ from typing import Any
 from fledge.console import warn
 from fledge.errors import UserError
 
+START_TIMEOUT_S = "300"  # Ray's own 60 s is too short where many workers start on busy cores
 MAX_DEATHS_PER_JOB = 2  # a job that killed two workers will kill the third
 
 
@@ -29,6 +30,7 @@ def run_jobs(
     ray = _ray()
     started_here = not ray.is_initialized()
     if started_here:
+        os.environ.setdefault("RAY_worker_register_timeout_seconds", START_TIMEOUT_S)
         cpus = max(num_workers, os.cpu_count() or 1)
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, include_dashboard=False, **(
             {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": cpus}
@@ -53,14 +55,35 @@ def _pool(
     worker_class = ray.remote(num_cpus=1, num_gpus=gpus_per_worker)(_Worker)
     waiting, deaths = deque(enumerate(jobs)), dict.fromkeys(range(len(jobs)), 0)
     running: dict[Any, tuple[Any, int, Any]] = {}  # the call's reference -> worker, job number, job
+    workers: list[Any] = []
+
+    def start() -> Any:
+        workers.append(worker_class.remote(load, work))
+        return workers[-1]
 
     def give(worker: Any) -> None:
         if waiting:
             number, job = waiting.popleft()
             running[worker.run.remote(job)] = worker, number, job
 
-    for _ in range(num_workers):
-        give(worker_class.remote(load, work))
+    try:
+        for _ in range(num_workers):
+            give(start())
+        yield from _collect(ray, running, waiting, deaths, start, give, describe)
+    finally:
+        for worker in workers:  # an error's traceback would keep them, and their GPUs, alive
+            ray.kill(worker)
+
+
+def _collect(
+    ray: Any,
+    running: dict[Any, tuple[Any, int, Any]],
+    waiting: deque[tuple[int, Any]],
+    deaths: dict[int, int],
+    start: Callable[[], Any],
+    give: Callable[[Any], None],
+    describe: Callable[[Any], str],
+) -> Iterator[tuple[Any, Any]]:
     while running:
         (done,), _ = ray.wait(list(running), num_returns=1)
         worker, number, job = running.pop(done)
@@ -75,7 +98,7 @@ def _pool(
                 ) from None
             warn(f"a worker died on {describe(job)} ({_first_line(error)}); starting another and asking again.")
             waiting.appendleft((number, job))
-            give(worker_class.remote(load, work))
+            give(start())
             continue
         except ray.exceptions.RayTaskError as error:
             raise _original(error) from None

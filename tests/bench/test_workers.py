@@ -14,9 +14,12 @@ ray = pytest.importorskip("ray")
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     """One small Ray for the module; the helpers of this folder travel by value."""
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setenv("RAY_worker_register_timeout_seconds", "300")
     ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, object_store_memory=80_000_000)
     yield
     ray.shutdown()
+    monkeypatch.undo()
 
 
 @pytest.fixture
