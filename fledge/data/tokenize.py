@@ -226,8 +226,10 @@ class ChatTemplate:
         self._checked += 1
         answer = conversation.messages[-1]["content"] if conversation.messages else None
         if isinstance(answer, str) and answer.strip():
-            words = self.tokenizer.decode(sample.input_ids[sample.loss_mask])
-            if answer.strip() not in words:
+            written = sample.input_ids[sample.loss_mask]
+            words = self.tokenizer.decode(written)
+            plain = self.tokenizer.decode(written, skip_special_tokens=True)  # as servers return text
+            if answer.strip() not in words and answer.strip() not in plain:
                 raise Reject(
                     "token ids of another tokenizer",
                     f"its token ids decode to {words[:60]!r}, its answer is {answer.strip()[:60]!r}",
