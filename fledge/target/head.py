@@ -23,6 +23,8 @@ from fledge.target.quirks import LogitQuirks, logit_quirks
 
 # V target vocab, H hidden
 
+ENTRY = "fledge"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TargetHead:
@@ -69,18 +71,16 @@ class TargetHead:
 
     def save(self, path: Path, identity: str) -> None:
         """Write the file; atomic renaming is the caller's."""
-        metadata = {
-            "identity": identity, "quirks": json.dumps(dataclasses.asdict(self.quirks)), "keys": json.dumps(self.keys),
-        }  # fmt: skip
-        save_file(self._tensors(), path, metadata=metadata)
+        facts = {"identity": identity, "quirks": dataclasses.asdict(self.quirks), "keys": self.keys}
+        save_file(self._tensors(), path, metadata=one_entry(facts))
         path.chmod(0o644)  # the library makes it private
 
     @classmethod
     def load(cls, path: Path, device: torch.device, identity: str) -> "TargetHead":
         """Read what `save` wrote, for the store whose identity it is."""
         with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        if metadata.get("identity") != identity:
+            facts = json.loads((file.metadata() or {}).get(ENTRY, "{}"))
+        if facts.get("identity") != identity:
             raise UserError(
                 f"{path}: belongs to another target or other settings than the manifest beside it. Put the right "
                 f"manifest back, or extract into a new folder."
@@ -88,8 +88,8 @@ class TargetHead:
         tensors = load_file(path, device=str(device))
         return cls(
             embedding=tensors["embedding"], weight=tensors.get("head", tensors["embedding"]),
-            bias=tensors.get("head_bias"), quirks=LogitQuirks(**json.loads(metadata["quirks"])),
-            keys=tuple(json.loads(metadata["keys"])),
+            bias=tensors.get("head_bias"), quirks=LogitQuirks(**facts["quirks"]),
+            keys=tuple(facts["keys"]),
         )  # fmt: skip
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -99,6 +99,11 @@ class TargetHead:
         if self.bias is not None:
             tensors["head_bias"] = self.bias.detach().cpu().contiguous()
         return tensors
+
+
+def one_entry(facts: dict[str, Any]) -> dict[str, str]:
+    """Metadata of a safetensors file as a single entry: the library writes several in random order."""
+    return {ENTRY: json.dumps(facts, ensure_ascii=False, sort_keys=True)}
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

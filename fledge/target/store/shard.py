@@ -16,7 +16,6 @@ import json
 import os
 import zlib
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fledge.errors import UserError
-from fledge.target.head import as_bytes
+from fledge.target.head import ENTRY, as_bytes, one_entry
 from fledge.target.record import TargetRecord
 from fledge.target.store.manifest import Identity, ShardEntry, file_sha256, sync_folder
 from fledge.target.store.plan import PlannedShard
@@ -143,10 +142,7 @@ class ShardBuffer:
                 )
 
     def _metadata(self) -> dict[str, str]:
-        return {
-            "identity": self.identity.digest,
-            "ids": json.dumps([sample.id for sample in self.shard.samples], ensure_ascii=False),
-        }
+        return one_entry({"identity": self.identity.digest, "ids": [sample.id for sample in self.shard.samples]})
 
 
 @dataclass(frozen=True)
@@ -165,8 +161,8 @@ class ShardReader:
             raise UserError(f"{path}: missing; the manifest lists it with {entry.records} records. {DAMAGED}")
         if path.stat().st_size != entry.bytes:
             raise UserError(f"{path}: {path.stat().st_size} bytes, the manifest says {entry.bytes}. {DAMAGED}")
-        self._slots, self._metadata = self._header()
-        if self._metadata.get("identity") != identity.digest:
+        self._slots, self._facts = self._header()
+        if self._facts.get("identity") != identity.digest:
             raise UserError(
                 f"{path}: made with another target, template, dtype or other settings than the manifest beside it "
                 f"states. Put the right manifest back, or extract into a new folder."
@@ -176,9 +172,9 @@ class ShardReader:
         if len(self.offsets) != entry.records + 1 or self.offsets[-1] != entry.tokens:
             raise UserError(f"{path}: {len(self.offsets) - 1} records, the manifest says {entry.records}. {DAMAGED}")
 
-    @cached_property
+    @property
     def ids(self) -> list[str]:
-        return json.loads(self._metadata["ids"])
+        return self._facts["ids"]
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
         """Rows begin..end of a tensor."""
@@ -228,21 +224,21 @@ class ShardReader:
             last_hidden=last[rows],
         )
 
-    def _header(self) -> tuple[dict[str, _Slot], dict[str, str]]:
+    def _header(self) -> tuple[dict[str, _Slot], dict[str, Any]]:
         try:
             with open(self.path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 if not 0 < length <= self.entry.bytes:
                     raise ValueError(f"header of {length} bytes")
                 header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__")
+            facts = json.loads(header.pop("__metadata__")[ENTRY])
             slots = {
                 name: _Slot(DTYPES[info["dtype"]], tuple(info["shape"]), 8 + length + info["data_offsets"][0])
                 for name, info in header.items()
             }
         except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise UserError(f"{self.path}: its header is damaged ({error}). {DAMAGED}") from None
-        return slots, metadata
+        return slots, facts
 
 
 def record_crc(parts: dict[str, Tensor]) -> int:
