@@ -51,10 +51,10 @@ def test_reading_copies_nothing():
 
 
 def test_the_layout_is_the_models():
-    """Latent attention keeps keys and values of different widths; no config field says so for every model."""
+    """Latent attention keeps one latent "head" and its rotary part; no config field says so for every model."""
     layout = layout_of(tiny_target("deepseek_v3"))
     assert sorted(layout) == [0, 1, 2, 3]
-    assert layout[0] == (Slab(4, 24, torch.float32, CPU), Slab(4, 16, torch.float32, CPU))
+    assert layout[0] == (Slab(1, 16, torch.float32, CPU), Slab(1, 8, torch.float32, CPU))
     assert layout_of(tiny_target("qwen3"))[3] == (Slab(2, 32, torch.float32, CPU),) * 2
 
 
