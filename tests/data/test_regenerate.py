@@ -166,10 +166,12 @@ def test_rejected_rows_can_be_asked_again(server, tmp_path):
 def test_draws_follow_from_seed_and_id_alone(server, tmp_path):
     questions = [f"question {i}" for i in range(200)]
     mixture = {"temperature": "0.0:0.3,0.7:0.7", "thinking": "both"}
-    rows = run(prompts(tmp_path / "a.jsonl", *questions), tmp_path / "a", server.url, answer=mixture)
-    again = run(prompts(tmp_path / "b.jsonl", *questions[:50]), tmp_path / "b", server.url, answer=mixture)
+    rows = run(prompts(tmp_path / "a.jsonl", *questions), tmp_path / "a", server.url, shard_size=200, answer=mixture)
+    again = run(
+        prompts(tmp_path / "b.jsonl", *questions[:50]), tmp_path / "b", server.url, shard_size=200, answer=mixture
+    )
     other = run(prompts(tmp_path / "c.jsonl", *questions[:50]), tmp_path / "c", server.url,
-                answer={**mixture, "seed": 1})  # fmt: skip
+                shard_size=200, answer={**mixture, "seed": 1})  # fmt: skip
     drawn = [(row["sampling"], row["thinking"]) for row in rows]
     assert drawn[:50] == [(row["sampling"], row["thinking"]) for row in again]
     assert drawn[:50] != [(row["sampling"], row["thinking"]) for row in other]

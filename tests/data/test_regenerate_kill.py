@@ -1,5 +1,6 @@
 """SIGKILL at 25 random moments: the shards are byte for byte those of an uninterrupted run."""
 
+import contextlib
 import json
 import os
 import random
@@ -28,7 +29,7 @@ def test_killed_25_times(tmp_path):
             fault = {7: " [fault: 500 x1]", 11: " [fault: 422]"}.get(index % 50, "")
             row = {"id": f"row-{index}", "conversations": [{"from": "human", "value": f"question {index}{fault}"}]}
             out.write(json.dumps(row) + "\n")
-    server = ServerThread(FakeServer(delay_s=0.01))
+    server = ServerThread(FakeServer(delay_s=0.02))
     try:
         kills = kill_again_and_again(data, tmp_path / "killed", server.url)
         assert kills >= KILLS
@@ -48,19 +49,33 @@ def test_killed_25_times(tmp_path):
 
 
 def kill_again_and_again(data: Path, out: Path, url: str) -> int:
-    """Start, kill after a random while, and so on. A run that ends before its kill does not count."""
-    moments = random.Random(0)
-    kills = 0
-    for _ in range(3 * KILLS):
+    """Start, kill, and so on: a quarter of the kills anywhere while it starts, the others once it works (which takes
+    long on a busy machine). A run that ends before its kill does not count."""
+    moments, start_s = random.Random(0), 0.3
+    for kills in range(KILLS):
+        before, began = written(out), time.monotonic()
         child = start(data, out, url)
-        # from the first instruction to well inside the work: starting takes about 0.1 s
-        time.sleep(moments.uniform(0.0, 0.25))
+        if kills % 4 == 3:
+            time.sleep(moments.uniform(0.0, start_s))
+        else:
+            while written(out) == before and time.monotonic() - began < 60:
+                time.sleep(0.002)
+            start_s = time.monotonic() - began
+            time.sleep(moments.uniform(0.0, 0.12))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        kills += os.WIFSIGNALED(status)
-        if kills == KILLS or not os.WIFSIGNALED(status):
-            break
-    return kills
+        if not os.WIFSIGNALED(status):
+            return kills
+    return KILLS
+
+
+def written(out: Path) -> int:
+    """Bytes of finished rows."""
+    total = 0
+    for path in [*out.glob("shard-*.jsonl"), *out.glob(".journal/*.partial")]:
+        with contextlib.suppress(FileNotFoundError):  # sealed meanwhile
+            total += path.stat().st_size
+    return total
 
 
 def finish(data: Path, out: Path, url: str) -> int:
