@@ -184,4 +184,7 @@ def show_comparison(found: Generation, plain: Generation, sampling: Sampling) ->
         pairs = zip(found.token_ids, plain.token_ids, strict=False)
         shorter = min(len(found.token_ids), len(plain.token_ids))
         first = next((index for index, (one, other) in enumerate(pairs) if one != other), shorter)
-        say(f"outputs differ from token {first} on: rounding of the number format decided a near-tie (try float32)")
+        say(
+            f"outputs differ from token {first} on. In bfloat16 and float16 the target's two best tokens can tie within "
+            f"rounding; --dtype float32 tells a tie from a fault."
+        )
