@@ -80,7 +80,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _match_target(config: DraftConfig, embedding: Tensor, folder: Path) -> None:
     vocab_size, hidden_size = embedding.shape
-    if config.vocab_size > vocab_size or config.hidden_size != hidden_size:
+    if config.vocab_size != vocab_size or config.hidden_size != hidden_size:
         raise UserError(
             f"{folder}: the head is for a target with vocabulary {config.vocab_size} and hidden size "
             f"{config.hidden_size}; this target has {vocab_size} and {hidden_size}. Use the head's own target, or "
