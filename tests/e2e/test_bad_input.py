@@ -62,7 +62,8 @@ CASES = {
     "broken JSON line": ("train", lambda p: rows(p, turns("human", "gpt"), '{"id": \n'), r"data\.jsonl:2"),
     "empty conversation": ("train", lambda p: rows(p, {"id": "x", "conversations": []}), r"data\.jsonl:1.*empty"),
     "roles out of order": ("train", lambda p: rows(p, turns("gpt", "gpt", "human")), r"data\.jsonl:1.*(role|order)"),
-    "unknown format": ("train", lambda p: rows(p, {"id": "x", "text": "abc"}), r"data\.jsonl:1.*(format|conversations)"),
+    "unknown format": (
+        "train", lambda p: rows(p, {"id": "x", "text": "abc"}), r"data\.jsonl:1.*(format|conversations)"),
     "template that cannot be masked": (
         "train", lambda p: edit_template(p, "{% for m in messages|reverse %}{{ m.content }}|{% endfor %}"), "template"),
     "no such target": ("train", lambda p: shutil.rmtree(p / "target"), "target.*(no such|could not|no config)"),
