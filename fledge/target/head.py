@@ -7,7 +7,7 @@ from its safetensors files by name, so that a target of any size costs two tenso
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,23 +137,26 @@ class TargetEnds:
                 f"{str(error).strip()[:200]}). Give the target's folder or hub name."
             ) from error
         files = _tensor_files(name_or_path, revision)
-        names = {id(parameter): name for name, parameter in skeleton.named_parameters(remove_duplicate=False)}
-        embedding_key = names[id(skeleton.get_input_embeddings().weight)]
+        names: dict[int, list[str]] = {}
+        for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
         output: Any = skeleton.get_output_embeddings()
-        head_key = lm_head_key or names[id(output.weight)]
-        if config.get_text_config().tie_word_embeddings and not lm_head_key:
-            head_key = embedding_key
-        read = _Reader(name_or_path, files, dtype or config.get_text_config().dtype)
-        embedding = read(embedding_key)
-        weight = embedding if head_key == embedding_key else read(head_key)
+        text_config = config.get_text_config()
+        read = _Reader(name_or_path, files, dtype or text_config.dtype)
+        embedding_names = names[id(skeleton.get_input_embeddings().weight)]
+        head_names = [lm_head_key] if lm_head_key else names[id(output.weight)]
+        if text_config.tie_word_embeddings and not lm_head_key:
+            head_names = list(dict.fromkeys([*embedding_names, *head_names]))
+        embedding = read(embedding_names)
+        weight = embedding if set(head_names) & set(embedding_names) else read(head_names)
         bias = read(names[id(output.bias)]) if getattr(output, "bias", None) is not None else None
-        keys = tuple(dict.fromkeys((head_key, *((names[id(output.weight)],) if not lm_head_key else ()))))
+        keys = tuple(head_names)
         quirks = logit_quirks(config.get_text_config())
         head = TargetHead(embedding=embedding, weight=weight, bias=bias, quirks=quirks, keys=keys)
         return cls(name_or_path, config, head, _read_norm(skeleton, names, read))
 
 
-def _read_norm(skeleton: Any, names: dict[int, str], read: "_Reader") -> nn.Module | None:
+def _read_norm(skeleton: Any, names: dict[int, list[str]], read: "_Reader") -> nn.Module | None:
     """The decoder's final norm, as the architecture's own module (Gemma's multiplies by 1 + w)."""
     norm = getattr(skeleton.get_decoder(), "norm", None)
     if norm is None:
@@ -168,11 +171,13 @@ class _Reader:
     def __init__(self, name: str, files: dict[str, Path], dtype: torch.dtype | None) -> None:
         self._name, self._files, self._dtype = name, files, dtype
 
-    def __call__(self, key: str) -> Tensor:
-        if key not in self._files:
+    def __call__(self, names: Sequence[str]) -> Tensor:
+        """The tensor that goes by one of these names (tied tensors have several, one of them in the files)."""
+        key = next((name for name in names if name in self._files), None)
+        if key is None:
             raise UserError(
-                f"{self._name}: its files hold no tensor {key!r}{nearest(key, self._files)}. Name the head's with "
-                f"--lm_head_key."
+                f"{self._name}: its files hold no tensor {names[0]!r}{nearest(names[0], self._files)}. Name the head's "
+                f"with --lm_head_key."
             )
         with safe_open(self._files[key], "pt") as file:
             tensor = file.get_tensor(key)

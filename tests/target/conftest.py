@@ -1,5 +1,6 @@
 """A saved tiny target, conversations, and stores made from them by the command."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,3 +46,9 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLEDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """Syncing is what makes small stores slow; what it protects from (power loss) no test here makes happen."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)

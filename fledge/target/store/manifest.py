@@ -121,7 +121,7 @@ def read_manifest(folder: Path) -> Manifest:
         document = json.loads(path.read_text(encoding="utf-8"))
         checksum = document.pop("checksum", None)
         kind, version = document["kind"], document["format"]
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"{path}: not a readable manifest ({error}). Delete it and run the same `fledge extract` again: it is "
             f"rebuilt from the finished shards."

@@ -94,10 +94,11 @@ class ShardBuffer:
         assert self.full, f"{self._count} of {len(self.shard.samples)} records"
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
+        tensors = self._complete()
         path = folder / f"{self.shard.name}.safetensors"
         temporary = path.with_name(path.name + ".tmp")
         try:
-            save_file(self._complete(), temporary, metadata=self._metadata())
+            save_file(tensors, temporary, metadata=self._metadata())
         except Exception as error:  # safetensors wraps the system's error in its own type
             temporary.unlink(missing_ok=True)
             raise OSError(str(error)) from error

@@ -1,0 +1,64 @@
+"""The documented scripts on a tiny saved target: variables from the environment, flags passed on, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from saved_target import save_target, write_conversations
+
+from fledge.target.store.reader import HiddenStore
+
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "speculative"
+SHORT = ("--max_steps", "2", "--ttt_steps", "2", "--draft_vocab_size", "64", "--save_strategy", "no")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("work with a space")
+    save_target(folder / "target")
+    write_conversations(folder / "data.jsonl", 12)
+    return folder
+
+
+def run_script(work: Path, name: str, *flags: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+        "FLEDGE_CACHE": str(work / "cache"), "CUDA_VISIBLE_DEVICES": "", "NPROC_PER_NODE": "1", **variables,
+    }  # fmt: skip
+    return subprocess.run(
+        ["bash", str(SCRIPTS / name), *flags], cwd=work, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_hidden_states_then_offline_training(work):
+    """Two ranks extract; training reads what they left. Empty optional variables are left out."""
+    made = run_script(
+        work, "generate_hidden_for_draft_model.sh", "--shard-mb", "0.25", DATASET_PATH="data.jsonl",
+        MODEL_NAME="target", OUTPUT_DIR="store", NPROC_PER_NODE="2", CHAT_TEMPLATE_TYPE="",
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr[-3000:]
+    stored = HiddenStore(work / "store")
+    assert len(stored) == 12 and len(stored.shards) > 2
+    trained = run_script(
+        work, "train_eagle3_offline.sh", *SHORT, TRAIN_HIDDEN_PATH="store", OUTPUT_DIR="offline", RUN_NAME="tiny",
+        LM_HEAD_KEY="lm_head.weight", EVAL_HIDDEN_PATH="store", MODEL_MAX_LENGTH="128", NUM_WORKERS="1",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    assert json.loads(trained.stdout.splitlines()[-1])["eval_tau"] >= 1
+    assert (work / "offline" / "model.safetensors").is_file()
+    config = json.loads((work / "offline" / "train_config.json").read_text())
+    assert config["run_name"] == "tiny" and config["model_max_length"] == 128
+    refused = run_script(work, "train_eagle3_offline.sh", TRAIN_HIDDEN_PATH="nothing", OUTPUT_DIR="no")
+    assert refused.returncode == 1 and "nothing: no manifest.json" in refused.stderr
+
+
+def test_online_training(work):
+    trained = run_script(
+        work, "train_eagle3_online.sh", *SHORT, TARGET_MODEL_NAME_OR_PATH="target", TRAIN_DATA_PATH="data.jsonl",
+        EVAL_DATA_PATH="", DRAFT_MODEL_CONFIG_PATH="", OUTPUT_DIR="online", MODEL_MAX_LENGTH="128",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    assert (work / "online" / "model.safetensors").is_file()
