@@ -185,6 +185,6 @@ def show_comparison(found: Generation, plain: Generation, sampling: Sampling) ->
         shorter = min(len(found.token_ids), len(plain.token_ids))
         first = next((index for index, (one, other) in enumerate(pairs) if one != other), shorter)
         say(
-            f"outputs differ from token {first} on. In bfloat16 and float16 the target's two best tokens can tie within "
-            f"rounding; --dtype float32 tells a tie from a fault."
+            f"outputs differ from token {first} on. In bfloat16 and float16 the target's two best tokens can tie "
+            f"within rounding; --dtype float32 tells a tie from a fault."
         )
