@@ -45,7 +45,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory) -> Path:
-    """A tiny random Llama with a byte tokenizer, as a folder on disk; no ids beyond the tokenizer's, so it may write."""
+    """A tiny random Llama with a byte tokenizer, as a folder on disk, whose ids are all the tokenizer's."""
     from saved_target import byte_tokenizer, save_target
 
     return save_target(tmp_path_factory.mktemp("tiny-target"), vocab_size=len(byte_tokenizer()))
