@@ -66,6 +66,8 @@ class LocalEngine:
         self._inbox.put(
             Job(ids, min(request.max_tokens, room), request.temperature, request.top_p, request.seed, tag=done)
         )
+        if self._failed:  # it failed between the check and the put: nobody may be left to read the inbox
+            raise self._failed
         job = await done
         words = job.output_ids[:-1] if job.finish_reason == "stop" else job.output_ids
         text = self._template.tokenizer.decode(words, skip_special_tokens=True)
@@ -123,7 +125,8 @@ class LocalEngine:
                 for job in finished:
                     self._loop.call_soon_threadsafe(_give, job)
         except BaseException as error:  # out of memory and the like: whoever waits must hear of it
-            self._failed = error
+            self._failed = error  # first: who puts after the inbox was emptied sees it
+            self._collect(waiting, False)
             for job in [*waiting, *self._decoder.live_jobs()]:
                 self._loop.call_soon_threadsafe(_fail, job, error)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,31 @@ def test_a_failing_model_reaches_everybody_who_waits(tiny_dir):
             return await asyncio.gather(*(engine.answer(request) for _ in range(5)), return_exceptions=True)
 
     assert all(isinstance(answer, TypeError) for answer in asyncio.run(ask()))
+
+
+def test_a_failure_reaches_requests_that_nobody_has_read(tiny_dir):
+    """Requests put while the decoding thread dies once waited for ever: they were in neither of its lists."""
+
+    async def ask():
+        async with LocalEngine(str(tiny_dir), batch_size=2) as engine:
+            request = Request([{"role": "user", "content": "x"}], 6, 0.0, 1.0, 0, None)
+            late: list[asyncio.Task] = []
+
+            def die(jobs):
+                def put():
+                    late.extend(asyncio.ensure_future(engine.answer(request)) for _ in range(3))
+
+                engine._loop.call_soon_threadsafe(put)
+                while len(late) < 3 or engine._inbox.empty():
+                    time.sleep(0.01)
+                raise MemoryError
+
+            engine._decoder.admit = die
+            with pytest.raises(MemoryError):
+                await engine.answer(request)
+            return await asyncio.wait_for(asyncio.gather(*late, return_exceptions=True), timeout=30)
+
+    assert all(isinstance(answer, MemoryError) for answer in asyncio.run(ask()))
 
 
 def test_a_missing_model_is_named(tmp_path):
