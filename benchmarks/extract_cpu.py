@@ -42,7 +42,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args, Path(folder))
-    provenance.write(args.out.with_suffix(".json"), vars(args) | {"out": str(args.out)}, results=result)
+    config = {**vars(args), **{name: Path(getattr(args, name)).name for name in ("model", "data", "out")}}
+    command = f"python benchmarks/extract_cpu.py --samples {args.samples} --rounds {args.rounds}"
+    provenance.write(args.out.with_suffix(".json"), config, command=command, results=result)
     args.out.with_suffix(".md").write_text(table(result), encoding="utf-8")
     print(table(result))
 
