@@ -80,7 +80,8 @@ def test_every_documented_flag_exists(document):
             if words[0] != "fledge":
                 continue
             for flag in (word for word in words if word.startswith("--")):
-                assert flag in help_of(words[1]).replace("_", "-") + help_of(words[1]), f"{words[:2]} {flag}"
+                known = re.findall(r"--[\w-]+", help_of(words[1]).replace("_", "-"))
+                assert flag.replace("_", "-") in known, f"{words[:2]} {flag}"
 
 
 def test_the_five_lines_run(tmp_path, tiny_model_dir):
