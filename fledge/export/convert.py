@@ -5,9 +5,10 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -185,7 +186,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportArgs:
-    head: str
+    head: Annotated[str, tyro.conf.Positional]
     """The head's folder."""
     to: Literal["vllm", "sglang", "speculators", "eagle"]
     """Who will read it."""
@@ -208,7 +209,7 @@ def export_head(args: ExportArgs) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertArgs:
-    head: str
+    head: Annotated[str, tyro.conf.Positional]
     """A head of EAGLE, AngelSlim, SpecForge or speculators."""
     output_dir: Path
     """Where to write fledge's form of it."""
