@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, Any
 
+import psutil
 import tyro
 
 from fledge import config
@@ -29,6 +30,8 @@ from fledge.errors import UserError
 POLL_S = 0.5
 STOP_PATIENCE_S = 20.0
 LOG_TAIL_LINES = 12
+CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
+CPU_CACHE_MOST_GIB = 16
 
 
 @dataclass(kw_only=True)
@@ -71,13 +74,21 @@ class Server:
     gpus: str
     log: Path
     host: str
+    cpu_cache_gib: int = 0
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What it is started with beside this process's own variables."""
+        if self.gpus:
+            return {"CUDA_VISIBLE_DEVICES": self.gpus}
+        return {CPU_CACHE: str(self.cpu_cache_gib)} if self.cpu_cache_gib and CPU_CACHE not in os.environ else {}
 
     @property
     def url(self) -> str:
         return f"http://{'127.0.0.1' if self.host in ('0.0.0.0', '::') else self.host}:{self.port}"
 
     def shell_line(self) -> str:
-        where = f"CUDA_VISIBLE_DEVICES={self.gpus} " if self.gpus else ""
+        where = "".join(f"{name}={value} " for name, value in self.environment.items())
         return f"{where}{shlex.join(self.command)} > {shlex.quote(str(self.log))} 2>&1 &"
 
 
@@ -127,9 +138,15 @@ def plan(args: ServeArgs, gpus: Sequence[str]) -> list[Server]:
             gpus=",".join(gpus[index * size : (index + 1) * size]),
             log=args.log_dir / f"server-{args.base_port + index}.log",
             host=args.host,
+            cpu_cache_gib=0 if gpus else cpu_cache_gib(count),
         )
         for index in range(count)
     ]
+
+
+def cpu_cache_gib(num_servers: int) -> int:
+    """Cache of each server without a GPU: vLLM 0.32 would take nearly all memory; a quarter of it is shared."""
+    return max(1, min(CPU_CACHE_MOST_GIB, psutil.virtual_memory().available // 4 // num_servers >> 30))
 
 
 def _command(args: ServeArgs, port: int) -> tuple[str, ...]:
@@ -174,11 +191,10 @@ def running(servers: Sequence[Server], start_timeout_s: float) -> Iterator[list[
             for server in servers:
                 server.log.parent.mkdir(parents=True, exist_ok=True)
                 logs.append(open(server.log, "wb"))
-                environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": server.gpus} if server.gpus else {})}
                 processes.append(
                     subprocess.Popen(
                         server.command, stdin=subprocess.DEVNULL, stdout=logs[-1], stderr=subprocess.STDOUT,
-                        env=environment, start_new_session=True,
+                        env={**os.environ, **server.environment}, start_new_session=True,
                     )
                 )  # fmt: skip
             _wait_until_ready(servers, processes, start_timeout_s)

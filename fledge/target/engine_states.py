@@ -16,6 +16,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fledge.data.tokenize import ChatTemplate, Sample, load_tokenizer, model_eos_token_ids
+from fledge.data.tokenize import ChatTemplate, Sample
 from fledge.errors import UserError
 from fledge.target.head import TargetEnds
 from fledge.target.record import TargetRecord, default_tap_layers
 from fledge.target.store.describe import describe_states
+from fledge.target.store.manifest import Identity, LastStorage, TapStorage
 
 if TYPE_CHECKING:
     from fledge.target.extract import ExtractArgs, OpenTarget
@@ -53,31 +55,36 @@ def server_flags(layers: Sequence[int], folder: str) -> list[str]:
 
 
 class EngineSource:
-    """Asks servers for the states of samples, several at a time, and returns records in order."""
+    """Asks servers for the states of samples, several at a time. `record` and `records` wait for them, `ask` not."""
 
     def __init__(self, servers: Sequence[str], norm: nn.Module, num_taps: int, *, in_flight: int = IN_FLIGHT) -> None:
-        self.servers, self.norm, self.num_taps, self.in_flight = list(servers), norm, num_taps, in_flight
+        self.servers, self.norm, self.num_taps = list(servers), norm, num_taps
+        self.in_flight = in_flight * len(self.servers)
         self._turn = itertools.cycle(self.servers)
         self._models = {server: served_model(server) for server in self.servers}
+        self._pool = ThreadPoolExecutor(self.in_flight)
 
     def records(self, samples: Iterable[Sample]) -> Iterator[TargetRecord]:
         """One record per sample, in order."""
-        under_way: deque[tuple[Sample, Future[Tensor]]] = deque()
-        with ThreadPoolExecutor(self.in_flight * len(self.servers)) as pool:
-            for sample in samples:
-                under_way.append((sample, pool.submit(self._states, next(self._turn), sample)))
-                if len(under_way) >= 2 * self.in_flight * len(self.servers):
-                    yield self._record(*under_way.popleft())
-            while under_way:
-                yield self._record(*under_way.popleft())
+        under_way: deque[Future[TargetRecord]] = deque()
+        for sample in samples:
+            under_way.append(self.ask(sample))
+            if len(under_way) >= 2 * self.in_flight:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+    def ask(self, sample: Sample) -> "Future[TargetRecord]":
+        """Start one request; its record comes later."""
+        return self._pool.submit(self._record, next(self._turn), sample)
 
     def record(self, sample: Sample) -> TargetRecord:
         """One sample alone."""
-        return next(self.records([sample]))
+        return self.ask(sample).result()
 
-    @torch.inference_mode()
-    def _record(self, sample: Sample, future: "Future[Tensor]") -> TargetRecord:
-        states = future.result()  # (T, L, H)
+    @torch.no_grad()  # not inference_mode: training saves these tensors for its backward
+    def _record(self, server: str, sample: Sample) -> TargetRecord:
+        states = self._states(server, sample)  # (T, L, H)
         return TargetRecord(
             sample_id=sample.id,
             input_ids=sample.input_ids,
@@ -148,28 +155,53 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{url}: {error}. What is extracted is kept; run the same command again.") from None
 
 
+@dataclass(frozen=True)
+class EngineTarget:
+    """A target that servers run: its two ends are read here, its states come from there."""
+
+    ends: TargetEnds
+    tap_layers: tuple[int, ...]
+    source: EngineSource
+
+    @classmethod
+    def open(
+        cls, name: str, servers: Sequence[str], *, dtype: str = "auto", tap_layers: Sequence[int] | None = None,
+        revision: str | None = None,
+    ) -> "EngineTarget":  # fmt: skip
+        """Read the ends from the files of `name` and find the servers (base URLs, with or without /v1)."""
+        ends = TargetEnds.from_files(name, dtype=None if dtype == "auto" else getattr(torch, dtype), revision=revision)
+        num_layers = ends.text_config.num_hidden_layers
+        taps = tuple(tap_layers or default_tap_layers(num_layers))
+        if not servers:
+            flags = shlex.join(server_flags([*taps, num_layers], "/dev/shm/fledge"))
+            raise UserError(f"--target-backend vllm needs --server URL. Start one: vllm serve {name} {flags}")
+        if ends.norm is None:
+            raise UserError(f"{name}: its decoder has no `norm` for vLLM's last state. Use the hf backend.")
+        urls = [server.rstrip("/").removesuffix("/v1") for server in servers]
+        return cls(ends, taps, EngineSource(urls, ends.norm, len(taps)))
+
+    def identity(
+        self, template: ChatTemplate, *, max_length: int, tap_storage: TapStorage, last_storage: LastStorage,
+        revision: str | None = None,
+    ) -> Identity:  # fmt: skip
+        """What states of these servers depend on."""
+        return describe_states(
+            self.ends.name, revision, self.ends.text_config, self.ends.head, self.tap_layers, template,
+            dtype=str(self.ends.head.weight.dtype).removeprefix("torch."), max_length=max_length,
+            tap_storage=tap_storage, last_storage=last_storage, backend="vllm",
+        )  # fmt: skip
+
+
 def open_engine(args: "ExtractArgs") -> "OpenTarget":
     """The client of `fledge extract --target-backend vllm`."""
     from fledge.target.extract import OpenTarget
 
-    ends = TargetEnds.from_files(
-        args.model_name, dtype=None if args.dtype == "auto" else getattr(torch, args.dtype), revision=args.revision
+    target = EngineTarget.open(
+        args.model_name, args.server or (), dtype=args.dtype, tap_layers=args.tap_layers, revision=args.revision
     )
-    num_layers = ends.text_config.num_hidden_layers
-    taps = tuple(args.tap_layers or default_tap_layers(num_layers))
-    if not args.server:
-        flags = shlex.join(server_flags([*taps, num_layers], "/dev/shm/fledge"))
-        raise UserError(f"--target-backend vllm needs --server URL. Start one: vllm serve {args.model_name} {flags}")
-    if ends.norm is None:
-        raise UserError(f"{args.model_name}: its decoder has no `norm` for vLLM's last state. Use the hf backend.")
-    template = ChatTemplate(
-        load_tokenizer(args.model_name), args.chat_template_type or None,
-        eos_token_ids=model_eos_token_ids(args.model_name),
+    template = ChatTemplate.from_pretrained(args.model_name, args.chat_template_type or None)
+    identity = target.identity(
+        template, max_length=args.model_max_length, tap_storage=args.tap_storage, last_storage=args.last_storage,
+        revision=args.revision,
     )  # fmt: skip
-    dtype = str(ends.head.weight.dtype).removeprefix("torch.")
-    identity = describe_states(
-        args.model_name, args.revision, ends.text_config, ends.head, taps, template, dtype=dtype,
-        max_length=args.model_max_length, tap_storage=args.tap_storage, last_storage=args.last_storage, backend="vllm",
-    )  # fmt: skip
-    servers = [server.rstrip("/").removesuffix("/v1") for server in args.server]
-    return OpenTarget(template, identity, ends.head, EngineSource(servers, ends.norm, len(taps)), False)
+    return OpenTarget(template, identity, target.ends.head, target.source, False)

@@ -31,6 +31,9 @@ class DataArguments:
     _argument_group_name = "data"
 
     target_model_name_or_path: str | None = _flag(None, "The target: a transformers model folder or hub name.")
+    target_backend: Literal["hf", "vllm"] = _flag("hf", "hf: the live target in this process. vllm: on the servers "
+                                                  "of --server, which extract hidden states.")  # fmt: skip
+    server: list[str] = _flag([], "With --target_backend vllm: base URLs, e.g. http://localhost:8000.")
     train_data_path: list[str] = _flag([], "Conversations to train on, live: files, folders or hub names.")
     eval_data_path: list[str] = _flag([], "Conversations to evaluate on. Empty: --eval_fraction of the training data.")
     train_hidden_path: list[str] = _flag([], "Stored hidden states to train on (made by `fledge extract`).")

@@ -8,18 +8,20 @@ import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fledge.console import say
 from fledge.data.tokenize import ChatTemplate
 from fledge.errors import UserError
-from fledge.target.extract import Samples, fill, ranks_of_environment
+from fledge.target.engine_states import EngineTarget
+from fledge.target.extract import OpenTarget, Samples, fill, ranks_of_environment
 from fledge.target.head import TargetHead
 from fledge.target.live import LiveSource
 from fledge.target.model import Target
 from fledge.target.store.describe import describe_states
-from fledge.target.store.manifest import MANIFEST, Identity, read_manifest
+from fledge.target.store.manifest import MANIFEST, read_manifest
 from fledge.target.store.plan import check_same
 from fledge.target.store.reader import HiddenStore
 from fledge.train.arguments import TrainArgs
@@ -62,14 +64,10 @@ def complete(args: TrainArgs, template: ChatTemplate, samples: Samples) -> None:
         say(f"all {len(samples.ids)} samples are stored; the target is not loaded")
         return
     say(f"{len(missing.ids)} of {len(samples.ids)} samples are not stored yet: {folders[0]} gets them first")
-    target = Target.from_pretrained(
-        str(data.target_model_name_or_path), dtype=args.draft.target_dtype, device=args.trainer.device,
-        tap_layers=args.draft.tap_layers or None,
-    )  # fmt: skip
-    identity = identity_for(target, template, args, folders[0])
+    target = open_target(args, template, folders[0])
     fill(
-        folders[0], identity, TargetHead.of(target), LiveSource(target), missing,
-        shard_bytes=SHARD_BYTES, ranks=ranks_of_environment(), pinned=target.device.type == "cuda",
+        folders[0], target.identity, target.head, target.producer, missing,
+        shard_bytes=SHARD_BYTES, ranks=ranks_of_environment(), pinned=target.pinned,
     )  # fmt: skip
     del target
     gc.collect()
@@ -91,11 +89,22 @@ def stored_ids(stores: Sequence[HiddenStore], samples: Samples) -> set[str]:
     return found
 
 
-def identity_for(target: Target, template: ChatTemplate, args: TrainArgs, folder: Path) -> Identity:
-    """The identity of what will be added; an existing store keeps its own way of storing."""
+def open_target(args: TrainArgs, template: ChatTemplate, folder: Path) -> OpenTarget:
+    """The target of the flags, and the identity of what it adds; an existing store keeps its own way of storing."""
     before = read_manifest(folder).identity if (folder / MANIFEST).is_file() else None
-    return describe_states(
-        target.name, target.revision, target.text_config, TargetHead.of(target), target.tap_layers, template,
-        dtype=str(target.dtype).removeprefix("torch."), max_length=args.data.model_max_length,
-        tap_storage=before.tap_storage if before else "same", last_storage=before.last_storage if before else "all",
+    kept: Any = {
+        "max_length": args.data.model_max_length,
+        "tap_storage": before.tap_storage if before else "same",
+        "last_storage": before.last_storage if before else "all",
+    }
+    name, taps = str(args.data.target_model_name_or_path), args.draft.tap_layers or None
+    if args.data.target_backend == "vllm":
+        served = EngineTarget.open(name, args.data.server, dtype=args.draft.target_dtype, tap_layers=taps)
+        return OpenTarget(template, served.identity(template, **kept), served.ends.head, served.source, False)
+    target = Target.from_pretrained(name, dtype=args.draft.target_dtype, device=args.trainer.device, tap_layers=taps)
+    head = TargetHead.of(target)
+    identity = describe_states(
+        target.name, target.revision, target.text_config, head, target.tap_layers, template,
+        dtype=str(target.dtype).removeprefix("torch."), **kept,
     )  # fmt: skip
+    return OpenTarget(template, identity, head, LiveSource(target), target.device.type == "cuda")

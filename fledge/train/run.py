@@ -89,12 +89,18 @@ def open_source(args: TrainArgs) -> Source:
 
 
 def live_source(args: TrainArgs) -> Source:
-    """Load the target and tokenise the conversations."""
+    """The target, in this process or on servers, over tokenised conversations."""
     data = args.data
     if not data.target_model_name_or_path:
         raise UserError("--target_model_name_or_path is needed for online training: the target's folder or hub name.")
     if not data.train_data_path:
         raise UserError("--train_data_path is needed (conversations), or --train_hidden_path (stored hidden states).")
+    if data.target_backend == "vllm":
+        from fledge.train.served import served_source
+
+        return served_source(args)
+    if data.server:
+        raise UserError("--server is for --target_backend vllm; the hf backend runs the target in this process.")
     target = Target.from_pretrained(
         data.target_model_name_or_path, dtype=args.draft.target_dtype, device=args.trainer.device,
         tap_layers=args.draft.tap_layers or None,
@@ -102,14 +108,10 @@ def live_source(args: TrainArgs) -> Source:
     template = ChatTemplate(
         target.tokenizer, data.chat_template_type or None, eos_token_ids=target.eos_token_ids
     )  # fmt: skip
-    parts, held_out = tokenise_all(data, template)
-    train_data = limited(ConcatDataset(parts), data.max_samples)  # type: ignore[arg-type]
-    if not len(train_data):
-        raise UserError(f"{', '.join(data.train_data_path)}: no trainable samples. `fledge inspect` says why.")
-    counts, always = count_supervised(parts, target.vocab_size)
+    train_data, held_out, counts, always = conversations(data, template, target.vocab_size)
     return Source(
         train=train_data,
-        eval=ConcatDataset(held_out) if held_out else None,  # type: ignore[arg-type]
+        eval=held_out,
         to_record=LiveSource(target).record,
         counts=counts,
         always=always,
@@ -121,6 +123,18 @@ def live_source(args: TrainArgs) -> Source:
         target_name=target.name,
         device=args.trainer.device,
     )
+
+
+def conversations(
+    data: DataArguments, template: ChatTemplate, vocab_size: int
+) -> tuple[Any, Any | None, Tensor, list[int]]:
+    """Samples to train on, samples held out, (V,) supervised tokens of the former, ids of every draft vocabulary."""
+    parts, held_out = tokenise_all(data, template)
+    train_data = limited(ConcatDataset(parts), data.max_samples)  # type: ignore[arg-type]
+    if not len(train_data):
+        raise UserError(f"{', '.join(data.train_data_path)}: no trainable samples. `fledge inspect` says why.")
+    evaluated: Any = ConcatDataset(held_out) if held_out else None  # type: ignore[arg-type]
+    return train_data, evaluated, *count_supervised(parts, vocab_size)
 
 
 def tokenise_all(data: DataArguments, template: ChatTemplate) -> tuple[list[TokenizedData], list[TokenizedData]]:

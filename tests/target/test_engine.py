@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -92,6 +93,17 @@ def test_one_server_per_gpu_group():
     assert [server.gpus for server in plan(args(num_servers=1), ["GPU-ab", "GPU-cd"])] == ["GPU-ab"]
 
 
+def test_servers_without_gpus_share_a_part_of_the_memory(monkeypatch):
+    """vLLM's CPU build would fill it: the cache of each is stated, unless the user stated it."""
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=24 << 30))
+    assert [server.environment for server in plan(args(num_servers=2), [])] == [{"VLLM_CPU_KVCACHE_SPACE": "3"}] * 2
+    assert plan(args(num_servers=50), [])[0].environment == {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    assert plan(args(num_servers=1), ["0"])[0].environment == {"CUDA_VISIBLE_DEVICES": "0"}
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    assert plan(args(num_servers=1), [])[0].environment == {}
+
+
 def test_more_servers_than_gpus_are_refused():
     with pytest.raises(UserError, match="3 servers of 2 GPUs need 6 GPUs, 4 are visible"):
         plan(args(tensor_parallel_size=2, num_servers=3), ["0", "1", "2", "3"])
@@ -120,7 +132,7 @@ def test_a_head_and_further_arguments_reach_vllm():
 def test_print_starts_nothing(capsys):
     serve(args(print=True, vllm="/no/such/vllm", base_port=1, num_servers=2, gpus=""))
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["/no/such/vllm"] * 2 and "--port 2 >" in lines[1]
+    assert all(" /no/such/vllm serve " in f" {line}" for line in lines) and len(lines) == 2 and "--port 2 >" in lines[1]
 
 
 def test_servers_answer_inside_the_block_and_are_gone_after_it(fake_vllm, port, tmp_path):

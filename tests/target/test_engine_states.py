@@ -1,89 +1,28 @@
 """The client of vLLM's hidden-state extraction: against a fake that keeps its protocol, and against a real server."""
 
 import dataclasses
-import fcntl
 import json
-import os
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from fake_states_server import FakeStatesServer
 
 from fledge.errors import UserError
 from fledge.target.engine_states import EngineSource, open_engine, server_flags
 from fledge.target.extract import Samples, extract, open_target
-from fledge.target.model import Target
 from fledge.target.store.reader import HiddenStore
 
 TOLERANCE = 1e-5  # fp32, and the norm applied to all rows at once
 
 
-class FakeServer:
-    """Answers as vLLM does: the path at once, a lock held until the file is written, states *before* the final norm."""
-
-    def __init__(self, model_folder: Path, folder: Path, layers: list[int], delay_s: float = 0.0) -> None:
-        target = Target.from_pretrained(str(model_folder))
-        last: list[torch.Tensor] = []
-        keep = lambda _m, _a, out: last.append(out[0] if isinstance(out, tuple) else out)  # noqa: E731
-        target.layers[-1].register_forward_hook(keep)
-        counter, one_at_a_time = iter(range(10**6)), threading.Lock()
-
-        def states(ids: list[int]) -> torch.Tensor:
-            with one_at_a_time, torch.inference_mode():
-                last.clear()
-                every = target.model.base_model(torch.tensor([ids]), output_hidden_states=True).hidden_states
-                chosen = [every[layer] if layer < target.num_layers else last[0] for layer in layers]
-                return torch.stack([state.reshape(len(ids), -1) for state in chosen], dim=1).clone()
-
-        def write(path: Path, ids: list[int], lock: int) -> None:
-            time.sleep(delay_s)
-            save_file({"hidden_states": states(ids), "token_ids": torch.tensor(ids)}, path)
-            os.close(lock)
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.answer({"data": [{"id": "tiny"}]})
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                assert body["model"] == "tiny" and body["max_tokens"] == 1
-                path = folder / f"{self.server.server_port}-{next(counter)}.safetensors"
-                lock = os.open(f"{path}.lock", os.O_CREAT | os.O_WRONLY)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                threading.Thread(target=write, args=(path, body["prompt"], lock)).start()
-                self.answer({"choices": [{}], "kv_transfer_params": {"hidden_states_path": str(path)}})
-
-            def answer(self, document: dict) -> None:
-                content = json.dumps(document).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
 @pytest.fixture
 def serve(saved_target, tmp_path):
-    servers: list[FakeServer] = []
+    servers: list[FakeStatesServer] = []
 
     def start(layers=(2, 4, 5, 8), **more) -> str:
         folder = tmp_path / "states"
         folder.mkdir(exist_ok=True)
-        servers.append(FakeServer(saved_target, folder, list(layers), **more))
+        servers.append(FakeStatesServer(saved_target, folder, list(layers), **more))
         return servers[-1].url
 
     yield start

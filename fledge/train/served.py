@@ -1,0 +1,75 @@
+"""Online training from a target on vLLM servers: the states of the next batches are asked for while this one trains.
+
+A sample's request starts when the loader hands it out; the loader is a batch ahead, so servers work during the step.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fledge.console import say
+from fledge.data.tokenize import ChatTemplate, Sample
+from fledge.errors import UserError
+from fledge.target.engine_states import EngineSource, EngineTarget
+from fledge.target.record import TargetRecord
+from fledge.train.arguments import TrainArgs
+from fledge.train.run import Source, conversations
+
+
+class Asked:
+    """A sample whose record is on its way."""
+
+    def __init__(self, sample: Sample, record: "Future[TargetRecord]") -> None:
+        self.loss_mask: Tensor = sample.loss_mask  # what the step's loss is divided by must be known before
+        self._record = record
+
+    def wait(self) -> TargetRecord:
+        return self._record.result()
+
+
+class Asking(Dataset[Asked]):
+    """Samples that are asked for as they are read."""
+
+    def __init__(self, samples: Sequence[Sample], source: EngineSource) -> None:
+        self._samples, self._source = samples, source
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Asked:
+        sample = self._samples[index]
+        return Asked(sample, self._source.ask(sample))
+
+
+def served_source(args: TrainArgs) -> Source:
+    """The source for --target_backend vllm."""
+    data = args.data
+    if args.trainer.dataloader_num_workers:
+        raise UserError(
+            "--dataloader_num_workers cannot be used with --target_backend vllm: the requests run in threads of the "
+            "training process, several at a time already."
+        )
+    name, taps = str(data.target_model_name_or_path), args.draft.tap_layers or None
+    target = EngineTarget.open(name, data.server, dtype=args.draft.target_dtype, tap_layers=taps)
+    template = ChatTemplate.from_pretrained(name, data.chat_template_type or None)
+    head = target.ends.head.to(args.trainer.device)
+    samples, held_out, counts, always = conversations(data, template, head.weight.shape[0])
+    say(f"the target runs on {', '.join(target.source.servers)}; here are its embedding, final norm and head")
+    ask: Any = lambda wanted: Asking(wanted, target.source)  # noqa: E731
+    return Source(
+        train=ask(samples),
+        eval=ask(held_out) if held_out is not None else None,
+        to_record=Asked.wait,
+        counts=counts,
+        always=always,
+        text_config=target.ends.text_config,
+        tap_layers=target.tap_layers,
+        embedding=head.embedding,
+        head_weight=head.weight,
+        teacher_head=head,
+        target_name=target.ends.name,
+        device=args.trainer.device,
+    )
