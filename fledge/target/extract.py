@@ -21,7 +21,8 @@ from fledge.data.conversations import DataFormat
 from fledge.data.dataset import TokenizedData
 from fledge.data.tokenize import ChatTemplate, Sample
 from fledge.errors import UserError
-from fledge.target.head import TargetHead
+from fledge.target import tensor_parallel
+from fledge.target.head import TargetEnds, TargetHead
 from fledge.target.live import LiveSource
 from fledge.target.model import Target, default_device
 from fledge.target.record import TargetRecord
@@ -67,6 +68,8 @@ class ExtractArgs:
     """Attention kernel of transformers, e.g. sdpa, flash_attention_2."""
     device_map: str | None = None
     """`auto` spreads a target over all visible GPUs (and the CPU)."""
+    tp_plan: str | None = None
+    """`auto` cuts every layer over the processes of torchrun (tensor parallel): one target on all of them."""
     tap_storage: TapStorage = "same"
     """fp8 halves the taps' size: one scale per row and tap."""
     last_storage: LastStorage = "all"
@@ -108,7 +111,30 @@ def extract(args: ExtractArgs) -> None:
 
 def extract_share(args: ExtractArgs, ranks: Ranks) -> Manifest | None:
     """One process's part of the work. The manifest for the first rank, None for the others."""
-    opened = open_target(args)
+    if args.tp_plan:
+        return extract_in_parts(args, ranks)
+    return fill_from(open_target(args), args, ranks)
+
+
+def extract_in_parts(args: ExtractArgs, ranks: Ranks) -> Manifest | None:
+    """One target over all ranks: the first writes the whole store."""
+    tensor_parallel.check_world(ranks.world, str(args.tp_plan))
+    if args.target_backend != "hf" or args.num_workers > 1 or args.device_map:
+        raise UserError("--tp-plan is for --target-backend hf under torchrun, without --num-workers and --device-map.")
+    target = load_target(args)
+    if not ranks.first:
+        tensor_parallel.follow(target)
+        return None
+    try:
+        # the loaded head may be a part of the whole
+        head = TargetEnds.from_files(args.model_name, dtype=target.dtype, revision=args.revision).head
+        producer = tensor_parallel.LeadingSource(target)
+        return fill_from(open_loaded(args, target, head, producer), args, Ranks())
+    finally:
+        tensor_parallel.dismiss()
+
+
+def fill_from(opened: "OpenTarget", args: ExtractArgs, ranks: Ranks) -> Manifest | None:
     samples = Samples.read(args, opened.template)
     manifest = fill(
         args.output_dir, opened.identity, opened.head, opened.producer, samples, shard_bytes=int(args.shard_mb * 2**20),
@@ -200,21 +226,28 @@ def open_target(args: ExtractArgs) -> OpenTarget:
         return open_engine(args)
     if args.server:
         raise UserError("--server is for --target-backend vllm; the hf backend runs the target in this process.")
-    target = Target.from_pretrained(
-        args.model_name, dtype=args.dtype, device=device_of_rank(), device_map=args.device_map,
+    target = load_target(args)
+    return open_loaded(args, target, TargetHead.of(target), LiveSource(target))
+
+
+def load_target(args: ExtractArgs) -> Target:
+    return Target.from_pretrained(
+        args.model_name, dtype=args.dtype, device=device_of_rank(), device_map=args.device_map, tp_plan=args.tp_plan,
         tap_layers=args.tap_layers or None, revision=args.revision, attn_implementation=args.attn_implementation,
     )  # fmt: skip
+
+
+def open_loaded(args: ExtractArgs, target: Target, head: TargetHead, producer: Producer) -> OpenTarget:
+    """A loaded target with its template and the identity of its states."""
     template = ChatTemplate(target.tokenizer, args.chat_template_type or None, eos_token_ids=target.eos_token_ids)
-    return OpenTarget(
-        template, identity_of(target, template, args), TargetHead.of(target), LiveSource(target),
-        target.device.type == "cuda",
-    )  # fmt: skip
+    identity = identity_of(target, head, template, args)
+    return OpenTarget(template, identity, head, producer, target.device.type == "cuda")
 
 
-def identity_of(target: Target, template: ChatTemplate, args: ExtractArgs) -> Identity:
+def identity_of(target: Target, head: TargetHead, template: ChatTemplate, args: ExtractArgs) -> Identity:
     """What the states of this run depend on."""
     return describe_states(
-        target.name, target.revision, target.text_config, TargetHead.of(target), target.tap_layers, template,
+        target.name, target.revision, target.text_config, head, target.tap_layers, template,
         dtype=str(target.dtype).removeprefix("torch."), max_length=args.model_max_length,
         tap_storage=args.tap_storage, last_storage=args.last_storage,
     )  # fmt: skip
