@@ -28,18 +28,27 @@ from fledge.draft.model import DraftModel
 class Drafter:
     """Drafts for one generation of at most `capacity` tokens."""
 
-    def __init__(self, draft: DraftModel, shape: TreeShape, capacity: int) -> None:
+    def __init__(
+        self, draft: DraftModel, shape: TreeShape, capacity: int, prompt_positions: Tensor | None = None
+    ) -> None:
+        """`prompt_positions` (P,) or (axes, P): the target's rope positions, where they are not the token's index."""
         config, weight = draft.config, draft.fc.weight
         self.draft = draft
         self.width = min(shape.top_k, max(shape.total_token - 1, 1), config.draft_vocab_size)
         self.num_nodes = shape.total_token - 1
         tree_rows = self.width * shape.levels
         self.capacity = capacity
+        self.window = config.sliding_window
         self.cache = DraftCache(
             config.num_key_value_heads, config.head_dim, capacity + tree_rows, weight.dtype, weight.device
         )
         # Rows past the last position are never needed; clamped, they cannot switch a length-dependent rope either.
         positions = torch.arange(capacity + shape.levels, device=weight.device)
+        if prompt_positions is not None:
+            prompt_positions = prompt_positions.to(weight.device)
+            after = positions[prompt_positions.shape[-1] :] - prompt_positions.shape[-1]
+            after = after + prompt_positions[..., -1].max() + 1
+            positions = torch.cat((prompt_positions, after.expand(*prompt_positions.shape[:-1], -1)), dim=-1)
         self.rope = draft.rope(positions.clamp(max=config.max_position_embeddings - 1))
         self._blocked = torch.finfo(weight.dtype).min
         self._mask = torch.zeros(self.width, capacity + tree_rows, dtype=weight.dtype, device=weight.device)
@@ -52,9 +61,16 @@ class Drafter:
         """New tokens (S,), each with the fused target feature (S, H) of the token before it: f'' of the last (1, H)."""
         start, end = self.cache.length, self.cache.length + token_ids.shape[0]
         rope = (self.rope[0][start:end], self.rope[1][start:end])
-        hidden = self.draft.step(token_ids[None], features[None], None, self.cache, rope=rope, last_only=True)
+        mask = self._last_row(end) if self.window is not None and end > self.window else None
+        hidden = self.draft.step(token_ids[None], features[None], None, self.cache, mask, rope=rope, last_only=True)
         self.cache.commit()
         return hidden[0]
+
+    def _last_row(self, num_rows: int) -> Tensor:
+        """(1, num_rows) mask of the last of so many rows under a sliding window."""
+        mask = torch.zeros(1, num_rows, dtype=self._mask.dtype, device=self._mask.device)
+        mask[:, : num_rows - self.window] = self._blocked  # type: ignore[operator]
+        return mask
 
     def grow(self, root: Tensor, hidden: Tensor, num_levels: int) -> Tree:
         """The tree of `num_levels` >= 1 levels below the root (1,), from the head's output (1, H) on the root's row."""
@@ -101,6 +117,9 @@ class Drafter:
         position, seen = self.cache.length + level - 1, tree_part.shape[1]
         self._mask[:, self.capacity : self.capacity + seen] = tree_part
         mask = self._mask[:, self.capacity - self.cache.length : self.capacity + seen]
+        if self.window is not None and position >= self.window:
+            mask = mask.clone()
+            mask[:, : min(position - self.window + 1, self.cache.length)] = self._blocked
         cos, sin = self.rope
         rope = (cos[position], sin[position])
         return self.draft.step(tokens[None], hidden[None], None, self.cache, mask, rope=rope)[0]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fledge.draft.rope import plain, with_layout
 from fledge.errors import UserError, nearest
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
@@ -39,6 +40,10 @@ class DraftConfig:
     """EAGLE-3.1: one RMSNorm per tap before fc"""
     norm_output: bool = False
     """EAGLE-3.1: the state fed back to the next step is taken after the final norm"""
+    norm_before_residual: bool = False
+    """the residual is the normed feature (many heads of speculators; vLLM honours it, SGLang does not)"""
+    sliding_window: int | None = None
+    """Positions the draft's attention reaches back, the current one included; None: all"""
     target_layers: int | None = None
     """Decoder layers of the target; fixes what the tap ids mean"""
 
@@ -53,6 +58,8 @@ class DraftConfig:
                 f"draft config: draft_vocab_size={self.draft_vocab_size} must lie in 1..{self.vocab_size}, the size of "
                 f"the target's vocabulary. Lower draft_vocab_size."
             )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise UserError(f"draft config: sliding_window={self.sliding_window} must be at least 1, or left out.")
 
     @property
     def full_vocab(self) -> bool:
@@ -66,7 +73,7 @@ class DraftConfig:
         """
         from transformers import LlamaConfig
 
-        rope = dict(self.rope_parameters)
+        rope = plain(self.rope_parameters)
         return LlamaConfig(
             hidden_size=self.hidden_size,
             num_attention_heads=self.num_attention_heads,
@@ -117,7 +124,7 @@ def read_overrides(path: Path) -> dict[str, Any]:
         if key not in fields | KNOWN_EXTRA:
             raise UserError(f"{path}: unknown key {key!r}{nearest(key, fields | KNOWN_EXTRA)}.")
     overrides = {key: document[key] for key in SIZES if document.get(key) is not None}
-    for flag in ("fc_norm", "norm_output"):
+    for flag in ("fc_norm", "norm_output", "norm_before_residual"):
         if flag in document:
             overrides[flag] = bool(document[flag])
     return overrides
@@ -160,6 +167,8 @@ def to_json(config: DraftConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
         "dtype": dtype,
         "fc_norm": config.fc_norm,
         "norm_output": config.norm_output,
+        **({"norm_before_residual": True} if config.norm_before_residual else {}),
+        **_window_json(config),
         "eagle_aux_hidden_state_layer_ids": list(config.tap_layers),
         "eagle_config": {
             "use_aux_hidden_state": True,
@@ -188,7 +197,9 @@ def from_json(path: Path) -> DraftConfig:
             f"{path}: missing {', '.join(missing or ['eagle_aux_hidden_state_layer_ids'])}. A head of another trainer "
             f"is brought into this form by `fledge convert`."
         )
-    rope = document.get("rope_parameters") or _old_rope(document)
+    mark = document.get("fledge") or {}
+    if str(mark.get("tap_convention", "")).startswith("output"):  # our export for SGLang
+        taps = [layer + 1 for layer in taps]
     return DraftConfig(
         hidden_size=document["hidden_size"],
         intermediate_size=document["intermediate_size"],
@@ -198,14 +209,27 @@ def from_json(path: Path) -> DraftConfig:
         vocab_size=document["vocab_size"],
         draft_vocab_size=document.get("draft_vocab_size") or document["vocab_size"],
         tap_layers=tuple(taps),
-        rope_parameters=rope,
+        rope_parameters=rope_of_document(document),
         rms_norm_eps=document.get("rms_norm_eps", 1e-6),
         max_position_embeddings=document.get("max_position_embeddings", 8192),
         hidden_act=document.get("hidden_act", "silu"),
         fc_norm=bool(document.get("fc_norm", False)),
         norm_output=bool(document.get("norm_output", False)),
-        target_layers=(document.get("fledge") or {}).get("target_layers"),
+        sliding_window=document.get("sliding_window") if "sliding_attention" in _layer_types(document) else None,
+        norm_before_residual=bool(document.get("norm_before_residual", False)),
+        target_layers=mark.get("target_layers"),
     )
+
+
+def _window_json(config: DraftConfig) -> dict[str, Any]:
+    """The window as transformers' Llama-like configs say it; nothing where there is none."""
+    if config.sliding_window is None:
+        return {}
+    return {"sliding_window": config.sliding_window, "use_sliding_window": True, "layer_types": ["sliding_attention"]}
+
+
+def _layer_types(document: dict[str, Any]) -> list[str]:
+    return document.get("layer_types") or []
 
 
 def rope_of(text_config: Any) -> dict[str, Any]:
@@ -220,10 +244,11 @@ def rope_of(text_config: Any) -> dict[str, Any]:
         # Hunyuan: "dynamic" by name, but a fixed stretch of the base. Said this way, every engine computes the same.
         head_dim = _attention_shape(text_config)[2]
         rope_theta = rope["rope_theta"] * rope["alpha"] ** (head_dim / (head_dim - 2))
-        rope = {"rope_type": "default", "rope_theta": rope_theta}
+        sections = {"mrope_section": rope["mrope_section"]} if rope.get("mrope_section") else {}
+        rope = {"rope_type": "default", "rope_theta": rope_theta, **sections}
     if text_config.__dict__.get("kv_lora_rank") or getattr(text_config, "kv_lora_rank", None):
         rope.pop("partial_rotary_factor", None)  # latent attention rotates a slice of its own; the draft is plain
-    return rope
+    return with_layout(rope, text_config.model_type)
 
 
 def _attention_shape(config: Any) -> tuple[int, int, int]:
@@ -244,11 +269,15 @@ def _norm_eps(config: Any) -> float:
     return 1e-6
 
 
-def _old_rope(document: dict[str, Any]) -> dict[str, Any]:
+def rope_of_document(document: dict[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` of a config.json, whichever of the three ways it states its rope (ModelOpt: inside scaling)."""
+    if document.get("rope_parameters"):
+        return {"rope_type": "default", **document["rope_parameters"]}
     scaling = dict(document.get("rope_scaling") or {})
     if "type" in scaling:
         scaling.setdefault("rope_type", scaling.pop("type"))
-    return {"rope_type": "default", "rope_theta": document.get("rope_theta", 10_000.0), **scaling}
+    theta = document.get("rope_theta")
+    return {"rope_type": "default", "rope_theta": 10_000.0 if theta is None else theta, **scaling}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

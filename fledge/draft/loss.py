@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fledge.draft.position_weights import averaging_weights, dynamic_weights, fixed_weights
 from fledge.draft.ttt import Alignment
 
 # P taught positions, C chunk of them, K steps, S active rows, D draft vocab, V target vocab
@@ -26,6 +27,7 @@ from fledge.draft.ttt import Alignment
 CHUNK_BYTES = 64 * 2**20  # small enough that a chunk's matrices stay near a CPU's cache, large enough for its GEMMs
 Kind = Literal["kl", "lk"]
 Average = Literal["sequence", "token"]
+PositionWeights = Literal["fixed", "dynamic"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +36,12 @@ class LossSettings:
 
     kind: Kind = "kl"
     """kl: cross-entropy to the target. lk: lambda * KL + (1 - lambda) * TV with lambda = exp(-eta * acceptance)."""
+    position_weights: PositionWeights = "fixed"
+    """fixed: step_decay ** k. dynamic: the share of a row's expected accept length that lies at step k or deeper."""
     step_decay: float = 0.8
-    """Weight of TTT step k is step_decay ** k."""
+    """Fixed weight of TTT step k is step_decay ** k."""
+    dynamic_floor: float = 0.5
+    """Least confidence that dynamic weights assume of a step."""
     average: Average = "sequence"
     """Mean within each sequence, then over sequences; or over all tokens alike."""
     lk_eta: float = 3.0
@@ -70,10 +76,14 @@ def ttt_loss(
     states (K, S, H) normed draft states; head_weight (D, H) the draft's lm_head; last_hidden (N, H) and teacher_head
     give the target's logits; draft_ids (D,) target ids of the draft vocabulary; t2d (V,) bool.
     """
-    weights, device_type = row_weights(alignment, settings), states.device.type
+    device_type = states.device.type
     if torch.is_autocast_enabled(device_type):
         states = states.to(torch.get_autocast_dtype(device_type))
     with torch.autocast(device_type, enabled=False):  # dtypes are chosen here: states' for the head, fp32 for the rest
+        confidence = None
+        if settings.position_weights == "dynamic":
+            confidence = read_confidence(states, head_weight, last_hidden, teacher_head, draft_ids, t2d, alignment)
+        weights = row_weights(alignment, settings, confidence)
         results = _FusedLoss.apply(
             states, head_weight, last_hidden, teacher_head, draft_ids, t2d, alignment, settings, weights,
             torch.is_grad_enabled(),
@@ -96,16 +106,34 @@ def ttt_loss(
     )
 
 
-def row_weights(alignment: Alignment, settings: LossSettings) -> Tensor:
+def row_weights(alignment: Alignment, settings: LossSettings, confidence: Tensor | None = None) -> Tensor:
     """(K, P) weight of position p's row at step k: the step's weight over the rows it is averaged with."""
-    trained = alignment.trained
-    num_steps = len(trained)
-    step_weight = settings.step_decay ** torch.arange(num_steps, device=trained.device, dtype=torch.float32)
-    if settings.average == "token" or not trained.numel():
-        return trained * step_weight[:, None]
-    per_document = trained.new_zeros((num_steps, int(alignment.document.max()) + 1), dtype=torch.float32)
-    per_document.index_add_(1, alignment.document, trained.float())
-    return trained * step_weight[:, None] / per_document[:, alignment.document].clamp_min(1)
+    averaging = averaging_weights(alignment, settings.average)
+    if settings.position_weights == "fixed":
+        return averaging * fixed_weights(alignment, settings.step_decay)
+    assert confidence is not None
+    return averaging * dynamic_weights(alignment, confidence, settings.dynamic_floor)
+
+
+@torch.no_grad()
+def read_confidence(
+    states: Tensor, head_weight: Tensor, last_hidden: Tensor, teacher_head: Callable[[Tensor], Tensor],
+    draft_ids: Tensor, t2d: Tensor, alignment: Alignment,
+) -> Tensor:  # fmt: skip
+    """(K, P) probability the draft gives the target's choice: a pass of its own over the head, forward only."""
+    found = torch.zeros(alignment.row_index.shape, device=states.device)
+    weight = head_weight.to(states.dtype)
+    per_chunk = chunk_size(len(states), len(draft_ids), len(t2d))
+    for start in range(0, len(alignment.positions), per_chunk):
+        part = slice(start, start + per_chunk)
+        teacher = read_teacher(teacher_head(last_hidden[alignment.positions[part]]), draft_ids, t2d)
+        choice = teacher.argmax.clamp(max=len(draft_ids) - 1)[:, None]
+        for step in range(len(states)):
+            index = alignment.row_index[step, part]
+            z = (states[step, index.clamp_min(0)] @ weight.T).float()
+            chosen = (z.gather(1, choice)[:, 0] - z.logsumexp(-1)).exp()
+            found[step, part] = chosen * teacher.covered * (index >= 0)
+    return found
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -271,7 +299,13 @@ def dense_loss(
 ) -> Tensor:
     """The same loss from whole matrices, differentiated by autograd; for tests."""
     teacher = read_teacher(teacher_head(last_hidden[alignment.positions]), draft_ids, t2d)
-    weights = row_weights(alignment, settings) * teacher.covered
+    confidence = None
+    if settings.position_weights == "dynamic":
+        rows = alignment.row_index.clamp_min(0)
+        q = torch.stack([(states[k, rows[k]] @ head_weight.T).float().softmax(-1) for k in range(len(states))])
+        choice = teacher.argmax.clamp(max=len(draft_ids) - 1).expand(len(states), -1)
+        confidence = q.gather(-1, choice[..., None])[..., 0].detach() * teacher.covered
+    weights = row_weights(alignment, settings, confidence) * teacher.covered
     total = states.new_zeros(())
     for step in range(len(states)):
         asked = alignment.trained[step].nonzero()[:, 0]

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fledge.draft.batch import Batch
 from fledge.draft.model import DraftModel
@@ -77,23 +78,43 @@ def align(batch: Batch, ttt_steps: int) -> Alignment:
     )
 
 
-def unroll(draft: DraftModel, batch: Batch, alignment: Alignment, ttt_steps: int) -> Tensor:
+def unroll(draft: DraftModel, batch: Batch, alignment: Alignment, ttt_steps: int, *, recompute: bool = False) -> Tensor:
     """K draft forwards. Returns (K, S, H): normed states of the active rows, ready for `lm_head`.
 
-    Prompt rows cost only their step-0 keys and values: nothing reads their outputs.
+    Prompt rows cost only their step-0 keys and values: nothing reads their outputs. With `recompute`, a step keeps what
+    the other steps need of it (its keys, values and output) and computes the rest again in the backward.
     """
-    rows, features = alignment.rows, draft.fuse(batch.tap_hidden)
-    next_ids = batch.input_ids.roll(-1)
-    q, k, v = draft.project(draft.embed(next_ids), features, draft.rope(batch.position_ids), queries=rows)
-    hidden, positions = features[rows], batch.position_ids[..., rows]
-    states, later_k, later_v = [], [], []
-    for step in range(ttt_steps):
-        if step > 0:
-            tokens = batch.input_ids[torch.minimum(rows + 1 + step, alignment.last_row)]
-            q, own_k, own_v = draft.project(draft.embed(tokens), hidden, draft.rope(positions + step))
-            later_k.append(own_k)
-            later_v.append(own_v)
-        out = draft.finish(hidden, ttt_attention(q, k, v, later_k, later_v, alignment.runs))
+    rows, last_row = alignment.rows, alignment.last_row
+    features = draft.fuse(batch.tap_hidden)
+    window = draft.config.sliding_window
+
+    def step(number: int, hidden: Tensor, *seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """f'' (S, H), keys and values of one step. `seen`: keys of all earlier steps, then their values."""
+        if number == 0:
+            q, k, v = draft.project(
+                draft.embed(batch.input_ids.roll(-1)), hidden, draft.rope(batch.position_ids), queries=rows
+            )
+            hidden, keys, values = hidden[rows], [k], [v]
+        else:
+            tokens = batch.input_ids[torch.minimum(rows + 1 + number, last_row)]
+            q, k, v = draft.project(draft.embed(tokens), hidden, draft.rope(batch.position_ids[..., rows] + number))
+            keys, values = [*seen[:number], k], [*seen[number:], v]
+        reach = None if window is None else window - number  # of the step-0 rows; the row itself has moved on
+        attended = ttt_attention(q, keys[0], values[0], keys[1:], values[1:], alignment.runs, reach)
+        return draft.finish(hidden, attended), k, v
+
+    hidden, states = features, []
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    for number in range(ttt_steps):
+        if recompute and torch.is_grad_enabled():
+            out, k, v = checkpoint(
+                step, number, hidden, *keys, *values, use_reentrant=False, preserve_rng_state=False
+            )  # fmt: skip
+        else:
+            out, k, v = step(number, hidden, *keys, *values)
+        keys.append(k)
+        values.append(v)
         states.append(draft.norm(out))
         hidden = states[-1] if draft.config.norm_output else out
     return torch.stack(states)

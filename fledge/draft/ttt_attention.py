@@ -20,10 +20,18 @@ Rows: only rows that are trained at some step need queries. They form a few cont
         keys    first ........ start ........ stop
         queries start..stop    [  full   ][ causal ]
 
+A sliding window cuts the run into chunks no longer than itself, each with one block more: the oldest keys, of which
+every later query sees one less. Read backwards (both queries and keys), that triangle is a causal block, too:
+
+        window = 3, chunk of rows 3 4 5      keys 1 2 | 3 4 5        read backwards    2 1
+                                         3        1 1 | 1 . .                      4   1 .
+                                         4        . 1 | 1 1 .                      3   1 1
+                                         5        . . | 1 1 1
+
 `dense_ttt_attention` is the slow twin: a materialised mask and an ordinary softmax.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,27 +71,64 @@ def runs_of(active: Tensor, lengths: Sequence[int]) -> tuple[Run, ...]:
 
 
 def ttt_attention(
-    q: Tensor, k: Tensor, v: Tensor, later_k: Sequence[Tensor], later_v: Sequence[Tensor], runs: Sequence[Run]
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, later_k: Sequence[Tensor], later_v: Sequence[Tensor], runs: Sequence[Run],
+    window: int | None = None,
+) -> Tensor:  # fmt: skip
     """Attention of the S active rows at one TTT step.
 
     q (S, h, d); step-0 keys and values k, v (N, g, d); the own-row keys and values of steps 1..k: later_k, later_v,
-    each (S, g, d). The query rows are those of `runs`, in order. Returns (S, h, d).
+    each (S, g, d). The query rows are those of `runs`, in order. With `window`, a row sees only so many step-0 keys,
+    its own included. Returns (S, h, d).
     """
     assert sum(run.stop - run.start for run in runs) == q.shape[0], f"{q.shape=} {runs=}"
-    return _TTTAttention.apply(q, k, v, tuple(runs), *later_k, *later_v)
+    assert window is None or window > 0, f"{window=}"
+    return _TTTAttention.apply(q, k, v, tuple(blocks_of(runs, window)), *later_k, *later_v)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries (a slice of the query rows) that see a slice of the keys: all of them, or each one less than the next."""
+
+    queries: slice
+    keys: slice
+    causal: bool = False
+    backwards: bool = False  # causal when both are read backwards
+
+
+def blocks_of(runs: Sequence[Run], window: int | None) -> Iterator[tuple[slice, list[Block]]]:
+    """For every run, or chunk of one: its slice of the query rows, and its blocks. The first block has every row."""
+    row = 0
+    for run in runs:
+        length = run.stop - run.start
+        for begin in range(run.start, run.stop, window or length):
+            end = min(begin + (window or length), run.stop)
+            rows = slice(row, row + end - begin)
+            row = rows.stop
+            whole = run.first if window is None else max(run.first, end - window)  # from here on, every query sees it
+            blocks = [Block(rows, slice(begin, end), causal=True)]
+            if whole < begin:
+                blocks.append(Block(rows, slice(whole, begin)))
+            oldest = whole if window is None else max(run.first, begin - window + 1)
+            if oldest < whole:
+                num_keys, num_queries = whole - oldest, end - begin - 1  # the last query sees none of them
+                if num_keys < num_queries:  # cut short by the document's beginning: the earliest queries see them all
+                    blocks.append(Block(slice(rows.start, rows.stop - 1 - num_keys), slice(oldest, whole)))
+                edge = slice(rows.stop - 1 - num_keys, rows.stop - 1)
+                blocks.append(Block(edge, slice(oldest, whole), causal=True, backwards=True))
+            yield rows, blocks
 
 
 class _TTTAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], *later: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, chunks: tuple[tuple[slice, list[Block]], ...], *later: Tensor
+    ) -> Tensor:
         num_later = len(later) // 2
         later_k, later_v = later[:num_later], later[num_later:]
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-        for rows, blocks in _blocks(runs):
-            parts = [_flash(q[rows], k[keys], v[keys], causal) for keys, causal in blocks]
-            out[rows], lse[rows] = _merge(parts)
+        for rows, blocks in chunks:
+            out[rows], lse[rows] = _merged(rows, [(block, *_block(q, k, v, block)) for block in blocks])
         if num_later:
             scores = _own_scores(q, later_k)  # (S, h, k) fp32
             merged = torch.logsumexp(torch.cat((lse.unsqueeze(-1), scores), dim=-1), dim=-1)
@@ -92,7 +137,7 @@ class _TTTAttention(torch.autograd.Function):
             out = (total + _weighted(weights, later_v, q.shape[1])).to(q.dtype)
             lse = merged
         ctx.save_for_backward(q, k, v, out, lse, *later)
-        ctx.runs = runs
+        ctx.chunks = chunks
         return out
 
     @staticmethod
@@ -104,37 +149,50 @@ class _TTTAttention(torch.autograd.Function):
         grad_out = grad_out.contiguous()
         grad_q = torch.zeros_like(q, dtype=torch.float32)
         grad_k, grad_v = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-        for rows, blocks in _blocks(ctx.runs):
-            for keys, causal in blocks:
-                dq, dk, dv = _flash_backward(
-                    grad_out[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], causal
-                )  # fmt: skip
-                grad_q[rows] += dq
-                grad_k[keys] += dk
-                grad_v[keys] += dv
+        for _, blocks in ctx.chunks:
+            for block in blocks:
+                dq, dk, dv = _block_backward(grad_out, q, k, v, out, lse, block)
+                grad_q[block.queries] += dq
+                grad_k[block.keys] += dk
+                grad_v[block.keys] += dv
         grad_later = _own_backward(grad_out, q, out, lse, later_k, later_v, grad_q) if num_later else ()
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, *grad_later
 
 
-def _blocks(runs: Sequence[Run]):
-    """For every run: its slice of the query rows, and its (key slice, causal) blocks."""
-    row = 0
-    for run in runs:
-        rows = slice(row, row + run.stop - run.start)
-        blocks = [(slice(run.start, run.stop), True)]
-        if run.first < run.start:
-            blocks.insert(0, (slice(run.first, run.start), False))
-        yield rows, blocks
-        row = rows.stop
+def _block(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of one block's queries, in their order."""
+    parts = (q[block.queries], k[block.keys], v[block.keys])
+    if not block.backwards:
+        return _flash(*parts, block.causal)
+    out, lse = _flash(*(part.flip(0) for part in parts), block.causal)
+    return out.flip(0), lse.flip(0)
 
 
-def _merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Combine attention over disjoint key blocks: [(out (S, h, d), lse (S, h))] to one pair."""
-    if len(parts) == 1:
-        return parts[0]
-    lse = torch.logsumexp(torch.stack([part_lse for _, part_lse in parts]), dim=0)
-    out = sum(part.float() * torch.exp(part_lse - lse).unsqueeze(-1) for part, part_lse in parts)
-    return out.to(parts[0][0].dtype), lse  # type: ignore[union-attr]
+def _block_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one block, given the merged out and lse of all rows."""
+    rows, keys = block.queries, block.keys
+    parts = (grad_out[rows], q[rows], k[keys], v[keys], out[rows], lse[rows])
+    if not block.backwards:
+        return _flash_backward(*parts, block.causal)
+    dq, dk, dv = _flash_backward(*(part.flip(0) for part in parts), block.causal)
+    return dq.flip(0), dk.flip(0), dv.flip(0)
+
+
+def _merged(rows: slice, parts: Sequence[tuple[Block, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Combine attention over disjoint key blocks; every part holds the rows of its block, the first one all `rows`."""
+    (_, first, first_lse), *others = parts
+    if not others:
+        return first, first_lse
+    lse = first_lse.clone()
+    inside = [slice(block.queries.start - rows.start, block.queries.stop - rows.start) for block, _, _ in others]
+    for where, (_, _, part_lse) in zip(inside, others, strict=True):
+        lse[where] = torch.logaddexp(lse[where], part_lse)
+    out = first.float() * torch.exp(first_lse - lse).unsqueeze(-1)
+    for where, (_, part, part_lse) in zip(inside, others, strict=True):
+        out[where] += part.float() * torch.exp(part_lse - lse[where]).unsqueeze(-1)
+    return out.to(first.dtype), lse
 
 
 # -- the own-row part: one score per row, head and later step ----------------------------------------------------------
@@ -260,8 +318,9 @@ def _plain_backward(
 
 
 def dense_ttt_attention(
-    q: Tensor, k: Tensor, v: Tensor, later_k: Sequence[Tensor], later_v: Sequence[Tensor], runs: Sequence[Run]
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, later_k: Sequence[Tensor], later_v: Sequence[Tensor], runs: Sequence[Run],
+    window: int | None = None,
+) -> Tensor:  # fmt: skip
     """The same attention with a materialised (S, N + k * S) mask; for tests."""
     num_rows, num_heads = q.shape[:2]
     repeat = num_heads // k.shape[1]
@@ -270,7 +329,7 @@ def dense_ttt_attention(
     sees = torch.zeros(num_rows, k.shape[0], dtype=torch.bool)
     rows = [(run.first, row) for run in runs for row in range(run.start, run.stop)]
     for query, (first, row) in enumerate(rows):
-        sees[query, first : row + 1] = True
+        sees[query, first if window is None else max(first, row - window + 1) : row + 1] = True
     sees = torch.cat((sees, *[torch.eye(num_rows, dtype=torch.bool) for _ in later_k]), dim=1)
     scores = torch.einsum("shd,khd->hsk", q, keys) * q.shape[-1] ** -0.5
     weights = scores.masked_fill(~sees, float("-inf")).softmax(-1)

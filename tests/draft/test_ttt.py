@@ -10,20 +10,24 @@ import torch.nn.functional as F
 from fledge.draft.batch import Batch, pack
 from fledge.draft.config import DraftConfig
 from fledge.draft.loss import LossSettings, dense_loss, ttt_loss
+from fledge.draft.low_rank import LowRankHead
 from fledge.draft.model import DraftModel
+from fledge.draft.position_weights import dynamic_weights
 from fledge.draft.ttt import align, unroll
 from fledge.target.quirks import LogitQuirks
 from fledge.target.record import TargetRecord
+from fledge.train.module import TTTModule
 
 STEPS, VOCAB, DRAFT_VOCAB, SIZE = 4, 40, 24, 16
 
 
-def make_draft(*, eagle31: bool = False) -> DraftModel:
+def make_draft(*, eagle31: bool = False, window: int | None = None) -> DraftModel:
     torch.manual_seed(0)
     config = DraftConfig(
         hidden_size=SIZE, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         vocab_size=VOCAB, draft_vocab_size=DRAFT_VOCAB, tap_layers=(0, 1, 2),
         rope_parameters={"rope_type": "default", "rope_theta": 100.0}, fc_norm=eagle31, norm_output=eagle31,
+        sliding_window=window,
     )  # fmt: skip
     draft = DraftModel(config, torch.randn(VOCAB, SIZE))
     chosen = torch.randperm(VOCAB)[:DRAFT_VOCAB].sort().values
@@ -158,10 +162,11 @@ def test_first_drafted_token_is_trained():
 
 @pytest.mark.parametrize("kind", ["kl", "lk"])
 @pytest.mark.parametrize("average", ["sequence", "token"])
-def test_fused_equals_dense(kind, average, monkeypatch):
+@pytest.mark.parametrize("positions", ["fixed", "dynamic"])
+def test_fused_equals_dense(kind, average, positions, monkeypatch):
     draft = make_draft()
     parameters = list(draft.parameters())
-    settings = LossSettings(kind=kind, average=average)
+    settings = LossSettings(kind=kind, average=average, position_weights=positions)
     monkeypatch.setattr("fledge.draft.loss.chunk_size", lambda *_: 3)  # several chunks, the last one short
     found, dense = run_loss(draft, pack(RECORDS["packed"]), settings)
     torch.testing.assert_close(found.loss, dense, atol=1e-5, rtol=1e-5)
@@ -199,23 +204,120 @@ class GrowingCache:
 
 
 @pytest.mark.parametrize("eagle31", [False, True], ids=["eagle3", "eagle3.1"])
-def test_unrolled_logits_equal_decoding_with_a_cache(eagle31: bool):
+@pytest.mark.parametrize("window", [None, 5], ids=["", "window"])
+def test_unrolled_logits_equal_decoding_with_a_cache(eagle31: bool, window: int | None):
     """One draft definition: row t of the unrolled training is the draft decoding from prefix t."""
-    draft, record = make_draft(eagle31=eagle31), RECORDS["two turns"][0]
+    draft, record = make_draft(eagle31=eagle31, window=window), RECORDS["two turns"][0]
+
+    def seen(num_rows: int) -> torch.Tensor | None:
+        return None if window is None else window_mask(num_rows, window)
+
     batch = pack([record])
     alignment = align(batch, STEPS)
     unrolled = draft.lm_head(unroll(draft, batch, alignment, STEPS))
     features = draft.fuse(record.tap_hidden)
     for index, t in enumerate(alignment.rows.tolist()):
         cache = GrowingCache()
-        out = draft.step(record.input_ids[None, 1 : t + 2], features[None, : t + 1], torch.arange(t + 1)[None], cache)
+        out = draft.step(
+            record.input_ids[None, 1 : t + 2], features[None, : t + 1], torch.arange(t + 1)[None], cache, seen(t + 1)
+        )
         hidden = out[:, -1:]
         for step in range(STEPS):
             torch.testing.assert_close(draft.logits(hidden)[0, 0], unrolled[step, index], atol=2e-5, rtol=1e-4)
             if t + 2 + step >= len(record):
                 break
             token = record.input_ids[None, t + 2 + step, None]
-            hidden = draft.step(token, draft.feedback(hidden), torch.tensor([[t + 1 + step]]), cache)
+            mask = seen(t + 2 + step)
+            hidden = draft.step(
+                token,
+                draft.feedback(hidden),
+                torch.tensor([[t + 1 + step]]),
+                cache,
+                None if mask is None else mask[-1:],
+            )
+
+
+def window_mask(num_rows: int, window: int) -> torch.Tensor:
+    """(R, R) bool: row i sees rows i - window + 1 .. i."""
+    distance = torch.arange(num_rows)[:, None] - torch.arange(num_rows)
+    return (distance >= 0) & (distance < window)
+
+
+@pytest.mark.parametrize("eagle31", [False, True], ids=["eagle3", "eagle3.1"])
+def test_recomputed_steps_give_the_same_gradients_and_keep_less(eagle31: bool):
+    """Activation checkpointing changes no bit; what is saved for the backward shrinks."""
+    draft, batch = make_draft(eagle31=eagle31), pack(RECORDS["packed"] + RECORDS["two turns"])
+    alignment, results, kept = align(batch, STEPS), [], []
+    for recompute in (False, True):
+        sizes: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, sizes=sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            states = unroll(draft, batch, alignment, STEPS, recompute=recompute)
+        kept.append(sum(sizes.values()))
+        results.append([states, *torch.autograd.grad(states.pow(3).sum(), list(draft.parameters())[:-1])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[1] < 0.7 * kept[0], kept
+
+
+def test_dynamic_weights_are_the_share_of_the_expected_length():
+    """Three steps of one row; a sure draft weighs depth, an unsure one hardly; a miss early makes later steps small."""
+    alignment = align(pack([make_record(7, "aaaaaaa", 1)]), 3)
+
+    def weights(row_confidence: list[float], floor: float) -> list[float]:
+        confidence = torch.zeros(alignment.row_index.shape)
+        row = int(alignment.row_index[2, -1])  # a row that is trained at all three steps
+        for step, value in enumerate(row_confidence):
+            confidence[step][alignment.row_index[step] == row] = value
+        found = dynamic_weights(alignment, confidence, floor)
+        return [float(found[step][alignment.row_index[step] == row]) for step in range(3)]
+
+    assert weights([1, 1, 1], 0.0) == pytest.approx([1, 2 / 3, 1 / 3])
+    assert weights([0, 0, 0], 0.5) == pytest.approx([1, 0.375 / 0.875, 0.125 / 0.875])
+    assert weights([1, 0, 1], 0.0) == pytest.approx([1, 0, 0])
+    prompted = align(pack([make_record(8, "pppaaaaa", 1)]), 3)
+    found = dynamic_weights(prompted, torch.zeros(prompted.row_index.shape), 0.5)
+    assert prompted.trained[:, 0].tolist() == [True, True, True] and prompted.rows[prompted.row_index[2, 0]] == 0
+    assert float(found[2, 0]) == 1.0  # row 0 is trained at step 2 alone: steps it is not trained at are passed over
+
+
+def test_a_whole_vocabulary_needs_no_map():
+    """draft_vocab_size = vocabulary: every position counts, and the loss equals the definition with all tokens."""
+    config = dataclasses.replace(make_draft().config, draft_vocab_size=VOCAB)
+    torch.manual_seed(0)
+    draft = DraftModel(config, torch.randn(VOCAB, SIZE))
+    batch = pack(RECORDS["packed"])
+    alignment = align(batch, STEPS)
+    states = unroll(draft, batch, alignment, STEPS)
+    arguments = (draft.lm_head.weight, batch.last_hidden, teacher_head, torch.arange(VOCAB), draft.t2d, alignment,
+                 LossSettings())  # fmt: skip
+    found, dense = ttt_loss(states, *arguments), dense_loss(states, *arguments)
+    torch.testing.assert_close(found.loss, dense, atol=1e-5, rtol=1e-5)
+    assert int(found.covered) == int(found.positions)
+
+
+@pytest.mark.parametrize("rank", [5, SIZE])
+def test_a_low_rank_head_trains_as_its_product_would(rank: int):
+    """The loss is that of the whole product, and the factors' gradients are the product's, through the chain rule."""
+    draft, batch = make_draft(), pack(RECORDS["packed"])
+    whole = draft.lm_head.weight.detach().clone()
+    draft.lm_head = LowRankHead.of(whole, rank)
+    assert (torch.allclose(draft.lm_head.weight, whole, atol=1e-5)) == (rank == SIZE)  # control: a rank of 5 loses some
+    factors = list(draft.lm_head.parameters())
+    found = TTTModule(draft, teacher_head, STEPS, LossSettings())(batch).loss
+    grads = torch.autograd.grad(found, factors)
+    alignment = align(batch, STEPS)
+    states = unroll(draft, batch, alignment, STEPS)
+    ids = torch.arange(DRAFT_VOCAB) + draft.d2t
+    wanted = dense_loss(
+        states, draft.lm_head.weight, batch.last_hidden, teacher_head, ids, draft.t2d, alignment, LossSettings()
+    )
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(grads, torch.autograd.grad(wanted, factors), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_metrics_count_what_they_say():

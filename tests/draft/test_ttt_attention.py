@@ -55,6 +55,41 @@ def test_equals_dense(case: str, later: int, kernel: str, monkeypatch):
         torch.testing.assert_close(found, wanted, atol=3e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["every row", "packed", "holes"])
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 50])
+def test_a_sliding_window_equals_dense(case: str, window: int):
+    """Chunks of a window's length; the triangle of oldest keys is computed as a causal block read backwards."""
+    flags, lengths = ACTIVE[case]
+    active = torch.tensor(flags, dtype=torch.bool)
+    runs = ttt.runs_of(active, lengths)
+    q, k, v, later_k, later_v = tensors(len(flags), int(active.sum()), 2)
+    leaves = [q, k, v, *later_k, *later_v]
+    weight = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    results = []
+    for attend in (ttt.ttt_attention, ttt.dense_ttt_attention):
+        out = attend(q, k, v, later_k, later_v, runs, window)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True)])
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, torch.zeros_like(found) if wanted is None else wanted, atol=3e-6, rtol=1e-5)
+    wide = ttt.dense_ttt_attention(q, k, v, later_k, later_v, runs)
+    assert ((wide - results[1][0]).abs().max() > 1e-3) == (window < max(lengths))  # control: the window shows
+
+
+def test_blocks_of_a_window_cover_each_pair_once():
+    """Every (row, key) inside the window lies in exactly one block, for all sizes of run, document and window."""
+    for first, start, stop, window in [(0, 0, 9, 4), (2, 5, 20, 3), (0, 3, 11, 8), (1, 1, 30, 1), (4, 6, 9, 50)]:
+        seen = torch.zeros(stop - start, stop, dtype=torch.int64)
+        for _, blocks in ttt.blocks_of([ttt.Run(first, start, stop)], window):
+            for block in blocks:
+                part = seen[block.queries, block.keys]
+                ones = torch.ones(part.shape, dtype=torch.int64)
+                part += (
+                    (ones.flip(0, 1).tril().flip(0, 1) if block.backwards else ones.tril()) if block.causal else ones
+                )
+        row, key = torch.arange(start, stop)[:, None], torch.arange(stop)
+        assert torch.equal(seen, ((key <= row) & (key > row - window) & (key >= first)).long()), (first, start, window)
+
+
 def test_dense_twin_would_notice_a_leak_between_documents():
     """Negative control: the same rows as one document give other values."""
     q, k, v, later_k, later_v = tensors(6, 6, 1)

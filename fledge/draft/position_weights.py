@@ -1,0 +1,55 @@
+"""How much each row counts at each TTT step: fixed weights (decay ** k) or dynamic ones from the draft's own confidence.
+
+Fixed weights say once how much depth matters. What depth is worth depends on the draft: step k only matters when steps
+0..k-1 were accepted. With c_j the probability the draft gives the target's choice at step j of a row, the expected
+length of its chain is sum_m prod_{j<=m} c_j, and the derivative by log c_k is the part of that sum from k on. Dynamic
+weights are that part, as a share of the whole:
+
+    s_j = floor + (1 - floor) * c_j          w_k = sum_{m>=k} prod_{j<=m} s_j / sum_{m>=0} prod_{j<=m} s_j
+
+    s = .5 .5 .5   w = 1  .43 .14            an early draft: close to 0.5 ** k
+    s = 1  1  1    w = 1  .67 .33            a sure draft: depth counts
+
+They are taken per row and from this batch alone, without gradient: nothing to keep, to synchronise or to resume. Steps a
+row is not trained at are passed over. `floor` keeps late steps alive while the draft knows nothing.
+"""
+
+import torch
+from torch import Tensor
+
+from fledge.draft.ttt import Alignment
+
+# K TTT steps, P taught positions, S active rows
+
+
+def averaging_weights(alignment: Alignment, average: str) -> Tensor:
+    """(K, P) one over the rows position p's row is averaged with at step k, or 1 for a plain sum; 0 where untrained."""
+    trained = alignment.trained
+    if average == "token" or not trained.numel():
+        return trained.float()
+    per_document = trained.new_zeros((len(trained), int(alignment.document.max()) + 1), dtype=torch.float32)
+    per_document.index_add_(1, alignment.document, trained.float())
+    return trained / per_document[:, alignment.document].clamp_min(1)
+
+
+def fixed_weights(alignment: Alignment, step_decay: float) -> Tensor:
+    """(K, 1) decay ** k."""
+    steps = torch.arange(len(alignment.trained), device=alignment.trained.device, dtype=torch.float32)
+    return (step_decay**steps)[:, None]
+
+
+def dynamic_weights(alignment: Alignment, confidence: Tensor, floor: float) -> Tensor:
+    """(K, P) from the draft's probability of the target's choice, (K, P), 0 where that is no draft token."""
+    trained = alignment.trained
+    on_rows = confidence.new_zeros((len(trained), len(alignment.rows)))
+    valid = torch.zeros_like(on_rows, dtype=torch.bool)
+    steps = torch.arange(len(trained), device=trained.device)[:, None].expand_as(trained)
+    place = (steps[trained], alignment.row_index[trained])
+    on_rows[place], valid[place] = confidence[trained], True
+    smoothed = torch.where(valid, floor + (1 - floor) * on_rows, 1.0)
+    reach = smoothed.cumprod(0) * valid  # (K, S)
+    tail = reach.flip(0).cumsum(0).flip(0)
+    share = tail / tail[0].clamp_min(1e-9)
+    weights = torch.zeros_like(confidence)
+    weights[trained] = share[place]
+    return weights
