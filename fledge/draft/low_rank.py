@@ -1,7 +1,7 @@
 """A head of two thin factors while training: logits = up(down(h)), D x r and r x H instead of D x H.
 
-Fewer weights to multiply, step and keep moments of; the wider the vocabulary, the more is spared. Engines know nothing of
-it: whatever is saved as a head holds the product as `lm_head.weight`, and only checkpoints for resuming keep the
+Fewer weights to multiply, step and keep moments of; the wider the vocabulary, the more is spared. Engines know nothing
+of it: whatever is saved as a head holds the product as `lm_head.weight`, and only checkpoints for resuming keep the
 factors beside it.
 """
 

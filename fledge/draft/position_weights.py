@@ -1,4 +1,4 @@
-"""How much each row counts at each TTT step: fixed weights (decay ** k) or dynamic ones from the draft's own confidence.
+"""How much each row counts at each TTT step: fixed weights (decay ** k), or dynamic ones from the draft's confidence.
 
 Fixed weights say once how much depth matters. What depth is worth depends on the draft: step k only matters when steps
 0..k-1 were accepted. With c_j the probability the draft gives the target's choice at step j of a row, the expected
@@ -10,8 +10,8 @@ weights are that part, as a share of the whole:
     s = .5 .5 .5   w = 1  .43 .14            an early draft: close to 0.5 ** k
     s = 1  1  1    w = 1  .67 .33            a sure draft: depth counts
 
-They are taken per row and from this batch alone, without gradient: nothing to keep, to synchronise or to resume. Steps a
-row is not trained at are passed over. `floor` keeps late steps alive while the draft knows nothing.
+They are taken per row and from this batch alone, without gradient: nothing to keep, to synchronise or to resume. Steps
+a row is not trained at are passed over. `floor` keeps late steps alive while the draft knows nothing.
 """
 
 import torch
