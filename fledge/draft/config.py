@@ -215,7 +215,7 @@ def from_json(path: Path) -> DraftConfig:
         hidden_act=document.get("hidden_act", "silu"),
         fc_norm=bool(document.get("fc_norm", False)),
         norm_output=bool(document.get("norm_output", False)),
-        sliding_window=document.get("sliding_window") if "sliding_attention" in _layer_types(document) else None,
+        sliding_window=window_of_document(document),
         norm_before_residual=bool(document.get("norm_before_residual", False)),
         target_layers=mark.get("target_layers"),
     )
@@ -228,8 +228,9 @@ def _window_json(config: DraftConfig) -> dict[str, Any]:
     return {"sliding_window": config.sliding_window, "use_sliding_window": True, "layer_types": ["sliding_attention"]}
 
 
-def _layer_types(document: dict[str, Any]) -> list[str]:
-    return document.get("layer_types") or []
+def window_of_document(document: dict[str, Any]) -> int | None:
+    """The window of the draft's attention: stated, and said to be used."""
+    return document.get("sliding_window") if "sliding_attention" in (document.get("layer_types") or []) else None
 
 
 def rope_of(text_config: Any) -> dict[str, Any]:
