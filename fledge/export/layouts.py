@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from fledge.draft.config import DraftConfig, to_json
+from fledge.errors import UserError
 
 JSON = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to write a head. `tap_shift` is added to our tap ids (inputs of layers) to get the layout's."""
+    """One way to write a head."""
 
     name: str
     describe: Callable[[DraftConfig, str, str], JSON]  # config, dtype, target name -> config.json
-    tap_shift: int = 0
     layer_prefix: str = "midlayer."
-    eagle31: bool = True
-    """Whether its reader honours fc_norm and norm_output."""
+    ignores: tuple[str, ...] = ()
+    """Config fields its reader does not know, though a head that sets them is another function."""
     serve: str = ""
     """The command that serves HEAD with TARGET."""
 
@@ -32,9 +32,13 @@ class Layout:
         """The layout's name of one of our tensors."""
         return ours.replace("midlayer.", self.layer_prefix, 1) if ours.startswith("midlayer.") else ours
 
-    def our_name(self, theirs: str) -> str:
-        """Our name of one of the layout's tensors."""
-        return theirs.replace(self.layer_prefix, "midlayer.", 1) if theirs.startswith(self.layer_prefix) else theirs
+    def refuse(self, config: DraftConfig) -> None:
+        """An error when the layout's reader would run another network than the head was trained as."""
+        if lost := [field for field in self.ignores if getattr(config, field)]:
+            raise UserError(
+                f"the head sets {', '.join(lost)}, which the reader of the {self.name} layout ignores: it would draft "
+                f"with another network. Export it for vLLM, or train a head without it."
+            )
 
 
 def _eagle_config(config: DraftConfig, dtype: str, target: str) -> JSON:
@@ -53,6 +57,7 @@ def _sglang_config(config: DraftConfig, dtype: str, target: str) -> JSON:
 def _speculators_config(config: DraftConfig, dtype: str, target: str) -> JSON:
     """No top-level model_type (it breaks loading); norm_before_residual counts as true when absent."""
     layer = to_json(config, dtype=dtype)
+    layer.pop("norm_before_residual", None)
     for key in ("architectures", "eagle_config", "eagle_aux_hidden_state_layer_ids", "fledge", "target_hidden_size",
                 "draft_vocab_size", "fc_norm", "norm_output"):  # fmt: skip
         layer.pop(key)
@@ -71,7 +76,7 @@ def _speculators_config(config: DraftConfig, dtype: str, target: str) -> JSON:
         },
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.hidden_size,
-        "norm_before_residual": False,
+        "norm_before_residual": config.norm_before_residual,
         "norm_before_fc": False,
         "fc_norm": config.fc_norm,
         "norm_output": config.norm_output,
@@ -97,7 +102,7 @@ LAYOUTS = {
     for layout in (
         Layout("eagle", _eagle_config, serve=VLLM),
         Layout("vllm", _eagle_config, serve=VLLM),
-        Layout("sglang", _sglang_config, tap_shift=-1, serve=SGLANG),
+        Layout("sglang", _sglang_config, ignores=("norm_before_residual", "sliding_window"), serve=SGLANG),
         Layout("speculators", _speculators_config, layer_prefix="layers.0.", serve="vllm serve HEAD"),
     )
 }

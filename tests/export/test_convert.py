@@ -1,5 +1,6 @@
 """Layouts: round trips are the identity, every tap convention lands on the same layers, unknown keys are named."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_draft, tiny_target
 
 from fledge.draft.checkpoint import WEIGHTS, draft_tensors, save_draft
+from fledge.draft.config import from_json, to_json
+from fledge.draft.head import expected_shapes, read_head
 from fledge.errors import UserError
-from fledge.export.convert import ConvertArgs, ExportArgs, convert_head, expected_shapes, export_head, read_head
+from fledge.export.convert import ConvertArgs, ExportArgs, convert_head, export_head
 from fledge.export.layouts import LAYOUTS
-
-CONVENTION = {"eagle": "input", "vllm": "input", "sglang": "output", "speculators": "input"}
 
 
 @pytest.fixture(params=[False, True], ids=["eagle3", "eagle3.1"])
@@ -23,9 +24,9 @@ def head_dir(request, tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_round_trip_is_the_identity(head_dir, tmp_path, layout):
+    """Our own exports say what their ids mean, so nothing has to be told on the way back."""
     export_head(ExportArgs(head=str(head_dir), to=layout, output_dir=tmp_path / "out", target="T"))
-    convert_head(ConvertArgs(
-        head=str(tmp_path / "out"), output_dir=tmp_path / "back", tap_convention=CONVENTION[layout]))  # fmt: skip
+    convert_head(ConvertArgs(head=str(tmp_path / "out"), output_dir=tmp_path / "back"))
     before, after = read_head(head_dir), read_head(tmp_path / "back")
     assert before.tensors.keys() == after.tensors.keys()
     assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)
@@ -40,6 +41,15 @@ def test_the_wrong_tap_convention_is_another_head(head_dir, tmp_path):
     assert read_head(tmp_path / "back").config.tap_layers != read_head(head_dir).config.tap_layers
 
 
+def test_our_export_for_sglang_still_decodes_here(head_dir, tmp_path):
+    """It once loaded with every tap one layer early: its ids are outputs, and its mark says so."""
+    export_head(ExportArgs(head=str(head_dir), to="sglang", output_dir=tmp_path / "out"))
+    document = json.loads((tmp_path / "out" / "config.json").read_text())
+    taps = from_json(head_dir / "config.json").tap_layers
+    assert document["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [layer - 1 for layer in taps]
+    assert from_json(tmp_path / "out" / "config.json").tap_layers == taps
+
+
 def test_speculators_names_and_fields(head_dir, tmp_path):
     export_head(ExportArgs(head=str(head_dir), to="speculators", output_dir=tmp_path / "out", target="T"))
     names = load_file(tmp_path / "out" / WEIGHTS)
@@ -52,44 +62,35 @@ def test_speculators_names_and_fields(head_dir, tmp_path):
         export_head(ExportArgs(head=str(head_dir), to="speculators", output_dir=tmp_path / "x"))
 
 
+def test_a_head_sglang_would_run_differently_is_not_written_for_it(head_dir, tmp_path):
+    config = dataclasses.replace(from_json(head_dir / "config.json"), norm_before_residual=True)
+    (head_dir / "config.json").write_text(json.dumps(to_json(config)))
+    for layout in ("vllm", "speculators"):
+        export_head(ExportArgs(head=str(head_dir), to=layout, output_dir=tmp_path / layout, target="T"))
+        convert_head(ConvertArgs(head=str(tmp_path / layout), output_dir=tmp_path / "back"))
+        assert from_json(tmp_path / "back" / "config.json").norm_before_residual
+    with pytest.raises(UserError, match="norm_before_residual, which the reader of the sglang layout ignores"):
+        export_head(ExportArgs(head=str(head_dir), to="sglang", output_dir=tmp_path / "sglang"))
+
+
 def test_expected_shapes_are_the_models():
     draft = tiny_draft(tiny_target("qwen3"), eagle31=True)
     assert expected_shapes(draft.config) == {k: tuple(v.shape) for k, v in draft_tensors(draft, torch.float32).items()}
 
 
-def test_angelslim_and_eagle_heads(head_dir, tmp_path):
-    """AngelSlim's architecture name, an embedding in the file, no tap ids, an old pytorch_model.bin."""
-    tensors = load_file(head_dir / WEIGHTS)
-    document = json.loads((head_dir / "config.json").read_text())
-    for key in ("eagle_aux_hidden_state_layer_ids", "eagle_config", "fledge", "rope_parameters"):
-        document.pop(key)
-    document["architectures"] = ["Eagle3LlamaForCausalLM"]
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "config.json").write_text(json.dumps(document))
-    torch.save({**tensors, "embed_tokens.weight": torch.zeros(128, 64)}, foreign / "pytorch_model.bin")
-    with pytest.raises(UserError, match="names no tap layers. Give --target"):
-        convert_head(ConvertArgs(head=str(foreign), output_dir=tmp_path / "back"))
-    tiny_target("llama").model.config.save_pretrained(tmp_path / "target")
-    where = {"head": str(foreign), "output_dir": tmp_path / "back", "target": str(tmp_path / "target")}
-    convert_head(ConvertArgs(**where, rope_theta=123.0))
-    back = read_head(tmp_path / "back")
-    assert back.config.tap_layers == (2, 4, 5) and back.config.rope_parameters["rope_theta"] == 123.0
-    assert all(torch.equal(back.tensors[name], tensors[name]) for name in tensors)
-
-
-@pytest.mark.parametrize("how", ["missing", "unknown", "residual"])
+@pytest.mark.parametrize("how", ["missing", "unknown"])
 def test_what_cannot_be_converted_is_named(head_dir, tmp_path, how):
     tensors = load_file(head_dir / WEIGHTS)
-    document = json.loads((head_dir / "config.json").read_text())
     if how == "missing":
         del tensors["norm.weight"]
     if how == "unknown":
         tensors["midlayer.self_attn.q_norm.weight"] = torch.ones(32)
-    if how == "residual":
-        document["norm_before_residual"] = True
-    (head_dir / "config.json").write_text(json.dumps(document))
     save_file(tensors, head_dir / WEIGHTS)
-    message = {"missing": "missing: norm.weight", "unknown": "unknown: midlayer.self_attn", "residual": "un-normed"}
+    message = {"missing": "missing: norm.weight", "unknown": "unknown: midlayer.self_attn"}
     with pytest.raises(UserError, match=message[how]):
         convert_head(ConvertArgs(head=str(head_dir), output_dir=tmp_path / "back"))
+
+
+def test_a_rope_base_can_be_told(head_dir, tmp_path):
+    convert_head(ConvertArgs(head=str(head_dir), output_dir=tmp_path / "back", rope_theta=123.0))
+    assert read_head(tmp_path / "back").config.rope_parameters["rope_theta"] == 123.0

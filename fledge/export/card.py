@@ -1,0 +1,182 @@
+"""The model card beside every exported head: README.md with what a stranger needs to serve it and to trust it.
+
+Facts come from the files that training left beside the head (provenance.json, trainer_state.json) and, where given,
+from a benchmark's summary.json. What is not known is not written; local paths are cut to file names.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fledge.draft.config import DraftConfig
+from fledge.errors import UserError
+from fledge.export.layouts import LAYOUTS
+
+CARD = "README.md"
+HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+READERS = {"vllm": ("vllm",), "eagle": ("vllm",), "speculators": ("speculators",), "sglang": ("sglang",)}
+OTHER_READER = {"vllm": "sglang", "eagle": "sglang", "speculators": "sglang", "sglang": "vllm"}
+TITLES = {"vllm": "vLLM", "speculators": "vLLM", "eagle": "vLLM", "sglang": "SGLang"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Licence:
+    """The licence fields of the model card's header."""
+
+    license: str | None = None
+    """Licence of the head as the hub names it (apache-2.0, mit, other ...). None: not stated in the card."""
+    license_name: str | None = None
+    """Name of the licence when --license is other."""
+    license_link: str | None = None
+    """Where its text is, when --license is other."""
+
+
+def write_card(
+    config: DraftConfig, source: Path, folder: Path, *, layout: str, target: str, licence: Licence, report: Path | None
+) -> None:
+    """Write README.md beside an exported head. `source` is the folder training wrote."""
+    run = _json_or_empty(source / "provenance.json")
+    target = target or str(run.get("target") or "")
+    sections = [
+        _header(target, licence), f"# EAGLE-3{'.1' if config.fc_norm and config.norm_output else ''} draft head for "
+        f"{_public(target) or 'its target'}", _introduction(config), _serving(folder, layout, target),
+        _training(run, config), _acceptance(run, _state(source), report), _licence_note(licence, target),
+    ]  # fmt: skip
+    (folder / CARD).write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+
+
+def _header(target: str, licence: Licence) -> str:
+    """The YAML the hub reads. base_model only where it is a hub name."""
+    if licence.license == "other" and not (licence.license_name and licence.license_link):
+        raise UserError("--license other needs --license-name and --license-link: the hub shows them instead.")
+    lines = [f"{key}: {value}" for key, value in vars(licence).items() if value]
+    if HUB_NAME.match(target):
+        lines += [f"base_model: {target}", "base_model_relation: adapter"]
+    lines += ["pipeline_tag: text-generation", "library_name: fledge", "tags:"]
+    return "\n".join(["---", *lines, *(f"- {tag}" for tag in ("eagle3", "speculative-decoding", "draft-model")), "---"])
+
+
+def _introduction(config: DraftConfig) -> str:
+    size, vocabulary = config.hidden_size, config.draft_vocab_size
+    return (
+        f"A speculative decoding head: it proposes tokens that its target model checks, several per target forward. "
+        f"Answers are the target's own, whatever the head proposes; only speed depends on it.\n\n"
+        f"One decoder layer of hidden size {size}, fed by the inputs of the target's decoder layers "
+        f"{', '.join(map(str, config.tap_layers))}; it may propose {vocabulary:,} of the target's "
+        f"{config.vocab_size:,} tokens. It works with this target only."
+    )
+
+
+def _serving(folder: Path, layout: str, target: str) -> str:
+    here = _command(layout, target, folder.name)
+    other = OTHER_READER[layout]
+    return (
+        f"## Serving\n\nThese files are written for {TITLES[layout]} (tap ids, names):\n\n```bash\n{here}\n```\n\n"
+        f"For {TITLES[other]}, `fledge export` the head with `--to {other}` first; read as they are, the tap ids would "
+        f"be off by one layer and the head would draft next to nothing.\n\n"
+        f"```bash\n{_command(other, target, folder.name + '-' + other)}\n```"
+    )
+
+
+def _command(layout: str, target: str, head: str) -> str:
+    return LAYOUTS[layout].serve.replace("TARGET", _public(target) or "TARGET").replace("HEAD", head)
+
+
+def _training(run: dict[str, Any], config: DraftConfig) -> str:
+    settings = run.get("config") or {}
+    if not settings:
+        return ""
+    data = [*(settings.get("train_data_path") or []), *(settings.get("train_hidden_path") or [])]
+    rows: list[tuple[str, Any]] = [
+        ("target", _public(str(run.get("target") or ""))), ("data", ", ".join(_public(str(path)) for path in data)),
+        ("steps", run.get("steps")), ("epochs", _figure((run.get("metrics") or {}).get("epoch"))),
+        ("sequences per step", settings.get("per_device_train_batch_size")),
+        ("longest sample", settings.get("model_max_length")), ("learning rate", settings.get("learning_rate")),
+        ("unrolled draft steps", settings.get("ttt_steps")), ("loss", settings.get("loss_type")),
+        ("rope base", (config.rope_parameters or {}).get("rope_theta")),
+        ("trained with", f"fledge {(run.get('versions') or {}).get('fledge', '')}".strip()),
+    ]  # fmt: skip
+    return "## Training\n\n" + _table(("", ""), [row for row in rows if row[1] not in (None, "")])
+
+
+def _acceptance(run: dict[str, Any], state: dict[str, Any], report: Path | None) -> str:
+    """Measured by decoding where a report is given, else predicted on held-out data, and said so."""
+    if report is not None:
+        return _measured(report)
+    metrics = {**state, **(run.get("metrics") or {})}
+    prefix = "eval_" if "eval_tau" in metrics else ""
+    if f"{prefix}tau" not in metrics:
+        return ""
+    steps = [key for key in metrics if re.fullmatch(rf"{prefix}acc_\d+", key)]
+    rows = [("accept length (tau)", _figure(metrics[f"{prefix}tau"]))]
+    rows += [(f"top-1 at draft step {key.rpartition('_')[2]}", f"{metrics[key]:.1%}") for key in sorted(steps)]
+    if f"{prefix}coverage" in metrics:
+        rows.append(("tokens inside the draft vocabulary", f"{metrics[f'{prefix}coverage']:.2%}"))
+    where = "held-out data" if prefix else "the last logged training batches"
+    return (
+        f"## Acceptance\n\nPredicted on {where} for a greedy chain (not a benchmark; tokens per target forward, bonus "
+        f"included):\n\n{_table(('', ''), rows)}"
+    )
+
+
+def _measured(report: Path) -> str:
+    summary = _json_or_empty(report)
+    if "sets" not in summary:
+        raise UserError(f"{report}: not the summary.json of a `fledge bench` run.")
+    settings = summary.get("settings") or {}
+    tree = settings.get("tree") or {}
+    shape = f"tree of {tree['total_token']} nodes, depth {tree['depth']}, top-k {tree['top_k']}" if tree else (
+        f"chain of {settings.get('num_speculative_tokens')}"
+    )  # fmt: skip
+    rows = []
+    for name, result in summary["sets"].items():
+        speed = result.get("speedup") or {}
+        interval = f"{speed['value']:.2f} ({speed['low']:.2f} to {speed['high']:.2f})" if "value" in speed else "-"
+        rows.append((name, result.get("questions"), _figure(result["acceptance"]["tau"]), interval))
+    hardware = settings.get("hardware") or {}
+    machine = ", ".join(hardware.get("gpus") or []) or hardware.get("cpu") or "unknown hardware"
+    return (
+        f"## Acceptance\n\nMeasured by `fledge bench`: temperature {settings.get('temperature')}, {shape}, on "
+        f"{machine}.\n\n{_table(('set', 'questions', 'tau', 'speed-up (95 % interval)'), rows)}"
+    )
+
+
+def _licence_note(licence: Licence, target: str) -> str:
+    stated = licence.license_name or licence.license
+    own = f"The head is under {stated}. " if stated else "No licence is stated for the head. "
+    return f"## Licence\n\n{own}The target and the training data have licences of their own."
+
+
+def _state(source: Path) -> dict[str, Any]:
+    """The last logged figures of a run that was stopped before its provenance was written."""
+    merged: dict[str, Any] = {}
+    for entry in _json_or_empty(source / "trainer_state.json").get("log_history") or []:
+        merged |= entry
+    return merged
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _public(name: str) -> str:
+    """A hub name as it is; of a local path the last part only."""
+    return name if HUB_NAME.match(name) and not Path(name).exists() else Path(name).name
+
+
+def _figure(value: Any) -> str | None:
+    return f"{value:.2f}" if isinstance(value, (int, float)) else None
+
+
+def _json_or_empty(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}). Repair or remove it.") from None
+    return document if isinstance(document, dict) else {}
