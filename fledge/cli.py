@@ -25,7 +25,7 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "serve": Command("fledge.target.engine", "ServeArgs", "serve", "start vLLM servers, one per GPU group"),
+    "serve": Command("fledge.export.serving", "ServeArgs", "serve", "start vLLM servers, one per GPU group"),
     "regenerate": Command(
         "fledge.data.regenerate", "RegenerateArgs", "regenerate", "let the target answer every conversation again"
     ),

@@ -112,8 +112,11 @@ def served(args: BenchArgs, sides: set[str]) -> Iterator[dict[str, str]]:
         yield urls
         return
     (side,) = absent  # servers started here run one at a time: `groups`
+    from fledge.export.serving import check_draft
     from fledge.target.engine import ServeArgs, plan, running, visible_gpus
 
+    if side == "eagle" and args.model.eagle_model_path:
+        check_draft(args.model.eagle_model_path, args.model.base_model_path)
     serve = ServeArgs(
         model_name_or_path=args.model.base_model_path, num_servers=1,
         tensor_parallel_size=args.workers.num_gpus_per_model, base_port=START_PORT,

@@ -1,0 +1,62 @@
+"""`fledge serve --draft`: every layout vLLM accepts reaches it, a wrong one never gets that far."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny import tiny_draft, tiny_model, tiny_target
+
+from fledge.cli import run_command
+from fledge.draft.checkpoint import WEIGHTS, save_draft
+from fledge.errors import UserError
+from fledge.export.convert import ExportArgs, export_head
+from fledge.export.serving import check_draft
+
+
+@pytest.fixture
+def folders(tmp_path):
+    tiny_model("llama").config.save_pretrained(tmp_path / "target")
+    save_draft(tiny_draft(tiny_target("llama")), tmp_path / "head")
+    for layout in ("vllm", "sglang", "speculators"):
+        export_head(ExportArgs(head=str(tmp_path / "head"), to=layout, output_dir=tmp_path / layout, target="T"))
+    return tmp_path
+
+
+def serve(folders, head: str, *flags: str) -> int:
+    return run_command("serve", ["--model-name-or-path", str(folders / "target"), "--draft", head, "--print",
+                                 "--num-servers", "1", "--gpus", "", *flags])  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["head", "vllm", "speculators"])
+def test_what_vllm_reads_is_served(folders, layout, capsys):
+    """Our own checkpoint is vLLM's layout already."""
+    assert serve(folders, str(folders / layout), "--num-speculative-tokens", "5") == 0
+    line = capsys.readouterr().out
+    given = json.loads(line[line.index("{") : line.index("}") + 1])
+    assert given == {"method": "eagle3", "model": str(folders / layout), "num_speculative_tokens": 5}
+
+
+def test_what_it_would_misread_is_not(folders, capsys):
+    assert serve(folders, str(folders / "sglang")) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and "name layer outputs, vLLM reads them as inputs" in printed.err
+    tensors = load_file(folders / "vllm" / WEIGHTS)
+    del tensors["lm_head.weight"]
+    save_file(tensors, folders / "vllm" / WEIGHTS)
+    assert serve(folders, str(folders / "vllm")) == 1
+    assert "lm_head.weight missing; it runs without" in capsys.readouterr().err
+
+
+def test_another_targets_head(folders):
+    tiny_model("llama", vocab_size=256).config.save_pretrained(folders / "other")
+    with pytest.raises(UserError, match="vocab_size is 128, the target's 256"):
+        check_draft(str(folders / "vllm"), str(folders / "other"))
+    check_draft(str(folders / "vllm"), "some/hub-name")  # nothing to compare with here
+
+
+def test_names_that_are_no_folder(folders, capsys):
+    check_draft("some/head", "T")
+    assert "not checked here" in capsys.readouterr().err
+    for wrong in (str(folders / "nowhere"), "nowhere"):
+        with pytest.raises(UserError, match="no such folder, and no hub name"):
+            check_draft(wrong, "T")
