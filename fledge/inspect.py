@@ -22,7 +22,17 @@ class InspectArgs:
     path: Annotated[str, tyro.conf.Positional]
     """Data (jsonl, json, parquet, a folder of those, a hub data set name), stored hidden states, or a draft head."""
     target: str | None = None
-    """Target model whose tokenizer and chat template render the data: a folder or a hub name. Needed for data."""
+    """The target: its tokenizer and template render data (needed for data); a head is compared with it and tried."""
+    fix: Path | None = None
+    """Of a head: write a repaired copy here (what the files prove and what was measured), and say what changed."""
+    measure: bool = True
+    """Of a head with --target: load the target and measure what the files cannot say (rope, taps, norms)."""
+    measure_prompts: int = 12
+    """Built-in prompts the target answers for that; more make smaller differences visible."""
+    measure_tokens: int = 64
+    """Longest of these answers, in tokens."""
+    data: str | None = None
+    """Of a head with --target: conversations whose supervised tokens its draft vocabulary should cover."""
     chat_template_type: str | None = None
     """Named chat template instead of the tokenizer's own (qwen3, hunyuan, llama3, gemma, gpt_oss, chatml ...)."""
     enable_thinking: bool | None = None
@@ -52,7 +62,7 @@ def inspect(args: InspectArgs) -> None:
     if manifest.is_file() and _read_json(manifest).get("kind") == "hidden_store":
         _call("fledge.target.store.inspect", "inspect_store", args, "stored hidden states")
     elif (folder / "config.json").is_file():
-        _call("fledge.export.check", "inspect_head", args, "draft heads")
+        _call("fledge.bench.inspect_head", "inspect_head", args, "draft heads")
     else:
         inspect_data(args)
 
