@@ -1,9 +1,10 @@
 """Rows of public chat formats, as validated conversations.
 
 Knows ShareGPT (`conversations`: from/value), UltraChat (`messages`, or `data`: a list of strings) and OpenAI messages
-(content as text or as parts). Knows no tokenizer. A conversation that leaves here has roles in an order every chat
-template understands: an optional system message, then user and assistant in turn (tool results count as user turns).
-Rows that already hold token ids pass through with empty `messages` allowed; `tokenize.py` reads the ids from `meta`.
+(content as text or as parts; pictures in the parts, or in the row beside them). Knows no tokenizer. A conversation that
+leaves here has roles in an order every chat template understands: an optional system message, then user and assistant
+in turn (tool results count as user turns). Rows that already hold token ids pass through with empty `messages` allowed;
+`tokenize.py` reads the ids from `meta`.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fledge.data.images import with_row_images
 from fledge.data.rejects import Reject, Rejects
 from fledge.data.rows import Row, read_rows
 from fledge.errors import UserError
@@ -90,7 +92,7 @@ def parse_row(row: Row, data_format: DataFormat = "auto") -> Conversation:
         wanted = " or ".join(repr(key) for key in FORMAT_KEYS[data_format])
         raise Reject("unknown format", f"a row needs a list named {wanted}, found keys {sorted(map(str, row.value))}")
     turns = row.value[key] if key else []
-    messages = tuple(_message(turn, index, key) for index, turn in enumerate(turns))
+    messages = tuple(with_row_images([_message(turn, index, key) for index, turn in enumerate(turns)], row.value))
     if messages or not has_tokens:
         check_roles(messages)
     meta = {name: value for name, value in row.value.items() if name != key and value is not None}

@@ -26,9 +26,12 @@ from torch import Tensor
 
 from fledge.console import progress, say, warn
 from fledge.data.conversations import HOPELESS_ROWS, Conversation, DataFormat, read_conversations
+from fledge.data.image_table import ImageTable
+from fledge.data.images import ImageRef
 from fledge.data.rejects import MAX_REJECT_SHARE, Reject, Rejects
 from fledge.data.rows import content_hash, count_rows, is_local
-from fledge.data.tokenize import MIN_SUPERVISED, TURN_MARK, ChatTemplate, Drop, Sample, conversation_id
+from fledge.data.samples import MIN_SUPERVISED, TURN_MARK, Drop, Sample, conversation_id
+from fledge.data.tokenize import ChatTemplate
 from fledge.data.vocab import control_ids, count_tokens
 from fledge.errors import UserError
 from fledge.provenance import write_json
@@ -75,6 +78,7 @@ class TokenizedData(Sequence[Sample]):
         self._ids: list[str] = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
         self._tokens = _memory_map(folder / "tokens.bin", np.int32)
         self._mask = _memory_map(folder / "mask.bin", np.bool_)
+        self._images = ImageTable(folder) if template.vision else None
         if len(self._offsets) != len(self._ids) + 1 or self._offsets[-1] != len(self._tokens):
             raise UserError(f"{folder}: the tokenised data is incomplete. Delete this folder and run again.")
         self.indices = np.arange(len(self._ids)) if indices is None else indices
@@ -133,7 +137,17 @@ class TokenizedData(Sequence[Sample]):
         begin, end = int(self._offsets[row]), int(self._offsets[row + 1])
         ids = torch.from_numpy(self._tokens[begin:end].astype(np.int64))
         mask = torch.from_numpy(self._mask[begin:end].copy())
-        return Sample(self._ids[row], ids, mask, bool(self._truncated[row]), int(self._cut[row]))
+        images = self._images[row] if self._images is not None else ()
+        return Sample(self._ids[row], ids, mask, bool(self._truncated[row]), int(self._cut[row]), images)
+
+    def loaded(self) -> Sequence[Sample]:
+        """The same samples with their pixels, read when one is asked for: by whichever worker asks."""
+        return _Loaded(self) if self._images is not None else self
+
+    @property
+    def images(self) -> list[tuple[ImageRef, ...]]:
+        """The pictures of each sample; nothing for text targets."""
+        return [self._images[int(row)] for row in self.indices] if self._images is not None else []
 
     @property
     def ids(self) -> list[str]:
@@ -191,6 +205,19 @@ class TokenizedData(Sequence[Sample]):
         return counts, lengths
 
 
+class _Loaded(Sequence[Sample]):
+    """Samples of tokenised data, their pictures decoded on access."""
+
+    def __init__(self, data: TokenizedData) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index):  # type: ignore[override]
+        return self._data.template.load(self._data[int(index)])
+
+
 def _build(
     folder: Path, conversations: Iterator[Conversation], rejects: Rejects, template: ChatTemplate,
     max_length: int | None, min_supervised: int, num_proc: int, source: str, settings: dict,
@@ -229,6 +256,7 @@ def _write_samples(
     with (
         open(folder / "tokens.bin", "wb") as tokens,
         open(folder / "mask.bin", "wb") as masks,
+        ImageTable.writer(folder, template.vision is not None) as images,
         progress("tokenising", count_rows(source)) as bar,
     ):
         for batch, results in _encode_batches(conversations, template, max_length, min_supervised, num_proc):
@@ -242,6 +270,7 @@ def _write_samples(
                     for sample in result:
                         tokens.write(sample.input_ids.numpy().astype(np.int32).tobytes())
                         masks.write(sample.loss_mask.numpy().tobytes())
+                        images.add(sample.images)
                         ids.append(sample.id)
                         lengths.append(len(sample.input_ids))
                         truncated.append(sample.truncated)
@@ -295,7 +324,7 @@ def _start_worker(template: ChatTemplate) -> None:
     _worker_template = template
 
 
-Packed = list[list[tuple[str, np.ndarray, np.ndarray, bool, int]] | Reject]
+Packed = list[list[tuple[str, np.ndarray, np.ndarray, bool, int, tuple[ImageRef, ...]]] | Reject]
 
 
 def _encode_in_worker(batch: list[Conversation], max_length: int | None, min_supervised: int) -> Packed:
@@ -306,7 +335,9 @@ def _encode_in_worker(batch: list[Conversation], max_length: int | None, min_sup
         if isinstance(result, Reject):
             packed.append(result)
         else:
-            packed.append([(s.id, s.input_ids.numpy(), s.loss_mask.numpy(), s.truncated, s.num_cut) for s in result])
+            packed.append(
+                [(s.id, s.input_ids.numpy(), s.loss_mask.numpy(), s.truncated, s.num_cut, s.images) for s in result]
+            )
     return packed
 
 
@@ -314,7 +345,7 @@ def _unpack(packed: Packed) -> list[list[Sample] | Reject]:
     as_tensor = torch.from_numpy
     return [
         result if isinstance(result, Reject)
-        else [Sample(id, as_tensor(ids), as_tensor(mask), cut, lost) for id, ids, mask, cut, lost in result]
+        else [Sample(id, as_tensor(ids), as_tensor(mask), cut, n, images) for id, ids, mask, cut, n, images in result]
         for result in packed
     ]  # fmt: skip
 

@@ -4,57 +4,44 @@ Knows tokenizers and chat templates; knows nothing of files or models. The whole
 and a token is supervised when it lies inside what the assistant wrote (`spans.py`): the generation prompt never is, the
 end-of-turn token always is, the newline a template puts after it is not. A token that merges text from both sides of a
 border is not supervised, because the assistant did not write all of it.
+
+With a vision-language target (`vision`), the rendered text holds one placeholder per picture; its processor writes them
+out before the text is tokenised, and the assistant's spans move along. A sample then names its pictures.
 """
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from fledge.console import warn
 from fledge.data.conversations import Conversation
+from fledge.data.images import image_parts, read_pictures
 from fledge.data.rejects import Reject
+from fledge.data.samples import (
+    MIN_SUPERVISED,
+    TURN_MARK,
+    Prompt,
+    Sample,
+    Text,
+    fit_all,
+    sample_from_token_ids,
+)
 from fledge.data.spans import Messages, Unmaskable, supervised_renderings
 from fledge.data.templates import read_template
+from fledge.data.vision import Vision, folder_of, load_vision
 from fledge.errors import UserError
 
-MIN_SUPERVISED = 2  # the first trained row needs the token it predicts from and the token it predicts
 CHECKED_ROWS = 64  # rows with token ids whose text is compared with their answer, per process
-TURN_MARK = "#turn"
 PROBE = (
     {"role": "user", "content": "First question"},
     {"role": "assistant", "content": "first answer"},
     {"role": "user", "content": "Second question"},
     {"role": "assistant", "content": "second answer"},
 )
-
-
-class Drop(Reject):
-    """A sound row that has nothing to train on at this length; counted apart from rejected ones."""
-
-    def __reduce__(self):
-        return Drop, (self.reason, self.detail)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One training sequence: token ids, and True on the tokens the assistant wrote (end of turn included)."""
-
-    id: str
-    input_ids: Tensor  # (T,) int64
-    loss_mask: Tensor  # (T,) bool
-    truncated: bool = False
-    num_cut: int = 0  # supervised tokens lost by truncation
-
-
-def conversation_id(sample_id: str) -> str:
-    """The conversation a sample came from (a split-off turn carries a mark in its id)."""
-    return sample_id.partition(TURN_MARK)[0]
 
 
 class ChatTemplate:
@@ -66,7 +53,7 @@ class ChatTemplate:
 
     def __init__(
         self, tokenizer: Any, name: str | None = None, *, eos_token_ids: Sequence[int] = (),
-        enable_thinking: bool | None = None,
+        enable_thinking: bool | None = None, vision: Vision | None = None,
     ) -> None:  # fmt: skip
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
@@ -74,26 +61,33 @@ class ChatTemplate:
                 f"the loss mask needs them. Use a checkpoint with tokenizer.json."
             )
         self.tokenizer = tokenizer
+        self.vision = vision
         self.name = name or "own"
-        self.text = read_template(name, tokenizer) if name else own_template(tokenizer)
+        self.text = read_template(name, tokenizer) if name else own_template(tokenizer, vision)
         self.enable_thinking = enable_thinking
-        self.fingerprint = hashlib.sha256(f"{self.text}\0{enable_thinking}".encode()).hexdigest()
+        pictures = f"\0{vision.fingerprint}" if vision else ""
+        self.fingerprint = hashlib.sha256(f"{self.text}\0{enable_thinking}{pictures}".encode()).hexdigest()
         self.vocab_size = len(tokenizer)
         self._end_tokens = _control_tokens(tokenizer)
         self._checked = 0
+        self._only_parts = vision is not None and self._reads_only_parts()
         self.end_of_turn = self._end_of_turn()
         self.stop_token_ids = self._stop_token_ids(tuple(eos_token_ids))
 
     @classmethod
     def from_pretrained(
         cls, name_or_path: str, name: str | None = None, *, enable_thinking: bool | None = None,
-        trust_remote_code: bool = False,
+        trust_remote_code: bool = False, min_pixels: int | None = None, max_pixels: int | None = None,
     ) -> "ChatTemplate":  # fmt: skip
-        """Tokenizer, template and eos ids of a target folder or hub name, without its weights."""
-        tokenizer = load_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
-        return cls(
-            tokenizer, name or None, eos_token_ids=model_eos_token_ids(name_or_path), enable_thinking=enable_thinking
+        """Tokenizer (or processor), template and eos ids of a target folder or hub name, without its weights."""
+        vision = load_vision(
+            name_or_path, min_pixels=min_pixels, max_pixels=max_pixels, trust_remote_code=trust_remote_code
         )
+        tokenizer = vision.tokenizer if vision else load_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
+        return cls(
+            tokenizer, name or None, eos_token_ids=model_eos_token_ids(name_or_path), enable_thinking=enable_thinking,
+            vision=vision,
+        )  # fmt: skip
 
     # ---- text ----------------------------------------------------------------------------------------------------
 
@@ -103,11 +97,24 @@ class ChatTemplate:
             kwargs.setdefault("enable_thinking", self.enable_thinking)
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.text, tokenize=False,
+                self._as_template_wants(messages), chat_template=self.text, tokenize=False,
                 add_generation_prompt=add_generation_prompt, **kwargs,
             )  # fmt: skip
         except Exception as error:  # jinja and the template's own raise_exception: any type, any text
             raise Reject("refused by the template", f"template {self.name!r}: {error}") from None
+
+    def prompt(self, messages: Messages, *, enable_thinking: bool | None = None, folder: Path | None = None) -> Prompt:
+        """What generation is fed for these messages, generation prompt included: token ids, and pixels if any."""
+        pictures = read_pictures(list(messages), folder) if self.vision else []
+        if not pictures:
+            self._refuse_pictures(messages)
+            return Prompt(self.prompt_ids(messages, enable_thinking=enable_thinking))
+        assert self.vision is not None
+        kwargs = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        images = [picture.image for picture in pictures]
+        expanded = self.vision.expand(self.render(messages, True, **kwargs), images)
+        ids = self._encodings([expanded.text])[0].ids
+        return Prompt(ids, self.vision.inputs(images, torch.tensor(ids), self._stub(len(images))))
 
     def prompt_ids(self, messages: Messages, *, enable_thinking: bool | None = None) -> list[int]:
         """Token ids of a prompt, generation prompt included: what generation is fed."""
@@ -133,7 +140,7 @@ class ChatTemplate:
     ) -> list[list[Sample] | Reject]:  # fmt: skip
         """`samples` for many, tokenised in one batch; a conversation that fails gives its Reject instead."""
         results: list[list[Sample] | Reject] = []
-        pending: list[tuple[int, str, str, tuple]] = []  # result index, sample id, text, spans
+        pending: list[tuple[int, Text]] = []  # result index, what to tokenise
         for conversation in conversations:
             results.append([])
             try:
@@ -141,18 +148,15 @@ class ChatTemplate:
                 if ready is not None:
                     results[-1] = [ready]
                     continue
-                for rendering in self._renderings(conversation):
-                    mark = "" if rendering.turn is None else f"{TURN_MARK}{rendering.turn}"
-                    pending.append((len(results) - 1, conversation.id + mark, rendering.text, rendering.spans))
+                pending += [(len(results) - 1, text) for text in self._texts(conversation)]
             except Reject as reject:
                 results[-1] = reject
-        for (index, id, _, spans), encoding in zip(pending, self._encodings([p[2] for p in pending]), strict=True):
+        encodings = self._encodings([text.text for _, text in pending])
+        for (index, text), encoding in zip(pending, encodings, strict=True):
             samples = results[index]
             assert isinstance(samples, list)
-            samples.append(
-                Sample(id, torch.tensor(encoding.ids), torch.from_numpy(token_mask(encoding.offsets, spans)))
-            )
-        return [_fit_all(result, max_length, min_supervised) for result in results]
+            samples.append(text.sample(encoding))
+        return [fit_all(result, max_length, min_supervised) for result in results]
 
     def verify(self) -> None:
         """Stop the run when this template cannot be masked at all, before a million rows say so one by one."""
@@ -179,15 +183,76 @@ class ChatTemplate:
             token = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
             warn(f"chat template {self.name!r} ends turns with {token!r}, where the model does not stop generating.")
 
+    def load(self, sample: Sample) -> Sample:
+        """The sample with what the model takes beside its tokens: its pictures are read and made pixels here."""
+        if not sample.images or sample.model_inputs:
+            return sample
+        assert self.vision is not None, "a sample with pictures and a template without a processor"
+        images = [image.open() for image in sample.images]
+        return replace(sample, model_inputs=self.vision.inputs(images, sample.input_ids, self._stub(len(images))))
+
     # ---- inside --------------------------------------------------------------------------------------------------
+
+    def _texts(self, conversation: Conversation) -> list[Text]:
+        """Every text of a conversation that becomes a sample, its placeholders written out."""
+        texts = []
+        folder = folder_of(conversation.where) if self.vision else None
+        pictures = read_pictures(conversation.messages, folder) if self.vision else []
+        for rendering in self._renderings(conversation):
+            id = conversation.id + ("" if rendering.turn is None else f"{TURN_MARK}{rendering.turn}")
+            if self.vision is None:
+                texts.append(Text(id, rendering.text, rendering.spans))
+                continue
+            # a rendering that ends early holds the first of the pictures
+            messages = _up_to_answer(conversation.messages, rendering.turn)
+            shown = pictures[: sum(1 for _ in image_parts(messages))]
+            expanded = self.vision.expand(rendering.text, [picture.image for picture in shown])
+            spans = tuple(expanded.span(*span) for span in rendering.spans)
+            marks = tuple(zip(shown, expanded.images, strict=True))
+            texts.append(Text(id, expanded.text, spans, marks, expanded.token_ids))
+        return texts
+
+    def _as_template_wants(self, messages: Messages) -> list[dict[str, Any]]:
+        """Pictures as bare marks (their content is no business of a template), text as parts where it must be."""
+        if self.vision is None:
+            return list(messages)
+        wanted = []
+        for message in messages:
+            content = message["content"]
+            if isinstance(content, list):
+                bare = [part if part.get("type") == "text" else {"type": "image"} for part in content]
+                message = {**message, "content": bare}
+            elif self._only_parts:
+                message = {**message, "content": [{"type": "text", "text": content}]}
+            wanted.append(message)
+        return wanted
+
+    def _refuse_pictures(self, messages: Messages) -> None:
+        for index, message in enumerate(messages):
+            if not isinstance(message["content"], str) and self.vision is None:
+                kinds = sorted({part["type"] for part in message["content"]})
+                raise Reject("not text", f"message {index} has parts {kinds}, this is a text target")
+
+    def _shows_pictures(self, conversation: Conversation) -> bool:
+        return self.vision is not None and any(True for _ in image_parts(conversation.messages))
+
+    def _reads_only_parts(self) -> bool:
+        """Templates of LLaVA and SmolVLM lose a content that is a string: they walk over its parts."""
+        self._only_parts = False
+        try:
+            return PROBE[0]["content"] not in self.render(PROBE[:1])
+        except Reject:
+            return True
+
+    def _stub(self, num_images: int) -> str:
+        """A text with so many placeholders, in the form the processor accepts."""
+        return self.render([{"role": "user", "content": [{"type": "image"}] * num_images}])
 
     def _renderings(self, conversation: Conversation):
         if not any(message["role"] == "assistant" for message in conversation.messages):
             raise Reject("no answer", "it has no assistant message; answer it first with `fledge regenerate`")
+        self._refuse_pictures(conversation.messages)
         for index, message in enumerate(conversation.messages):
-            if not isinstance(message["content"], str):
-                kinds = sorted({part["type"] for part in message["content"]})
-                raise Reject("not text", f"message {index} has parts {kinds}, this is a text target")
             if message.get("tool_calls") and self.name != "own":
                 raise Reject(
                     "tool calls", f"message {index} calls tools, which the named template {self.name!r} cannot write"
@@ -205,11 +270,11 @@ class ChatTemplate:
 
     def _from_markers(self, conversation: Conversation) -> Sample | None:
         """A template with {% generation %} markers states itself what the assistant wrote."""
-        if "endgeneration" not in self.text or not conversation.num_answers:
+        if "endgeneration" not in self.text or not conversation.num_answers or self._shows_pictures(conversation):
             return None
         try:
             encoded = self.tokenizer.apply_chat_template(
-                list(conversation.messages), chat_template=self.text, return_dict=True,
+                self._as_template_wants(conversation.messages), chat_template=self.text, return_dict=True,
                 return_assistant_tokens_mask=True, **_template_kwargs(conversation.meta),
             )  # fmt: skip
         except Exception as error:
@@ -220,6 +285,8 @@ class ChatTemplate:
         return Sample(conversation.id, ids, mask | ends)
 
     def _from_token_ids(self, conversation: Conversation) -> Sample | None:
+        if self._shows_pictures(conversation):  # how ids of another program stand for pictures is not known
+            return None
         sample = sample_from_token_ids(conversation, self.vocab_size)
         if sample is None or self._checked >= CHECKED_ROWS:
             return sample
@@ -265,58 +332,10 @@ class ChatTemplate:
         return tuple(sorted(stops))
 
 
-def token_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """True on tokens whose characters lie inside a span. Several tokens of one character (bytes) share its offsets."""
-    mask = np.zeros(len(offsets), dtype=bool)
-    if not len(offsets):
-        return mask
-    starts, ends = np.asarray(offsets, dtype=np.int64).T
-    for first, last in spans:
-        mask |= (starts >= first) & (ends <= last) & (starts < last)
-    return mask
-
-
-def sample_from_token_ids(conversation: Conversation, vocab_size: int) -> Sample | None:
-    """A row that already has its ids: prompt_token_ids + token_ids, or token_ids / input_ids + loss_mask."""
-    meta = conversation.meta
-    prompt = _first(meta, "prompt_token_ids", "prompt_ids")
-    answer = _first(meta, "token_ids", "completion_token_ids", "completion_ids")
-    whole, mask = _first(meta, "input_ids", "token_ids"), meta.get("loss_mask")
-    if prompt is not None and answer is not None:
-        ids, flags = [*prompt, *answer], [False] * len(prompt) + [True] * len(answer)
-    elif whole is not None and mask is not None:
-        ids, flags = list(whole), [bool(flag) for flag in mask]
-        if len(ids) != len(flags):
-            raise Reject("bad token ids", f"{len(ids)} token ids but {len(flags)} entries of loss_mask")
-    elif conversation.messages:
-        return None
-    else:
-        raise Reject("bad token ids", "token ids need prompt_token_ids or loss_mask beside them")
-    wrong = next((t for t in ids if not isinstance(t, int) or isinstance(t, bool) or not 0 <= t < vocab_size), None)
-    if wrong is not None:
-        raise Reject("bad token ids", f"token id {wrong!r} is outside this tokenizer's vocabulary of {vocab_size}")
-    return Sample(conversation.id, torch.tensor(ids, dtype=torch.int64), torch.tensor(flags, dtype=torch.bool))
-
-
-def fit(sample: Sample, max_length: int | None, min_supervised: int = MIN_SUPERVISED) -> Sample:
-    """Cut a sample to `max_length`, saying so; Drop when fewer than `min_supervised` supervised tokens are left."""
-    supervised = int(sample.loss_mask.sum())
-    if max_length is not None and len(sample.input_ids) > max_length:
-        mask = sample.loss_mask[:max_length]
-        left = int(mask.sum())
-        sample = replace(
-            sample, input_ids=sample.input_ids[:max_length], loss_mask=mask, truncated=True, num_cut=supervised - left
-        )
-        if left < min_supervised <= supervised:
-            raise Drop("cut off", f"{left} of {supervised} supervised tokens lie within the first {max_length} tokens")
-        supervised = left
-    if supervised < min_supervised:
-        raise Drop("too short", f"{supervised} supervised tokens, at least {min_supervised} are needed")
-    return sample
-
-
-def own_template(tokenizer: Any) -> str:
-    """The tokenizer's own chat template."""
+def own_template(tokenizer: Any, vision: Vision | None = None) -> str:
+    """The processor's or the tokenizer's own chat template."""
+    if vision is not None and vision.template_text:
+        return vision.template_text
     try:
         return tokenizer.get_chat_template()
     except ValueError:
@@ -355,20 +374,6 @@ def model_eos_token_ids(name_or_path: str) -> tuple[int, ...]:
     return ()
 
 
-def _fit_all(result: list[Sample] | Reject, max_length: int | None, min_supervised: int) -> list[Sample] | Reject:
-    """`fit` for each sample of a conversation; those that fall away are missed only when none is left."""
-    if isinstance(result, Reject):
-        return result
-    fitted: list[Sample] = []
-    dropped: Drop | None = None
-    for sample in result:
-        try:
-            fitted.append(fit(sample, max_length, min_supervised))
-        except Drop as drop:
-            dropped = drop
-    return fitted or dropped or Drop("too short", "it has no supervised tokens")
-
-
 def _with_finish_reason(conversation: Conversation) -> list[dict[str, Any]]:
     """An answer that stopped at the length limit was given no end of turn: its template's one is not supervised."""
     messages = [dict(message) for message in conversation.messages]
@@ -393,8 +398,10 @@ def _control_tokens(tokenizer: Any) -> tuple[str, ...]:
     return tuple(sorted(special, key=len, reverse=True))
 
 
-def _first(meta: dict[str, Any], *names: str) -> Any:
-    return next((meta[name] for name in names if isinstance(meta.get(name), (list, tuple))), None)
+def _up_to_answer(messages: Sequence[dict[str, Any]], turn: int | None) -> Sequence[dict[str, Any]]:
+    """The messages of a rendering: up to the message `turn`, or up to the last answer."""
+    last = turn if turn is not None else max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+    return messages[: last + 1]
 
 
 def _where(tokenizer: Any) -> str:

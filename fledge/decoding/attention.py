@@ -65,6 +65,17 @@ def can_replace(model: Any, text_config: Any) -> bool:
 
 
 @contextmanager
+def stock_attention(text_config: Any) -> Iterator[None]:
+    """Inside `decoding_attention`, the library's own function again: with it the model makes its own masks."""
+    before = text_config._attn_implementation
+    text_config._attn_implementation = "sdpa" if before == NAME else before
+    try:
+        yield
+    finally:
+        text_config._attn_implementation = before
+
+
+@contextmanager
 def decoding_attention(model: Any, text_config: Any) -> Iterator[None]:
     """Use `grouped_attention` inside the block, where the model allows it."""
     if not can_replace(model, text_config):

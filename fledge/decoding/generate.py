@@ -8,7 +8,7 @@ Plain decoding is the same machine with a tree of one node: same cache, same mas
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from fledge.target.model import Target
 __all__ = ["Generation", "RoundTrace", "Sampling", "TreeShape", "generate_plain", "generate_speculative"]
 
 OnTokens = Callable[[list[int]], None]
+ModelInputs = Mapping[str, Tensor]
 
 
 @torch.inference_mode()
@@ -37,8 +38,12 @@ def generate_plain(
     eos_token_ids: Sequence[int] | None = None,
     trace: bool = False,
     on_tokens: OnTokens | None = None,
+    model_inputs: ModelInputs | None = None,
 ) -> Generation:
-    """One token per target forward. `on_tokens` is called with every new token as it appears."""
+    """One token per target forward. `on_tokens` is called with every new token as it appears.
+
+    `model_inputs` is what the target takes beside the prompt's ids: the pixels of its pictures and their like.
+    """
     limit = _limit(target, prompt_ids, max_new_tokens)
     verifier, generator = verifier_of(target), _generator(target, sampling)
     clock = _Clock(target.device)
@@ -46,7 +51,9 @@ def generate_plain(
     rounds: list[RoundTrace] = []
     with verifier.session(len(prompt_ids) + limit):
         prompt = torch.tensor(prompt_ids, device=target.device)
-        output = verifier.prefill(prompt, taps=False)
+        output = verifier.prefill(
+            prompt, taps=False, positions=_positions(target, prompt, model_inputs), model_inputs=model_inputs
+        )
         token = choose(target.head(output.last_hidden[0, -1:]), sampling, generator)
         writer.write(token.tolist())
         clock.lap("prefill")
@@ -77,6 +84,7 @@ def generate_speculative(
     eos_token_ids: Sequence[int] | None = None,
     trace: bool = False,
     on_tokens: OnTokens | None = None,
+    model_inputs: ModelInputs | None = None,
 ) -> Generation:
     """A verified path of draft tokens and the target's own bonus token per target forward."""
     limit = _limit(target, prompt_ids, max_new_tokens)
@@ -89,11 +97,12 @@ def generate_speculative(
     num_rows = len(prompt_ids) + limit
     with verifier.session(num_rows + tree.total_token):
         prompt = torch.tensor(prompt_ids, device=target.device)
-        output = verifier.prefill(prompt, taps=True)
+        positions = _positions(target, prompt, model_inputs)
+        output = verifier.prefill(prompt, taps=True, positions=positions, model_inputs=model_inputs)
         first = choose(target.head(output.last_hidden[0, -1:]), sampling, generator)
         writer.write(first.tolist())
         clock.lap("prefill")
-        drafter = Drafter(draft, tree, num_rows)
+        drafter = Drafter(draft, tree, num_rows, positions)
         new_tokens, tap_hidden = torch.cat((prompt[1:], first)), _taps(output)
         while not writer.finished:
             levels = min(tree.levels, writer.room - 1)  # deeper nodes could not be emitted
@@ -123,6 +132,11 @@ def _draft(drafter: Drafter, new_tokens: Tensor, tap_hidden: Tensor, levels: int
         return root_only(root)
     hidden = drafter.extend(new_tokens, drafter.draft.fuse(tap_hidden))
     return drafter.grow(root, hidden, levels)
+
+
+def _positions(target: Target, prompt: Tensor, model_inputs: ModelInputs | None) -> Tensor | None:
+    """The prompt's rope positions; None where they are the tokens' indices."""
+    return target.positions(prompt, model_inputs) if model_inputs else None
 
 
 def _taps(output) -> Tensor:

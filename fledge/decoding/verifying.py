@@ -2,23 +2,28 @@
 
 Knows the target, its cache and its masks. Knows nothing of drafts, acceptance or sampling. One `Verifier` per target is
 kept between generations, so its cache is allocated once and grows when a longer generation asks for it.
+
+Rows and rope positions are two things. Masks and windows count rows. Rope positions are rows too, until a prompt has
+pictures and the target a multimodal rope: a picture of 100 tokens then takes some ten positions, and all text behind it
+is `rope_delta` off (a negative number).
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fledge.decoding.attention import can_replace, decoding_attention
+from fledge.decoding.attention import can_replace, decoding_attention, stock_attention
 from fledge.decoding.cache import TargetCache, layout_of
 from fledge.decoding.masks import Masks, kinds_of
 from fledge.decoding.tree import Tree
 from fledge.target.model import Target
 from fledge.target.record import TargetOutput
 
-# P prompt tokens, N tree nodes
+# P prompt tokens, N tree nodes, R axes of a multimodal rope
 
 CAPACITY_STEP = 256
 
@@ -39,7 +44,7 @@ class Verifier:
         self._target = weakref.ref(target)
         self._layout = layout_of(target)
         self._cache: TargetCache | None = None
-        self._max_position = getattr(target.text_config, "max_position_embeddings", None)
+        self.rope_delta = 0
         self._masks = Masks(
             kinds_of(target.text_config, target.name), target.dtype, target.device,
             causal_by_default=can_replace(target.model, target.text_config),
@@ -63,16 +68,30 @@ class Verifier:
             capacity = -(-num_rows // CAPACITY_STEP) * CAPACITY_STEP
             self._cache = None  # free the old one first
             self._cache = TargetCache(self._layout, self.target.num_layers, capacity)
-        self._cache.length = 0
+        self._cache.length = self.rope_delta = 0
         with decoding_attention(self.target.model, self.target.text_config):
             yield
 
-    def prefill(self, prompt_ids: Tensor, *, taps: bool) -> TargetOutput:
-        """All prompt tokens (P,); their rows are committed. Shapes (1, P, ..)."""
+    def prefill(
+        self, prompt_ids: Tensor, *, taps: bool, positions: Tensor | None = None,
+        model_inputs: Mapping[str, Tensor] | None = None,
+    ) -> TargetOutput:  # fmt: skip
+        """All prompt tokens (P,); their rows are committed. Shapes (1, P, ..).
+
+        `positions` (P,) or (R, P) where they are not simply the rows. With pictures (`model_inputs`) the target makes
+        the mask: in some, the tokens of a picture see each other in both directions.
+        """
         num_rows = prompt_ids.shape[0]
         self.cache.open(num_rows)
-        positions = torch.arange(num_rows, device=prompt_ids.device)
-        output = self._forward(prompt_ids, positions, self._masks.causal(num_rows), taps)
+        if positions is None:
+            positions = torch.arange(num_rows, device=prompt_ids.device)
+        else:
+            self.rope_delta = int(positions[..., -1].max()) + 1 - num_rows
+        if model_inputs:
+            with stock_attention(self.target.text_config):
+                output = self._forward(prompt_ids, positions, None, taps, model_inputs)
+        else:
+            output = self._forward(prompt_ids, positions, self._masks.causal(num_rows), taps)
         self.cache.length = num_rows
         return output
 
@@ -82,13 +101,18 @@ class Verifier:
         self.cache.open(len(tree))
         positions, last = tree.levels + prefix_len, prefix_len + num_levels
         mask = self._masks.tree(prefix_len, positions, tree.ancestors, last)
-        return self._forward(tree.token_ids, positions, mask, taps)
+        return self._forward(tree.token_ids, positions + self.rope_delta, mask, taps)
 
     def keep(self, rows: list[int]) -> None:
         """Commit the accepted rows of the tree just verified."""
         self.cache.keep(rows)
 
-    def _forward(self, token_ids: Tensor, positions: Tensor, mask: object, taps: bool) -> TargetOutput:
+    def _forward(
+        self, token_ids: Tensor, positions: Tensor, mask: object, taps: bool,
+        model_inputs: Mapping[str, Tensor] | None = None,
+    ) -> TargetOutput:  # fmt: skip
+        beside: dict[str, Any] = dict(model_inputs or {})
         return self.target.forward(
-            token_ids[None], position_ids=positions[None], attention_mask=mask, past_key_values=self.cache, taps=taps
-        )
+            token_ids[None], position_ids=positions[..., None, :], attention_mask=mask, past_key_values=self.cache,
+            taps=taps, **beside,
+        )  # fmt: skip

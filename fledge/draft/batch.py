@@ -24,7 +24,7 @@ class Batch:
 
     input_ids: Tensor  # (N,) int64
     loss_mask: Tensor  # (N,) bool
-    position_ids: Tensor  # (N,) or (3, N) int64
+    position_ids: Tensor  # (N,), or (axes, N) as soon as one document has pictures; int64
     tap_hidden: Tensor  # (N, A, H)
     last_hidden: Tensor  # (N, H)
     lengths: tuple[int, ...]
@@ -44,8 +44,9 @@ class Batch:
 def pack(records: Sequence[TargetRecord]) -> Batch:
     """Concatenate records. Positions restart with every document, as each record states them."""
     positions = [record.position_ids for record in records]
-    if any(position.dim() == 2 for position in positions):  # text-only rows beside rows with images
-        positions = [p if p.dim() == 2 else p.expand(3, -1) for p in positions]
+    axes = max((len(p) for p in positions if p.dim() == 2), default=0)
+    if axes:  # text-only rows beside rows with images
+        positions = [p if p.dim() == 2 else p.expand(axes, -1) for p in positions]
     return Batch(
         input_ids=torch.cat([record.input_ids for record in records]),
         loss_mask=torch.cat([record.loss_mask for record in records]),

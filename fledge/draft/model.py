@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fledge.draft.config import DraftConfig
+from fledge.draft.rope import as_index, axis_of_dims, num_axes, pick
 
 # leading dims "..": any batch shape; H hidden, A taps, D draft vocab, V target vocab, h heads, g kv heads, d head_dim
 
@@ -77,6 +78,7 @@ class MidLayer(nn.Module):
 class DraftModel(nn.Module):
     """An EAGLE-3 (or 3.1) head bound to the target's embedding."""
 
+    axis_of_dim: Tensor | None  # (R,) axis of a multimodal rope that each dimension follows
     d2t: Tensor  # (D,) int64 offsets: target_id = draft_id + d2t[draft_id]
     t2d: Tensor  # (V,) bool: v is in the draft vocabulary
 
@@ -94,6 +96,9 @@ class DraftModel(nn.Module):
         self.norm = RMSNorm(size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
         self.rotary = LlamaRotaryEmbedding(config.rotary_config())
+        self.rope_axes = num_axes(config.rope_parameters)
+        axes = as_index(axis_of_dims(config.rope_parameters, 2 * self.rotary.inv_freq.shape[0]))
+        self.register_buffer("axis_of_dim", axes, persistent=False)
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.ones(config.vocab_size, dtype=torch.bool))
         self.bind_embedding(embedding)
@@ -158,11 +163,18 @@ class DraftModel(nn.Module):
         return self.fc(taps.flatten(-2))
 
     def rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (.., R) for positions (..); R <= head_dim where the target rotates only a part."""
+        """cos and sin (.., R) for positions (..); R <= head_dim where the target rotates only a part.
+
+        A head with a multimodal rope takes positions (axes, N), one row per axis, or (N,) where all axes agree (text).
+        """
         shape = position_ids.shape
         like = self.norm.weight  # dtype and device of the result
         cos, sin = self.rotary(like, position_ids.reshape(1, -1))
-        return cos.reshape(*shape, -1), sin.reshape(*shape, -1)
+        cos, sin = cos.reshape(*shape, -1), sin.reshape(*shape, -1)
+        if self.axis_of_dim is None or position_ids.dim() == 1:
+            return cos, sin
+        assert shape[0] == self.rope_axes, f"{shape=}, a rope of {self.rope_axes} axes"
+        return pick(cos, self.axis_of_dim), pick(sin, self.axis_of_dim)
 
     def project(
         self, embeds: Tensor, hidden: Tensor, rope: tuple[Tensor, Tensor], *, queries: slice | Tensor | None = None

@@ -6,6 +6,7 @@ tokens already fill the matrix units.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -28,13 +29,20 @@ class LiveSource:
         """Run the target over one sample. Tensors stay on the target's device."""
         device = self.target.device
         input_ids = sample.input_ids.to(device)
-        output = self.target.forward(input_ids[None])
+        if sample.model_inputs:
+            position_ids = self.target.positions(input_ids, sample.model_inputs)
+            beside: dict[str, Any] = dict(sample.model_inputs)
+            output = self.target.forward(input_ids[None], position_ids=position_ids[..., None, :], **beside)
+        else:
+            assert not sample.images, f"{sample.id}: its pixels were not loaded (TokenizedData.loaded)"
+            position_ids = torch.arange(len(input_ids), device=device)
+            output = self.target.forward(input_ids[None])
         assert output.tap_hidden is not None
         return TargetRecord(
             sample_id=sample.id,
             input_ids=input_ids,
             loss_mask=sample.loss_mask.to(device),
-            position_ids=torch.arange(len(input_ids), device=device),
+            position_ids=position_ids,
             tap_hidden=output.tap_hidden[0].clone(),  # clones: plain tensors that autograd may save
             last_hidden=output.last_hidden[0].clone(),
         )

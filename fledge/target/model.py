@@ -1,22 +1,24 @@
-"""The target: any transformers causal LM, unchanged, as the rest of fledge sees it.
+"""The target: any transformers causal LM or image-text model, unchanged, as the rest of fledge sees it.
 
 Asks the model through the library's own questions (text config, embeddings, decoder) and reads the tapped states with
 hooks on the decoder's layers. Knows no architecture by name: what transformers does not answer uniformly is a row in
-`fledge.target.quirks`.
+`fledge.target.quirks`. Pictures exist up to its forward: behind it they are hidden states and positions.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fledge.data.vision import Vision, has_vision, load_vision
 from fledge.errors import UserError
 from fledge.target.quirks import logit_quirks
 from fledge.target.record import TargetOutput, default_tap_layers
 
-# B batch, T tokens, A tapped layers, H hidden size, V vocabulary
+# B batch, T tokens, A tapped layers, H hidden size, V vocabulary, R axes of a multimodal rope
 
 HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -29,12 +31,14 @@ class Target:
         model: Any,
         tokenizer: Any = None,
         *,
+        vision: Vision | None = None,
         tap_layers: Sequence[int] | None = None,
         name: str = "",
         revision: str | None = None,
     ) -> None:
         self.model: Any = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+        self.vision = vision
+        self.tokenizer = vision.tokenizer if vision and tokenizer is None else tokenizer
         self.config = self.model.config
         self.text_config = self.config.get_text_config()
         self.name: str = name or self.config.name_or_path
@@ -42,6 +46,8 @@ class Target:
         self.layers = self._decoder_layers()
         self.tap_layers = self._checked_taps(tap_layers)
         self.quirks = logit_quirks(self.text_config)
+        self.rope_axes = rope_axes(self.text_config)
+        self._accepted = frozenset(inspect.signature(self.model.base_model.forward).parameters)
         self.num_layers, self.hidden_size = len(self.layers), self.text_config.hidden_size
         self._taps: dict[int, Tensor] | None = None
         for layer in self.tap_layers:
@@ -61,9 +67,11 @@ class Target:
         attn_implementation: str | None = None,
         max_memory: dict[Any, str] | None = None,
         tp_plan: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> "Target":
         """Load a model folder or hub name. `device_map` / `tp_plan` spread targets larger than one GPU."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         if Path(name_or_path).exists() and not (Path(name_or_path) / "config.json").is_file():
             raise UserError(f"{name_or_path}: no config.json there. Give a transformers model folder or a hub name.")
@@ -72,21 +80,27 @@ class Target:
         if attn_implementation:
             options["attn_implementation"] = attn_implementation
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+            vision = load_vision(
+                name_or_path, config, min_pixels=min_pixels, max_pixels=max_pixels, revision=revision
+            )  # fmt: skip
+            tokenizer = vision.tokenizer if vision else AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+            loaded: Any = auto_class(config).from_pretrained(
                 name_or_path, revision=revision, dtype=dtype, output_loading_info=True, **options
             )
+        except UserError:
+            raise
         except Exception as error:  # the library raises a dozen types here: truncated files, unknown names, no network
             reason = str(error).strip().splitlines()
             raise UserError(
-                f"{name_or_path}: could not be loaded as a causal LM ({type(error).__name__}: "
+                f"{name_or_path}: could not be loaded as a causal LM or image-text model ({type(error).__name__}: "
                 f"{reason[0] if reason else 'no message'}). Check the path or hub name and that its files are complete."
             ) from error
         model, loading = loaded
         if not spread["device_map"] and not spread["tp_plan"]:
             model = model.to(device or default_device())
         _refuse_bad_weights(model, loading["missing_keys"], name_or_path)
-        return cls(model, tokenizer, tap_layers=tap_layers, name=name_or_path, revision=revision)
+        return cls(model, tokenizer, vision=vision, tap_layers=tap_layers, name=name_or_path, revision=revision)
 
     # -- facts ---------------------------------------------------------------------------------------------------------
 
@@ -137,7 +151,10 @@ class Target:
         taps: bool = True,
         **model_inputs: Any,
     ) -> TargetOutput:
-        """Hidden states for input_ids (B, T). `attention_mask`: 2-D, additive 4-D, or a dict of these by layer type."""
+        """Hidden states for input_ids (B, T). `attention_mask`: 2-D, additive 4-D, or a dict of these by layer type.
+
+        position_ids are (B, T), or (R, B, T) for a multimodal rope; `model_inputs` are the pixels and their like.
+        """
         self._taps = {} if taps else None
         try:
             output = self.model.base_model(
@@ -146,7 +163,7 @@ class Target:
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 use_cache=past_key_values is not None,
-                **model_inputs,
+                **self._as_the_model_wants(model_inputs),
             )
             collected = self._taps
         finally:
@@ -157,9 +174,27 @@ class Target:
         tapped = [collected[layer].to(last_hidden.device) for layer in self.tap_layers]
         return TargetOutput(last_hidden, torch.stack(tapped, dim=-2))
 
+    def positions(self, input_ids: Tensor, model_inputs: Mapping[str, Tensor]) -> Tensor:
+        """Where the model puts these tokens (T,): (T,), or (R, T) when pictures spread over several axes."""
+        if self.rope_axes == 1 or not model_inputs:
+            return torch.arange(input_ids.shape[0], device=input_ids.device)
+        get_rope_index = self.model.base_model.get_rope_index
+        known = inspect.signature(get_rope_index).parameters
+        asked = {key: value.to(input_ids.device) for key, value in model_inputs.items() if key in known}
+        position_ids, _ = get_rope_index(input_ids=input_ids[None], **asked)
+        return position_ids[:, 0]
+
     def head(self, last_hidden: Tensor) -> Tensor:
         """(..., H) after the final norm -> (..., V), exactly the model's logits."""
         return self.quirks.apply(self.model.get_output_embeddings()(last_hidden))
+
+    def _as_the_model_wants(self, model_inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Only what the forward knows (processors say more), floating point in the model's dtype."""
+        return {
+            key: value.to(self.device, self.dtype if value.is_floating_point() else None)
+            if isinstance(value, Tensor) else value
+            for key, value in model_inputs.items() if key in self._accepted
+        }  # fmt: skip
 
     # -- construction --------------------------------------------------------------------------------------------------
 
@@ -206,6 +241,19 @@ class Target:
                 f"{self.name}: head(last_hidden) differs from the model's logits by {error:.1e} (relative). "
                 f"Model type {self.text_config.model_type!r} needs a row in fledge/target/quirks.py."
             )
+
+
+def auto_class(config: Any) -> Any:
+    """The transformers class that loads this config with its head."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
+
+
+def rope_axes(text_config: Any) -> int:
+    """Rows of position_ids: 1, or the axes of a multimodal rope (3 in the Qwen-VL family, 4 in HunYuan-VL)."""
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    return len(rope.get("mrope_section") or [0])
 
 
 def default_device() -> torch.device:

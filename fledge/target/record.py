@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# T tokens, A tapped layers, H hidden size of the target
+# T tokens, A tapped layers, H hidden size of the target, R axes of a multimodal rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class TargetRecord:
     sample_id: str
     input_ids: Tensor  # (T,) int64, image placeholders included
     loss_mask: Tensor  # (T,) bool, tokens the target itself wrote
-    position_ids: Tensor  # (T,) or (3, T) int64, as the target used them
+    position_ids: Tensor  # (T,) or (R, T) int64, as the target used them
     tap_hidden: Tensor  # (T, A, H) inputs of the tapped decoder layers, in tap order
     last_hidden: Tensor  # (T, H) after the final norm: target logits = head(last_hidden)
 
@@ -30,7 +30,8 @@ class TargetRecord:
         }
         good = (
             self.input_ids.shape == self.loss_mask.shape == (length,)
-            and self.position_ids.shape in ((length,), (3, length))
+            and self.position_ids.shape[-1:] == (length,)
+            and (self.position_ids.dim() == 1 or self.position_ids.shape[:-1] in ((3,), (4,)))
             and self.tap_hidden.shape[0] == self.last_hidden.shape[0] == length
             and self.tap_hidden.shape[2] == self.last_hidden.shape[1]
             and self.loss_mask.dtype == torch.bool
@@ -39,6 +40,12 @@ class TargetRecord:
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
+
+    @property
+    def rope_delta(self) -> int:
+        """What the rope position of a later token is beyond its index (transformers' rope_deltas): pictures of many
+        tokens take few positions. Read off the last token, which is text."""
+        return int(self.position_ids[..., -1].max()) + 1 - len(self)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from fledge.data.dataset import hash_share
-from fledge.data.tokenize import conversation_id
+from fledge.data.samples import conversation_id
 from fledge.errors import UserError
 from fledge.target.record import TargetRecord
 

@@ -9,8 +9,9 @@ import torch
 
 from fledge.data.conversations import Conversation
 from fledge.data.rejects import Reject
+from fledge.data.samples import Drop, Sample, conversation_id, fit, token_mask
 from fledge.data.templates import TEMPLATES
-from fledge.data.tokenize import ChatTemplate, Drop, Sample, conversation_id, fit, token_mask
+from fledge.data.tokenize import ChatTemplate
 from fledge.errors import UserError
 
 CHATML = ("<|im_start|>", "<|im_end|>")
@@ -95,7 +96,7 @@ def test_a_mask_off_by_one_would_be_caught(make_tokenizer, talk, shift):
 
 def test_verify_catches_a_mask_off_by_one(make_tokenizer, monkeypatch):
     template = ChatTemplate(make_tokenizer())
-    monkeypatch.setattr("fledge.data.tokenize.token_mask", lambda offsets, spans: ~token_mask(offsets, spans))
+    monkeypatch.setattr("fledge.data.samples.token_mask", lambda offsets, spans: ~token_mask(offsets, spans))
     with pytest.raises(UserError, match="for the answer 'first answer'"):
         template.verify()
 

@@ -2,7 +2,7 @@
 
     offsets (R + 1,)        record r lies in rows offsets[r] .. offsets[r + 1]
     input_ids, loss_mask    (N,)
-    position_ids            (N,) or (N, 3)
+    position_ids            (N,) or (N, axes of a multimodal rope)
     tap_hidden              (N, A, H) in the target's dtype, or fp8 with tap_scale (N, A): one scale per row and tap
     last_hidden             (M, H); M = N, or only the supervised rows (last_offsets says whose): no other row teaches
     record_crc (R,)         checked whenever a record is read
@@ -277,7 +277,8 @@ def _records(tensors: dict[str, Tensor], count: int) -> Any:
 
 
 def _stack_positions(positions: list[Tensor]) -> Tensor:
-    """(N,), or (N, 3) as soon as one record has three rows."""
-    if all(position.dim() == 1 for position in positions):
+    """(N,), or (N, axes) as soon as one record has several rows."""
+    axes = max((len(position) for position in positions if position.dim() == 2), default=0)
+    if not axes:
         return torch.cat(positions)
-    return torch.cat([p if p.dim() == 2 else p.expand(3, -1) for p in positions], dim=1).T.contiguous()
+    return torch.cat([p if p.dim() == 2 else p.expand(axes, -1) for p in positions], dim=1).T.contiguous()

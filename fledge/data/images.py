@@ -1,0 +1,164 @@
+"""The pictures of a conversation: where each one comes from, its content, and which tokens stand for it.
+
+Knows parts of messages and image files. Knows no model: what a picture costs in tokens is its processor's business
+(`vision.py`). A tokenised data set keeps references, not pixels; a picture that changed since is found by its digest.
+"""
+
+import base64
+import hashlib
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from fledge.data.image_urls import IMAGE_TYPES, read_image, source_of
+from fledge.data.rejects import Reject
+from fledge.errors import UserError
+
+MARK = "<image>"  # LLaVA's spelling: the mark in the text, the file in the row
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """One picture of a sample."""
+
+    source: str  # a path, or the whole picture as a data URL
+    digest: str  # of its bytes
+    width: int
+    height: int
+    begin: int  # its tokens are input_ids[begin:end], the template's own image marks not counted
+    end: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.begin
+
+    def open(self) -> Image.Image:
+        """The picture, when it is still the one the tokens were made from."""
+        try:
+            content = read_image(self.source)
+        except Reject as reject:
+            raise UserError(f"{reject.detail}. It was there when the data was tokenised: put it back.") from None
+        if digest_of(content) != self.digest:
+            raise UserError(
+                f"{self.source[:200]}: the picture changed since the data was tokenised. Restore it, or run with "
+                f"FLEDGE_CACHE set to an empty folder to tokenise again."
+            )
+        return decode(content, self.source)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that was just read."""
+
+    source: str
+    digest: str
+    image: Image.Image
+
+
+def image_parts(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Every part that is no text, in order; a part that is neither text nor picture is a Reject."""
+    for message in messages:
+        if isinstance(message["content"], list):
+            for part in message["content"]:
+                if part.get("type") in IMAGE_TYPES:
+                    yield part
+                elif part.get("type") != "text":
+                    raise Reject("unknown part", f"a message part has type {part.get('type')!r}; known: text, image")
+
+
+def read_pictures(messages: Sequence[dict[str, Any]], folder: Path | None) -> list[Picture]:
+    """The pictures of a conversation. Relative paths count from `folder`, the place of the data file."""
+    return [_read(source_of(part), folder) for part in image_parts(messages)]
+
+
+def decode(content: bytes, source: str) -> Image.Image:
+    """The whole picture in RGB, turned as its camera says (what transformers' own loader does); a Reject if broken."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # PIL raises many kinds on damaged files
+        raise Reject("broken image", f"{source[:80]}: {error}") from None
+
+
+def digest_of(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def with_row_images(messages: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Messages whose pictures stand in the row beside them, as messages with image parts.
+
+    Two spellings: image parts without a source, and LLaVA's `<image>` marks in the text; both take the row's `image`
+    or `images` (a path, an URL, base64, or what `datasets` decodes: {"bytes": ..., "path": ...}), one after the other.
+    """
+    given = next((row[key] for key in ("images", "image") if row.get(key) is not None), None)
+    waiting = list(given) if isinstance(given, (list, tuple)) else [given]
+    if given is None or not waiting:
+        return messages
+    total, found = len(waiting), []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str) and message["role"] == "user" and MARK in content:
+            content = _parts_of_marked(content)
+        if isinstance(content, list):
+            content = [_filled(part, waiting, total) for part in content]
+        found.append({**message, "content": content})
+    if waiting:
+        raise Reject("images do not fit", f"the row has {total} images, its messages have places for less")
+    return found
+
+
+def source_of_value(value: Any) -> str:
+    """A picture as a column of a data set holds it, as a source."""
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, dict) and (value.get("bytes") or value.get("path")):
+        return _data_url(value["bytes"]) if value.get("bytes") else str(value["path"])
+    if isinstance(value, Image.Image):
+        buffer = io.BytesIO()
+        value.save(buffer, "PNG")
+        return _data_url(buffer.getvalue())
+    raise Reject("broken image", f"a picture is a path, an URL, base64 or bytes, found {type(value).__name__}")
+
+
+def _read(source: str, folder: Path | None) -> Picture:
+    if folder is not None and len(source) < 4096 and "://" not in source and (folder / source).is_file():
+        source = str((folder / source).resolve())
+    content = read_image(source)
+    image = decode(content, source)
+    kept = source if _is_file(source) else _data_url(content)  # what may be gone tomorrow is kept whole
+    return Picture(kept, digest_of(content), image)
+
+
+def _is_file(source: str) -> bool:
+    return len(source) < 4096 and Path(source.removeprefix("file://")).expanduser().is_file()
+
+
+def _data_url(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def _parts_of_marked(text: str) -> list[dict[str, Any]]:
+    """`<image>` marks as parts; the line break LLaVA puts beside a mark belongs to the mark."""
+    parts: list[dict[str, Any]] = []
+    for piece in re.split(r"(\n?<image>\n?)", text):
+        if piece.strip("\n") == MARK:
+            parts.append({"type": "image"})
+        elif piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def _filled(part: Any, waiting: list[Any], total: int) -> Any:
+    if not isinstance(part, dict) or part.get("type") not in IMAGE_TYPES:
+        return part
+    if any(part.get(key) for key in ("image", "image_url", "url", "path", "base64")):
+        return part
+    if not waiting:
+        raise Reject("images do not fit", f"the messages have places for more than the row's {total} images")
+    return {"type": "image", "image": source_of_value(waiting.pop(0))}
