@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from fledge.draft.rope import plain, with_layout
-from fledge.draft.rope import plain, with_layout
 from fledge.errors import UserError, nearest
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
