@@ -93,7 +93,9 @@ def _try(seen: Examination, args: InspectHeadArgs, num_layers: int) -> Diagnosis
     except UserError as error:
         warn(f"not measured, since the target cannot be loaded here: {error}")
         return None
-    template = ChatTemplate(target.tokenizer, args.chat_template_type, eos_token_ids=target.eos_token_ids)
+    template = ChatTemplate(
+        target.tokenizer, args.chat_template_type, eos_token_ids=target.eos_token_ids, vision=target.vision
+    )
     questions = load_questions("quick", end=args.measure_prompts)
     prompts = [template.prompt_ids([{"role": "user", "content": question.turns[0]}]) for question in questions]
     return diagnose(

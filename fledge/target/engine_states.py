@@ -76,6 +76,11 @@ class EngineSource:
 
     def ask(self, sample: Sample) -> "Future[TargetRecord]":
         """Start one request; its record comes later."""
+        if sample.images:
+            raise UserError(
+                f"sample {sample.id!r} has pictures: hidden states from vLLM are of token ids alone. Use "
+                f"--target-backend hf for data with pictures."
+            )
         return self._pool.submit(self._record, next(self._turn), sample)
 
     def record(self, sample: Sample) -> TargetRecord:

@@ -7,7 +7,9 @@ it stopped; started with more data it adds to the store. Knows where records com
 import json
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +59,11 @@ class ExtractArgs:
     max_reject_share: float = 0.05
     """Stop when more than this share of the rows is unusable."""
     num_proc: int = 1
-    """Processes for tokenisation."""
+    """Processes for tokenisation; threads that read pictures ahead of the target."""
+    max_pixels: int | None = None
+    """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
+    min_pixels: int | None = None
+    """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
     revision: str | None = None
     """Revision of a target on the hub."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -162,7 +168,7 @@ def fill(
         with _shown(ranks, total, total - left) as bar:
             for shard in todo:
                 buffer = ShardBuffer(shard, identity, pinned=pinned)
-                for record in producer.records(samples.get(planned.id) for planned in shard.samples):
+                for record in producer.records(samples.ahead([planned.id for planned in shard.samples])):
                     buffer.put(record)
                     bar.advance(len(record))
                 writer.seal(buffer)
@@ -172,8 +178,10 @@ def fill(
 class Samples:
     """The samples of several data paths, in order, found by id."""
 
-    def __init__(self, data: Any, ids: Iterable[str], positions: Iterable[int]) -> None:
-        self._data, self.ids, self._positions = data, list(ids), list(positions)
+    def __init__(self, data: Any, loaded: Any, ids: Iterable[str], positions: Iterable[int], threads: int = 0) -> None:
+        """`data` and `loaded` are the same samples, the latter with pixels; `threads` read those ahead (0: none do)."""
+        self._data, self._loaded, self.ids, self._positions = data, loaded, list(ids), list(positions)
+        self._threads = threads
         self.index = dict(zip(self.ids, self._positions, strict=True))
 
     @classmethod
@@ -186,25 +194,42 @@ class Samples:
             )
             for path in args.dataset_path
         ]  # fmt: skip
-        return cls.of(parts, args.max_samples)
+        return cls.of(parts, args.max_samples, threads=args.num_proc if template.vision else 0)
 
     @classmethod
-    def of(cls, parts: Sequence[TokenizedData], max_samples: int | None = None) -> "Samples":
+    def of(cls, parts: Sequence[TokenizedData], max_samples: int | None = None, threads: int = 0) -> "Samples":
         """All samples of these parts, or the first so many."""
         data: Any = torch.utils.data.ConcatDataset(parts) if parts else []  # type: ignore[arg-type]
+        pixels: list[Any] = [part.loaded() for part in parts]
+        loaded: Any = torch.utils.data.ConcatDataset(pixels) if parts else []
         ids = [id for part in parts for id in part.ids][:max_samples]
-        return cls(data, ids, range(len(ids)))
+        return cls(data, loaded, ids, range(len(ids)), threads)
 
     def only(self, ids: Set[str]) -> "Samples":
         """Those with these ids, in the same order."""
         kept = [(id, at) for id, at in zip(self.ids, self._positions, strict=True) if id in ids]
-        return Samples(self._data, [id for id, _ in kept], [at for _, at in kept])
+        return Samples(self._data, self._loaded, [id for id, _ in kept], [at for _, at in kept], self._threads)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self._data[position] for position in self._positions)
 
     def get(self, id: str) -> Sample:
-        return self._data[self.index[id]]
+        """One sample, its pictures made pixels."""
+        return self._loaded[self.index[id]]
+
+    def ahead(self, ids: Sequence[str]) -> Iterator[Sample]:
+        """Samples in this order; threads read the next ones' pictures while the target works on one."""
+        if not self._threads:
+            yield from map(self.get, ids)
+            return
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="pictures") as pool:
+            under_way: deque[Future[Sample]] = deque()
+            for id in ids:
+                under_way.append(pool.submit(self.get, id))
+                if len(under_way) > 2 * self._threads:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
 
 
 @dataclass(frozen=True)
@@ -234,12 +259,15 @@ def load_target(args: ExtractArgs) -> Target:
     return Target.from_pretrained(
         args.model_name, dtype=args.dtype, device=device_of_rank(), device_map=args.device_map, tp_plan=args.tp_plan,
         tap_layers=args.tap_layers or None, revision=args.revision, attn_implementation=args.attn_implementation,
+        min_pixels=args.min_pixels, max_pixels=args.max_pixels,
     )  # fmt: skip
 
 
 def open_loaded(args: ExtractArgs, target: Target, head: TargetHead, producer: Producer) -> OpenTarget:
     """A loaded target with its template and the identity of its states."""
-    template = ChatTemplate(target.tokenizer, args.chat_template_type or None, eos_token_ids=target.eos_token_ids)
+    template = ChatTemplate(
+        target.tokenizer, args.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision
+    )
     identity = identity_of(target, head, template, args)
     return OpenTarget(template, identity, head, producer, target.device.type == "cuda")
 

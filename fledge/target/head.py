@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fledge.errors import UserError, nearest
-from fledge.target.model import Target
+from fledge.target.model import Target, auto_class
 from fledge.target.quirks import LogitQuirks, logit_quirks
 
 # V target vocab, H hidden
@@ -125,16 +125,16 @@ class TargetEnds:
         revision: str | None = None,
     ) -> "TargetEnds":  # fmt: skip
         """Read them from the safetensors files of a folder or hub name."""
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(name_or_path, revision=revision)
             with torch.device("meta"):
-                skeleton = AutoModelForCausalLM.from_config(config)
+                skeleton = auto_class(config).from_config(config)
         except Exception as error:  # the library's types vary: no folder, no network, unknown architecture
             raise UserError(
-                f"{name_or_path}: no config of a causal LM could be loaded ({type(error).__name__}: "
-                f"{str(error).strip()[:200]}). Give the target's folder or hub name."
+                f"{name_or_path}: no config of a causal LM or image-text model could be loaded "
+                f"({type(error).__name__}: {str(error).strip()[:200]}). Give the target's folder or hub name."
             ) from error
         files = _tensor_files(name_or_path, revision)
         names: dict[int, list[str]] = {}
@@ -145,7 +145,7 @@ class TargetEnds:
         read = _Reader(name_or_path, files, dtype or text_config.dtype)
         embedding_names = names[id(skeleton.get_input_embeddings().weight)]
         head_names = [lm_head_key] if lm_head_key else names[id(output.weight)]
-        if text_config.tie_word_embeddings and not lm_head_key:
+        if getattr(config, "tie_word_embeddings", text_config.tie_word_embeddings) and not lm_head_key:
             head_names = list(dict.fromkeys([*embedding_names, *head_names]))
         embedding = read(embedding_names)
         weight = embedding if set(head_names) & set(embedding_names) else read(head_names)
@@ -173,7 +173,7 @@ class _Reader:
 
     def __call__(self, names: Sequence[str]) -> Tensor:
         """The tensor that goes by one of these names (tied tensors have several, one of them in the files)."""
-        key = next((name for name in names if name in self._files), None)
+        key = next((name for name in names if name in self._files), None) or self._renamed(names[0])
         if key is None:
             raise UserError(
                 f"{self._name}: its files hold no tensor {names[0]!r}{nearest(names[0], self._files)}. Name the head's "
@@ -182,6 +182,16 @@ class _Reader:
         with safe_open(self._files[key], "pt") as file:
             tensor = file.get_tensor(key)
         return tensor.to(self._dtype) if self._dtype is not None else tensor
+
+    def _renamed(self, name: str) -> str | None:
+        """Image-text checkpoints carry the prefixes of the library that wrote them (`model.`, `language_model.model.`):
+        the one tensor outside layers and vision tower that ends alike."""
+        tail = name.split(".")[-2:]
+        alike = [
+            key for key in self._files
+            if key.split(".")[-2:] == tail and not any(part.isdigit() or "vis" in part for part in key.split("."))
+        ]  # fmt: skip
+        return alike[0] if len(alike) == 1 else None
 
 
 def _tensor_files(name_or_path: str, revision: str | None) -> dict[str, Path]:

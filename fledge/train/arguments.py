@@ -46,6 +46,8 @@ class DataArguments:
     max_reject_share: float = _flag(0.05, "Stop when more than this share of the rows is unusable.")
     lm_head_key: str | None = _flag(None, "Name of the target head's tensor; not needed: the model is asked.")
     num_proc: int | None = _flag(None, "Processes for tokenisation.")
+    max_pixels: int | None = _flag(None, "Vision-language targets: area to which larger pictures are reduced.")
+    min_pixels: int | None = _flag(None, "Vision-language targets: area to which smaller pictures are enlarged.")
 
 
 @dataclass(kw_only=True)

@@ -41,11 +41,15 @@ def cached_source(args: TrainArgs) -> Source:
             "--target_model_name_or_path is needed beside conversations: its tokenizer, and the target itself for what "
             "the store lacks. Leave --train_data_path and --eval_data_path out to train on the store alone."
         )
-    template = ChatTemplate.from_pretrained(data.target_model_name_or_path, data.chat_template_type or None)
+    template = ChatTemplate.from_pretrained(
+        data.target_model_name_or_path, data.chat_template_type or None, min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+    )  # fmt: skip
     parts, held_out = tokenise_all(data, template)
     train_ids = [id for part in parts for id in part.ids][: data.max_samples]
     eval_ids = [id for part in held_out for id in part.ids]
-    complete(args, template, Samples.of([*parts, *held_out]).only({*train_ids, *eval_ids}))
+    threads = (data.num_proc or 1) if template.vision else 0
+    complete(args, template, Samples.of([*parts, *held_out], threads=threads).only({*train_ids, *eval_ids}))
     train_stores, eval_stores = open_stores(args)
     stores = [*train_stores, *eval_stores]
     train = by_id(stores, train_ids) if parts else [Part.whole(store) for store in train_stores]

