@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fledge.decoding.adaptive import Pace
 from fledge.decoding.cache import DraftCache
 from fledge.decoding.records import TreeShape
 from fledge.decoding.tree import Tree, build, select
@@ -72,13 +73,17 @@ class Drafter:
         mask[:, : num_rows - self.window] = self._blocked  # type: ignore[operator]
         return mask
 
-    def grow(self, root: Tensor, hidden: Tensor, num_levels: int) -> Tree:
-        """The tree of `num_levels` >= 1 levels below the root (1,), from the head's output (1, H) on the root's row."""
-        scores, tokens, parents = self.candidates(hidden, num_levels)
-        chosen = select(scores, min(self.num_nodes, scores.shape[0]))
+    def grow(self, root: Tensor, hidden: Tensor, num_levels: int, pace: Pace | None = None) -> Tree:
+        """The tree of `num_levels` >= 1 levels below the root (1,), from the head's output (1, H) on the root's row.
+
+        With a pace, that many levels and nodes at most.
+        """
+        scores, tokens, parents = self.candidates(hidden, num_levels, pace)
+        num_nodes = min(self.num_nodes, scores.shape[0])
+        chosen = select(scores, pace.num_nodes(scores, num_nodes) if pace else num_nodes)
         return build(root, tokens, parents, self._levels, chosen, num_levels)
 
-    def candidates(self, hidden: Tensor, num_levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    def candidates(self, hidden: Tensor, num_levels: int, pace: Pace | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, target ids and parents (C,) of all drafts, level by level; parent -1 is the root."""
         width = self.width
         log_probs, tokens = self._children(hidden)  # (1, k)
@@ -88,6 +93,8 @@ class Drafter:
         all_parents = [torch.full_like(beam_ids, -1)]
         tree_part, num_candidates = self._itself, width
         for level in range(1, num_levels):
+            if pace is not None and not pace.deeper(beam_scores):
+                break
             hidden = self._forward_beam(beam_tokens, beam_hidden, tree_part, level)
             log_probs, tokens = self._children(hidden)  # (k, k)
             scores = (beam_scores[:, None] + log_probs).flatten()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fledge.decoding.accept import accept, choose
+from fledge.decoding.adaptive import Pace
 from fledge.decoding.drafting import Drafter
 from fledge.decoding.records import Generation, RoundTrace, Sampling, TreeShape
 from fledge.decoding.tree import Tree, root_only
@@ -85,8 +86,12 @@ def generate_speculative(
     trace: bool = False,
     on_tokens: OnTokens | None = None,
     model_inputs: ModelInputs | None = None,
+    pace: Pace | None = None,
 ) -> Generation:
-    """A verified path of draft tokens and the target's own bonus token per target forward."""
+    """A verified path of draft tokens and the target's own bonus token per target forward.
+
+    With a `pace`, `tree` is the most that is drafted; rounds that drafting cannot pay for decode plainly.
+    """
     limit = _limit(target, prompt_ids, max_new_tokens)
     _check_pair(target, draft)
     verifier, generator = verifier_of(target), _generator(target, sampling)
@@ -104,9 +109,17 @@ def generate_speculative(
         clock.lap("prefill")
         drafter = Drafter(draft, tree, num_rows, positions)
         new_tokens, tap_hidden = torch.cat((prompt[1:], first)), _taps(output)
+        unread: list[tuple[Tensor, Tensor]] = []  # tokens and taps the head has not followed yet
         while not writer.finished:
             levels = min(tree.levels, writer.room - 1)  # deeper nodes could not be emitted
-            nodes = _draft(drafter, new_tokens, tap_hidden, levels)
+            unread.append((new_tokens, tap_hidden))
+            if levels < 1 or (pace is not None and not pace.drafts()):
+                nodes = root_only(new_tokens[-1:])  # room for one token only, or a round of plain decoding
+            else:
+                followed, features = (torch.cat(parts) for parts in zip(*unread, strict=True))
+                unread.clear()
+                hidden = drafter.extend(followed, draft.fuse(features))
+                nodes = drafter.grow(followed[-1:], hidden, levels, pace)
             clock.lap("draft")
             output = verifier.verify(nodes, levels, taps=True)
             logits = target.head(output.last_hidden[0])
@@ -118,20 +131,13 @@ def generate_speculative(
             clock.lap("accept")
             emitted = writer.write(new)
             accepted.append(emitted - 1)
+            if pace is not None:
+                pace.record(emitted)
             if trace:
                 rounds.append(_trace(nodes, rows, new, emitted))
             clock.lap("other")
     drafted_depth = tree.levels
     return writer.generation(clock, accepted=accepted, drafted_depth=drafted_depth, rounds=rounds if trace else None)
-
-
-def _draft(drafter: Drafter, new_tokens: Tensor, tap_hidden: Tensor, levels: int) -> Tree:
-    """Follow the new tokens and grow the tree below the last one."""
-    root = new_tokens[-1:]
-    if levels < 1:  # nothing to draft: total_token = 1, or room for one token only, which ends the generation
-        return root_only(root)
-    hidden = drafter.extend(new_tokens, drafter.draft.fuse(tap_hidden))
-    return drafter.grow(root, hidden, levels)
 
 
 def _positions(target: Target, prompt: Tensor, model_inputs: ModelInputs | None) -> Tensor | None:

@@ -11,6 +11,7 @@ from tiny import EOS, NAMES, VOCAB, ScriptedDraft, prompt, tiny_draft, tiny_mode
 
 from fledge.decoding import generate
 from fledge.decoding.accept import accept
+from fledge.decoding.adaptive import Pace
 from fledge.decoding.generate import Generation, Sampling, TreeShape, generate_plain, generate_speculative
 from fledge.errors import UserError
 from fledge.target.model import Target
@@ -93,6 +94,25 @@ def test_plain_is_the_librarys_generate(name):
     assert len(set(found.token_ids)) > 4, "a repeated token would prove little"
     assert (found.accepted, found.drafted_depth, found.num_forwards, found.tau) == ([], 0, 23, 1.0)
     assert [round_.bonus for round_ in found.rounds] == found.token_ids[1:]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_an_adaptive_tree_is_lossless(name):
+    """Rounds of every kind: plain ones, short and full trees; the head follows what it did not draft."""
+    target, ids = tiny_target(name), prompt(8)
+    answer = plain(name, 8, 30).token_ids
+    heads = (tiny_draft(target, "random"), half_right(target, ids, answer), ScriptedDraft(target, ids + answer))
+    kinds = set()
+    for head in heads:
+        pace = Pace(plain_s=1.0, verify_s={1: 1.0, 60: 1.5}, draft_s={n: 0.05 * n for n in range(1, 7)}, overhead_s=0.1)
+        for length in (8, 5):
+            found = generate_speculative(
+                target, head, prompt(length), tree=TreeShape(60, 5, 4), max_new_tokens=30, sampling=GREEDY,
+                eos_token_ids=(), trace=True, pace=pace,
+            )  # fmt: skip
+            assert found.token_ids == plain(name, length, 30).token_ids
+            kinds |= {len(round_.token_ids) for round_ in found.rounds or ()}
+    assert 1 in kinds and len(kinds) > 3
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

@@ -1,0 +1,107 @@
+"""How much drafting pays: decided in every round from the head's own scores and from what earlier rounds brought.
+
+    expected tokens of a tree   1 + trust * sum of exp(score) over its drafted nodes
+    cost of a round             V(nodes) + D(levels) + o, as the tree profile of this machine has them
+
+- A level is drafted while the tokens it can add, per second, beat the rate reached so far.
+- Of the candidates, as many are verified as promise the most tokens per second.
+- Rounds are paid from a credit: each adds what plain decoding of its tokens would have cost, and 2 %, and takes its own
+  cost. Without credit the target decodes plainly. So drafting costs at most 2 % and what the credit begins with, and a
+  prompt on which it pays again is noticed at the next round the 2 % have paid for.
+
+Costs come from the profile, not from a clock: a tree is a function of the tokens before it, so the output keeps the
+target's law and a run repeats itself. Knows scores and costs. Knows nothing of models or tokens.
+"""
+
+import numpy as np
+from torch import Tensor
+
+from fledge.decoding.records import TreeShape
+from fledge.decoding.tree_profile import TreeProfile
+from fledge.errors import UserError
+
+ALLOWANCE = 0.02  # of plain decoding's time that drafting may lose
+FIRST_CREDIT = 2.0  # plain forwards: about eight rounds that lose a quarter of one
+MOST_CREDIT = 8.0
+MEMORY = 0.9  # weight of the past in the running figures, per round
+
+
+class Pace:
+    """The running decision; keep one over many generations."""
+
+    def __init__(
+        self, *, plain_s: float, verify_s: dict[int, float], draft_s: dict[int, float], overhead_s: float
+    ) -> None:
+        """Seconds: plain_s of V(1), verify_s by nodes, draft_s by levels, overhead_s of the rest of a round."""
+        self.plain_s = plain_s
+        self._verify = np.interp(
+            np.arange(max(verify_s) + 1), sorted(verify_s), [verify_s[n] for n in sorted(verify_s)]
+        )
+        self._draft = [0.0, *(draft_s[level] for level in sorted(draft_s))]
+        self._overhead = overhead_s
+        self._credit = FIRST_CREDIT * plain_s
+        self._trust, self._continues = 1.0, 0.7  # accepted / promised tokens; share of a level's promise the next keeps
+        self._rate = 1.0 / plain_s
+        self._levels, self._nodes, self._promise, self._promised = 1, 0, 0.0, 0.0  # of the round under way
+
+    @classmethod
+    def from_profile(cls, profile: TreeProfile, shape: TreeShape) -> "Pace":
+        """The costs that `fledge bench --tune` measured for trees of this shape."""
+        measured = {
+            int(name.split("x")[1]): float(seconds)
+            for name, seconds in profile.costs["draft_s"].items()
+            if int(name.split("x")[0]) == shape.top_k
+        }
+        verify_s = {int(nodes): float(seconds) for nodes, seconds in profile.costs["verify_s"].items()}
+        if shape.levels > max(measured, default=0) or shape.total_token > max(verify_s):
+            widths = sorted({int(name.split("x")[0]) for name in profile.costs["draft_s"]})
+            raise UserError(
+                f"the tree profile has no costs for total_token {shape.total_token}, depth {shape.depth}, top_k "
+                f"{shape.top_k}: it knows top_k {', '.join(map(str, widths))}, up to {max(verify_s)} nodes. Choose "
+                f"among these, or decode without --adaptive."
+            )
+        plain_s = 1.0 / profile.plain_tokens_per_s
+        verify_s = {1: plain_s, **verify_s}
+        return cls(plain_s=plain_s, verify_s=verify_s, draft_s=measured, overhead_s=float(profile.costs["overhead_s"]))
+
+    # -- one round, in this order --------------------------------------------------------------------------------------
+
+    def drafts(self) -> bool:
+        """Is there credit for a round of drafting?"""
+        self._levels, self._nodes, self._promise, self._promised = 1, 0, 0.0, 0.0
+        return self._credit > 0
+
+    def deeper(self, beam_scores: Tensor) -> bool:
+        """After a level whose best nodes have these scores (k,): is another one worth its time?"""
+        promise = float(beam_scores.exp().sum())
+        if self._promise and promise:
+            self._continues = MEMORY * self._continues + (1 - MEMORY) * min(promise / self._promise, 1.0)
+        self._promise = promise
+        added = self._trust * promise * self._continues
+        seconds = self._draft[self._levels + 1] - self._draft[self._levels]
+        worth = added > self._rate * seconds
+        self._levels += worth
+        return worth
+
+    def num_nodes(self, scores: Tensor, at_most: int) -> int:
+        """How many of the candidates with these scores (C,) to verify, the best first."""
+        best = np.sort(scores.float().exp().cpu().numpy())[::-1][:at_most]
+        promised = np.cumsum(best)
+        rates = (1.0 + self._trust * promised) / (self._verify[2 : 2 + len(best)] + self._spent())
+        chosen = int(rates.argmax()) + 1
+        self._promised, self._nodes = float(promised[chosen - 1]), chosen
+        return chosen
+
+    def record(self, emitted: int) -> None:
+        """The round brought so many tokens."""
+        seconds = self._verify[1 + self._nodes] + (self._spent() if self._nodes else 0.0)
+        self._credit += emitted * self.plain_s * (1 + ALLOWANCE) - seconds
+        self._credit = min(self._credit, MOST_CREDIT * self.plain_s)
+        if self._nodes:
+            trust = (emitted - 1) / max(self._promised, 1e-6)
+            self._trust = MEMORY * self._trust + (1 - MEMORY) * min(trust, 2.0)
+            self._rate = max(MEMORY * self._rate + (1 - MEMORY) * emitted / seconds, 1.0 / self.plain_s)
+
+    def _spent(self) -> float:
+        """Seconds of a round beside verification."""
+        return self._draft[self._levels] + self._overhead

@@ -1,0 +1,97 @@
+"""The pace loses at most its allowance, drafts where it pays, and chooses what an exhaustive search would."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from fledge.decoding.adaptive import ALLOWANCE, FIRST_CREDIT, Pace
+from fledge.decoding.records import TreeShape
+from fledge.decoding.tree_profile import TreeProfile
+from fledge.errors import UserError
+
+VERIFY = {1: 1.0, 2: 1.1, 8: 1.3, 16: 1.6, 60: 4.0}
+DRAFT = {level: 0.08 * level for level in range(1, 9)}
+SCORES = torch.tensor([0.5, 0.2, 0.1, 0.25, 0.1, 0.05, 0.12]).log()  # candidates of two levels
+
+
+def make_pace() -> Pace:
+    return Pace(plain_s=1.0, verify_s=VERIFY, draft_s=DRAFT, overhead_s=0.05)
+
+
+def run(pace: Pace, tokens: int, accepts, scores: torch.Tensor = SCORES) -> tuple[float, int, int]:
+    """Seconds, by the cost model, for so many tokens; rounds drafted and rounds at all."""
+    emitted, seconds, drafted, rounds = 0, 0.0, 0, 0
+    while emitted < tokens:
+        rounds += 1
+        new = 1
+        if pace.drafts():
+            drafted += 1
+            levels = 1
+            while levels < 4 and pace.deeper(scores[:3]):
+                levels += 1
+            nodes = pace.num_nodes(scores, len(scores))
+            new = 1 + accepts(levels)
+            seconds += pace._verify[nodes + 1] + DRAFT[levels] + 0.05
+        else:
+            seconds += 1.0
+        pace.record(new)
+        emitted += new
+    return seconds, drafted, rounds
+
+
+def test_a_useless_head_costs_at_most_the_allowance():
+    seconds, drafted, rounds = run(make_pace(), 2000, lambda levels: 0)
+    assert seconds <= 2000 * (1 + ALLOWANCE) + FIRST_CREDIT + 1
+    assert 0 < drafted < 0.2 * rounds  # probed now and then, no more
+
+
+def test_a_good_head_always_drafts():
+    seconds, drafted, rounds = run(make_pace(), 2000, lambda levels: levels)
+    assert drafted == rounds and seconds < 2000 * 0.75
+
+
+def test_a_prompt_that_begins_to_pay_is_noticed():
+    pace = make_pace()
+    run(pace, 500, lambda levels: 0)
+    seconds, drafted, rounds = run(pace, 500, lambda levels: 2)
+    assert drafted > 0.8 * rounds and seconds < 500 * 0.9
+    again, drafted, rounds = run(pace, 500, lambda levels: 0)
+    assert drafted < 0.3 * rounds and again < 500 * (1 + ALLOWANCE) + 12  # what the good time earned is limited
+
+
+def test_the_number_of_nodes_is_the_best_of_all():
+    random.seed(0)
+    for _ in range(50):
+        pace, scores = make_pace(), torch.rand(random.randint(1, 40)).log()
+        pace.drafts()
+        chosen = pace.num_nodes(scores, len(scores))
+        best = sorted(scores.exp().tolist(), reverse=True)
+        rates = [(1 + total) / (pace._verify[n + 1] + DRAFT[1] + 0.05)
+                 for n, total in enumerate(itertools.accumulate(best), start=1)]  # fmt: skip
+        assert chosen == 1 + rates.index(max(rates))
+
+
+def test_a_level_without_promise_is_not_drafted():
+    pace = make_pace()
+    pace.drafts()
+    assert pace.deeper(torch.tensor([0.6, 0.3]).log())
+    pace.drafts()
+    assert not pace.deeper(torch.tensor([0.03, 0.02]).log())
+
+
+def profile() -> TreeProfile:
+    costs = {"verify_s": {str(n): s for n, s in VERIFY.items() if n > 1}, "overhead_s": 0.05,
+             "draft_s": {f"{width}x{level}": s for width in (1, 4) for level, s in DRAFT.items()}}  # fmt: skip
+    return TreeProfile(tree=TreeShape(8, 2, 4), tau=1.5, tokens_per_s=1.0, plain_tokens_per_s=1.0, temperature=0.0,
+                       measured={}, curve=[], costs=costs, hardware={})  # fmt: skip
+
+
+def test_costs_come_from_the_profile():
+    pace = Pace.from_profile(profile(), TreeShape(16, 5, 4))
+    assert pace.plain_s == 1.0 and pace._verify[8] == 1.3 and pace._verify[4] == pytest.approx(1.1 + 0.2 / 3)
+    with pytest.raises(UserError, match="knows top_k 1, 4, up to 60 nodes"):
+        Pace.from_profile(profile(), TreeShape(16, 5, 3))
+    with pytest.raises(UserError, match="no costs for total_token 80"):
+        Pace.from_profile(profile(), TreeShape(80, 5, 4))
