@@ -1,9 +1,9 @@
-"""Imports go left to right: data -> target -> draft -> train -> export -> decoding -> bench, with a rim below."""
+"""Imports go left to right: data -> target -> draft -> decoding -> train -> export -> bench, with a rim below."""
 
 import ast
 from pathlib import Path
 
-STAGES = ("data", "target", "draft", "train", "export", "decoding", "bench")
+STAGES = ("data", "target", "draft", "decoding", "train", "export", "bench")
 RIM = {"config", "errors", "console", "provenance", "workers"}
 PACKAGE = Path(__file__).parent.parent / "fledge"
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fledge.data.vocab import check_vocab
 from fledge.draft.config import DraftConfig, from_json, to_json
+from fledge.draft.low_rank import merged
 from fledge.draft.model import DraftModel
 from fledge.errors import UserError
 from fledge.provenance import write_json
@@ -32,7 +33,8 @@ def save_draft(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = draft_tensors(model, dtype)
-    tensors |= {name: w.to("cpu", tensors[name].dtype).contiguous() for name, w in (weights or {}).items()}
+    gathered = {name: weight for name, weight in merged(weights or {}).items() if name in tensors}
+    tensors |= {name: weight.to("cpu", tensors[name].dtype).contiguous() for name, weight in gathered.items()}
     temporary = folder / (WEIGHTS + ".tmp")
     save_file(tensors, str(temporary), metadata={"format": "pt"})
     write_json(folder / "config.json", to_json(model.config, dtype=str(dtype).removeprefix("torch.")))
@@ -41,7 +43,8 @@ def save_draft(
 
 def draft_tensors(model: DraftModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """The checkpoint's tensors: trained weights in `dtype`, d2t and t2d unless the vocabulary is whole."""
-    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
+    parameters = merged({name: p.detach() for name, p in model.named_parameters()})
+    tensors = {name: p.to("cpu", dtype).contiguous() for name, p in parameters.items()}
     if not model.config.full_vocab:
         tensors |= {"d2t": model.d2t.cpu().contiguous(), "t2d": model.t2d.cpu().contiguous()}
     return tensors

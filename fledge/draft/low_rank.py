@@ -12,6 +12,7 @@ from fledge.errors import UserError
 
 # D draft vocab, H hidden, r rank
 UP, DOWN, WHOLE = "lm_head.up.weight", "lm_head.down.weight", "lm_head.weight"
+FACTORS = "head_factors.safetensors"  # beside a checkpoint's model.safetensors
 
 
 class LowRankHead(nn.Module):
@@ -57,3 +58,8 @@ def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         return weights
     product = weights[UP].float() @ weights[DOWN].float()
     return {name: weight for name, weight in weights.items() if name not in (UP, DOWN)} | {WHOLE: product}
+
+
+def factors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The two factors alone, as a checkpoint keeps them."""
+    return {name: weights[name].detach().float().cpu().contiguous() for name in (UP, DOWN)}

@@ -64,13 +64,35 @@ class DraftArguments:
     init_from: str | None = _flag(None, "Start from this head instead of a fresh one.")
     ttt_steps: int = _flag(7, "Draft steps unrolled per position (training-time test).")
     loss_type: Literal["kl", "lk"] = _flag("kl", "kl: cross-entropy to the target. lk: the LK-hybrid of KL and TV.")
-    step_decay: float = _flag(0.8, "Weight of TTT step k is step_decay ** k.")
+    position_weights: Literal["fixed", "dynamic"] = _flag(
+        "fixed", "fixed: step_decay ** k. dynamic: what a step adds to the expected accept length, by the draft itself."
+    )
+    step_decay: float = _flag(0.8, "Fixed weight of TTT step k is step_decay ** k.")
     loss_average: Literal["sequence", "token"] = _flag("sequence", "Mean within sequences first, or over all tokens.")
     target_dtype: str = _flag("auto", "dtype of the live target: auto, bfloat16, float16 or float32.")
+    head_rank: int | None = _flag(None, "Train lm_head as two factors of this rank; saved heads hold the product.")
+    sliding_window: int | None = _flag(None, "Positions the draft's attention reaches back. Empty: all.")
     save_dtype: Literal["bfloat16", "float16", "float32"] = _flag("bfloat16", "dtype of the final head's file.")
 
     def loss_settings(self) -> LossSettings:
-        return LossSettings(kind=self.loss_type, step_decay=self.step_decay, average=self.loss_average)
+        return LossSettings(
+            kind=self.loss_type, position_weights=self.position_weights, step_decay=self.step_decay,
+            average=self.loss_average,
+        )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class EvaluationArguments:
+    """Evaluation by real decoding; --eval_strategy and --eval_steps are for the loss."""
+
+    _argument_group_name = "evaluation by decoding"
+
+    eval_decode_steps: int = _flag(0, "Every so many steps, decode held-out prompts with the head as it is, and keep "
+                                   "the best by tau in OUTPUT_DIR/best. 0: never.")  # fmt: skip
+    eval_decode_prompts: int = _flag(16, "Held-out prompts to decode: first turns of the evaluation data.")
+    eval_decode_max_new_tokens: int = _flag(64, "Tokens per prompt, greedy.")
+    eval_decode_tree: list[int] = _flag([60, 5, 10], "The tree: total tokens, depth, top-k.")
+    eval_decode_load_best: bool = _flag(True, "The final head is the best by tau rather than the last.")
 
 
 @dataclass
@@ -113,15 +135,17 @@ class TrainArgs:
 
     data: DataArguments
     draft: DraftArguments
+    evaluation: EvaluationArguments
     trainer: TrainerArguments
 
     def resolved(self) -> dict[str, Any]:
         """Every field as written beside the head; running from this file repeats the run."""
-        parts = (dataclasses.asdict(self.data), dataclasses.asdict(self.draft), self.trainer.to_dict())
+        ours = (self.data, self.draft, self.evaluation)
+        parts = (*map(dataclasses.asdict, ours), self.trainer.to_dict())
         return {key: value for part in parts for key, value in part.items()}
 
 
-GROUPS = (DataArguments, DraftArguments, TrainerArguments)
+GROUPS = (DataArguments, DraftArguments, EvaluationArguments, TrainerArguments)
 
 
 def parse_args(_args_class: type, argv: Sequence[str], *, prog: str, description: str) -> TrainArgs:
@@ -131,15 +155,18 @@ def parse_args(_args_class: type, argv: Sequence[str], *, prog: str, description
     parser.add_argument("--config", help="Recipe: a YAML file of these flags; flags on the command line win.")
     words = _with_recipe(list(argv), known)
     try:
-        data, draft, trainer, *_, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+        parsed = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     except ValueError as error:
         raise UserError(f"{error} (see `{prog} --help`)") from None
+    data, draft, evaluation, trainer, *_, rest = parsed
     if rest:
         name = rest[0].lstrip("-").partition("=")[0].replace("-", "_")
         raise UserError(f"unknown flag {rest[0]!r}{nearest(name, known)}.")
     if not any(word.replace("-", "_").startswith("__output_dir") for word in words):  # the library has a default
         raise UserError("--output_dir is needed: the folder for the head, its checkpoints and its provenance.")
-    return TrainArgs(data=data, draft=draft, trainer=trainer)
+    if draft.sliding_window is not None and draft.sliding_window <= draft.ttt_steps:
+        raise UserError(f"--sliding_window {draft.sliding_window} must be larger than --ttt_steps {draft.ttt_steps}.")
+    return TrainArgs(data=data, draft=draft, evaluation=evaluation, trainer=trainer)
 
 
 def _with_recipe(argv: list[str], known: Sequence[str]) -> list[str]:

@@ -19,17 +19,19 @@ from fledge.console import say, show_table, warn
 from fledge.data.dataset import TokenizedData
 from fledge.data.tokenize import ChatTemplate
 from fledge.data.vocab import build_vocab
-from fledge.draft.checkpoint import WEIGHTS, load_draft
 from fledge.draft.config import DraftConfig, derive, read_overrides, to_json
+from fledge.draft.low_rank import LowRankHead
 from fledge.draft.model import DraftModel
 from fledge.errors import UserError
 from fledge.target.live import LiveSource
 from fledge.target.model import Target
 from fledge.target.record import TargetRecord
 from fledge.train.arguments import DataArguments, DraftArguments, TrainArgs, TrainerArguments, parse_args
+from fledge.train.evaluate import decoding_callback
 from fledge.train.module import TTTModule
 from fledge.train.resume import check_same_run, find_checkpoint
 from fledge.train.trainer import DraftTrainer
+from fledge.train.warm_start import architecture_of, continue_from
 
 __all__ = ["TrainArgs", "parse_args", "train"]
 
@@ -53,6 +55,7 @@ class Source:
     teacher_head: Callable[[Tensor], Tensor]
     target_name: str
     device: torch.device
+    target: Target | None = None  # where it lives in this process
 
 
 def train(args: TrainArgs) -> None:
@@ -74,8 +77,13 @@ def train(args: TrainArgs) -> None:
         module, args.trainer, to_record=source.to_record, train_dataset=source.train, eval_dataset=source.eval,
         save_dtype=getattr(torch, args.draft.save_dtype),
     )  # fmt: skip
+    evaluation = decoding_callback(trainer, args.evaluation, source, lambda: target_for_evaluation(args, source))
+    if evaluation is not None:
+        trainer.add_callback(evaluation)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    if evaluation is not None and args.evaluation.eval_decode_load_best:
+        evaluation.make_best_final()
     finish(trainer, args, source, result.metrics)
 
 
@@ -86,6 +94,20 @@ def open_source(args: TrainArgs) -> Source:
 
         return stored_source(args)
     return live_source(args)
+
+
+def target_for_evaluation(args: TrainArgs, source: Source) -> Target:
+    """The target of stored states, loaded because --eval_decode_steps decodes with it."""
+    name = args.data.target_model_name_or_path
+    if not name:
+        raise UserError(
+            f"--eval_decode_steps decodes with the target, which training from stored states does not load. Give "
+            f"--target_model_name_or_path (the states are of {source.target_name}), or leave --eval_decode_steps out "
+            f"and measure with `fledge bench`."
+        )
+    say(f"loading {name} for the evaluation by decoding")
+    dtype = source.head_weight.dtype if args.draft.target_dtype == "auto" else args.draft.target_dtype
+    return Target.from_pretrained(name, dtype=dtype, device=args.trainer.device, tap_layers=source.tap_layers)
 
 
 def live_source(args: TrainArgs) -> Source:
@@ -122,6 +144,7 @@ def live_source(args: TrainArgs) -> Source:
         teacher_head=target.head,
         target_name=target.name,
         device=args.trainer.device,
+        target=target,
     )
 
 
@@ -173,15 +196,19 @@ def limited(dataset: Any, max_samples: int | None) -> Any:
 
 
 def draft_config(args: DraftArguments, source: Source) -> DraftConfig:
-    """Derived from the target, sizes overridden by a config file, the vocabulary by its flag."""
-    overrides = read_overrides(Path(args.draft_model_config_path)) if args.draft_model_config_path else {}
+    """Derived from the target, sizes overridden by a file or the head to continue, the vocabulary by its flag."""
+    overrides: dict[str, Any] = {}
+    if args.draft_model_config_path:
+        overrides = read_overrides(Path(args.draft_model_config_path))
+    elif args.init_from:
+        overrides = architecture_of(Path(args.init_from), source.text_config.num_hidden_layers, args.draft_type)
     vocab_size = source.head_weight.shape[0]
     wanted = args.draft_vocab_size if args.draft_vocab_size is not None else overrides.pop("draft_vocab_size", None)
     overrides.pop("draft_vocab_size", None)
     size = DEFAULT_DRAFT_VOCAB if wanted is None else (wanted or vocab_size)
     return derive(
         source.text_config, vocab_size=vocab_size, tap_layers=source.tap_layers, draft_vocab_size=size,
-        eagle31=args.draft_type == "eagle3.1", overrides=overrides,
+        eagle31=args.draft_type == "eagle3.1", overrides={**overrides, "sliding_window": args.sliding_window},
     )  # fmt: skip
 
 
@@ -198,36 +225,17 @@ def make_draft(config: DraftConfig, args: DraftArguments, source: Source, seed: 
     draft = DraftModel(config, source.embedding)
     draft.set_vocab(vocab.d2t, vocab.t2d)
     if args.init_from:
-        draft.warm_start_head(source.head_weight)
-        continue_from(draft, Path(args.init_from), source)
+        continue_from(draft, Path(args.init_from), source.head_weight, source.text_config.num_hidden_layers)
     else:
         first = [source.to_record(source.train[index]) for index in range(min(STARTING_SAMPLES, len(source.train)))]
         draft.warm_start(source.head_weight, torch.cat([record.tap_hidden for record in first]))
+    if args.head_rank is not None:
+        draft.lm_head = LowRankHead.of(draft.lm_head.weight.detach(), args.head_rank)  # type: ignore[assignment]
+        say(f"lm_head is trained as two factors of rank {args.head_rank}")
     show_table("draft head", ["field", "value"], [[k, v] for k, v in to_json(config).items() if v is not None])
     num_parameters = sum(p.numel() for p in draft.parameters())
     say(f"{num_parameters / 1e6:.1f} M trained parameters; taps are inputs of layers {list(config.tap_layers)}")
     return draft.to(source.device, torch.float32)
-
-
-@torch.no_grad()
-def continue_from(draft: DraftModel, folder: Path, source: Source) -> None:
-    """Take every weight of an earlier head; lm_head rows follow their tokens into the new draft vocabulary."""
-    before = load_draft(folder, source.embedding, dtype=torch.float32)
-    old, new = dict(before.named_parameters()), dict(draft.named_parameters())
-    differ = [n for n in new if n != "lm_head.weight" and (n not in old or old[n].shape != new[n].shape)]
-    if differ or set(old) - set(new):
-        raise UserError(
-            f"--init_from {folder}: its {(differ or sorted(set(old) - set(new)))[0]} does not fit this draft. "
-            f"Use the same sizes and --draft_type as that head."
-        )
-    for name in new:
-        if name != "lm_head.weight":
-            new[name].copy_(old[name])
-    ids = draft.target_ids(torch.arange(draft.config.draft_vocab_size))
-    old_ids = before.target_ids(torch.arange(before.config.draft_vocab_size))
-    kept = torch.isin(ids, old_ids)
-    draft.lm_head.weight[kept] = before.lm_head.weight[torch.searchsorted(old_ids, ids[kept])]
-    say(f"continuing from {folder / WEIGHTS}: {int(kept.sum())} of {len(ids)} vocabulary rows kept, the others new")
 
 
 def _resolve(args: TrainArgs, config: DraftConfig) -> None:

@@ -6,24 +6,30 @@ over accumulation and ranks: N processes with batch 1 take the step of one proce
 """
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fledge.draft.batch import Batch, pack
 from fledge.draft.checkpoint import WEIGHTS, read_tensors, save_draft
 from fledge.draft.loss import LossOutput
+from fledge.draft.low_rank import FACTORS, WHOLE, LowRankHead, factors, merged
 from fledge.draft.model import DraftModel
 from fledge.errors import UserError
 from fledge.target.record import TargetRecord
 from fledge.train.arguments import TrainerArguments
 from fledge.train.metrics import MetricSums, taught_positions
 from fledge.train.module import TTTModule
+from fledge.train.resume import is_complete
 
 
 def as_list(items: Sequence[Any]) -> list[Any]:
@@ -62,7 +68,18 @@ class DraftTrainer(Trainer):
     # -- batches and loss ----------------------------------------------------------------------------------------------
 
     def _prepare_inputs(self, inputs: list[Any]) -> Batch:  # type: ignore[override]
-        return pack([self.to_record(item) for item in inputs]).to(self.args.device)
+        return pack([self._record(item) for item in inputs]).to(self.args.device)
+
+    def _record(self, item: Any) -> TargetRecord:
+        """A sample's record; a damaged one is named."""
+        try:
+            return self.to_record(item)
+        except (ValueError, IndexError, AssertionError) as error:
+            name = getattr(item, "id", None) or getattr(item, "sample_id", "?")
+            raise UserError(
+                f"sample {name!r} cannot be trained on ({' '.join(str(error).split())}). Mend or remove it and run "
+                f"the same command again: it resumes from the last checkpoint in {self.args.output_dir}."
+            ) from error
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Sequences (or taught tokens) of the whole optimisation step, over all ranks."""
@@ -132,21 +149,61 @@ class DraftTrainer(Trainer):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's; what a full disk leaves half written is removed, and the run stops."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as RuntimeError
+            folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if is_complete(folder):
+                raise
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(
+                f"{folder}: the checkpoint could not be written ({' '.join(str(error).split())[:200]}); what was "
+                f"there of it is removed. Earlier checkpoints are intact: make room and run the same command again."
+            ) from error
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
         if self.args.should_save:
             final = folder == Path(self.args.output_dir or ".")
-            weights = {key.removeprefix("draft."): value for key, value in (state_dict or {}).items()}
+            weights = _own_names(state_dict or {})
             save_draft(self.draft, folder, dtype=self.save_dtype if final else torch.float32, weights=weights)
+            if isinstance(self.draft.lm_head, LowRankHead) and not final:
+                save_file(factors(weights or dict(self.draft.named_parameters())), str(folder / FACTORS))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds only a part of the weights (or may)."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def gathered_weights(self) -> dict[str, Tensor]:
+        """The head's weights under their own names, whole; on rank 0 where they are sharded. Every rank must ask."""
+        if self.sharded:
+            return merged(_own_names(self.accelerator.get_state_dict(self.model_wrapped)))
+        return merged({name: parameter.detach() for name, parameter in self.draft.named_parameters()})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_weights(Path(resume_from_checkpoint))
+        self.load_head(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint
-        self._load_weights(Path(self.state.best_model_checkpoint))
+        self.load_head(Path(self.state.best_model_checkpoint))
 
-    def _load_weights(self, folder: Path) -> None:
-        self.draft.load_state_dict(read_tensors(folder / WEIGHTS), strict=False)
+    def load_head(self, folder: Path) -> None:
+        """Take the weights of a saved head or checkpoint (not while the model is sharded)."""
+        tensors, head = read_tensors(folder / WEIGHTS), self.draft.lm_head
+        self.draft.load_state_dict(tensors, strict=False)
+        if isinstance(head, LowRankHead):
+            if (folder / FACTORS).is_file():
+                self.draft.load_state_dict(read_tensors(folder / FACTORS), strict=False)
+            else:
+                head.factorise(tensors[WHOLE].to(head.weight.device))
+
+
+def _own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A TTTModule's state, as the draft names it."""
+    return {key.removeprefix("draft."): value for key, value in state.items()}

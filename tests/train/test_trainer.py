@@ -2,58 +2,16 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_target, tiny_vocab
+from tiny import tiny_target
+from tiny_trainer import STEPS, losses, make_trainer, samples
 
 from fledge.data.tokenize import Sample
 from fledge.draft.checkpoint import load_draft, read_tensors
-from fledge.draft.loss import LossSettings
-from fledge.draft.model import DraftModel
 from fledge.errors import UserError
-from fledge.target.live import LiveSource
-from fledge.train.arguments import TrainerArguments
-from fledge.train.module import TTTModule
 from fledge.train.resume import check_same_run, find_checkpoint
-from fledge.train.trainer import DraftTrainer
-
-STEPS = 3
-
-
-def samples(num: int, *, seed: int = 0) -> list[Sample]:
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for index in range(num):
-        length = int(torch.randint(8, 20, (1,), generator=generator))
-        ids = torch.randint(4, 128, (length,), generator=generator)
-        mask = torch.arange(length) >= length // 2
-        made.append(Sample(f"s{index}", ids, mask))
-    return made
-
-
-def make_trainer(folder: Path, data: list[Sample], *, average="sequence", eval_data=None, **overrides) -> DraftTrainer:
-    target = tiny_target("qwen3")
-    torch.manual_seed(0)
-    draft = DraftModel(tiny_config(target), target.embedding_weight)
-    draft.set_vocab(*tiny_vocab(target.vocab_size, draft.config.draft_vocab_size))
-    draft.warm_start_head(target.head_weight)
-    settings = {
-        "output_dir": str(folder), "learning_rate": 1e-3, "per_device_train_batch_size": 2, "max_steps": 6,
-        "bf16": False, "save_steps": 2, "logging_steps": 1, "disable_tqdm": True, "warmup_steps": 1, "seed": 3,
-        **overrides,
-    }  # fmt: skip
-    args = TrainerArguments(**settings)
-    module = TTTModule(draft, target.head, STEPS, LossSettings(average=average))
-    return DraftTrainer(
-        module, args, to_record=LiveSource(target).record, train_dataset=data, eval_dataset=eval_data,
-        save_dtype=torch.float32,
-    )  # fmt: skip
-
-
-def losses(trainer: DraftTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_the_final_head_is_complete_and_loss_falls(tmp_path):
@@ -150,3 +108,70 @@ def test_resume_from_a_folder_without_checkpoint(tmp_path):
         find_checkpoint(tmp_path, str(tmp_path / "nowhere"))
     assert find_checkpoint(tmp_path, "auto") is None
     assert find_checkpoint(tmp_path, "False") is None
+
+
+@pytest.mark.parametrize("flag", ["activation_checkpointing", "gradient_checkpointing"])
+def test_activation_checkpointing_is_honoured_and_changes_nothing(tmp_path, flag):
+    run = {"max_steps": 2, "save_strategy": "no"}
+    plain = make_trainer(tmp_path, samples(8), **run)
+    plain.train()
+    if flag == "gradient_checkpointing":  # the library's old name for it
+        with pytest.warns(FutureWarning):
+            spared = make_trainer(tmp_path, samples(8), **run, gradient_checkpointing=True)
+    else:
+        spared = make_trainer(tmp_path, samples(8), **run, activation_checkpointing=True)
+    spared.train()
+    assert spared.accelerator.unwrap_model(spared.model).recompute and not plain.model.recompute
+    assert losses(spared) == losses(plain)
+    with pytest.raises(UserError, match="not offloaded"):
+        plain.model.activation_checkpointing_enable(offload=True)
+
+
+def test_a_low_rank_head_resumes_exactly_and_is_saved_whole(tmp_path):
+    data = samples(16)
+    whole = make_trainer(tmp_path / "whole", data, rank=8)
+    whole.train()
+    part = make_trainer(tmp_path / "part", data, rank=8)
+    part.train()
+    shutil.rmtree(tmp_path / "part" / "checkpoint-6")
+    again = make_trainer(tmp_path / "part", data, rank=8)
+    again.train(resume_from_checkpoint=find_checkpoint(tmp_path / "part", "auto"))
+    assert losses(again) == losses(whole)
+    for ours, theirs in zip(again.draft.parameters(), whole.draft.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    again.save_model()
+    loaded = load_draft(tmp_path / "part", tiny_target("qwen3").embedding_weight)
+    torch.testing.assert_close(loaded.lm_head.weight, again.draft.lm_head.weight)
+    assert torch.linalg.matrix_rank(loaded.lm_head.weight) == 8
+
+
+def test_a_bad_sample_is_named_and_the_checkpoint_is_intact(tmp_path):
+    data = samples(16)
+    broken = Sample("broken", torch.tensor([5, 6, 10_000_000, 7, 8, 9]), torch.ones(6, dtype=torch.bool))
+    trainer = make_trainer(tmp_path, [*data, *[broken] * 4], max_steps=10)
+    with pytest.raises(UserError, match="sample 'broken' cannot be trained on.*resumes from the last checkpoint"):
+        trainer.train()
+    if trainer.state.global_step >= 2:
+        assert find_checkpoint(tmp_path, "auto") is not None
+
+
+def test_a_failing_save_removes_its_rest_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    """Like a disk that fills up at the second checkpoint, while the optimizer is written."""
+    trainer, honest, calls = make_trainer(tmp_path, samples(16)), torch.save, []
+
+    def full(thing, path, *args, **kwargs):
+        calls.append(path)
+        if "checkpoint-4" in str(path):
+            raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+        return honest(thing, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="checkpoint-4: the checkpoint could not be written.*make room"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-4").exists()
+    monkeypatch.undo()
+    again = make_trainer(tmp_path, samples(16))
+    again.train(resume_from_checkpoint=find_checkpoint(tmp_path, "auto"))
+    whole = make_trainer(tmp_path / "whole", samples(16))
+    whole.train()
+    assert losses(again) == losses(whole)
