@@ -30,6 +30,7 @@ COMMANDS: dict[str, Command] = {
         "fledge.data.regenerate", "RegenerateArgs", "regenerate", "let the target answer every conversation again"
     ),
     "decode": Command("fledge.decoding.command", "DecodeArgs", "decode", "answer a prompt with a draft head"),
+    "chat": Command("fledge.decoding.chat", "ChatArgs", "chat", "talk to the target with a draft head"),
     "bench": Command("fledge.bench.run", "BenchArgs", "bench", "measure plain against speculative decoding"),
     "report": Command(
         "fledge.bench.compare", "ReportArgs", "report", "draw a benchmark report again, or compare several"

@@ -1,15 +1,19 @@
 """fledge decode: streams text, says what the head was worth, refuses what cannot be."""
 
 import io
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import VOCAB, tiny_draft, tiny_model, tiny_target
 
+from fledge import provenance
 from fledge.cli import main
-from fledge.decoding.command import Stream, speed_line
-from fledge.decoding.records import Generation
+from fledge.data.tokenize import ChatTemplate
+from fledge.decoding.answering import Stream, speed_line
+from fledge.decoding.records import Generation, TreeShape
+from fledge.decoding.tree_profile import NAME, TreeProfile, write_profile
 from fledge.draft.checkpoint import save_draft
 
 TEMPLATE = "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <eos> ' }}{% endfor %}<assistant> "
@@ -34,9 +38,9 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     return target, head
 
 
-def run(*words: object) -> int:
+def run(*words: object, command: str = "decode") -> int:
     with pytest.raises(SystemExit) as caught:
-        main(["decode", *map(str, words), "--device", "cpu"])
+        main([command, *map(str, words), "--device", "cpu"])
     return int(caught.value.code or 0)
 
 
@@ -112,3 +116,53 @@ def test_kept_drafts_are_green_on_a_terminal():
 def test_one_token_has_no_tau():
     line = speed_line("speculative", Generation([3], [], 6, "stop", 0.05, 0.0, {}, num_forwards=0))
     assert line == "speculative: 1 tokens, ended at a stop token, 0.0 tok/s, first token after 50 ms"
+
+
+def write_tree_profile(head: Path, target: Path) -> None:
+    costs = {"verify_s": {str(n): 1.0 + 0.01 * n for n in (2, 8, 16, 32)}, "overhead_s": 0.01,
+             "draft_s": {f"3x{level}": 0.05 * level for level in range(1, 9)}}  # fmt: skip
+    write_profile(head / NAME, TreeProfile(
+        tree=TreeShape(8, 2, 3), tau=1.5, tokens_per_s=1.2, plain_tokens_per_s=1.0, temperature=0.0, measured={},
+        curve=[], costs=costs, hardware=provenance.hardware(),
+    ))  # fmt: skip
+
+
+def test_adaptive_drafting_and_its_profile(folders, capsys, tmp_path):
+    target, original = folders
+    head = shutil.copytree(original, tmp_path / "head")
+    words = ("--target", target, "--draft", head, "--prompt", "w20 w30", "--max-new-tokens", 40, "--compare",
+             "--adaptive", "--total-token", 8, "--depth", 2, "--top-k", 3)  # fmt: skip
+    assert run(*words) == 1 and "no tree profile" in capsys.readouterr().err
+    write_tree_profile(head, target)
+    assert run(*words, "--profile") == 0
+    shown = capsys.readouterr().err
+    assert "outputs identical" in shown and "GB/s" in shown and "verify" in shown
+    assert run("--target", target, "--prompt", "w20", "--adaptive") == 1
+    assert "--adaptive adapts the draft tree" in capsys.readouterr().err
+
+
+def test_chat_keeps_the_conversation(folders, capsys, monkeypatch):
+    """Turns from a pipe: the second sees the first, /reset forgets; the same text as decoding the whole."""
+    target, head = folders
+    monkeypatch.setattr("sys.stdin", io.StringIO("w20 w30\n\nw40\n/reset\nw20 w30\n/exit\nw50\n"))
+    asked: list[list[str]] = []
+    real = ChatTemplate.prompt_ids
+
+    def noted(self, messages):
+        asked.append([message["role"] for message in messages])
+        return real(self, messages)
+
+    monkeypatch.setattr(ChatTemplate, "prompt_ids", noted)
+    assert run("--target", target, "--draft", head, "--max-new-tokens", 8, "--system", "w9", command="chat") == 0
+    shown = capsys.readouterr()
+    first, second, third = shown.out.splitlines()
+    assert first == third and second and shown.err.count("tok/s") == 3
+    assert asked == [["system", "user"], ["system", "user", "assistant", "user"], ["system", "user"]]
+
+
+def test_chat_survives_what_one_turn_does_wrong(folders, capsys, monkeypatch):
+    target, head = folders
+    monkeypatch.setattr("sys.stdin", io.StringIO(" ".join(["w20"] * 600) + "\nw20\n"))
+    assert run("--target", target, "--draft", head, "--max-new-tokens", 4, command="chat") == 0
+    shown = capsys.readouterr()
+    assert "Shorten the prompt" in shown.err and shown.err.count("tok/s") == 1

@@ -1,0 +1,221 @@
+"""What `fledge decode` and `fledge chat` share: their flags, a loaded target with its head, and text as it streams."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from fledge.console import say, show_table
+from fledge.data.rejects import Reject
+from fledge.data.tokenize import ChatTemplate
+from fledge.decoding.records import Generation, Sampling, TreeShape
+from fledge.errors import UserError
+
+GREEN, NORMAL = "\033[32m", "\033[0m"
+READ_BYTES = 256 << 20  # read once to learn the memory's speed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeArgs:
+    """The draft tree of every round."""
+
+    total_token: int = 60
+    """Tree nodes the target checks per round, root included."""
+    depth: int = 5
+    """Draft rounds after the first level of the tree."""
+    top_k: int = 10
+    """Children per tree node and beam width; 1 drafts a chain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingArgs:
+    """How tokens are chosen; the same law with and without a head."""
+
+    temperature: float = 0.0
+    """0 takes the most likely token, 1 samples from the target's own distribution."""
+    top_p: float = 1.0
+    """Sample only from the most likely tokens that hold this share of the probability."""
+    sample_top_k: int = 0
+    """Sample only from this many most likely tokens; 0 for all. (--top-k is the draft tree's.)"""
+    seed: int | None = None
+    """Seed of the draws. None draws differently every time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    target: str
+    """Target model: a folder or a hub name."""
+    draft: Path | None = None
+    """Draft head: the folder that training wrote. None decodes plainly."""
+    system: str | None = None
+    """System turn before everything else."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    adaptive: bool = False
+    """Draft only as deep and as wide as it pays, or not at all; the tree flags are then the most that is drafted. Costs
+    come from the head's tree profile (`fledge bench --tune`)."""
+    profile: bool = False
+    """After an answer, show the time of a round by phase and the memory bandwidth it amounts to."""
+    tree: TreeArgs = field(default_factory=TreeArgs)
+    sampling: SamplingArgs = field(default_factory=SamplingArgs)
+    chat_template_type: str | None = None
+    """Named chat template instead of the tokenizer's own (qwen3, hunyuan, llama3, gemma, gpt_oss, chatml ...)."""
+    enable_thinking: bool | None = None
+    """Passed to templates that know thinking modes."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of the weights; auto takes the checkpoint's own."""
+    device: str | None = None
+    """Where to run, such as cpu or cuda:1. None takes the accelerator when there is one."""
+
+
+class Answerer:
+    """A loaded target, with its head when there is one, that answers by the flags."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        import torch
+
+        from fledge.decoding.adaptive import Pace
+        from fledge.decoding.tree_profile import profile_path, read_profile
+        from fledge.draft.checkpoint import load_draft
+        from fledge.draft.config import from_json
+        from fledge.target.model import Target
+
+        sampling = args.sampling
+        self.args = args
+        self.sampling = Sampling(sampling.temperature, sampling.top_p, sampling.sample_top_k, sampling.seed)
+        self.tree = TreeShape(args.tree.total_token, args.tree.depth, args.tree.top_k)
+        self.pace = None
+        if args.adaptive:
+            if args.draft is None:
+                raise UserError("--adaptive adapts the draft tree; give the head with --draft.")
+            self.pace = Pace.from_profile(read_profile(profile_path(str(args.draft), None)), self.tree)
+        taps = from_json(args.draft / "config.json").tap_layers if args.draft else None
+        dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+        self.target = Target.from_pretrained(args.target, dtype=dtype, device=args.device, tap_layers=taps)
+        self.draft = load_draft(args.draft, self.target.embedding_weight) if args.draft else None
+        self.stops = self.target.eos_token_ids
+
+    def template(self) -> ChatTemplate:
+        """The chat template; its end-of-turn tokens end answers from now on."""
+        template = ChatTemplate(
+            self.target.tokenizer, self.args.chat_template_type, eos_token_ids=self.target.eos_token_ids,
+            enable_thinking=self.args.enable_thinking,
+        )  # fmt: skip
+        self.stops = tuple(template.stop_token_ids)
+        return template
+
+    def answer(self, prompt_ids: list[int], out: TextIO) -> tuple[Generation, str]:
+        """Stream an answer, with its line of figures on stderr; also returns its text."""
+        stream = Stream(self.target.tokenizer, out)
+        try:
+            if self.draft is None:
+                found = self.plainly(prompt_ids, on_tokens=stream.write)
+            else:
+                from fledge.decoding.generate import generate_speculative
+
+                found = generate_speculative(
+                    self.target, self.draft, prompt_ids, tree=self.tree, pace=self.pace, on_tokens=stream.write,
+                    **self._options(),
+                )  # fmt: skip
+        finally:
+            text = stream.close()
+        say(speed_line("plain" if self.draft is None else "speculative", found))
+        if self.args.profile:
+            show_profile(found, self.target)
+        return found, text
+
+    def plainly(self, prompt_ids: list[int], **changes: Any) -> Generation:
+        """The same without the head."""
+        from fledge.decoding.generate import generate_plain
+
+        return generate_plain(self.target, prompt_ids, **{**self._options(), **changes})
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "max_new_tokens": self.args.max_new_tokens, "sampling": self.sampling, "eos_token_ids": self.stops,
+        }  # fmt: skip
+
+
+def rendered(template: ChatTemplate, messages: list[dict[str, Any]]) -> list[int]:
+    """Prompt tokens of a conversation."""
+    try:
+        return template.prompt_ids(messages)
+    except Reject as reject:
+        raise UserError(f"the prompt cannot be rendered ({reject.detail}). Change it, or use --raw.") from None
+
+
+class Stream:
+    """Writes text as its tokens arrive; a character split over several tokens waits for its last one."""
+
+    def __init__(self, tokenizer: Any, out: TextIO) -> None:
+        self._tokenizer, self._out = tokenizer, out
+        self._colour = out.isatty()
+        self._token_ids: list[int] = []
+        self._shown = ""
+
+    def write(self, new: list[int]) -> None:
+        """One round: the drafts that were kept, then the target's own token."""
+        for index, token in enumerate(new):
+            self._token_ids.append(token)
+            text = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
+            if text.endswith("\ufffd") or not text.startswith(self._shown):
+                continue
+            piece, self._shown = text[len(self._shown) :], text
+            kept = self._colour and index < len(new) - 1
+            self._out.write(f"{GREEN}{piece}{NORMAL}" if kept else piece)
+        self._out.flush()
+
+    def close(self) -> str:
+        """What was held back, and a line end. The whole text."""
+        text = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
+        rest = text[len(self._shown) :] if text.startswith(self._shown) else ""
+        self._out.write(rest + "\n")
+        self._out.flush()
+        return text
+
+
+def speed_line(name: str, generation: Generation) -> str:
+    """Tokens, tau, tokens per second after the first, time to the first."""
+    tau = f", tau {generation.tau:.2f}" if generation.drafted_depth and generation.num_forwards else ""
+    ended = "at a stop token" if generation.finish_reason == "stop" else "at the length limit"
+    return (
+        f"{name}: {len(generation.token_ids)} tokens, ended {ended}{tau}, {tokens_per_s(generation):.1f} tok/s, "
+        f"first token after {1000 * generation.ttft_s:.0f} ms"
+    )
+
+
+def tokens_per_s(generation: Generation) -> float:
+    """Decoding speed: the tokens after the first over the time after the first."""
+    return (len(generation.token_ids) - 1) / generation.decode_s if generation.decode_s else 0.0
+
+
+def show_profile(generation: Generation, target: Any) -> None:
+    """Where a round's time goes, and how near it is to reading the weights once."""
+    rounds = max(generation.num_forwards, 1)
+    parts = {phase: seconds for phase, seconds in generation.phases_s.items() if phase != "prefill"}
+    total = sum(parts.values()) or 1.0
+    rows = [(phase, f"{1000 * seconds / rounds:.2f}", f"{seconds / total:.0%}") for phase, seconds in parts.items()]
+    show_table(f"a round ({generation.num_forwards} rounds)", ("phase", "ms", "share"), rows)
+    weights = sum(p.numel() * p.element_size() for p in target.model.parameters())
+    speed, fastest = weights / (parts["verify"] / rounds or 1.0), read_speed(target.device)
+    say(
+        f"verification reads {weights / 1e9:.2f} GB of weights per round at {speed / 1e9:.1f} GB/s; this machine reads "
+        f"{fastest / 1e9:.1f} GB/s, so plain decoding cannot pass {fastest / weights:.1f} tok/s"
+    )
+
+
+def read_speed(device: Any) -> float:
+    """Bytes per second of a plain read of memory, the best of five."""
+    import time
+
+    import torch
+
+    block = torch.ones(READ_BYTES // 4, device=device)
+    wait: Any = torch.cuda.synchronize if block.is_cuda else (lambda: None)
+    best = float("inf")
+    for _ in range(6):
+        wait()
+        start = time.perf_counter()
+        block.sum()
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return READ_BYTES / best
