@@ -9,7 +9,7 @@ SHELL := /bin/bash
 help:
 	@echo "make quickstart    install, then the whole path on a small real model (ten minutes, two cores, no GPU)"
 	@echo "make test          install, then the CPU test suite"
-	@echo "make test-engines  the tests against a real vLLM server (its own virtual environment)"
+	@echo "make test-engines  the tests against a real vLLM server (its own virtual environment) and SGLang's loader"
 	@echo "make check | fix   lint and types | format"
 
 install: $(VENV)/.installed
@@ -36,7 +36,9 @@ test: install
 
 test-engines: install
 	bash tests/engines/setup_vllm.sh
+	PYTHON=$(BIN)/python bash tests/engines/setup_sglang.sh
 	$(BIN)/python -m pytest -q -m vllm tests/engines
+	$(BIN)/python -m pytest -q tests/export/test_engines.py tests/export/test_sglang_loader.py
 
 quickstart: install
 	$(BIN)/fledge quickstart $(ARGS)

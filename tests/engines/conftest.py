@@ -1,6 +1,16 @@
-"""Tests against real engines run only when asked for (`make test-engines`, or `-m vllm`): each starts a server."""
+"""Tests against real engines run only when asked for (`make test-engines`, or `-m vllm`): each starts a server.
+
+The heads they serve are trained here, on the real target's own answers, and kept in pytest's cache: a fresh machine
+pays for them once. FLEDGE_TEST_HEAD and FLEDGE_TEST_HEAD_31 name finished heads to use instead.
+"""
+
+import os
+import shutil
+from pathlib import Path
 
 import pytest
+
+HEAD_VARIABLES = {"eagle3": "FLEDGE_TEST_HEAD", "eagle3.1": "FLEDGE_TEST_HEAD_31"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -9,3 +19,53 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.skip(reason="needs a vLLM server: run `make test-engines`"))
+
+
+@pytest.fixture(scope="session")
+def vllm_program() -> str:
+    """The vllm command of an environment of its own; FLEDGE_VLLM names another one."""
+    beside = Path(__file__).resolve().parents[2] / ".venv-vllm" / "bin" / "vllm"
+    program = os.environ.get("FLEDGE_VLLM") or str(beside)
+    if not shutil.which(program):
+        pytest.skip(f"no vLLM at {program}: run tests/engines/setup_vllm.sh or set FLEDGE_VLLM")
+    return program
+
+
+@pytest.fixture(scope="session")
+def trained_heads(request, smollm2_dir) -> dict[str, Path]:
+    """An EAGLE-3 and an EAGLE-3.1 head for the real target, by --draft_type; two minutes each, once."""
+    cache = Path(request.config.cache.mkdir("engine-heads"))
+    return {kind: _head(kind, cache, str(smollm2_dir)) for kind in HEAD_VARIABLES}
+
+
+def _head(kind: str, cache: Path, target: str) -> Path:
+    if given := os.environ.get(HEAD_VARIABLES[kind]):
+        return Path(given)
+    folder, answers = cache / kind, cache / "answers"
+    if not (folder / "provenance.json").is_file():  # written last
+        _answer(cache / "prompts.jsonl", answers, target)
+        _fledge(
+            "train", "--target_model_name_or_path", target, "--train_data_path", str(answers),
+            "--train_hidden_path", str(cache / "states"), "--output_dir", str(folder), "--draft_type", kind,
+            "--draft_vocab_size", "4096", "--model_max_length", "192", "--ttt_steps", "3", "--num_train_epochs", "4",
+            "--per_device_train_batch_size", "2", "--logging_steps", "20", "--save_strategy", "no",
+            "--disable_tqdm", "True",
+        )  # fmt: skip
+    return folder
+
+
+def _answer(prompts: Path, answers: Path, target: str) -> None:
+    from fledge.data.starter_prompts import write_starter_prompts
+
+    if not prompts.is_file():
+        write_starter_prompts(prompts, 64)
+    _fledge(
+        "regenerate", "--data-name-or-path", str(prompts), "--output-dir", str(answers), "--engine", "transformers",
+        "--model", target, "--max-tokens", "64", "--temperature", "0.0", "--dtype", "float32",
+    )  # fmt: skip
+
+
+def _fledge(*words: str) -> None:
+    from fledge.cli import run_command
+
+    assert run_command(words[0], words[1:]) == 0, f"fledge {' '.join(words)} failed"
