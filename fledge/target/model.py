@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fledge.data.vision import Vision, has_vision, load_vision
 from fledge.errors import UserError
+from fledge.target.linear import head_logits
 from fledge.target.quirks import logit_quirks
 from fledge.target.record import TargetOutput, default_tap_layers
 
@@ -186,7 +187,7 @@ class Target:
 
     def head(self, last_hidden: Tensor) -> Tensor:
         """(..., H) after the final norm -> (..., V), exactly the model's logits."""
-        return self.quirks.apply(self.model.get_output_embeddings()(last_hidden))
+        return self.quirks.apply(head_logits(self.model.get_output_embeddings(), last_hidden))
 
     def _as_the_model_wants(self, model_inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Only what the forward knows (processors say more), floating point in the model's dtype."""

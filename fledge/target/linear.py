@@ -1,0 +1,39 @@
+"""A head's matrix product with few rows: what every decoding round pays for.
+
+In fp32 on a CPU, PyTorch's product (MKL) of 2 to 10 rows with a large matrix takes far longer than the memory needs;
+oneDNN's, which PyTorch has for bf16 and compiled models, does not. One core, 49152 x 576 weights, milliseconds:
+
+    rows        1      2      3      4      8      10
+    F.linear    10.2   24.3   35.7   17.5   19.9   21.4
+    oneDNN      8.6    11.0   11.2   11.6   13.6   14.4
+
+Small matrices gain nothing (docs/log.md). Other dtypes and devices, gradients and many rows take F.linear.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MOST_ROWS = 64
+LEAST_OUTPUTS = 4096
+
+
+def few_rows_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear(hidden (.., H), weight (V, H), bias (V,)), by oneDNN where that is faster."""
+    if (
+        hidden.dtype != torch.float32
+        or hidden.device.type != "cpu"
+        or weight.shape[0] < LEAST_OUTPUTS
+        or hidden.numel() > MOST_ROWS * hidden.shape[-1]
+        or torch.is_grad_enabled()
+        or type(weight.data) is not Tensor  # a part of a tensor, say: its own rules apply
+        or not torch.backends.mkldnn.is_available()
+    ):
+        return F.linear(hidden, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(hidden.contiguous(), weight, bias, "none", [], "")
+
+
+def head_logits(head: nn.Module, last_hidden: Tensor) -> Tensor:
+    """(.., H) -> (.., V) by a model's output embedding; anything but a plain nn.Linear computes for itself."""
+    plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
+    return few_rows_linear(last_hidden, head.weight, head.bias) if plain else head(last_hidden)
