@@ -11,6 +11,7 @@ incoming gradient.
 `dense_loss` is the slow twin: whole matrices and autograd.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,8 @@ from fledge.draft.ttt import Alignment
 
 # P taught positions, C chunk of them, K steps, S active rows, D draft vocab, V target vocab
 
-CHUNK_BYTES = 64 * 2**20  # small enough that a chunk's matrices stay near a CPU's cache, large enough for its GEMMs
+# Memory for one chunk's matrices: large enough for full-speed products, small beside the activations.
+CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
 Kind = Literal["kl", "lk"]
 Average = Literal["sequence", "token"]
 PositionWeights = Literal["fixed", "dynamic"]
@@ -123,7 +125,7 @@ def read_confidence(
     """(K, P) probability the draft gives the target's choice: a pass of its own over the head, forward only."""
     found = torch.zeros(alignment.row_index.shape, device=states.device)
     weight = head_weight.to(states.dtype)
-    per_chunk = chunk_size(len(states), len(draft_ids), len(t2d))
+    per_chunk = chunk_size(len(states), len(draft_ids), len(t2d), states.device.type)
     for start in range(0, len(alignment.positions), per_chunk):
         part = slice(start, start + per_chunk)
         teacher = read_teacher(teacher_head(last_hidden[alignment.positions[part]]), draft_ids, t2d)
@@ -143,7 +145,7 @@ class _FusedLoss(torch.autograd.Function):
         draft_ids: Tensor, t2d: Tensor, alignment: Alignment, settings: LossSettings, weights: Tensor, wants_grad: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         sums = _Sums(states, head_weight, alignment, wants_grad)
-        per_chunk = chunk_size(len(states), len(draft_ids), len(t2d))
+        per_chunk = chunk_size(len(states), len(draft_ids), len(t2d), states.device.type)
         rows = _kl_rows if settings.kind == "kl" else _lk_rows
         for start in range(0, len(alignment.positions), per_chunk):
             part = slice(start, start + per_chunk)
@@ -160,7 +162,8 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         grad_states, grad_weight = ctx.saved_tensors
-        return grad_states * grads[0], (grad_weight * grads[0]).to(ctx.head_dtype), *[None] * 8
+        # In place: these are read once. A second backward through the same loss is refused by autograd's version check.
+        return grad_states.mul_(grads[0]), grad_weight.mul_(grads[0]).to(ctx.head_dtype), *[None] * 8
 
 
 class _Sums:
@@ -176,6 +179,7 @@ class _Sums:
         self.step_loss, self.overlap = torch.zeros(num_steps, device=device), torch.zeros(num_steps, device=device)
         self.hits = torch.zeros(alignment.row_index.shape, dtype=torch.bool, device=device)
         self.covered = torch.zeros((), dtype=torch.int64, device=device)
+        self.rooms: dict[str, Tensor] = {}
 
     def row_states(self, step: int, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """For a chunk of positions at one step: (C, H) states, their (C,) row numbers, and which are real."""
@@ -187,41 +191,58 @@ class _Sums:
     def add_row_grads(self, step: int, index: Tensor, real: Tensor, grad: Tensor) -> None:
         self.grad_states[step, index[real]] = grad[real].to(self.grad_states.dtype)
 
+    def room(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Scratch memory that all chunks share: fresh pages cost as much as what is written to them."""
+        size = math.prod(shape)
+        if name not in self.rooms or self.rooms[name].numel() < size:
+            self.rooms[name] = torch.empty(size, dtype=dtype, device=self.states.device)
+        return self.rooms[name][:size].view(shape)
+
 
 def _kl_rows(sums: _Sums, part: slice, teacher: "TeacherChunk", weights: Tensor, settings: LossSettings) -> None:
     """Cross-entropy of one chunk at all steps.
 
-    With q = e / s (e = exp(z - max)) the gradient of a row's loss is w (q - p). The p half is the same for all steps:
-    sum_v p(v) z(v) = (p W) . h, so p W is multiplied once per chunk and never subtracted from a [C, D] matrix.
+    The gradient of a row's loss is w (q - p). The p half is the same for all steps: sum_v p(v) z(v) = (p W) . h, so p W
+    is multiplied once per chunk and never subtracted from a [C, D] matrix. The distributions of all steps, and p behind
+    them, lie in one block of memory: both products of the backward are then one each.
+
+        block   q_0 | q_1 | .. | q_{K-1} | p          (K + 1, C, D)
     """
-    dtype, weight = sums.states.dtype, sums.weight
-    p = teacher.probs.to(dtype)
-    taught = p @ weight  # (C, H)
-    left, right = [], []  # factors of the weight gradient: sum of left^T right
-    pulled = torch.zeros_like(taught)
-    for step in range(len(sums.states)):
-        h, index, real = sums.row_states(step, part)
-        row_weight = weights[step, :, None]
-        z = (h @ weight.T).float()
-        top, best = z.max(-1, keepdim=True)
-        sums.hits[step, part] = (best[:, 0] == teacher.argmax) & teacher.covered & real
-        e = z.sub_(top).exp_()
-        total = e.sum(-1, keepdim=True)
-        loss = (top + total.log())[:, 0] - (taught.float() * h.float()).sum(-1)
-        sums.total += (loss * row_weight[:, 0]).sum()
+    num_steps, dtype, weight = len(sums.states), sums.states.dtype, sums.weight
+    num_rows, draft_vocab = teacher.probs.shape
+    block = sums.room("block", num_steps + 1, num_rows, draft_vocab, dtype=dtype)
+    block[-1].copy_(teacher.probs)
+    taught = block[-1] @ weight  # (C, H)
+    chosen = [sums.row_states(step, part) for step in range(num_steps)]
+    for step, (h, _, real) in enumerate(chosen):
+        z = torch.mm(h, weight.T, out=sums.room("logits", num_rows, draft_vocab, dtype=dtype))
+        if dtype != torch.float32:
+            z = sums.room("wide", num_rows, draft_vocab, dtype=torch.float32).copy_(z)
+        narrow = dtype != torch.float32
+        q = torch.softmax(z, -1, out=sums.room("q", *z.shape, dtype=torch.float32) if narrow else block[step])
+        if narrow:
+            block[step].copy_(q)
+        top, best = q.max(-1)
+        sums.hits[step, part] = (best == teacher.argmax) & teacher.covered & real
+        lse = z.gather(1, best[:, None])[:, 0] - top.log()
+        loss = lse - (taught.float() * h.float()).sum(-1)
+        sums.total += (loss * weights[step]).sum()
         sums.step_loss[step] += loss[teacher.covered & real].sum()
         if not sums.wants_grad:
-            sums.overlap[step] += _overlap(e / total, teacher)[real].sum()
-            continue
-        e = e.to(dtype)
-        scale = row_weight / total
-        grad = (e @ weight).float() * scale - taught.float() * row_weight
-        sums.add_row_grads(step, index, real, grad)
-        left.append(e)
-        right.append((h * scale).to(dtype))
-        pulled -= (h * row_weight).to(dtype)
-    if sums.wants_grad:
-        sums.grad_weight += torch.cat([*left, p]).T @ torch.cat([*right, pulled])
+            sums.overlap[step] += _overlap(q, teacher)[real].sum()
+    if not sums.wants_grad:
+        return
+    grads = (block[:-1].flatten(0, 1) @ weight).float().unflatten(0, (num_steps, num_rows))
+    grads = (grads - taught.float()) * weights[..., None]
+    weighted = torch.stack([h for h, _, _ in chosen]) * weights[..., None]  # (K, C, H)
+    for step, (_, index, real) in enumerate(chosen):
+        sums.add_row_grads(step, index, real, grads[step])
+    right = torch.cat((weighted, -weighted.sum(0, keepdim=True))).to(dtype).flatten(0, 1)
+    left = block.flatten(0, 1).T
+    if dtype == torch.float32:
+        sums.grad_weight.addmm_(left, right)
+    else:
+        sums.grad_weight += left @ right
 
 
 def _lk_rows(sums: _Sums, part: slice, teacher: "TeacherChunk", weights: Tensor, settings: LossSettings) -> None:
@@ -262,12 +283,12 @@ class TeacherChunk:
     argmax: Tensor  # (C,) index into the draft vocabulary of the target's argmax; meaningless where not covered
     covered: Tensor  # (C,) bool: the target's argmax is a draft token
     logits: Tensor  # (C, V) full, in the target's dtype
-    inside_lse: Tensor  # (C,) fp32
+    inside: Tensor  # (C, D) fp32 logits of the draft vocabulary
 
     @cached_property
     def mass(self) -> Tensor:
         """(C,) share of the full distribution inside the draft vocabulary."""
-        return torch.exp(self.inside_lse - self.logits.float().logsumexp(-1))
+        return torch.exp(self.inside.logsumexp(-1) - self.logits.float().logsumexp(-1))
 
 
 def read_teacher(logits: Tensor, draft_ids: Tensor, t2d: Tensor) -> TeacherChunk:
@@ -275,16 +296,13 @@ def read_teacher(logits: Tensor, draft_ids: Tensor, t2d: Tensor) -> TeacherChunk
     best = logits.max(-1).indices  # several times faster than argmax on CPU
     inside = logits if len(draft_ids) == logits.shape[-1] else logits[:, draft_ids]
     inside = inside.float()
-    inside_lse = inside.logsumexp(-1)
-    return TeacherChunk(
-        torch.exp(inside - inside_lse[:, None]), torch.searchsorted(draft_ids, best), t2d[best], logits, inside_lse
-    )
+    return TeacherChunk(inside.softmax(-1), torch.searchsorted(draft_ids, best), t2d[best], logits, inside)
 
 
-def chunk_size(num_steps: int, draft_vocab_size: int, vocab_size: int) -> int:
-    """Teacher positions per chunk: its logits and the draft's at all steps fit CHUNK_BYTES."""
-    per_position = 4 * (vocab_size + 2 * draft_vocab_size) + 2 * num_steps * draft_vocab_size
-    return max(16, CHUNK_BYTES // per_position)
+def chunk_size(num_steps: int, draft_vocab_size: int, vocab_size: int, device_type: str) -> int:
+    """Teacher positions per chunk: the teacher's logits and the draft's distributions at all steps fit CHUNK_BYTES."""
+    per_position = 4 * vocab_size + 4 * draft_vocab_size * (num_steps + 5)
+    return max(16, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // per_position)
 
 
 def dense_loss(

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fledge.draft.config import DraftConfig
+from fledge.draft.layers import RMSNorm, SwiGLU
 from fledge.draft.rope import as_index, axis_of_dims, num_axes, pick
 
 # leading dims "..": any batch shape; H hidden, A taps, D draft vocab, V target vocab, h heads, g kv heads, d head_dim
@@ -29,13 +30,6 @@ class KeyValueCache(Protocol):
     """What `DraftModel.step` needs of a cache: store new keys and values, return all of them."""
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm in the dtype of its input, with the statistics in fp32: the fused kernel under autocast, too."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden, self.normalized_shape, self.weight.to(hidden.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -50,19 +44,6 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * head_dim, size, bias=False)
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x))"""
-
-    def __init__(self, config: DraftConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
-
-
 class MidLayer(nn.Module):
     """The one decoder layer."""
 
@@ -72,7 +53,7 @@ class MidLayer(nn.Module):
         self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.mlp = SwiGLU(config)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
 
 class DraftModel(nn.Module):
@@ -193,10 +174,41 @@ class DraftModel(nn.Module):
         v = layer.self_attn.v_proj(inputs).unflatten(-1, (-1, head_dim))
         return rotate(q, *asked_rope), rotate(k, cos, sin), v
 
+    def split_projection(self) -> tuple[Tensor, Tensor]:
+        """q, k and v as one projection of token embeddings and one of states: twice ((h + 2g) * d, H).
+
+        A linear layer over [e | f] is one over e plus one over f, and the first depends on the token alone: the steps
+        of training-time test share it (`fledge.draft.ttt`), which spares them half of these products.
+        """
+        layer = self.midlayer.self_attn
+        whole = torch.cat((layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight))
+        return whole[:, : self.config.hidden_size], whole[:, self.config.hidden_size :]
+
+    def project_sum(
+        self, tokens: Tensor, hidden: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor], *,
+        queries: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """What `project` returns, from the tokens' half of the projection (N, (h + 2g) * d) and states (N, H).
+
+        `weight` is the states' half; `queries` picks the rows whose queries are needed.
+        """
+        head_dim, width = self.config.head_dim, self.config.num_attention_heads * self.config.head_dim
+        normed, (cos, sin) = self.midlayer.hidden_norm(hidden), rope
+        if queries is None:
+            q, kv = (tokens + F.linear(normed, weight)).split((width, weight.shape[0] - width), -1)
+            asked_rope = rope
+        else:
+            q = tokens[queries, :width] + F.linear(normed[queries], weight[:width])
+            kv = tokens[:, width:] + F.linear(normed, weight[width:])
+            asked_rope = (cos[queries], sin[queries])
+        k, v = kv.unflatten(-1, (-1, head_dim)).chunk(2, dim=-2)
+        return rotate(q.unflatten(-1, (-1, head_dim)), *asked_rope), rotate(k, cos, sin), v
+
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Residual, output projection and MLP: f (.., H) and attention output (.., h, d) -> f'' (.., H)."""
         layer = self.midlayer
-        hidden = hidden + layer.self_attn.o_proj(attended.flatten(-2))
+        residual = layer.hidden_norm(hidden) if self.config.norm_before_residual else hidden
+        hidden = residual + layer.self_attn.o_proj(attended.flatten(-2))
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
     def feedback(self, hidden: Tensor) -> Tensor:

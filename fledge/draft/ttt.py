@@ -21,6 +21,7 @@ trained.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -87,17 +88,19 @@ def unroll(draft: DraftModel, batch: Batch, alignment: Alignment, ttt_steps: int
     rows, last_row = alignment.rows, alignment.last_row
     features = draft.fuse(batch.tap_hidden)
     window = draft.config.sliding_window
+    of_tokens, of_states = draft.split_projection()
+    # The tokens' half of q, k and v: row r holds that of x_{r+1}, and step k of row t reads row t + k.
+    next_tokens = draft.embed(batch.input_ids.roll(-1)).to(features.dtype)
+    tokens = F.linear(draft.midlayer.input_layernorm(next_tokens), of_tokens)
 
-    def step(number: int, hidden: Tensor, *seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def step(number: int, hidden: Tensor, tokens: Tensor, *seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f'' (S, H), keys and values of one step. `seen`: keys of all earlier steps, then their values."""
         if number == 0:
-            q, k, v = draft.project(
-                draft.embed(batch.input_ids.roll(-1)), hidden, draft.rope(batch.position_ids), queries=rows
-            )
+            q, k, v = draft.project_sum(tokens, hidden, of_states, draft.rope(batch.position_ids), queries=rows)
             hidden, keys, values = hidden[rows], [k], [v]
         else:
-            tokens = batch.input_ids[torch.minimum(rows + 1 + number, last_row)]
-            q, k, v = draft.project(draft.embed(tokens), hidden, draft.rope(batch.position_ids[..., rows] + number))
+            own = tokens.index_select(0, torch.minimum(rows + number, last_row - 1))
+            q, k, v = draft.project_sum(own, hidden, of_states, draft.rope(batch.position_ids[..., rows] + number))
             keys, values = [*seen[:number], k], [*seen[number:], v]
         reach = None if window is None else window - number  # of the step-0 rows; the row itself has moved on
         attended = ttt_attention(q, keys[0], values[0], keys[1:], values[1:], alignment.runs, reach)
@@ -109,10 +112,10 @@ def unroll(draft: DraftModel, batch: Batch, alignment: Alignment, ttt_steps: int
     for number in range(ttt_steps):
         if recompute and torch.is_grad_enabled():
             out, k, v = checkpoint(
-                step, number, hidden, *keys, *values, use_reentrant=False, preserve_rng_state=False
+                step, number, hidden, tokens, *keys, *values, use_reentrant=False, preserve_rng_state=False
             )  # fmt: skip
         else:
-            out, k, v = step(number, hidden, *keys, *values)
+            out, k, v = step(number, hidden, tokens, *keys, *values)
         keys.append(k)
         values.append(v)
         states.append(draft.norm(out))
