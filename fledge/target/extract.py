@@ -25,7 +25,7 @@ from fledge.data.tokenize import ChatTemplate, Sample
 from fledge.errors import UserError
 from fledge.target import tensor_parallel
 from fledge.target.head import TargetEnds, TargetHead
-from fledge.target.live import LiveSource
+from fledge.target.live import BatchedSource, LiveSource
 from fledge.target.model import Target, default_device
 from fledge.target.record import TargetRecord
 from fledge.target.store.describe import describe_states
@@ -70,6 +70,9 @@ class ExtractArgs:
     """dtype the target runs in, and of the stored states. auto: as the checkpoint says."""
     tap_layers: list[int] | None = None
     """Decoder layers whose inputs are stored. None: 2, N // 2, N - 3."""
+    batch_tokens: int = 0
+    """Most tokens of a forward pass, padding included; samples of similar length share one. 0: one sample per pass, and
+    states equal to online training's bit for bit (with batches: to rounding)."""
     attn_implementation: str | None = None
     """Attention kernel of transformers, e.g. sdpa, flash_attention_2."""
     device_map: str | None = None
@@ -125,8 +128,10 @@ def extract_share(args: ExtractArgs, ranks: Ranks) -> Manifest | None:
 def extract_in_parts(args: ExtractArgs, ranks: Ranks) -> Manifest | None:
     """One target over all ranks: the first writes the whole store."""
     tensor_parallel.check_world(ranks.world, str(args.tp_plan))
-    if args.target_backend != "hf" or args.num_workers > 1 or args.device_map:
-        raise UserError("--tp-plan is for --target-backend hf under torchrun, without --num-workers and --device-map.")
+    if args.target_backend != "hf" or args.num_workers > 1 or args.device_map or args.batch_tokens:
+        raise UserError(
+            "--tp-plan is for --target-backend hf under torchrun, without --num-workers, --device-map, --batch-tokens."
+        )
     target = load_target(args)
     if not ranks.first:
         tensor_parallel.follow(target)
@@ -248,11 +253,16 @@ def open_target(args: ExtractArgs) -> OpenTarget:
     if args.target_backend == "vllm":
         from fledge.target.engine_states import open_engine
 
+        if args.batch_tokens:
+            raise UserError("--batch-tokens is for --target-backend hf; a server makes its own batches.")
         return open_engine(args)
+    if args.batch_tokens < 0:
+        raise UserError(f"--batch-tokens {args.batch_tokens}: give a number of tokens, or 0 for one sample per pass.")
     if args.server:
         raise UserError("--server is for --target-backend vllm; the hf backend runs the target in this process.")
     target = load_target(args)
-    return open_loaded(args, target, TargetHead.of(target), LiveSource(target))
+    producer = BatchedSource(target, args.batch_tokens) if args.batch_tokens else LiveSource(target)
+    return open_loaded(args, target, TargetHead.of(target), producer)
 
 
 def load_target(args: ExtractArgs) -> Target:

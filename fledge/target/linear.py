@@ -35,5 +35,6 @@ def few_rows_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) 
 
 def head_logits(head: nn.Module, last_hidden: Tensor) -> Tensor:
     """(.., H) -> (.., V) by a model's output embedding; anything but a plain nn.Linear computes for itself."""
-    plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
-    return few_rows_linear(last_hidden, head.weight, head.bias) if plain else head(last_hidden)
+    if isinstance(head, nn.Linear) and type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks):
+        return few_rows_linear(last_hidden, head.weight, head.bias)
+    return head(last_hidden)

@@ -5,7 +5,7 @@ what makes stored and live training the same, bit for bit; on long samples it co
 tokens already fill the matrix units.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ import torch
 from fledge.data.tokenize import Sample
 from fledge.target.model import Target
 from fledge.target.record import TargetRecord
+
+WINDOW_BATCHES = 4  # samples of so many batches are looked at together, so that batches hold similar lengths
 
 
 class LiveSource:
@@ -46,3 +48,66 @@ class LiveSource:
             tap_hidden=output.tap_hidden[0].clone(),  # clones: plain tensors that autograd may save
             last_hidden=output.last_hidden[0].clone(),
         )
+
+
+class BatchedSource:
+    """Several samples per forward pass, for targets too small to fill a GPU with one.
+
+    Samples of similar length are padded on the right: no token sees what comes after it, so no mask is needed, and a
+    record differs from the one-by-one record by rounding alone. Samples with images go alone.
+    """
+
+    def __init__(self, target: Target, batch_tokens: int) -> None:
+        """`batch_tokens`: most tokens of a pass, padding included; a longer sample goes alone."""
+        self._alone, self.batch_tokens = LiveSource(target), batch_tokens
+
+    def records(self, samples: Iterable[Sample]) -> Iterator[TargetRecord]:
+        """One record per sample, in order."""
+        window: list[Sample] = []
+        for sample in samples:
+            window.append(sample)
+            if sum(len(one.input_ids) for one in window) >= WINDOW_BATCHES * self.batch_tokens:
+                yield from self._window(window)
+                window = []
+        yield from self._window(window)
+
+    def _window(self, samples: Sequence[Sample]) -> Iterator[TargetRecord]:
+        lengths = [len(sample.input_ids) if not sample.model_inputs else self.batch_tokens for sample in samples]
+        made: dict[int, TargetRecord] = {}
+        for batch in length_batches(lengths, self.batch_tokens):
+            made |= zip(batch, self._together([samples[index] for index in batch]), strict=True)
+        yield from (made[index] for index in range(len(samples)))
+
+    def _together(self, samples: Sequence[Sample]) -> list[TargetRecord]:
+        if len(samples) == 1:
+            return [self._alone.record(samples[0])]
+        target = self._alone.target
+        input_ids = torch.nn.utils.rnn.pad_sequence([sample.input_ids for sample in samples], batch_first=True)
+        input_ids = input_ids.to(target.device)
+        output = target.forward(input_ids)
+        assert output.tap_hidden is not None
+        records = []
+        for row, sample in enumerate(samples):
+            length = len(sample.input_ids)
+            record = TargetRecord(
+                sample_id=sample.id,
+                input_ids=input_ids[row, :length].clone(),
+                loss_mask=sample.loss_mask.to(target.device),
+                position_ids=torch.arange(length, device=target.device),
+                tap_hidden=output.tap_hidden[row, :length].clone(),
+                last_hidden=output.last_hidden[row, :length].clone(),
+            )
+            records.append(record)
+        return records
+
+
+def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of samples to run together: longest first, at most `batch_tokens` with padding, at least one."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
