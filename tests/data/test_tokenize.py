@@ -148,6 +148,71 @@ def test_thinking_off_puts_the_empty_thought_into_the_prompt(named, talk):
     assert runs(template, template.samples(conversation(talk("a", "b")))[0]) == ["b<|im_end|>"]
 
 
+HUNYUAN = [(file, control) for name, file, control in VARIANTS if name == "hunyuan"]
+SLOW = "<think>\nHm.\n</think>\n<answer>\nYes.\n</answer>"
+
+
+@pytest.mark.parametrize(("file", "control"), HUNYUAN, ids=[file for file, _ in HUNYUAN])
+def test_hunyuan_slow_thinking_is_what_the_target_wrote(named, talk, file, control):
+    """Thought and answer are one text of the assistant; asking for it with /think or /no_think is the user's text."""
+    template = named("hunyuan", control)
+    sample = template.encode(conversation(talk("/think One?", SLOW)))
+    assert runs(template, sample) == [SLOW + END_OF_TURN[file]]
+
+
+@pytest.mark.parametrize(("file", "control"), HUNYUAN, ids=[file for file, _ in HUNYUAN])
+def test_hunyuan_fast_thinking_puts_the_empty_thought_into_the_prompt(named, talk, file, control):
+    template = named("hunyuan", control, enable_thinking=False)
+    filler = "<think>\n\n</think>\n"
+    assert template.render(talk("One?"), True).endswith(filler)
+    sample = template.encode(conversation(talk("One?", "Yes.")))
+    assert runs(template, sample) == ["Yes." + END_OF_TURN[file]]
+    start = int(sample.loss_mask.int().argmax())
+    assert sample.input_ids[:start].tolist() == template.prompt_ids(talk("One?"))
+    assert template.tokenizer.decode(sample.input_ids[:start]).endswith(filler)
+    written = filler + "<answer>\nYes.\n</answer>"  # a row that holds the empty thought itself is not given a second
+    assert template.render(talk("One?", written)).count("<think>") == 1
+
+
+TOKENS = {  # file -> the tokens of user "a", assistant "b"; what is in [] is supervised
+    "llama3": "<|begin_of_text|> <|start_header_id|> u s e r <|end_header_id|> \n \n a <|eot_id|> <|start_header_id|> "
+              "a s s i s t a n t <|end_header_id|> \n \n [b <|eot_id|>]",
+    "gemma": "<bos> <start_of_turn> u s e r \n a <end_of_turn> \n <start_of_turn> m o d e l \n [b <end_of_turn>] \n",
+    "gpt_oss": "<|start|> u s e r <|message|> a <|end|> <|start|> a s s i s t a n t "
+               "[<|channel|> f i n a l <|message|> b <|return|>]",
+    "hunyuan_dense": "<｜hy_begin▁of▁sentence｜> <｜hy_User｜> a <｜hy_Assistant｜> [b <｜hy_place▁holder▁no▁2｜>]",
+    "hunyuan_moe": "<|startoftext|> a <|extra_0|> [b <|eos|>]",
+    "qwen3": "<|im_start|> u s e r \n a <|im_end|> \n <|im_start|> a s s i s t a n t \n <think> \n \n </think> \n \n "
+             "[b <|im_end|>] \n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", TOKENS)
+def test_the_mask_token_by_token(named, talk, file):
+    name, control = next((name, control) for name, f, control in VARIANTS if f == file)
+    template = named(name, control)
+    sample = template.encode(conversation(talk("a", "b")))
+    inside, wanted, mask = False, [], []
+    for word in TOKENS[file].split(" "):
+        inside = inside or word.startswith("[")
+        wanted.append(word.strip("[]"))
+        mask.append(inside)
+        inside = inside and not word.endswith("]")
+    assert [template.tokenizer.decode([id]) for id in sample.input_ids.tolist()] == wanted
+    assert sample.loss_mask.tolist() == mask
+
+
+def test_gpt_oss_thoughts_are_supervised_on_their_channel(named, talk):
+    """The analysis channel is part of what the target writes; the tokens between the channels are its own, too."""
+    template = named("gpt_oss", dict((f, c) for _, f, c in VARIANTS)["gpt_oss"])
+    messages = talk("a", "b")
+    messages[-1]["reasoning_content"] = "hm"
+    (written,) = runs(template, template.encode(conversation(messages)))
+    assert written == (
+        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>b<|return|>"
+    )
+
+
 OPENS_A_THOUGHT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
