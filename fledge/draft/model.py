@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fledge.draft.config import DraftConfig
 from fledge.draft.layers import RMSNorm, SwiGLU
 from fledge.draft.rope import as_index, axis_of_dims, num_axes, pick
+from fledge.target.linear import head_logits
 
 # leading dims "..": any batch shape; H hidden, A taps, D draft vocab, V target vocab, h heads, g kv heads, d head_dim
 
@@ -217,7 +218,7 @@ class DraftModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """f'' (.., H) -> (.., D)."""
-        return self.lm_head(self.norm(hidden))
+        return head_logits(self.lm_head, self.norm(hidden))
 
     # -- decoding ------------------------------------------------------------------------------------------------------
 
