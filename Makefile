@@ -11,6 +11,7 @@ help:
 	@echo "make test          install, then the CPU test suite"
 	@echo "make test-engines  the tests against a real vLLM server (its own virtual environment) and SGLang's loader"
 	@echo "make check | fix   lint and types | format"
+	@echo "make docs          the documentation as a site in site/, every link checked (no network)"
 
 install: $(VENV)/.installed
 
@@ -43,5 +44,8 @@ test-engines: install
 quickstart: install
 	$(BIN)/fledge quickstart $(ARGS)
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf outputs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,13 +1,16 @@
-"""The README's commands run, and what it lists is what is there.
+"""The commands of README and docs/ run, what they list is what is there, and their links lead somewhere.
 
 Every shell block is preceded by `<!-- run: yes -->` (executed here, on a tiny model), `<!-- run: ci -->` (executed by
-.ci/run) or `<!-- run: no (reason) -->`; of the last kind at least the commands and their flags must exist.
+.ci/run) or `<!-- run: no (reason) -->`; of the last kind at least the commands and their flags must exist. The README's
+five lines run first; each document's blocks run, in order, in a copy of the folder they leave.
 """
 
 import functools
+import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,14 +21,17 @@ from tiny import TARGETS
 from fledge.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "README_zh.md"]
+READMES = ["README.md", "README_zh.md"]
+PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+DOCUMENTS = [*READMES, *PAGES]
 BLOCK = re.compile(r"<!-- run: (?P<how>\w+)[^>]*-->\s*```bash\n(?P<text>.*?)```", re.S)
 
 
 def blocks(document: str) -> list[tuple[str, str]]:
     text = (ROOT / document).read_text(encoding="utf-8")
     found = [(match["how"], match["text"]) for match in BLOCK.finditer(text)]
-    assert len(found) == text.count("```bash"), f"{document}: a shell block says not how it is run"
+    shells = len(re.findall(r"^```(bash|sh|shell|console)\b", text, re.M))
+    assert len(found) == shells, f"{document}: a shell block says not how it is run"
     return found
 
 
@@ -53,7 +59,7 @@ def test_ci_blocks_are_what_ci_runs(document):
             assert all(" ".join(words) in script for words in commands(text)), text
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", READMES)
 def test_targets_are_the_test_table(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     listed = text.split("<!-- targets:")[1].split("-->")[1].split("\n\n")[0]
@@ -84,18 +90,95 @@ def test_every_documented_flag_exists(document):
                 assert flag.replace("_", "-") in known, f"{words[:2]} {flag}"
 
 
-def test_the_five_lines_run(tmp_path, tiny_model_dir):
-    """As a newcomer would type them, with a tiny model as $TARGET."""
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(f'{{"id": "p{n}", "messages": [{{"role": "user", "content": "say {n} words"}}]}}\n'
-                               for n in range(24)))  # fmt: skip
-    environment = {**os.environ, "TARGET": str(tiny_model_dir), "PROMPTS": str(prompts), "FLEDGE_CACHE": str(tmp_path),
-                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
-    (script,) = [text for how, text in blocks("README.md") if how == "yes"]
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True,
+def run_blocks(document: str, folder: Path, target: Path) -> subprocess.CompletedProcess:
+    """The `yes` blocks of a document in one shell, as a newcomer would type them, with a tiny model as $TARGET."""
+    environment = {
+        **os.environ, "TARGET": str(target), "PROMPTS": "prompts.jsonl", "FLEDGE_CACHE": str(folder / "cache"),
+        "FLEDGE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    script = "\n".join(text for how, text in blocks(document) if how == "yes")
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, capture_output=True, text=True,
         timeout=600,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory, tiny_model_dir) -> tuple[Path, str]:
+    """The folder in which the README's five lines were typed, and what they printed."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "prompts.jsonl").write_text(
+        "".join(f'{{"id": "p{n}", "messages": [{{"role": "user", "content": "say {n} words"}}]}}\n' for n in range(24))
+    )
+    done = run_blocks("README.md", folder, tiny_model_dir)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "head" / "model.safetensors").is_file() and (tmp_path / "head" / "provenance.json").is_file()
-    assert "tau" in done.stderr + done.stdout
+    return folder, done.stderr + done.stdout
+
+
+def test_the_five_lines_run(worked):
+    folder, printed = worked
+    assert (folder / "head" / "model.safetensors").is_file() and (folder / "head" / "provenance.json").is_file()
+    assert "tau" in printed
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", [page for page in PAGES if any(how == "yes" for how, _ in blocks(page))])
+def test_the_blocks_of_a_page_run(page, worked, tiny_model_dir, tmp_path):
+    shutil.copytree(worked[0], tmp_path / "work")
+    done = run_blocks(page, tmp_path / "work", tiny_model_dir)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_command_that_fails_would_be_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "blocks", lambda document: [("yes", "true\nfalse\ntrue\n")])
+    assert run_blocks("README.md", tmp_path, tmp_path).returncode == 1
+
+
+# ---- links and pages -------------------------------------------------------------------------------------------------
+
+LINK = re.compile(r"\[[^\]]*\]\((?!https?:|mailto:)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)]*))?\)")
+
+
+def dead_links(document: Path) -> list[str]:
+    """Relative links of a markdown file that lead to no file, or to no heading of one."""
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S)
+    dead = []
+    for match in LINK.finditer(text):
+        target = document.parent / match["path"] if match["path"] else document
+        if not target.exists():
+            dead.append(match[0])
+        elif match["anchor"] and match["anchor"] not in anchors(target):
+            dead.append(match[0])
+    return dead
+
+
+def anchors(document: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    assert not dead_links(ROOT / document)
+
+
+def test_a_dead_link_is_noticed(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A heading\n\n[a](page.md#a-heading) [b](page.md#b) [c](other.md) [d](https://x.org)\n")
+    assert dead_links(page) == ["[b](page.md#b)", "[c](other.md)"]
+
+
+def test_every_page_is_reached():
+    """In the navigation of mkdocs.yml, and no page there that is not in docs/."""
+    navigation = re.findall(r"^ +- .*?([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert sorted(navigation) == sorted(Path(page).name for page in PAGES)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("material") is None, reason="needs pip install -e '.[docs]'")
+def test_the_documentation_builds_strictly(tmp_path):
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr[-3000:]
+    assert (tmp_path / "site" / "pipeline" / "index.html").is_file()
