@@ -11,8 +11,9 @@ from fledge.console import say, show_table, warn
 from fledge.data.tokenize import ChatTemplate, load_tokenizer
 from fledge.draft.config import to_json
 from fledge.errors import UserError
-from fledge.export.check import Examination, Finding, examine
+from fledge.export.check import Examination, examine
 from fledge.export.convert import write_head
+from fledge.export.findings import Finding
 from fledge.export.layouts import LAYOUTS
 from fledge.export.repair import repaired
 

@@ -7,40 +7,17 @@ What only decoding can tell (a head trained at another rope base than its config
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from fledge.data.vocab import check_vocab
 from fledge.draft.config import DraftConfig, derive
-from fledge.draft.foreign import (
-    d2t_from,
-    known_fault,
-    origin_of,
-    read_any,
-    read_config,
-    read_weights,
-    stated_tap_ids,
-    t2d_from,
-)
+from fledge.draft.foreign import known_fault, origin_of, our_name, read_any, read_config, read_weights, stated_tap_ids
 from fledge.draft.head import Head, check_tensors
 from fledge.errors import UserError
+from fledge.export.findings import Finding, Severity, Topic
+from fledge.export.vocab_check import examine_vocab
 from fledge.target.record import default_tap_layers
-
-Severity = Literal["error", "warning"]
-Topic = Literal["taps", "vocab", "rope", "norms", "tie", "positions", "dtype", "target"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One difference that costs something. `repair` says what --fix would do about it; empty: nothing."""
-
-    severity: Severity
-    topic: Topic
-    what: str
-    cost: str
-    repair: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +44,8 @@ def examine(folder: Path, target_config: Any | None) -> Examination:
         head = read_any(folder, num_target_layers=num_layers, tap_convention="input", check=False)
         unstated = [Finding("warning", "taps", f"tap ids {list(stated_tap_ids(document))} may be inputs or outputs of "
                             "layers; read as inputs", "accept length falls to about 1 if wrong")]  # fmt: skip
-    vocabularies, vocab_findings, head = examine_vocab(head, read_weights(folder))
+    raw = {our_name(name): tensor for name, tensor in read_weights(folder).items()}
+    vocabularies, vocab_findings, head = examine_vocab(head, raw)
     check_tensors(head, folder)
     found = [*unstated, *vocab_findings, *_file_findings(document, head)]
     if target_config is not None:
@@ -106,60 +84,6 @@ def findings(config: DraftConfig, target_config: Any) -> list[Finding]:
         expect("error", "positions", "max_position_embeddings", config.max_position_embeddings,
                wanted.max_position_embeddings, "engines crash on, or cut, longer prompts", "the target's")  # fmt: skip
     return [*found, *_tap_findings(config, target_config.num_hidden_layers), *_norm_findings(config)]
-
-
-def examine_vocab(head: Head, raw: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Finding], Head]:
-    """d2t and t2d against each other. Returns the candidate d2t by origin, findings, and the head made consistent.
-
-    Engines read d2t alone, so a wrong d2t drafts nothing while a wrong t2d only misleads training.
-    """
-    config, tensors = head.config, dict(head.tensors)
-    if config.full_vocab or "d2t" not in tensors:
-        return {}, [], head
-    size, vocab_size = config.draft_vocab_size, config.vocab_size
-    d2t, t2d = raw.get("d2t"), raw.get("t2d")
-    swapped = d2t is not None and t2d is not None and len(d2t) == vocab_size != size and len(t2d) == size
-    found: list[Finding] = []
-    if swapped:
-        assert d2t is not None and t2d is not None
-        d2t, t2d = t2d, d2t
-        found.append(_vocab_error("d2t and t2d are exchanged: each lies under the other's name", "exchanged back"))
-    candidates: dict[str, Tensor] = {}
-    ids = None if d2t is None else d2t.long() + torch.arange(len(d2t))
-    if d2t is not None and len(d2t) == size and _usable(ids, vocab_size):
-        candidates["d2t"] = d2t.long()
-    if t2d is not None and len(t2d) == vocab_size and int(t2d.bool().sum()) == size:
-        candidates["t2d"] = d2t_from(t2d.bool())
-    if d2t is not None and len(d2t) == size and "d2t" not in candidates and _usable(d2t.long(), vocab_size):
-        candidates["d2t"] = d2t.long() - torch.arange(size)
-        found.append(_vocab_error("d2t holds target ids where offsets are meant", "offsets"))
-    elif d2t is not None and "d2t" not in candidates:
-        found.append(_vocab_error(f"d2t ({len(d2t)} entries for {size} draft tokens) names ids outside the vocabulary "
-                                  "or one id twice", "rebuilt from t2d" if "t2d" in candidates else ""))  # fmt: skip
-    if t2d is not None and "t2d" not in candidates:
-        found.append(Finding("warning", "vocab", f"t2d holds {int(t2d.bool().sum())} tokens, {size} are needed",
-                             "none in engines; training from it fails", "rebuilt from d2t"))  # fmt: skip
-    if len(candidates) == 2 and not torch.equal(candidates["d2t"], candidates["t2d"]):
-        differ = int((candidates["d2t"] != candidates["t2d"]).sum())
-        found.append(_vocab_error(f"d2t and t2d name different tokens ({differ} of {size} rows): one is of another "
-                                  "head", "the one that measures better"))  # fmt: skip
-    if not candidates:
-        raise UserError("neither d2t nor t2d names the head's draft vocabulary; it cannot be rebuilt from this file.")
-    chosen = candidates.get("d2t", candidates.get("t2d"))
-    assert chosen is not None
-    mended = Head(config, tensors | {"d2t": chosen, "t2d": t2d_from(chosen, vocab_size)})
-    if not found:  # consistent by the rules above; ascending order is what check_vocab adds
-        check_vocab(mended.tensors["d2t"], mended.tensors["t2d"])
-    return (candidates if found else {}), found, mended
-
-
-def _usable(ids: Tensor | None, vocab_size: int) -> bool:
-    """Whether these can be a draft vocabulary: inside, and ascending (so no id twice)."""
-    return ids is not None and bool(((ids >= 0) & (ids < vocab_size)).all()) and bool((ids.diff() > 0).all())
-
-
-def _vocab_error(what: str, repair: str) -> Finding:
-    return Finding("error", "vocab", what, "engines translate draft tokens into wrong ones: acceptance 0", repair)
 
 
 def _file_findings(document: dict[str, Any], head: Head) -> list[Finding]:

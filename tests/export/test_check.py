@@ -69,7 +69,7 @@ VOCABULARIES = {
     "swapped names": (lambda t: t["t2d"], lambda t: t["_d2t"], "exchanged", True),
     "absolute ids": (lambda t: t["d2t"] + TARGET_IDS, None, "target ids where offsets", True),
     "zeros": (lambda t: torch.zeros_like(t["d2t"]), None, "name different tokens", True),
-    "out of range": (lambda t: t["d2t"] + 100, None, "outside the vocabulary", True),
+    "out of range": (lambda t: t["d2t"] + 100, None, "does not name 48 ascending ids", True),
     "t2d too small": (None, lambda t: t["t2d"] & (torch.arange(128) < 60), "t2d holds", False),
 }
 
