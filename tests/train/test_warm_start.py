@@ -1,0 +1,100 @@
+"""`fledge train --init_from HEAD`: any layout, and rows of lm_head that follow their tokens."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from saved_target import save_target, write_conversations
+from tiny import tiny_config, tiny_draft, tiny_target, tiny_vocab
+
+from fledge.cli import run_command
+from fledge.draft.checkpoint import draft_tensors, save_draft
+from fledge.draft.head import Head, read_head
+from fledge.draft.model import DraftModel
+from fledge.errors import UserError
+from fledge.export.convert import ExportArgs, export_head
+from fledge.train.warm_start import architecture_of, continue_from, take_weights
+
+LAYERS = 8
+
+
+def fresh(draft_vocab_size: int, seed: int, eagle31: bool = False) -> DraftModel:
+    target = tiny_target("llama")
+    draft = DraftModel(tiny_config(target, draft_vocab_size, eagle31), target.embedding_weight)
+    draft.set_vocab(*tiny_vocab(128, draft_vocab_size, seed))
+    return draft
+
+
+@pytest.mark.parametrize("size", [24, 48, 64, 127])
+def test_rows_follow_their_tokens(size):
+    """Smaller, equal and larger vocabularies of other tokens: kept rows by target id, new ones from the target."""
+    target, before, draft = tiny_target("llama"), tiny_draft(tiny_target("llama")), fresh(size, seed=7)
+    draft.warm_start_head(target.head_weight)
+    kept = take_weights(draft, Head(before.config, draft_tensors(before, torch.float32)))
+    old = {int(before.d2t[i]) + i: before.lm_head.weight[i] for i in range(48)}
+    new = {int(draft.d2t[i]) + i: draft.lm_head.weight[i] for i in range(size)}
+    assert kept == len(old.keys() & new.keys()) and 0 < kept < size
+    for token, row in new.items():
+        assert torch.equal(row, old.get(token, target.head_weight[token])), token
+    for name, parameter in before.named_parameters():
+        if name != "lm_head.weight":
+            assert torch.equal(dict(draft.named_parameters())[name], parameter), name
+
+
+@pytest.mark.parametrize("layout", ["vllm", "sglang", "speculators"])
+def test_every_layout_starts_a_run(tmp_path, layout):
+    before = tiny_draft(tiny_target("llama"), eagle31=True)
+    save_draft(before, tmp_path / "head", dtype=torch.float32)
+    export_head(ExportArgs(head=str(tmp_path / "head"), to=layout, output_dir=tmp_path / "out", target="T"))
+    assert architecture_of(tmp_path / "out", LAYERS, "eagle3")["fc_norm"] is True
+    draft = fresh(48, seed=1, eagle31=True)
+    continue_from(draft, tmp_path / "out", tiny_target("llama").head_weight, LAYERS)
+    assert all(torch.equal(a, b) for a, b in zip(draft.parameters(), before.parameters(), strict=True))
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    save_draft(tiny_draft(tiny_target("llama")), tmp_path / "head")
+    with pytest.raises(UserError, match="is an EAGLE-3 head, --draft_type asks for eagle3.1"):
+        architecture_of(tmp_path / "head", LAYERS, "eagle3.1")
+    head_weight = tiny_target("llama").head_weight
+    with pytest.raises(UserError, match="its fc_norm is False, this draft's True"):
+        continue_from(fresh(48, 1, eagle31=True), tmp_path / "head", head_weight, LAYERS)
+    path = tmp_path / "head" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eagle_aux_hidden_state_layer_ids": [1, 4, 5]}))
+    with pytest.raises(UserError, match=r"inputs of layers \[1, 4, 5\].*--tap_layers 1 4 5"):
+        continue_from(fresh(48, 1), tmp_path / "head", head_weight, LAYERS)
+
+
+def test_another_rope_base_is_said(tmp_path, capsys):
+    save_draft(tiny_draft(tiny_target("llama")), tmp_path / "head")
+    path = tmp_path / "head" / "config.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}))
+    continue_from(fresh(48, 1), tmp_path / "head", tiny_target("llama").head_weight, LAYERS)
+    assert "the head has to learn it anew" in capsys.readouterr().err
+
+
+def test_the_command_continues_a_head(tmp_path):
+    """Two steps; then a run at rate 0 from the speculators export, with other data and so another vocabulary."""
+    target = save_target(tmp_path / "target")
+    head_rows = load_file(target / "model.safetensors")["lm_head.weight"].bfloat16()
+    common = ["--target_model_name_or_path", str(target), "--max_steps", "2", "--bf16", "False", "--save_strategy",
+              "no", "--disable_tqdm", "True", "--ttt_steps", "2"]  # fmt: skip
+
+    def train(name: str, size: int, *flags: str) -> Head:
+        data = write_conversations(tmp_path / f"{name}.jsonl", 12, seed=size)
+        assert run_command("train", [*common, "--train_data_path", str(data), "--output_dir", str(tmp_path / name),
+                                     "--draft_vocab_size", str(size), *flags]) == 0  # fmt: skip
+        return read_head(tmp_path / name)
+
+    first = train("first", 20, "--learning_rate", "0.01")
+    export_head(ExportArgs(head=str(tmp_path / "first"), to="speculators", output_dir=tmp_path / "out", target="T"))
+    second = train("second", 26, "--learning_rate", "0", "--init_from", str(tmp_path / "out"))
+    old = dict(zip(first.target_ids.tolist(), first.tensors["lm_head.weight"], strict=True))
+    new = dict(zip(second.target_ids.tolist(), second.tensors["lm_head.weight"], strict=True))
+    assert 6 <= len(new.keys() - old.keys()) < len(new)
+    for token, row in new.items():
+        assert torch.equal(row, old.get(token, head_rows[token])), token
+    same = first.tensors.keys() - {"lm_head.weight", "d2t", "t2d"}
+    assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in same)
