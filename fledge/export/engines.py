@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fledge.draft.checkpoint import WEIGHTS
-from fledge.draft.foreign import config_of, our_name, read_config, stated_tap_ids
+from fledge.draft.foreign import config_of, our_name, read_config, read_weights, stated_tap_ids
 from fledge.draft.head import expected_shapes
 from fledge.errors import UserError
 from fledge.target.record import default_tap_layers
@@ -94,12 +94,12 @@ def check_servable(folder: Path, engine: Engine, target_config: Any | None = Non
 
 
 def file_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a head's tensors, without reading their values."""
+    """Names and shapes of a head's tensors, without reading their values where the format allows."""
     from safetensors import SafetensorError, safe_open
 
     path = folder / WEIGHTS
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. An exported head is a folder with config.json and {WEIGHTS}.")
+    if not path.is_file():  # shards, or the pytorch_model.bin of older heads
+        return {name: tuple(tensor.shape) for name, tensor in read_weights(folder).items()}
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}

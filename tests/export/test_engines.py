@@ -138,6 +138,16 @@ def test_unknown_tensors_and_a_torn_file(exported):
         check_servable(exported / "vllm", VLLM)
 
 
+def test_an_old_file_is_read_for_its_shapes(exported):
+    """vLLM loads pytorch_model.bin, so it is no reason to refuse."""
+    tensors = load_file(exported / "vllm" / WEIGHTS)
+    (exported / "vllm" / WEIGHTS).unlink()
+    with pytest.raises(UserError, match="Is the download complete"):
+        check_servable(exported / "vllm", VLLM)
+    torch.save(tensors, exported / "vllm" / "pytorch_model.bin")
+    check_servable(exported / "vllm", VLLM)
+
+
 def test_four_taps_need_their_number_in_the_speculators_layout(exported):
     document = read_config(exported / "speculators")
     document["eagle_aux_hidden_state_layer_ids"] = [1, 2, 4, 5]
