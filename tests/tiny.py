@@ -63,12 +63,27 @@ TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 NAMES = tuple(TARGETS)
 
+MAMBA = {"mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+# Layers with a running state: chains only.
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_next": ("Qwen3NextConfig", {"head_dim": 16, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"]}),
+    "lfm2": ("Lfm2Config", {"block_ff_dim": 96, "block_auto_adjust_ff_dim": False,
+        "layer_types": ["conv", "full_attention"] * 2}),
+    "falcon_h1": ("FalconH1Config", {**MAMBA, "mamba_d_ssm": 64, "mamba_n_heads": 4}),
+    "bamba": ("BambaConfig", {**MAMBA, "mamba_n_heads": 8, "attn_layer_indices": [1, 3]}),
+    "granitemoehybrid": ("GraniteMoeHybridConfig", {**MAMBA, "mamba_n_heads": 8, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "shared_intermediate_size": 32, "layer_types": ["mamba", "attention"] * 2}),
+}  # fmt: skip
+
 
 def tiny_model(name: str, seed: int = 0, **overrides: Any) -> Any:
     """A fresh random model of the table's row."""
     import transformers
 
-    config_class, differs = TARGETS[name]
+    config_class, differs = {**TARGETS, **HYBRIDS}[name]
     config = getattr(transformers, config_class)(**{**COMMON, **differs, **overrides})
     torch.manual_seed(seed)
     model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

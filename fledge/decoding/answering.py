@@ -6,6 +6,7 @@ from typing import Any, Literal, TextIO
 
 from fledge.console import say, show_table
 from fledge.data.rejects import Reject
+from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.records import Generation, Sampling, TreeShape
 from fledge.errors import UserError
@@ -65,6 +66,10 @@ class ModelArgs:
     """Number format of the weights; auto takes the checkpoint's own."""
     device: str | None = None
     """Where to run, such as cpu or cuda:1. None takes the accelerator when there is one."""
+    max_pixels: int | None = None
+    """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
+    min_pixels: int | None = None
+    """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
 
 
 class Answerer:
@@ -90,7 +95,10 @@ class Answerer:
             self.pace = Pace.from_profile(read_profile(profile_path(str(args.draft), None)), self.tree)
         taps = from_json(args.draft / "config.json").tap_layers if args.draft else None
         dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-        self.target = Target.from_pretrained(args.target, dtype=dtype, device=args.device, tap_layers=taps)
+        self.target = Target.from_pretrained(
+            args.target, dtype=dtype, device=args.device, tap_layers=taps, min_pixels=args.min_pixels,
+            max_pixels=args.max_pixels,
+        )  # fmt: skip
         self.draft = load_draft(args.draft, self.target.embedding_weight) if args.draft else None
         self.stops = self.target.eos_token_ids
 
@@ -98,23 +106,23 @@ class Answerer:
         """The chat template; its end-of-turn tokens end answers from now on."""
         template = ChatTemplate(
             self.target.tokenizer, self.args.chat_template_type, eos_token_ids=self.target.eos_token_ids,
-            enable_thinking=self.args.enable_thinking,
+            enable_thinking=self.args.enable_thinking, vision=self.target.vision,
         )  # fmt: skip
         self.stops = tuple(template.stop_token_ids)
         return template
 
-    def answer(self, prompt_ids: list[int], out: TextIO) -> tuple[Generation, str]:
+    def answer(self, prompt: Prompt, out: TextIO) -> tuple[Generation, str]:
         """Stream an answer, with its line of figures on stderr; also returns its text."""
         stream = Stream(self.target.tokenizer, out)
         try:
             if self.draft is None:
-                found = self.plainly(prompt_ids, on_tokens=stream.write)
+                found = self.plainly(prompt, on_tokens=stream.write)
             else:
                 from fledge.decoding.generate import generate_speculative
 
                 found = generate_speculative(
-                    self.target, self.draft, prompt_ids, tree=self.tree, pace=self.pace, on_tokens=stream.write,
-                    **self._options(),
+                    self.target, self.draft, prompt.ids, tree=self.tree, pace=self.pace, on_tokens=stream.write,
+                    model_inputs=prompt.model_inputs, **self._options(),
                 )  # fmt: skip
         finally:
             text = stream.close()
@@ -123,11 +131,12 @@ class Answerer:
             show_profile(found, self.target)
         return found, text
 
-    def plainly(self, prompt_ids: list[int], **changes: Any) -> Generation:
+    def plainly(self, prompt: Prompt, **changes: Any) -> Generation:
         """The same without the head."""
         from fledge.decoding.generate import generate_plain
 
-        return generate_plain(self.target, prompt_ids, **{**self._options(), **changes})
+        options = {**self._options(), "model_inputs": prompt.model_inputs, **changes}
+        return generate_plain(self.target, prompt.ids, **options)
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -135,10 +144,10 @@ class Answerer:
         }  # fmt: skip
 
 
-def rendered(template: ChatTemplate, messages: list[dict[str, Any]]) -> list[int]:
-    """Prompt tokens of a conversation."""
+def rendered(template: ChatTemplate, messages: list[dict[str, Any]]) -> Prompt:
+    """The prompt of a conversation."""
     try:
-        return template.prompt_ids(messages)
+        return template.prompt(messages)
     except Reject as reject:
         raise UserError(f"the prompt cannot be rendered ({reject.detail}). Change it, or use --raw.") from None
 

@@ -95,6 +95,11 @@ def generate_speculative(
     limit = _limit(target, prompt_ids, max_new_tokens)
     _check_pair(target, draft)
     verifier, generator = verifier_of(target), _generator(target, sampling)
+    if verifier.chains_only and tree.top_k > 1 and tree.levels > 0:
+        raise UserError(
+            f"{target.name}: its layers keep a running state, which can follow a chain of drafts but no tree. Use a "
+            f"chain: --top-k 1 (found {tree.top_k})."
+        )
     clock = _Clock(target.device)
     writer = _Writer(limit, _eos(target, eos_token_ids), on_tokens)
     accepted: list[int] = []

@@ -19,6 +19,7 @@ import torch
 
 from fledge import provenance
 from fledge.console import progress
+from fledge.data.samples import Prompt
 from fledge.decoding.drafting import Drafter, candidate_levels
 from fledge.decoding.generate import generate_plain, generate_speculative
 from fledge.decoding.records import Generation, Sampling, TreeShape
@@ -58,15 +59,15 @@ Ranks = dict[int, list[np.ndarray]]  # by top_k, per position: (MAX_LEVELS, MAX_
 
 @torch.inference_mode()
 def tune(
-    target: Target, draft: DraftModel, prompts: Sequence[list[int]], *, sampling: Sampling, max_new_tokens: int,
+    target: Target, draft: DraftModel, prompts: Sequence[Prompt], *, sampling: Sampling, max_new_tokens: int,
     eos_token_ids: Sequence[int] | None = None,
 ) -> TreeProfile:  # fmt: skip
     """Measure costs and acceptance on these prompts, choose the best tree, confirm it by real decoding."""
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "sampling": sampling, "eos_token_ids": eos_token_ids,
     }  # fmt: skip
-    generate_plain(target, prompts[0], **{**options, "max_new_tokens": 8})  # warm-up
-    answers = [generate_plain(target, prompt, **options).token_ids for prompt in prompts]
+    plainly(target, prompts[0], {**options, "max_new_tokens": 8})  # warm-up
+    answers = [plainly(target, prompt, options).token_ids for prompt in prompts]
     pairs = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if len(answer) > MAX_LEVELS]
     if not pairs:
         raise UserError(
@@ -95,26 +96,41 @@ def tune(
     )  # fmt: skip
 
 
+def plainly(target: Target, prompt: Prompt, options: dict[str, Any]) -> Generation:
+    return generate_plain(target, prompt.ids, model_inputs=prompt.model_inputs, **options)
+
+
+def speculatively(
+    target: Target, draft: DraftModel, prompt: Prompt, tree: TreeShape, options: dict[str, Any]
+) -> Generation:
+    return generate_speculative(target, draft, prompt.ids, tree=tree, model_inputs=prompt.model_inputs, **options)
+
+
 # -- acceptance --------------------------------------------------------------------------------------------------------
 
 
 def ranks_along(
-    target: Target, draft: DraftModel, pairs: Sequence[tuple[list[int], list[int]]], width: int
+    target: Target, draft: DraftModel, pairs: Sequence[tuple[Prompt, list[int]]], width: int
 ) -> Iterator[np.ndarray]:
     """For positions spread over every answer: the ranks of the true continuation in the head's largest tree."""
     levels = candidate_levels(width, MAX_LEVELS).numpy()
     for prompt, answer in pairs:
-        tokens = torch.tensor(prompt + answer, device=target.device)
-        taps = target.forward(tokens[None]).tap_hidden
+        whole = prompt.followed_by(answer)
+        tokens = torch.tensor(whole.ids, device=target.device)
+        where = target.positions(tokens, whole.model_inputs) if whole.model_inputs else None
+        beside: dict[str, Any] = dict(whole.model_inputs)
+        taps = target.forward(
+            tokens[None], position_ids=None if where is None else where[..., None, :], **beside
+        ).tap_hidden  # fmt: skip
         assert taps is not None
         features = draft.fuse(taps[0])
-        drafter = Drafter(draft, TreeShape(len(levels) + 1, MAX_LEVELS - 1, width), len(tokens))
+        drafter = Drafter(draft, TreeShape(len(levels) + 1, MAX_LEVELS - 1, width), len(tokens), where)
         done = 1  # token 0 has no feature before it
         for root in positions(len(prompt), len(answer)):
             hidden = drafter.extend(tokens[done : root + 1], features[done - 1 : root])
             done = root + 1
             scores, drafted, parents = (x.float().cpu().numpy() for x in drafter.candidates(hidden, MAX_LEVELS))
-            truth = (prompt + answer)[root + 1 : root + 1 + MAX_LEVELS]
+            truth = whole.ids[root + 1 : root + 1 + MAX_LEVELS]
             yield continuation_ranks(scores, drafted, parents, levels, truth)
 
 
@@ -177,12 +193,12 @@ def candidate_count(width: int, levels: int) -> int:
 
 
 def measure_costs(
-    target: Target, draft: DraftModel, pair: tuple[list[int], list[int]], widths: Sequence[int],
+    target: Target, draft: DraftModel, pair: tuple[Prompt, list[int]], widths: Sequence[int],
     options: dict[str, Any], step: Callable[[str], None],
 ) -> Costs:  # fmt: skip
     """Time the parts of a round in the middle of an answer."""
     prompt, answer = pair
-    tokens = prompt + answer[: len(answer) // 2]
+    tokens = prompt.ids + answer[: len(answer) // 2]  # as text: what a round costs, pictures do not change
     verify_s: dict[int, float] = {}
     for nodes in NODES:
         verify_s[nodes] = verify_time(target, tokens, nodes)
@@ -190,7 +206,7 @@ def measure_costs(
     draft_s = {
         (width, levels): seconds for width in widths for levels, seconds in draft_times(target, draft, tokens, width)
     }
-    run = generate_speculative(target, draft, prompt, tree=TreeShape(8, 2, 2), **{**options, "max_new_tokens": 32})
+    run = speculatively(target, draft, prompt, TreeShape(8, 2, 2), {**options, "max_new_tokens": 32})
     overhead = (run.phases_s["accept"] + run.phases_s["other"]) / max(run.num_forwards, 1)
     step("drafting")
     return Costs(verify_time(target, tokens, 1), verify_s, draft_s, overhead)
@@ -242,13 +258,13 @@ def median_time(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def confirm(
-    target: Target, draft: DraftModel, prompts: Sequence[list[int]], tree: TreeShape, options: dict[str, Any]
+    target: Target, draft: DraftModel, prompts: Sequence[Prompt], tree: TreeShape, options: dict[str, Any]
 ) -> dict[str, float]:
     """Real decoding speeds on the same prompts, interleaved: plain, the chosen tree, the default tree."""
-    ways: dict[str, Callable[[list[int]], Generation]] = {
-        "plain": lambda prompt: generate_plain(target, prompt, **options),
-        "chosen": lambda prompt: generate_speculative(target, draft, prompt, tree=tree, **options),
-        "default": lambda prompt: generate_speculative(target, draft, prompt, tree=DEFAULT, **options),
+    ways: dict[str, Callable[[Prompt], Generation]] = {
+        "plain": lambda prompt: plainly(target, prompt, options),
+        "chosen": lambda prompt: speculatively(target, draft, prompt, tree, options),
+        "default": lambda prompt: speculatively(target, draft, prompt, DEFAULT, options),
     }
     tokens, seconds = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0.0)
     for prompt in prompts:

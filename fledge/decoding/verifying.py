@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fledge.decoding.attention import can_replace, decoding_attention, stock_attention
 from fledge.decoding.cache import TargetCache, layout_of
+from fledge.decoding.chains import ChainVerifier, keeps_running_state
 from fledge.decoding.masks import Masks, kinds_of
 from fledge.decoding.tree import Tree
 from fledge.target.model import Target
@@ -27,18 +28,20 @@ from fledge.target.record import TargetOutput
 
 CAPACITY_STEP = 256
 
-_verifiers: "weakref.WeakKeyDictionary[Target, Verifier]" = weakref.WeakKeyDictionary()
+_verifiers: "weakref.WeakKeyDictionary[Target, Verifier | ChainVerifier]" = weakref.WeakKeyDictionary()
 
 
-def verifier_of(target: Target) -> "Verifier":
+def verifier_of(target: Target) -> "Verifier | ChainVerifier":
     """The target's verifier; the first call asks the model for the shapes it caches."""
     if target not in _verifiers:
-        _verifiers[target] = Verifier(target)
+        _verifiers[target] = ChainVerifier(target) if keeps_running_state(target) else Verifier(target)
     return _verifiers[target]
 
 
 class Verifier:
     """Runs the target over prompts and trees."""
+
+    chains_only = False
 
     def __init__(self, target: Target) -> None:
         self._target = weakref.ref(target)

@@ -1,0 +1,88 @@
+"""Targets whose layers keep a running state: chains roll it back, and emit what plain decoding emits."""
+
+import functools
+
+import pytest
+import torch
+from tiny import HYBRIDS, VOCAB, ScriptedDraft, prompt, tiny_draft, tiny_model, tiny_target
+
+from fledge.decoding import chains
+from fledge.decoding.chains import ChainVerifier, keeps_running_state
+from fledge.decoding.generate import Sampling, TreeShape, generate_plain, generate_speculative
+from fledge.decoding.verifying import Verifier, verifier_of
+from fledge.errors import UserError
+from fledge.target.model import Target
+
+NAMES = tuple(HYBRIDS)
+CHAINS = (TreeShape(6, 4, 1), TreeShape(2, 0, 1), TreeShape(9, 7, 1), TreeShape(1, 5, 10))
+NEW = 40
+OPTIONS = {"max_new_tokens": NEW, "sampling": Sampling(), "eos_token_ids": ()}
+
+
+@functools.cache
+def plain(name: str, length: int) -> list[int]:
+    return generate_plain(tiny_target(name), prompt(length), **OPTIONS).token_ids
+
+
+def heads(name: str, ids: list[int]) -> list:
+    """Never right, always right, wrong at every third token: every length of accepted chains."""
+    target, script = tiny_target(name), ids + plain(name, len(ids))
+    wrong = [(token + (j % 3 == 0)) % VOCAB for j, token in enumerate(script)]
+    return [tiny_draft(target, "random"), ScriptedDraft(target, script), ScriptedDraft(target, wrong)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chains_are_plain(name):
+    target = tiny_target(name)
+    assert isinstance(verifier_of(target), ChainVerifier)
+    taken, turn = set(), 0
+    for kind in range(3):
+        for chain in CHAINS:
+            length = (1, 20, 5)[turn % 3]
+            head = heads(name, prompt(length))[kind]
+            found = generate_speculative(target, head, prompt(length), tree=chain, **OPTIONS)
+            assert found.token_ids == plain(name, length), (length, chain)
+            taken |= set(found.accepted)
+            turn += 1
+    assert {0, 1, 2, 5, 8} <= taken
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_is_the_librarys_generate(name):
+    target, ids = tiny_target(name), torch.tensor([prompt(20)])
+    theirs = target.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None
+    )
+    assert plain(name, 20) == theirs[0, 20:].tolist() and len(set(plain(name, 20))) > 4
+
+
+@pytest.mark.parametrize("waiting", [0, 3])
+def test_waiting_tokens_get_a_forward_of_their_own(waiting, monkeypatch):
+    monkeypatch.setattr(chains, "MOST_WAITING", waiting)
+    name, ids = "qwen3_next", prompt(5)
+    found = generate_speculative(tiny_target(name), heads(name, ids)[2], ids, tree=CHAINS[0], **OPTIONS)
+    assert found.token_ids == plain(name, 5)
+
+
+def test_a_state_that_is_not_put_back_shows(monkeypatch):
+    """Control: a wrong state does not merely cost acceptance, it changes the output."""
+    monkeypatch.setattr(ChainVerifier, "_put_back", lambda self, copies: None)
+    name, ids = "qwen3_next", prompt(5)
+    found = generate_speculative(tiny_target(name), heads(name, ids)[2], ids, tree=CHAINS[0], **OPTIONS)
+    assert found.token_ids != plain(name, 5)
+
+
+def test_trees_are_refused_and_other_targets_keep_them():
+    target = tiny_target("qwen3_next")
+    with pytest.raises(UserError, match="running state.*--top-k 1"):
+        generate_speculative(target, tiny_draft(target), prompt(5), tree=TreeShape(8, 2, 3), **OPTIONS)
+    assert not keeps_running_state(tiny_target("llama")) and isinstance(verifier_of(tiny_target("llama")), Verifier)
+
+
+def test_a_cache_of_another_kind_is_refused(monkeypatch):
+    layers = ["linear_attention", "full_attention"] * 2
+    differs = {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": layers}
+    monkeypatch.setitem(HYBRIDS, "minimax", ("MiniMaxConfig", differs))
+    target = Target(tiny_model("minimax"), tap_layers=(1, 2, 3), name="tiny-minimax")
+    with pytest.raises(UserError, match="a cache of their own kind"):
+        generate_plain(target, prompt(5), **OPTIONS)
