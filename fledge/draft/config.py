@@ -197,7 +197,12 @@ def from_json(path: Path) -> DraftConfig:
             f"{path}: missing {', '.join(missing or ['eagle_aux_hidden_state_layer_ids'])}. A head of another trainer "
             f"is brought into this form by `fledge convert`."
         )
-    mark = document.get("fledge") or {}
+    mark = document.get("fledge")
+    if not isinstance(mark, dict):
+        raise UserError(
+            f"{path}: another trainer's head: whether its tap ids {list(taps)} are inputs or outputs of layers, its "
+            f"config does not say. `fledge convert HEAD --target TARGET --output-dir OUT` settles it."
+        )
     if str(mark.get("tap_convention", "")).startswith("output"):  # our export for SGLang
         taps = [layer + 1 for layer in taps]
     return DraftConfig(

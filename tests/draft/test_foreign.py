@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tiny import tiny_draft, tiny_target
 
 from fledge.draft.checkpoint import WEIGHTS, draft_tensors
-from fledge.draft.config import to_json
+from fledge.draft.config import from_json, to_json
 from fledge.draft.foreign import complete_vocab, config_of, origin_of, read_any
 from fledge.draft.head import Head
 from fledge.errors import UserError
@@ -92,6 +92,13 @@ def test_ids_are_guessed_by_nobody(tmp_path, name):
     if name in ("specforge", "modelopt"):
         assert read_any(folder, tap_convention="output").config.tap_layers == TAPS
         assert read_any(folder, tap_convention="input").config.tap_layers == tuple(OUTPUTS)
+
+
+def test_loading_does_not_guess_either(tmp_path):
+    """Ids of another trainer were once read as inputs, whatever they were: accept length 1, without a word."""
+    folder = write(tmp_path, "specforge")
+    with pytest.raises(UserError, match=r"tap ids \[1, 3, 4\] are inputs or outputs.*fledge convert"):
+        from_json(folder / "config.json")
 
 
 def test_unusual_ids_have_to_be_explained(tmp_path):
