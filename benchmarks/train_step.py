@@ -1,135 +1,149 @@
-"""One optimisation step of a draft head (forward, backward, AdamW): tokens per second, memory, share of peak.
+"""One optimisation step of fledge beside SpecForge's and speculators': seconds, tokens per second, memory growth.
 
-    python benchmarks/train_step.py --shape smollm2 --sequence 512 --steps 3
-    python benchmarks/train_step.py --shape qwen3-8b --sequence 2048 --device cuda --peak-tflops 790
+    python benchmarks/train_step.py --specforge PYTHON --speculators PYTHON --out benchmarks/train_step_2core-cpu_202611
+    python benchmarks/train_step.py --case conversations --model SMOLLM2_DIR --data answers.jsonl --specforge PYTHON ...
+    python benchmarks/train_step.py --case cuda --shape qwen3-8b --sequence 2048 --peak-tflops 790
 
-The target's states are random: training does not look at them otherwise. All rows are supervised, batch 1, TTT 7. On
-CUDA the TTT attention is first compared with its dense twin, values and gradients.
+Each trainer runs in a process of its own with the Python given for it (train_step_worker.py says how each is set up); a
+peer without one is left out, with a note. Rounds are taken in turns (ours, a peer, the next peer, ours again ...), so
+that a busy machine slows all alike; medians over rounds count. Memory is the growth of the process's peak from before
+the first step. `--clock cpu` counts the processes' CPU time instead of the wall's: for machines that are not idle.
 """
 
 import argparse
 import json
-import resource
+import random
 import statistics
-import time
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
-import torch
+from fledge import provenance
 
-from fledge.draft.batch import Batch, pack
-from fledge.draft.config import DraftConfig
-from fledge.draft.loss import LossSettings
-from fledge.draft.model import DraftModel
-from fledge.draft.ttt_attention import Run, dense_ttt_attention, ttt_attention
-from fledge.provenance import hardware, versions
-from fledge.target.record import TargetRecord
-from fledge.train.module import TTTModule
-
-# hidden, intermediate, heads, kv heads, head_dim, vocabulary, draft vocabulary
-SHAPES = {
-    "smollm2": (576, 1536, 9, 3, 64, 49152, 8192),
-    "qwen3-8b": (4096, 12288, 32, 8, 128, 151936, 32000),
-    "tiny": (64, 96, 4, 2, 16, 512, 128),
+WORKER = Path(__file__).with_name("train_step_worker.py")
+CASES = {  # tokens of one document with every row supervised, dtype
+    "512-fp32": (512, "float32"),
+    "512-bf16": (512, "bfloat16"),
+    "2048-fp32": (2048, "float32"),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2")
-    parser.add_argument("--sequence", type=int, default=512, help="tokens per step")
-    parser.add_argument("--ttt-steps", type=int, default=7)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the matrix products")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps after one that is not; the median counts")
-    parser.add_argument("--peak-tflops", type=float, help="of the device, for the share of peak")
+    parser.add_argument("--case", nargs="+", choices=[*CASES, "conversations", "cuda"], default=list(CASES))
+    parser.add_argument("--specforge", help="Python of an environment with specforge 0.2")
+    parser.add_argument("--speculators", help="Python of an environment with speculators 0.9")
+    parser.add_argument("--model", help="target folder, for its tokenizer (conversations)")
+    parser.add_argument("--data", help="conversations")
+    parser.add_argument("--conversations", type=int, default=8, help="how many of them make one step")
+    parser.add_argument("--shape", default="smollm2", help="smollm2, qwen3-8b or tiny")
+    parser.add_argument("--sequence", type=int, default=2048, help="tokens of the cuda case")
+    parser.add_argument("--peak-tflops", type=float, help="of the device, for the share of peak (cuda case)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of each process, after one that is not")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--out", type=Path, help="without suffix: .json and .md are written")
     args = parser.parse_args()
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        compare_attention(device)
-    seconds, memory, flops = measure(args, device)
-    result = {
-        "shape": args.shape, "sequence": args.sequence, "ttt_steps": args.ttt_steps, "dtype": args.dtype,
-        "device": args.device, "step_s": seconds, "tokens_per_s": args.sequence / seconds,
-        "peak_memory_mib": memory / 2**20, "tflops": flops / seconds / 1e12,
-        "share_of_peak": flops / seconds / 1e12 / args.peak_tflops if args.peak_tflops else None,
-        "versions": versions(), "hardware": hardware(),
-    }  # fmt: skip
-    print(json.dumps(result, indent=2))
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.case:
+            results[name] = run_case(name, args, Path(folder))
+            print(table({name: results[name]}, args.clock), flush=True)
+    if args.out:
+        config = {key: str(value) for key, value in vars(args).items() if key not in ("specforge", "speculators")}
+        config |= {key: Path(str(getattr(args, key))).name for key in ("model", "data", "out")}
+        command = f"python benchmarks/train_step.py --case {' '.join(args.case)} --clock {args.clock}"
+        provenance.write(args.out.with_suffix(".json"), config, command=command, results=results)
+        args.out.with_suffix(".md").write_text(table(results, args.clock), encoding="utf-8")
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> tuple[float, int, float]:
-    """Median seconds of a step, peak memory in bytes, multiply-add work of a step in FLOP."""
-    module, batch = make(args, device)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-    times = []
-    for _ in range(args.steps + 1):
-        start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss = module(batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    on_cuda = device.type == "cuda"
-    memory = torch.cuda.max_memory_allocated() if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return statistics.median(times[1:]), memory, work(module, args)
+def run_case(name: str, args: argparse.Namespace, folder: Path) -> dict[str, dict]:
+    """All trainers on one input, in turns. Per trainer: medians and what they are medians of."""
+    device, dtype = ("cuda", "bfloat16") if name == "cuda" else ("cpu", CASES.get(name, (0, "bfloat16"))[1])
+    path = folder / f"{name}.json"
+    documents = conversations(args) if name == "conversations" else [synthetic(name, args)]
+    path.write_text(json.dumps(documents))
+    trainers = {"fledge": sys.executable}
+    if device == "cpu":
+        for peer in ("specforge", "speculators"):
+            if getattr(args, peer):
+                trainers[peer] = getattr(args, peer)
+            else:
+                print(f"{peer} is left out: no --{peer} PYTHON")
+        if args.specforge and name != "conversations":
+            trainers["specforge-compact"] = args.specforge
+    runs: dict[str, list[dict]] = {trainer: [] for trainer in trainers}
+    for _ in range(args.rounds):
+        for trainer, python in trainers.items():
+            runs[trainer].append(worker(python, trainer, path, dtype, device, args))
+    tokens = sum(len(document["ids"]) for document in documents)
+    supervised = sum(sum(document["mask"]) for document in documents)
+    key = "cpu_seconds" if args.clock == "cpu" else "seconds"
+    summary = {}
+    for trainer, rounds in runs.items():
+        seconds = [statistics.median(one[key]) for one in rounds]
+        median = statistics.median(seconds)
+        summary[trainer] = {
+            "step_s": median, "tokens_per_s": tokens / median, "supervised_per_s": supervised / median,
+            "growth_mib": statistics.median(one["growth_mib"] for one in rounds), "rounds_s": seconds,
+            "wall_s": [statistics.median(one["seconds"]) for one in rounds],
+            "cpu_s": [statistics.median(one["cpu_seconds"]) for one in rounds],
+        }  # fmt: skip
+        if args.peak_tflops and device == "cuda":
+            summary[trainer]["share_of_peak"] = tokens * rounds[0]["flop_per_token"] / median / args.peak_tflops / 1e12
+    return summary
 
 
-def make(args: argparse.Namespace, device: torch.device) -> tuple[TTTModule, Batch]:
-    """A fresh draft and one document of random states."""
-    size, inner, heads, kv_heads, head_dim, vocab, draft_vocab = SHAPES[args.shape]
-    config = DraftConfig(
-        hidden_size=size, intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        head_dim=head_dim, vocab_size=vocab, draft_vocab_size=draft_vocab, tap_layers=(2, 15, 27),
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )  # fmt: skip
-    torch.manual_seed(0)
-    dtype = getattr(torch, args.dtype)
-    table = (torch.randn(vocab, size) * 0.1).to(device, dtype)
-    draft = DraftModel(config, table)
-    ids = torch.randperm(vocab)[:draft_vocab].sort().values
-    draft.set_vocab(ids - torch.arange(draft_vocab), torch.isin(torch.arange(vocab), ids))
-    record = TargetRecord(
-        sample_id="random", input_ids=torch.randint(vocab, (args.sequence,)),
-        loss_mask=torch.ones(args.sequence) > 0, position_ids=torch.arange(args.sequence),
-        tap_hidden=torch.randn(args.sequence, 3, size).to(dtype),
-        last_hidden=torch.randn(args.sequence, size).to(dtype),
-    )  # fmt: skip
-    module = TTTModule(draft.to(device), lambda hidden: hidden @ table.T, args.ttt_steps, LossSettings())
-    return module, pack([record]).to(device)
+def worker(python: str, trainer: str, path: Path, dtype: str, device: str, args: argparse.Namespace) -> dict:
+    command = [
+        python, str(WORKER), trainer, "--documents", str(path), "--dtype", dtype, "--device", device,
+        "--shape", args.shape, "--threads", str(args.threads), "--steps", str(args.steps),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{trainer} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def work(module: TTTModule, args: argparse.Namespace) -> float:
-    """Matrix products of a step: 6 FLOP per weight, row and TTT step (fc only at step 0), 2 per teacher weight."""
-    draft = module.draft
-    layer = sum(p.numel() for p in draft.midlayer.parameters() if p.dim() == 2) + draft.lm_head.weight.numel()
-    teacher = 2 * draft.embedding.numel()
-    return args.sequence * (6 * args.ttt_steps * layer + 6 * draft.fc.weight.numel() + teacher)
+def synthetic(name: str, args: argparse.Namespace) -> dict:
+    """One document of random tokens, every row supervised."""
+    length = CASES[name][0] if name in CASES else args.sequence
+    return {"ids": [random.Random(row).randrange(500) for row in range(length)], "mask": [1] * length}
 
 
-def compare_attention(device: torch.device) -> None:
-    """The flash kernels of this device against the dense twin, in bf16 against fp32."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(200, 8, 64), (300, 2, 64), (300, 2, 64), *[(200, 2, 64)] * 4]
-    exact = [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in shapes]
-    rough = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
-    runs = (Run(0, 0, 80), Run(100, 180, 300))
+def conversations(args: argparse.Namespace) -> list[dict]:
+    """The first conversations of the data, tokenised as `fledge train` does."""
+    from fledge.data.dataset import TokenizedData
+    from fledge.data.tokenize import ChatTemplate
 
-    def grads(attend, leaves):
-        q, k, v, *own = leaves
-        out = attend(q, k, v, own[:2], own[2:], runs)
-        return [out, *torch.autograd.grad(out.float().pow(2).sum(), leaves)]
-
-    for found, wanted in zip(grads(ttt_attention, rough), grads(dense_cpu, exact), strict=True):
-        error = ((found.float() - wanted).norm() / wanted.norm()).item()
-        assert error < 2e-2, f"TTT attention on {device}: relative error {error:.1e}"
-    print(f"TTT attention on {device} equals its dense twin")
+    if not args.model or not args.data:
+        raise SystemExit("--case conversations needs --model (for the tokenizer) and --data.")
+    data = TokenizedData.from_path(args.data, ChatTemplate.from_pretrained(args.model), max_length=512, cache_dir=None)
+    chosen = [data[index] for index in range(args.conversations)]
+    return [{"ids": sample.input_ids.tolist(), "mask": sample.loss_mask.int().tolist()} for sample in chosen]
 
 
-def dense_cpu(q, k, v, later_k, later_v, runs):
-    with torch.device(q.device):
-        return dense_ttt_attention(q, k, v, later_k, later_v, runs)
+def table(results: dict[str, dict[str, dict]], clock: str) -> str:
+    """Per case one row for each trainer, and fledge against the better peer."""
+    lines = ["# One optimisation step, TTT 7", "", f"Medians over rounds in turns; {clock} time.", ""]
+    for name, trainers in results.items():
+        columns = "| trainer | s | tok/s | supervised tok/s | memory growth, MiB |"
+        lines += [f"## {name}", "", columns, "|---|---|---|---|---|"]
+        for trainer, row in trainers.items():
+            lines.append(
+                f"| {trainer} | {row['step_s']:.2f} | {row['tokens_per_s']:.0f} | {row['supervised_per_s']:.0f} | "
+                f"{row['growth_mib']:.0f} |"
+            )
+        peers = [row for trainer, row in trainers.items() if trainer != "fledge"]
+        if peers:
+            ours = trainers["fledge"]
+            speed = ours["tokens_per_s"] / max(row["tokens_per_s"] for row in peers)
+            memory = ours["growth_mib"] / min(row["growth_mib"] for row in peers)
+            lines += ["", f"fledge: {speed:.2f} x the faster peer, {memory:.2f} x the leaner peer's memory growth."]
+        lines.append("")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class SwiGLU(nn.Module):
         gate, up = self.gate_proj(hidden), self.up_proj(hidden)
         if not torch.is_grad_enabled():
             return self.down_proj(F.silu(gate) * up)
-        return _GatedProduct.apply(gate, up, self.down_proj.weight.to(gate.dtype))
+        return _GatedProduct.apply(gate, up, self.down_proj.weight)
 
 
 class _GatedProduct(torch.autograd.Function):
@@ -67,7 +67,7 @@ class _GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
-        return F.linear(F.silu(gate).mul_(up), weight)
+        return F.linear(F.silu(gate).mul_(up), weight.to(gate.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,6 +76,7 @@ class _GatedProduct(torch.autograd.Function):
         opened = F.silu(gate)
         product = opened * up
         grad_weight = grad.reshape(-1, grad.shape[-1]).T @ product.reshape(-1, product.shape[-1])
-        grad_product = grad @ weight
+        grad_product = grad @ weight.to(grad.dtype)
         torch.mul(grad_product, up, out=product)  # the gradient of silu(gate)
-        return torch.ops.aten.silu_backward(product, gate), grad_product.mul_(opened), grad_weight
+        grad_gate = torch.ops.aten.silu_backward(product, gate)
+        return grad_gate, grad_product.mul_(opened), grad_weight.to(weight.dtype)

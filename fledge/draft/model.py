@@ -203,7 +203,8 @@ class DraftModel(nn.Module):
             kv = tokens[:, width:] + F.linear(normed, weight[width:])
             asked_rope = (cos[queries], sin[queries])
         k, v = kv.unflatten(-1, (-1, head_dim)).chunk(2, dim=-2)
-        return rotate(q.unflatten(-1, (-1, head_dim)), *asked_rope), rotate(k, cos, sin), v
+        # v as a copy: a view would keep the whole projection alive until the backward
+        return rotate(q.unflatten(-1, (-1, head_dim)), *asked_rope), rotate(k, cos, sin), v.contiguous()
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Residual, output projection and MLP: f (.., H) and attention output (.., h, d) -> f'' (.., H)."""

@@ -88,7 +88,7 @@ def unroll(draft: DraftModel, batch: Batch, alignment: Alignment, ttt_steps: int
     rows, last_row = alignment.rows, alignment.last_row
     features = draft.fuse(batch.tap_hidden)
     window = draft.config.sliding_window
-    of_tokens, of_states = draft.split_projection()
+    of_tokens, of_states = (weight.to(features.dtype) for weight in draft.split_projection())
     # The tokens' half of q, k and v: row r holds that of x_{r+1}, and step k of row t reads row t + k.
     next_tokens = draft.embed(batch.input_ids.roll(-1)).to(features.dtype)
     tokens = F.linear(draft.midlayer.input_layernorm(next_tokens), of_tokens)

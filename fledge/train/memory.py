@@ -1,0 +1,96 @@
+"""How much memory one training step takes, part by part, from the draft's sizes alone.
+
+The step has three moments that can be its peak: the loss (activations of all steps, one chunk of the head), the
+beginning of the backward (activations, and gradients arriving), the optimizer's step. Everything that `fledge.draft`
+keeps between forward and backward is listed here once; a test compares the sum with what autograd really holds, and
+benchmarks/plan_memory.py the whole with a measured peak.
+"""
+
+from dataclasses import dataclass
+
+from fledge.draft.config import DraftConfig
+from fledge.draft.loss import CHUNK_BYTES, chunk_size
+
+# H hidden, I intermediate, h heads, g kv heads, d head_dim, D draft vocab, V vocab, A taps, K steps
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one process. `peak` is what it needs beside the target."""
+
+    weights: int  # fp32
+    moments: int  # AdamW's two, fp32
+    gradients: int  # fp32
+    activations: int  # kept from forward to backward
+    batch: int  # hidden states and ids of the rows
+    loss: int  # one chunk of teacher and draft logits, and the gradients the loss makes
+
+    @property
+    def peak(self) -> int:
+        """Weights, moments and batch are always there; gradients meet the activations only once the loss is done."""
+        return self.weights + self.moments + self.batch + self.activations + max(self.loss, self.gradients)
+
+
+def num_parameters(config: DraftConfig) -> dict[str, int]:
+    """Trained weights of a draft by part."""
+    size, heads = config.hidden_size, config.num_attention_heads + 2 * config.num_key_value_heads
+    norms = size * (4 + (len(config.tap_layers) if config.fc_norm else 0))
+    return {
+        "fc": len(config.tap_layers) * size * size,
+        "attention": 2 * size * heads * config.head_dim + config.num_attention_heads * config.head_dim * size,
+        "mlp": 3 * size * config.intermediate_size,
+        "norms": norms,
+        "lm_head": config.draft_vocab_size * size,
+    }
+
+
+def kept_elements(config: DraftConfig, *, recompute: bool = False) -> int:
+    """Numbers kept for each active row and TTT step."""
+    size, head_dim = config.hidden_size, config.head_dim
+    keys = 2 * config.num_key_value_heads * head_dim
+    if recompute:
+        return 2 * size + keys  # the step's output and its normed state; keys and values, which later steps read
+    queries = 2 * config.num_attention_heads * head_dim  # queries and what they attended
+    return 6 * size + queries + keys + 2 * config.intermediate_size
+
+
+def step_memory(
+    config: DraftConfig, *, rows: int, active_rows: int | None = None, ttt_steps: int = 7, bf16: bool = True,
+    recompute: bool = False, state_bytes: int = 2, device_type: str = "cuda",
+) -> StepMemory:  # fmt: skip
+    """One forward, backward and optimizer step over `rows` tokens, `active_rows` of which are trained (None: all)."""
+    active = rows if active_rows is None else active_rows
+    element = 2 if bf16 else 4
+    size, taps = config.hidden_size, len(config.tap_layers)
+    parameters = num_parameters(config)
+    total = sum(parameters.values())
+    projections = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    once = rows * (taps * size + 3 * size + projections + 2 * config.num_key_value_heads * config.head_dim)
+    activations = element * (active * ttt_steps * kept_elements(config, recompute=recompute) + once)
+    activations += 2 * size * projections * element + (2 * total if bf16 else 0)  # split projections; bf16 copies
+    if recompute:  # one step at a time is there in full
+        activations += element * active * kept_elements(config)
+    per_chunk = min(chunk_size(ttt_steps, config.draft_vocab_size, config.vocab_size, device_type), active)
+    chunk = (
+        per_chunk
+        * CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
+        // chunk_size(ttt_steps, config.draft_vocab_size, config.vocab_size, device_type)
+    )
+    state_grads = element * active * ttt_steps * size
+    return StepMemory(
+        weights=4 * total,
+        moments=8 * total,
+        gradients=4 * total + state_grads,
+        activations=activations,
+        batch=rows * ((taps + 1) * size * state_bytes + 17),
+        loss=chunk + state_grads + 4 * parameters["lm_head"] + (2 * parameters["lm_head"] if bf16 else 0),
+    )
+
+
+def flop_per_step(config: DraftConfig, *, rows: int, active_rows: int, taught: int, ttt_steps: int) -> int:
+    """Matrix products of one step: the draft's for active rows, its head's and the teacher's for taught positions."""
+    parameters, size = num_parameters(config), config.hidden_size
+    layer = parameters["attention"] + parameters["mlp"]
+    attention = 7 * 2 * size * active_rows * rows // 2 * ttt_steps  # two products forward, five backward, causal
+    head = 6 * ttt_steps * taught * parameters["lm_head"] + 2 * taught * config.vocab_size * size
+    return 4 * rows * parameters["fc"] + 6 * ttt_steps * active_rows * layer + attention + head

@@ -1,0 +1,116 @@
+"""fledge plan: its memory against what autograd holds, its counts against the data, its limits against themselves."""
+
+import json
+
+import pytest
+import torch
+from saved_target import save_target, write_conversations
+from tiny import tiny_target
+
+from fledge import cli
+from fledge.draft.batch import pack
+from fledge.draft.config import DraftConfig
+from fledge.draft.loss import LossSettings
+from fledge.draft.model import DraftModel
+from fledge.draft.ttt import align, unroll
+from fledge.errors import UserError
+from fledge.plan import PlanArgs, count, estimate, longest_that_fits, target_size
+from fledge.target.record import TargetRecord
+from fledge.train.memory import num_parameters, step_memory
+from fledge.train.module import TTTModule
+
+STEPS, ROWS = 5, 160
+CONFIG = DraftConfig(
+    hidden_size=96, intermediate_size=256, num_attention_heads=6, num_key_value_heads=2, head_dim=16, vocab_size=300,
+    draft_vocab_size=120, tap_layers=(1, 2, 3), rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+)  # fmt: skip
+
+
+def held_bytes(*, bf16: bool, recompute: bool) -> int:
+    """What autograd keeps between forward and backward of the unrolled draft, each storage once."""
+    torch.manual_seed(0)
+    draft = DraftModel(CONFIG, torch.randn(300, 96))
+    record = TargetRecord(
+        sample_id="r", input_ids=torch.randint(300, (ROWS,)), loss_mask=torch.ones(ROWS, dtype=torch.bool),
+        position_ids=torch.arange(ROWS), tap_hidden=torch.randn(ROWS, 3, 96), last_hidden=torch.randn(ROWS, 96),
+    )  # fmt: skip
+    batch = pack([record])
+    own = {parameter.untyped_storage().data_ptr() for parameter in draft.parameters()}
+    sizes: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            states = unroll(draft, batch, align(batch, STEPS), STEPS, recompute=recompute)
+    return sum(sizes.values()) + states.nbytes
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_activations_are_what_autograd_keeps(bf16):
+    planned = step_memory(CONFIG, rows=ROWS, ttt_steps=STEPS, bf16=bf16, device_type="cpu").activations
+    assert planned == pytest.approx(held_bytes(bf16=bf16, recompute=False), rel=0.15)
+    assert planned != pytest.approx(held_bytes(bf16=bf16, recompute=True), rel=0.15)  # control: another way to train
+
+
+def test_parameters_are_counted_by_part():
+    draft = DraftModel(CONFIG, torch.zeros(300, 96))
+    assert sum(num_parameters(CONFIG).values()) == sum(parameter.numel() for parameter in draft.parameters())
+    module = TTTModule(draft, lambda hidden: hidden, STEPS, LossSettings())
+    assert sum(4 * p.numel() for p in module.parameters()) == step_memory(CONFIG, rows=8).weights
+
+
+def test_targets_are_counted_without_weights():
+    for name in ("llama", "qwen3_moe"):
+        target = tiny_target(name)
+        size = target_size(target.config)
+        assert size.parameters == sum(parameter.numel() for parameter in target.model.parameters())
+        assert (size.active < size.parameters) == (name == "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    save_target(folder / "target")
+    write_conversations(folder / "data.jsonl", 60, seed=1)
+    return folder
+
+
+def test_tokens_are_scaled_from_a_sample(folder):
+    plain = {"target_model_name_or_path": str(folder / "target"), "data": [str(folder / "data.jsonl")]}
+    whole, part = count(PlanArgs(**plain, sample=60)), count(PlanArgs(**plain, sample=20))
+    assert whole.conversations == part.conversations == 60
+    assert part.tokens == pytest.approx(whole.tokens, rel=0.15) and part.tokens != whole.tokens
+
+
+def test_the_command_says_what_does_not_fit(folder, capsys):
+    words = ["plan", "--target-model-name-or-path", str(folder / "target"), "--data", str(folder / "data.jsonl"),
+             "--hardware", "cpu", "--gpu-memory-gb", "0.05", "--tflops", "0.2", "--draft-vocab-size", "64"]  # fmt: skip
+    assert cli.run_command(words[0], words[1:]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert any("needs" in message and "per_device_train_batch_size" in message for message in document["warnings"])
+    run = document["run"]
+    assert run["hours_online"] >= run["hours_offline"] >= 0
+    assert 0 < run["longest_sequence_online"] <= run["longest_sequence_offline"]
+    roomy = [*words[1:], "--gpu-memory-gb", "64"]
+    assert cli.run_command(words[0], roomy) == 0
+    assert json.loads(capsys.readouterr().out)["warnings"] == []
+
+
+def test_the_longest_sequence_is_the_longest():
+    assert longest_that_fits(lambda rows: 1000 * rows, 1e6) == 896  # 64 * 14 of at most 940
+    assert longest_that_fits(lambda rows: 1e9, 1e6) == 0
+
+
+def test_missing_facts_are_named(folder):
+    plain = {"target_model_name_or_path": str(folder / "target")}
+    with pytest.raises(UserError, match="--data or --num-tokens"):
+        estimate(PlanArgs(**plain, hardware="h100"))
+    with pytest.raises(UserError, match="'h10o' is unknown.*did you mean 'h100'"):
+        estimate(PlanArgs(**plain, hardware="h10o", num_tokens=1000))
+    with pytest.raises(UserError, match="--gpu-memory-gb and --tflops are needed"):
+        estimate(PlanArgs(**plain, num_tokens=1000))
