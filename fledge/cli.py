@@ -35,6 +35,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command(
         "fledge.bench.compare", "ReportArgs", "report", "draw a benchmark report again, or compare several"
     ),
+    "plan": Command("fledge.plan", "PlanArgs", "plan", "what a training run will need: memory, disk, hours"),
     "extract": Command("fledge.target.extract", "ExtractArgs", "extract", "store the target's hidden states"),
     "train": Command("fledge.train.run", "TrainArgs", "train", "train a draft head, online or from stored states"),
     "export": Command("fledge.export.convert", "ExportArgs", "export_head", "write a head as vLLM or SGLang read it"),
