@@ -53,6 +53,10 @@ class InspectArgs:
     """Also write every figure to this file, as JSON."""
     trust_remote_code: bool = False
     """Run tokenizer code that comes with the target."""
+    max_pixels: int | None = None
+    """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
+    min_pixels: int | None = None
+    """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
 
 
 def inspect(args: InspectArgs) -> None:
@@ -80,7 +84,7 @@ def inspect_data(args: InspectArgs) -> None:
         raise UserError(f"{args.path} is data: give --target MODEL, whose tokenizer and chat template render it.")
     template = ChatTemplate.from_pretrained(
         args.target, args.chat_template_type, enable_thinking=args.enable_thinking,
-        trust_remote_code=args.trust_remote_code,
+        trust_remote_code=args.trust_remote_code, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
     )  # fmt: skip
     data = TokenizedData.from_path(
         args.path, template, max_length=args.model_max_length, data_format=args.data_format, split=args.data_split,

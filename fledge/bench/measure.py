@@ -12,9 +12,10 @@ import json
 import zlib
 from typing import Any, Protocol
 
-from fledge.bench.prompts import Question
+from fledge.bench.prompts import Question, turn_text
 from fledge.bench.quality import compare_outputs, score_answer
 from fledge.bench.rows import Row
+from fledge.data.samples import Prompt
 from fledge.decoding.records import Generation
 
 WARM_UP_TOKENS = 48
@@ -24,17 +25,17 @@ SAMPLE_TOKENS = 96
 class Engine(Protocol):
     """A target (with or without a head) that can answer, and be asked what it thinks of an answer."""
 
-    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]: ...
+    def prompt(self, messages: list[dict[str, Any]]) -> Prompt: ...
 
     def generate(
-        self, side: str, prompt_ids: list[int], *, max_new_tokens: int, seed: int, trace: bool = False
+        self, side: str, prompt: Prompt, *, max_new_tokens: int, seed: int, trace: bool = False
     ) -> Generation: ...
 
     def text(self, token_ids: list[int]) -> str: ...
 
-    def top2(self, token_ids: list[int]) -> dict[str, Any]: ...
+    def top2(self, prompt: Prompt, token_ids: list[int]) -> dict[str, Any]: ...
 
-    def mean_log_likelihood(self, prompt_ids: list[int], token_ids: list[int]) -> float: ...
+    def mean_log_likelihood(self, prompt: Prompt, token_ids: list[int]) -> float: ...
 
     def eos_token_ids(self) -> tuple[int, ...]: ...
 
@@ -76,30 +77,30 @@ class Job:
 def measure(engine: Engine, job: Job, settings: MeasureSettings) -> Row:
     """Measure one question on every side and return its row."""
     question = job.question
-    messages = [{"role": "system", "content": question.system}] if question.system else []
+    messages: list[dict[str, Any]] = [{"role": "system", "content": question.system}] if question.system else []
     turns: list[dict[str, Any]] = []
-    for number, text in enumerate(question.turns):
-        messages.append({"role": "user", "content": text})
-        prompt_ids = engine.prompt_ids(messages)
+    for number, content in enumerate(question.turns):
+        messages.append({"role": "user", "content": content})
+        prompt = engine.prompt(messages)
         seed = turn_seed(settings.seed, question, job.repeat, number)
         order = settings.sides if (job.index + job.repeat + number) % 2 == 0 else settings.sides[::-1]
         made = {
-            side: engine.generate(side, prompt_ids, max_new_tokens=settings.max_new_tokens, seed=seed)
+            side: engine.generate(side, prompt, max_new_tokens=settings.max_new_tokens, seed=seed)
             for side in order
         }  # fmt: skip
         for generation in made.values():
             check_generation(generation, settings.max_new_tokens, engine.eos_token_ids())
-        turn: dict[str, Any] = {"prompt_tokens": len(prompt_ids), "order": list(order)}
+        turn: dict[str, Any] = {"prompt_tokens": len(prompt), "order": list(order)}
         turn |= {side: side_record(engine, made[side]) for side in settings.sides}
         if settings.checks:
             outputs = {side: made[side].token_ids for side in settings.sides}
-            turn["check"] = compare_outputs(engine, prompt_ids, outputs, greedy=settings.temperature == 0)
+            turn["check"] = compare_outputs(engine, prompt, outputs, greedy=settings.temperature == 0)
         if job.sampled and number == 0 and "eagle" in settings.sides:
-            turn["sample"] = coloured_sample(engine, prompt_ids, min(settings.max_new_tokens, SAMPLE_TOKENS), seed)
+            turn["sample"] = coloured_sample(engine, prompt, min(settings.max_new_tokens, SAMPLE_TOKENS), seed)
         turns.append(turn)
         messages.append({"role": "assistant", "content": turn[settings.sides[0]]["text"]})
     row: Row = {
-        **job.key_fields(), "category": question.category, "question": question.turns[0][:300],
+        **job.key_fields(), "category": question.category, "question": turn_text(question.turns[0])[:300],
         "peak_memory_bytes": engine.peak_memory_bytes(), "turns": turns,
     }  # fmt: skip
     if settings.checks:
@@ -111,11 +112,9 @@ def measure(engine: Engine, job: Job, settings: MeasureSettings) -> Row:
 
 def warm_up(engine: Engine, question: Question, settings: MeasureSettings) -> None:
     """Run every side once, unmeasured: compilation, caches and clocks settle here."""
-    prompt_ids = engine.prompt_ids([{"role": "user", "content": question.turns[0]}])
+    prompt = engine.prompt([{"role": "user", "content": question.turns[0]}])
     for side in settings.sides:
-        engine.generate(
-            side, prompt_ids, max_new_tokens=min(WARM_UP_TOKENS, settings.max_new_tokens), seed=settings.seed
-        )
+        engine.generate(side, prompt, max_new_tokens=min(WARM_UP_TOKENS, settings.max_new_tokens), seed=settings.seed)
 
 
 def check_generation(generation: Generation, max_new_tokens: int, eos_token_ids: tuple[int, ...]) -> None:
@@ -152,9 +151,9 @@ def side_record(engine: Engine, generation: Generation) -> dict[str, Any]:
     }
 
 
-def coloured_sample(engine: Engine, prompt_ids: list[int], max_new_tokens: int, seed: int) -> list[dict[str, Any]]:
+def coloured_sample(engine: Engine, prompt: Prompt, max_new_tokens: int, seed: int) -> list[dict[str, Any]]:
     """The first tokens once more with tracing, outside every clock: per round what was accepted, rejected, bonus."""
-    traced = engine.generate("eagle", prompt_ids, max_new_tokens=max_new_tokens, seed=seed, trace=True)
+    traced = engine.generate("eagle", prompt, max_new_tokens=max_new_tokens, seed=seed, trace=True)
     return engine.coloured_rounds(traced)
 
 

@@ -1,8 +1,9 @@
 """The questions a benchmark asks: named sets, our own `quick` set, or a file.
 
 A question file has one JSON object per line in EAGLE's format (`question_id`, `category`, `turns`, maybe `reference`);
-rows with `messages`, `conversations` or `prompt` are read too, their user turns being the questions. Named sets come
-from `--bench-dir` (or FLEDGE_BENCH_DIR) as `<name>/question.jsonl`, else from `hub.py`. Knows text only, no tokens.
+rows with `messages`, `conversations` or `prompt` are read too, their user turns being the questions. A turn with
+pictures is a list of parts (text and image, as in OpenAI messages); paths count from the file's folder. Named sets come
+from `--bench-dir` (or FLEDGE_BENCH_DIR) as `<name>/question.jsonl`, else from `hub.py`. Knows no tokens and no pixels.
 """
 
 import dataclasses
@@ -12,10 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fledge.data.image_urls import IMAGE_TYPES, anchored
+from fledge.data.images import with_row_images
+from fledge.data.rejects import Reject
 from fledge.errors import UserError, nearest
 
 QUICK_FILE = Path(__file__).with_name("quick.jsonl")
-NAMED_SETS = ("mt_bench", "humaneval", "gsm8k", "alpaca", "qa", "sum", "math500")
+PICTURE_SETS = ("textvqa", "mmmu", "mmstar")
+NAMED_SETS = ("mt_bench", "humaneval", "gsm8k", "alpaca", "qa", "sum", "math500", *PICTURE_SETS)
+Turn = str | list[dict[str, Any]]
 BENCH_DIR_VARIABLE = "FLEDGE_BENCH_DIR"
 
 
@@ -26,16 +32,24 @@ class Question:
     dataset: str
     id: str
     category: str
-    turns: tuple[str, ...]
+    turns: tuple[Turn, ...]
     system: str | None = None
     reference: tuple[str, ...] = ()
     code_check: dict[str, str] | None = None  # humaneval: prompt, test, entry_point
+
+
+def turn_text(turn: Turn) -> str:
+    """A turn for people: its text, pictures as marks."""
+    if isinstance(turn, str):
+        return turn
+    return "".join(str(part.get("text", "")) if part.get("type") == "text" else "[image]" for part in turn)
 
 
 def load_questions(
     name: str, *, bench_dir: Path | None = None, begin: int | None = None, end: int | None = None
 ) -> list[Question]:
     """Questions [begin, end) of a named set, of `quick`, or of a jsonl file."""
+    name = set_name(name)
     questions = _all_questions(name, bench_dir)
     chosen = questions[begin:end]
     if not chosen:
@@ -46,8 +60,14 @@ def load_questions(
     return chosen
 
 
+def set_name(name: str) -> str:
+    """The name of a set as it is kept here (MMMU, MMStar and TextVQA are usually written so)."""
+    return name.lower() if name.lower() in PICTURE_SETS else name
+
+
 def dataset_label(name: str) -> str:
     """What a set is called in rows and reports: a file counts by its stem (its folder for `question.jsonl`)."""
+    name = set_name(name)
     if name in NAMED_SETS or name == "quick":
         return name
     path = Path(name)
@@ -66,7 +86,9 @@ def read_question_file(path: Path, dataset: str) -> list[Question]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}:{number}: not valid JSON ({error}). Repair or remove the line.") from None
-            question = question_from_row(row, dataset, default_id=str(number - 1), where=f"{path}:{number}")
+            question = question_from_row(
+                row, dataset, default_id=str(number - 1), where=f"{path}:{number}", folder=path.parent
+            )
             if question.id in seen:
                 raise UserError(
                     f"{path}:{number}: question id {question.id!r} was already used on line {seen[question.id]}. "
@@ -79,12 +101,17 @@ def read_question_file(path: Path, dataset: str) -> list[Question]:
     return questions
 
 
-def question_from_row(row: Any, dataset: str, *, default_id: str, where: str) -> Question:
-    """One parsed JSON row to a Question."""
+def question_from_row(row: Any, dataset: str, *, default_id: str, where: str, folder: Path | None = None) -> Question:
+    """One parsed JSON row to a Question. Relative paths of pictures count from `folder`."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: a question is a JSON object, found {type(row).__name__}.")
     system, turns = _turns(row)
-    if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+    try:
+        messages = with_row_images([{"role": "user", "content": turn} for turn in turns], row)
+        turns = [_checked(message, folder) for message in messages]
+    except Reject as reject:
+        raise UserError(f"{where}: {reject.detail}. Repair or remove the line.") from None
+    if not turns or not all(turns):
         raise UserError(
             f"{where}: found the keys {sorted(row)}, needed a non-empty `turns` (a list of strings), `messages`, "
             f"`conversations` or `prompt` with the text of a user."
@@ -117,6 +144,21 @@ def _turns(row: dict[str, Any]) -> tuple[str | None, list[Any]]:
     ]
     system = next((text for role, text in said if role == "system"), None)
     return system, [text for role, text in said if role in ("user", "human")]
+
+
+def _checked(message: dict[str, Any], folder: Path | None) -> Turn:
+    """The content of a user's message when it can be asked: text, or parts with a picture; else nothing."""
+    content: Any = message["content"]
+    if isinstance(content, str):
+        return content if content.strip() else ""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return ""
+    unknown = next((part.get("type") for part in content if part.get("type") not in ("text", *IMAGE_TYPES)), None)
+    if unknown is not None:
+        raise Reject("unknown part", f"a part has type {unknown!r}; text and image are known")
+    if all(part["type"] == "text" for part in content):
+        return "".join(str(part.get("text") or "") for part in content).strip()
+    return anchored(message, folder)["content"] if folder is not None else content
 
 
 def _all_questions(name: str, bench_dir: Path | None) -> list[Question]:
@@ -159,7 +201,7 @@ def _with_code_checks(questions: Sequence[Question]) -> list[Question]:
 
 def _find_check(question: Question, by_text: dict[str, dict[str, str]]) -> dict[str, str] | None:
     """EAGLE's questions put an instruction line before the function: match what follows it."""
-    text = question.turns[0].strip()
+    text = turn_text(question.turns[0]).strip()
     _, _, rest = text.partition("\n")
     problem = by_text.get(text) or by_text.get(rest.strip())
     return {key: problem[key] for key in ("prompt", "test", "entry_point")} if problem else None

@@ -12,15 +12,16 @@ from typing import Any
 
 from fledge.bench.prompts import Question
 from fledge.bench.sandbox import passes_tests
+from fledge.data.samples import Prompt
 
 TIE_SPACINGS = 4.0  # a gap of up to four spacings of the number format is a tie that rounding may decide
 
 
-def compare_outputs(engine: Any, prompt_ids: list[int], outputs: dict[str, list[int]], *, greedy: bool) -> dict:
+def compare_outputs(engine: Any, prompt: Prompt, outputs: dict[str, list[int]], *, greedy: bool) -> dict:
     """The quality check of one turn; `outputs` maps each side to its token ids."""
     if not greedy:
         return {
-            f"{side}_log_likelihood": engine.mean_log_likelihood(prompt_ids, token_ids)
+            f"{side}_log_likelihood": engine.mean_log_likelihood(prompt, token_ids)
             for side, token_ids in outputs.items()
         }
     if len(outputs) < 2:
@@ -29,7 +30,7 @@ def compare_outputs(engine: Any, prompt_ids: list[int], outputs: dict[str, list[
     position = first_difference(one, other)
     if position is None:
         return {"identical": True}
-    top = engine.top2(prompt_ids + one[:position])
+    top = engine.top2(prompt, one[:position])
     spacings = top["gap"] / top["spacing"]
     chosen = {ids[position] for ids in (one, other) if position < len(ids)}
     return {
@@ -85,6 +86,17 @@ def same_boxed(answer: str, reference: str) -> bool:
     return False
 
 
+def same_letter(answer: str, reference: str) -> bool:
+    """mmmu, mmstar: the choice an answer names, `B`, `(B)` or `the answer is B`; of several the last."""
+    letters = re.findall(r"(?<![A-Za-z])\(?([A-Z])\)?(?![A-Za-z'])", answer)
+    return bool(letters) and letters[-1] == reference.strip().upper()
+
+
+def same_words(answer: str, reference: str) -> bool:
+    """textvqa: the answer most people gave stands in this one."""
+    return reference.strip().lower() in answer.lower()
+
+
 def code_of(answer: str, prompt: str) -> str:
     """The program in an answer: its first fenced block, else the text; the prompt goes before a bare function body."""
     fenced = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", answer, flags=re.DOTALL | re.IGNORECASE)
@@ -102,4 +114,7 @@ SCORERS: dict[str, Callable[[str, str], bool]] = {
     "gsm8k": same_number,
     "math500": same_boxed,
     "quick": same_number,
+    "mmmu": same_letter,
+    "mmstar": same_letter,
+    "textvqa": same_words,
 }

@@ -92,7 +92,7 @@ def tune_tree(args: BenchArgs, spec: Any) -> None:
         )
     ]
     chosen = questions[:: max(len(questions) // TUNE_QUESTIONS, 1)][:TUNE_QUESTIONS]
-    prompts = [engine.prompt_ids([{"role": "user", "content": question.turns[0]}]) for question in chosen]
+    prompts = [engine.prompt([{"role": "user", "content": question.turns[0]}]) for question in chosen]
     sampling = Sampling(args.decoding.temperature, args.decoding.top_p, args.decoding.sample_top_k, args.decoding.seed)
     profile = tune(
         engine.target, engine.draft, prompts, sampling=sampling, eos_token_ids=engine.eos_token_ids(),
@@ -228,6 +228,7 @@ def settings_of(args: BenchArgs, tree: dict[str, int], placement: Placement) -> 
         "dtype": args.model.dtype,
         "chat_template_type": args.model.chat_template_type,
         "thinking": args.model.thinking,
+        **{key: value for key in ("max_pixels", "min_pixels") if (value := getattr(args.model, key)) is not None},
         **{
             key: getattr(args.decoding, key)
             for key in ("temperature", "top_p", "sample_top_k", "max_new_token", "seed")

@@ -27,6 +27,8 @@ from fledge.bench.report import write_report
 from fledge.bench.rows import Results, Row, open_results, row_key
 from fledge.bench.stats import speedup
 from fledge.console import progress, say, warn
+from fledge.data.image_urls import with_data_urls
+from fledge.data.rejects import Reject
 from fledge.errors import UserError
 
 THINKING = {"default": None, "on": True, "off": False}
@@ -193,10 +195,13 @@ async def converse(
     session: aiohttp.ClientSession, url: str, request: Request, question: Question, seed: int, repeat: int
 ) -> list[Answer]:
     """All turns of a question, with the model's own answers in between."""
-    messages = [{"role": "system", "content": question.system}] if question.system else []
+    messages: list[dict[str, Any]] = [{"role": "system", "content": question.system}] if question.system else []
     answers = []
-    for number, text in enumerate(question.turns):
-        messages.append({"role": "user", "content": text})
+    for number, content in enumerate(question.turns):
+        try:
+            messages += await asyncio.to_thread(with_data_urls, [{"role": "user", "content": content}])
+        except Reject as reject:
+            raise UserError(f"{question.dataset} question {question.id}: {reject.detail}") from None
         answer = await ask(session, url, request, messages, turn_seed(seed, question, repeat, number))
         answers.append(answer)
         messages.append({"role": "assistant", "content": answer.text})

@@ -27,7 +27,7 @@ from torch import Tensor
 from fledge.console import progress, say, warn
 from fledge.data.conversations import HOPELESS_ROWS, Conversation, DataFormat, read_conversations
 from fledge.data.image_table import ImageTable
-from fledge.data.images import ImageRef
+from fledge.data.images import ImageRef, picture_state
 from fledge.data.rejects import MAX_REJECT_SHARE, Reject, Rejects
 from fledge.data.rows import content_hash, count_rows, is_local
 from fledge.data.samples import MIN_SUPERVISED, TURN_MARK, Drop, Sample, conversation_id
@@ -107,7 +107,11 @@ class TokenizedData(Sequence[Sample]):
             temporary = tempfile.TemporaryDirectory(prefix="fledge-tokens-", ignore_cleanup_errors=True)
             folder = Path(temporary.name) / "data"
         else:
-            key = json.dumps({**settings, "data": content_hash(path_or_name)}, sort_keys=True)
+            state = {"data": content_hash(path_or_name)}
+            if template.vision is not None:
+                rows = read_conversations(path_or_name, data_format=data_format, rejects=Rejects(max_share=1.0))
+                state["pictures"] = picture_state(rows)
+            key = json.dumps({**settings, **state}, sort_keys=True)
             folder = _cache_root(cache_dir) / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         if (folder / "report.json").is_file():
             data = cls(folder, template)

@@ -8,14 +8,14 @@ import base64
 import hashlib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
 
-from fledge.data.image_urls import IMAGE_TYPES, read_image, source_of
+from fledge.data.image_urls import IMAGE_TYPES, LONGEST_PATH, read_image, source_of
 from fledge.data.rejects import Reject
 from fledge.errors import UserError
 
@@ -45,8 +45,8 @@ class ImageRef:
             raise UserError(f"{reject.detail}. It was there when the data was tokenised: put it back.") from None
         if digest_of(content) != self.digest:
             raise UserError(
-                f"{self.source[:200]}: the picture changed since the data was tokenised. Restore it, or run with "
-                f"FLEDGE_CACHE set to an empty folder to tokenise again."
+                f"{self.source[:200]}: the picture changed while the data was in use. Run again: the data is then "
+                f"tokenised anew."
             )
         return decode(content, self.source)
 
@@ -74,6 +74,28 @@ def image_parts(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def read_pictures(messages: Sequence[dict[str, Any]], folder: Path | None) -> list[Picture]:
     """The pictures of a conversation. Relative paths count from `folder`, the place of the data file."""
     return [_read(source_of(part), folder) for part in image_parts(messages)]
+
+
+def picture_state(conversations: Iterable[Any]) -> str:
+    """A digest of the picture files that conversations name: place, size and time of change, or that it is missing.
+
+    What a data file says about pictures by path is not in its bytes; tokens made from them depend on this, too.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for conversation in conversations:
+        folder = folder_of(conversation.where)
+        for part in _known_parts(conversation.messages):
+            path = _place(part, folder)
+            if path is not None:
+                found = path.stat() if path.is_file() else None
+                digest.update(f"{path}|{found and (found.st_size, found.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()
+
+
+def folder_of(where: str) -> Path | None:
+    """The folder of a `file:line`; None for rows that came from no file."""
+    file = where.rpartition(":")[0]
+    return Path(file).parent if file and Path(file).is_file() else None
 
 
 def decode(content: bytes, source: str) -> Image.Image:
@@ -127,7 +149,7 @@ def source_of_value(value: Any) -> str:
 
 
 def _read(source: str, folder: Path | None) -> Picture:
-    if folder is not None and len(source) < 4096 and "://" not in source and (folder / source).is_file():
+    if folder is not None and len(source) < LONGEST_PATH and "://" not in source and (folder / source).is_file():
         source = str((folder / source).resolve())
     content = read_image(source)
     image = decode(content, source)
@@ -135,8 +157,25 @@ def _read(source: str, folder: Path | None) -> Picture:
     return Picture(kept, digest_of(content), image)
 
 
+def _known_parts(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    contents = (message["content"] for message in messages if isinstance(message["content"], list))
+    return (part for content in contents for part in content if part.get("type") in IMAGE_TYPES)
+
+
+def _place(part: dict[str, Any], folder: Path | None) -> Path | None:
+    """Where a part's file is or should be; None for URLs and pictures that are in the row."""
+    try:
+        source = source_of(part)
+    except Reject:
+        return None
+    if len(source) >= LONGEST_PATH or source.startswith(("data:", "http://", "https://")):
+        return None
+    path = Path(source.removeprefix("file://")).expanduser()
+    return folder / path if folder is not None else path
+
+
 def _is_file(source: str) -> bool:
-    return len(source) < 4096 and Path(source.removeprefix("file://")).expanduser().is_file()
+    return len(source) < LONGEST_PATH and Path(source.removeprefix("file://")).expanduser().is_file()
 
 
 def _data_url(content: bytes) -> str:

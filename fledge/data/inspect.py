@@ -24,7 +24,8 @@ QUANTILES = (0.05, 0.5, 0.95)
 LOOP_CHARACTERS = 60  # a tail of at least this many characters ...
 LOOP_TURNS = 4  # ... that is the same piece at least this many times
 LONGEST_PIECE = 200
-SUPERVISED, CONTEXT = "bold green", "dim"
+SIZES_SHOWN = 5
+SUPERVISED, CONTEXT, PICTURE = "bold green", "dim", "cyan"
 
 
 def figures(data: TokenizedData, path_or_name: str, data_format: DataFormat = "auto", split: str = "train") -> dict:
@@ -43,8 +44,30 @@ def figures(data: TokenizedData, path_or_name: str, data_format: DataFormat = "a
         "coverage": {str(size): share for size, share in coverage(data.counts, COVERAGE_SIZES, data.always).items()},
         "distinct_supervised_tokens": int((data.counts > 0).sum()),
         "always_in_draft_vocab": list(data.always),
+        **({"images": image_figures(data)} if data.template.vision else {}),
         **text.summary(),
     }
+
+
+def image_figures(data: TokenizedData) -> dict[str, Any]:
+    """Pictures of a data set: how many, how large, what each costs in tokens."""
+    images = [image for sample in data.images for image in sample]
+    tokens = np.array([image.num_tokens for image in images])
+    document = {
+        "images": len(images),
+        "samples_without": sum(not sample for sample in data.images),
+        "per_sample": {str(count): n for count, n in sorted(Counter(map(len, data.images)).items())},
+        "share_of_tokens": int(tokens.sum()) / max(int(data.lengths.sum()), 1),
+    }
+    if images:
+        sizes = Counter((image.width, image.height) for image in images)
+        document |= {
+            "tokens": _quantiles(tokens),
+            "width": _quantiles(np.array([image.width for image in images])),
+            "height": _quantiles(np.array([image.height for image in images])),
+            "sizes": {f"{width} x {height}": count for (width, height), count in sizes.most_common(SIZES_SHOWN)},
+        }
+    return document
 
 
 class TextFigures:
@@ -117,6 +140,8 @@ def show(document: dict[str, Any], sample: Sample, template: ChatTemplate) -> No
     lengths = [(label, *document[key].values()) for label, key in
                (("tokens per sample", "length"), ("supervised", "supervised_length"))]  # fmt: skip
     show_table("Lengths", ("", *names), lengths)
+    if "images" in document:
+        show_images(document["images"], names)
     shares = [(f"finish reason: {reason}", f"{share:.1%}") for reason, share in document["finish_reasons"].items()]
     shares += [
         ("identical prompts", f"{document['duplicate_prompts']:.1%}"),
@@ -132,13 +157,34 @@ def show(document: dict[str, Any], sample: Sample, template: ChatTemplate) -> No
         say(f"first answer that ends in a loop: {document['first_repetition_loop']}")
 
 
+def show_images(figures: dict[str, Any], names: tuple[str, ...]) -> None:
+    """The pictures, as tables."""
+    rows: list[tuple[str, object]] = [("pictures", figures["images"]), ("samples without", figures["samples_without"])]
+    rows += [(f"samples with {count}", n) for count, n in figures["per_sample"].items() if count != "0"]
+    rows.append(("share of all tokens", f"{figures['share_of_tokens']:.1%}"))
+    rows += [(f"of {size} pixels", count) for size, count in figures.get("sizes", {}).items()]
+    show_table("Pictures", ("", "count"), rows)
+    if figures["images"]:
+        kinds = (("tokens", "tokens"), ("width", "width in pixels"), ("height", "height in pixels"))
+        show_table("Each picture", ("", *names), [(label, *figures[key].values()) for key, label in kinds])
+
+
 def colour(sample: Sample, tokenizer: Any) -> Text:
-    """The sample's text, runs of equal mask decoded together so that characters of several tokens stay whole."""
+    """The sample's text, runs of equal mask decoded together so that characters of several tokens stay whole.
+
+    A picture is one mark, not the hundreds of tokens that stand for it.
+    """
     text = Text()
     ids, mask = sample.input_ids.tolist(), sample.loss_mask.tolist()
+    ends = {image.begin: image for image in sample.images}
     begin = 0
     for end in range(1, len(ids) + 1):
-        if end == len(ids) or mask[end] != mask[begin]:
+        if image := ends.get(begin):
+            if end == image.end:
+                text.append(f"[{image.width} x {image.height}, {image.num_tokens} tokens]", style=PICTURE)
+                begin = end
+            continue
+        if end == len(ids) or end in ends or mask[end] != mask[begin]:
             text.append(tokenizer.decode(ids[begin:end]), style=SUPERVISED if mask[begin] else CONTEXT)
             begin = end
     return text

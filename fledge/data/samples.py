@@ -17,6 +17,7 @@ from fledge.data.images import ImageRef, Picture
 from fledge.data.rejects import Reject
 from fledge.errors import UserError
 
+PER_TOKEN = ("mm_token_type_ids", "token_type_ids")  # model inputs that say something about each token, (1, T)
 MIN_SUPERVISED = 2  # the first trained row needs the token it predicts from and the token it predicts
 TURN_MARK = "#turn"
 
@@ -47,6 +48,17 @@ class Prompt:
 
     ids: list[int]
     model_inputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def followed_by(self, token_ids: Sequence[int]) -> "Prompt":
+        """The prompt with text behind it."""
+        more = {
+            key: torch.nn.functional.pad(value, (0, len(token_ids))) if key in PER_TOKEN else value
+            for key, value in self.model_inputs.items()
+        }
+        return Prompt([*self.ids, *token_ids], more)
 
 
 def conversation_id(sample_id: str) -> str:

@@ -11,12 +11,15 @@ from typing import Any
 from fledge.errors import UserError, nearest
 
 CHATML = ("<|im_start|>", "<|im_end|>")
+QWEN_VL = (*CHATML, "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
 
 TEMPLATES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {  # name -> (file, its control tokens), by preference
     "chatml": (("chatml", CHATML),),
     "qwen2": (("qwen2", CHATML),),
     "qwen3": (("qwen3", (*CHATML, "<think>", "</think>")),),
+    "qwen2_5_vl": (("qwen2_5_vl", QWEN_VL),),
+    "qwen3_vl": (("qwen3_vl", QWEN_VL),),
     "smollm2": (("smollm2", CHATML),),
     "hunyuan": (
         (
@@ -34,6 +37,7 @@ TEMPLATES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {  # name -> (fi
 ALIASES = {
     "qwen": "qwen2", "qwen2_5": "qwen2", "qwen2.5": "qwen2", "llama": "llama3", "llama_3": "llama3", "gemma2": "gemma",
     "gemma3": "gemma", "harmony": "gpt_oss", "gptoss": "gpt_oss", "deepseek_v3": "deepseek", "hunyuan_v1": "hunyuan",
+    "qwen2_vl": "qwen2_5_vl", "qwen2.5_vl": "qwen2_5_vl",
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import torch
 
 from fledge.console import warn
 from fledge.data.conversations import Conversation
-from fledge.data.images import image_parts, read_pictures
+from fledge.data.images import folder_of, image_parts, read_pictures
 from fledge.data.rejects import Reject
 from fledge.data.samples import (
     MIN_SUPERVISED,
@@ -32,7 +32,7 @@ from fledge.data.samples import (
 )
 from fledge.data.spans import Messages, Unmaskable, supervised_renderings
 from fledge.data.templates import read_template
-from fledge.data.vision import Vision, folder_of, load_vision
+from fledge.data.vision import Vision, load_vision
 from fledge.errors import UserError
 
 CHECKED_ROWS = 64  # rows with token ids whose text is compared with their answer, per process
@@ -106,11 +106,11 @@ class ChatTemplate:
     def prompt(self, messages: Messages, *, enable_thinking: bool | None = None, folder: Path | None = None) -> Prompt:
         """What generation is fed for these messages, generation prompt included: token ids, and pixels if any."""
         pictures = read_pictures(list(messages), folder) if self.vision else []
+        kwargs = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         if not pictures:
             self._refuse_pictures(messages)
-            return Prompt(self.prompt_ids(messages, enable_thinking=enable_thinking))
+            return Prompt(self.prompt_ids(messages, **kwargs))
         assert self.vision is not None
-        kwargs = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         images = [picture.image for picture in pictures]
         expanded = self.vision.expand(self.render(messages, True, **kwargs), images)
         ids = self._encodings([expanded.text])[0].ids

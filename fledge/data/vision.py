@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from fledge.data.rejects import Reject
+from fledge.data.samples import PER_TOKEN
 from fledge.errors import UserError
 
-PER_TOKEN = ("mm_token_type_ids", "token_type_ids")  # what a processor says about each token; functions of the ids
 TEXT_KEYS = ("input_ids", "attention_mask", "text_replacement_offsets", *PER_TOKEN)
 VOLATILE = ("image_processor_type", "processor_class", "transformers_version", "feature_extractor_type")
 
@@ -47,6 +46,8 @@ class Vision:
         self.processor = processor
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.image_token: str = processor.image_token
+        own = getattr(processor.tokenizer, "image_token_id", None)  # Gemma 3 writes one token and expands to another
+        self.image_token_id: int = processor.image_token_id if own is None else own
         if min_pixels is not None or max_pixels is not None:
             limit_pixels(processor.image_processor, min_pixels, max_pixels)
 
@@ -222,9 +223,3 @@ def _rebuilt(processor_class: Any, state: dict[str, Any]) -> Any:
     made = object.__new__(image_only(processor_class))
     made.__dict__.update(state)
     return made
-
-
-def folder_of(where: str) -> Path | None:
-    """The folder of a `file:line`; None for rows that came from no file."""
-    file = where.rpartition(":")[0]
-    return Path(file).parent if file and Path(file).is_file() else None

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from fledge.console import say, warn
+from fledge.data.samples import PER_TOKEN, Prompt
 from fledge.decoding.generate import generate_speculative
 from fledge.decoding.records import Sampling, TreeShape
 from fledge.draft.checkpoint import WEIGHTS, save_draft
@@ -45,7 +46,7 @@ class Decoded:
 class DecodingEvaluation:
     """Decodes a fixed set of prompts greedily with whatever head it is given."""
 
-    def __init__(self, target: Target, prompts: Sequence[Sequence[int]], tree: TreeShape, max_new_tokens: int) -> None:
+    def __init__(self, target: Target, prompts: Sequence[Prompt], tree: TreeShape, max_new_tokens: int) -> None:
         self.target, self.prompts, self.tree, self.max_new_tokens = target, list(prompts), tree, max_new_tokens
 
     def run(self, draft: DraftModel, step: int) -> Decoded:
@@ -53,21 +54,30 @@ class DecodingEvaluation:
         start, tokens, forwards = time.monotonic(), 0, 0
         for prompt in self.prompts:
             made = generate_speculative(
-                self.target, draft, prompt, tree=self.tree, max_new_tokens=self.max_new_tokens, sampling=Sampling()
-            )
+                self.target, draft, prompt.ids, tree=self.tree, max_new_tokens=self.max_new_tokens,
+                sampling=Sampling(), model_inputs=prompt.model_inputs,
+            )  # fmt: skip
             tokens, forwards = tokens + len(made.token_ids) - 1, forwards + made.num_forwards
         return Decoded(step, tokens / max(forwards, 1), tokens, time.monotonic() - start)
 
 
-def held_out_prompts(dataset: Any, number: int, longest: int) -> list[list[int]]:
-    """The first turns of the first `number` held-out samples (or records) that leave room to answer."""
-    prompts: list[list[int]] = []
+def held_out_prompts(dataset: Any, number: int, longest: int, picture_token: int | None = None) -> list[Prompt]:
+    """The first turns of the first `number` held-out samples (or records) that leave room to answer.
+
+    Left out: prompts with pictures whose pixels are gone (stored records hold `picture_token`s and no pixels), and
+    samples that show more pictures after the first answer, since pixels come for all of a sample at once.
+    """
+    prompts: list[Prompt] = []
     for index in range(len(dataset)):
         item = dataset[index]
         answers = item.loss_mask.nonzero()
         first = int(answers[0]) if len(answers) else 0
-        if 0 < first <= longest:
-            prompts.append(item.input_ids[:first].tolist())
+        ids, inputs = item.input_ids[:first].tolist(), getattr(item, "model_inputs", {})
+        gone = picture_token in ids and not inputs
+        later = any(image.begin >= first for image in getattr(item, "images", ()))
+        if 0 < first <= longest and not gone and not later:
+            inputs = {key: value[:, :first] if key in PER_TOKEN else value for key, value in inputs.items()}
+            prompts.append(Prompt(ids, inputs))
         if len(prompts) == number:
             break
     return prompts
@@ -163,9 +173,13 @@ def decoding_callback(trainer: Any, flags: Any, source: Any, open_target: Any) -
         )
     target = source.target if source.target is not None else open_target()
     room = getattr(target.text_config, "max_position_embeddings", 1 << 30) - flags.eval_decode_max_new_tokens
-    prompts = held_out_prompts(source.eval, flags.eval_decode_prompts, room)
+    picture_token = target.vision.image_token_id if target.vision else None
+    prompts = held_out_prompts(source.eval, flags.eval_decode_prompts, room, picture_token)
     if not prompts:
-        raise UserError("--eval_decode_steps: no held-out conversation has a prompt that leaves room for an answer.")
+        raise UserError(
+            "--eval_decode_steps: no held-out conversation has a prompt that leaves room for an answer (with pictures, "
+            "stored states have none: pixels are not kept)."
+        )
     if len(prompts) < flags.eval_decode_prompts:
         warn(f"--eval_decode_prompts {flags.eval_decode_prompts}: only {len(prompts)} held-out prompts; all are used.")
     say(f"every {flags.eval_decode_steps} steps {len(prompts)} prompts are decoded; {BEST}/ keeps the best head")

@@ -9,6 +9,7 @@ import pytest
 
 from fledge.bench.args import BenchArgs, DecodingArgs, ModelArgs, OutputArgs, PromptArgs, WorkerArgs
 from fledge.bench.run import Placement, run
+from fledge.data.samples import Prompt
 from fledge.decoding.records import Generation
 from fledge.errors import UserError
 
@@ -36,16 +37,17 @@ class FakeEngine:
             raise UserError("no such head")
         return self
 
-    def prompt_ids(self, messages):
+    def prompt(self, messages):
         if self.die_on and any(self.die_on in message["content"] for message in messages):
             if self.always_die:
                 os._exit(1)
             if not os.path.exists(self.marker):
                 Path(self.marker).touch()
                 os._exit(1)
-        return list("|".join(f"{message['role'][0]}:{message['content']}" for message in messages).encode())
+        return Prompt(list("|".join(f"{message['role'][0]}:{message['content']}" for message in messages).encode()))
 
-    def generate(self, side, prompt_ids, *, max_new_tokens, seed, trace=False):
+    def generate(self, side, prompt, *, max_new_tokens, seed, trace=False):
+        prompt_ids = prompt.ids
         self.calls.append((side, tuple(prompt_ids), max_new_tokens, seed, trace))
         answers = random.Random(f"{sum(prompt_ids)}-{len(prompt_ids)}")
         wanted = answers.randint(self.max_answer // 2, self.max_answer)
@@ -85,10 +87,10 @@ class FakeEngine:
     def text(self, token_ids):
         return bytes(token for token in token_ids if token != EOS).decode(errors="replace")
 
-    def top2(self, token_ids):
+    def top2(self, prompt, token_ids):
         return {"token_ids": [(token_ids[-1] * 5 + 7) % 91 + 32, 33], "gap": 0.5, "spacing": 0.001}
 
-    def mean_log_likelihood(self, prompt_ids, token_ids):
+    def mean_log_likelihood(self, prompt, token_ids):
         return -1.0 - 0.01 * (len(token_ids) % 7)
 
     def eos_token_ids(self):

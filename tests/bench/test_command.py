@@ -181,7 +181,7 @@ def test_thinking_and_template_flags_change_the_prompt(folders):
         "named": ("--chat-template-type", "smollm2"),
     }.items():  # fmt: skip
         loaded = spec_of(folders, *flags).load()
-        prompts[name] = loaded.target.tokenizer.decode(loaded.prompt_ids(messages))
+        prompts[name] = loaded.target.tokenizer.decode(loaded.prompt(messages).ids)
     assert prompts["default"].endswith("<|im_start|>assistant\n")  # the generation prompt
     assert prompts["on"].endswith("<think>") and prompts["off"].endswith("<no think>")
     assert len(set(prompts.values())) >= 3
@@ -203,13 +203,13 @@ def test_gpu_memory_and_group_flags_place_the_target(folders, monkeypatch):
 
 
 def test_what_the_engine_says_about_answers(engine):
-    prompt = engine.prompt_ids([{"role": "user", "content": "hi"}])
-    ids = torch.tensor([[*prompt, 5, 6, 7]])
+    prompt = engine.prompt([{"role": "user", "content": "hi"}])
+    ids = torch.tensor([[*prompt.ids, 5, 6, 7]])
     log_probs = engine.target.model(ids).logits.log_softmax(-1)[0]
     expected = sum(log_probs[len(prompt) - 1 + i, token].item() for i, token in enumerate((5, 6, 7))) / 3
     assert engine.mean_log_likelihood(prompt, [5, 6, 7]) == pytest.approx(expected, abs=1e-5)
     best = engine.target.model(ids).logits[0, -1].topk(2)
-    top = engine.top2([*prompt, 5, 6, 7])
+    top = engine.top2(prompt, [5, 6, 7])
     assert top["token_ids"] == best.indices.tolist()
     assert top["gap"] == pytest.approx((best.values[0] - best.values[1]).item(), abs=1e-5)
 

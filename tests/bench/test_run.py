@@ -9,6 +9,7 @@ from fledge.bench.measure import Job, MeasureSettings, measure
 from fledge.bench.prompts import Question
 from fledge.bench.rows import read_rows
 from fledge.bench.run import Placement, list_jobs, place
+from fledge.data.samples import Prompt
 from fledge.errors import UserError
 
 SETTINGS = MeasureSettings(sides=("baseline", "eagle"), temperature=0.0, max_new_tokens=40, seed=1)
@@ -34,7 +35,9 @@ def test_sides_alternate_turn_by_turn_and_see_the_same_prompt(fake_engine):
     assert [call[0] for call in engine.calls] == ["baseline", "eagle", "eagle", "baseline"]
     prompts = [call[1] for call in engine.calls]
     assert prompts[0] == prompts[1] and prompts[2] == prompts[3]
-    answer = engine.text(fake_engine().generate("baseline", list(prompts[0]), max_new_tokens=40, seed=0).token_ids)
+    answer = engine.text(
+        fake_engine().generate("baseline", Prompt(list(prompts[0])), max_new_tokens=40, seed=0).token_ids
+    )
     assert bytes(prompts[2]).decode() == f"u:first question|a:{answer}|u:second question"
     engine.calls.clear()
     measure(engine, Job(TWO_TURNS, repeat=1, index=0), SETTINGS)

@@ -24,7 +24,7 @@ RENDERED = {  # user a, assistant b, user c, with the generation prompt, after t
     "deepseek": "<｜begin▁of▁sentence｜>s<｜User｜>a<｜Assistant｜>b<｜end▁of▁sentence｜><｜User｜>c<｜Assistant｜>",
     "mistral": "<s>[INST] s\n\na [/INST] b</s>[INST] c [/INST]",
 }  # fmt: skip
-RENDERED |= dict.fromkeys(("qwen2", "qwen3", "smollm2"), RENDERED["chatml"])
+RENDERED |= dict.fromkeys(("qwen2", "qwen3", "qwen2_5_vl", "qwen3_vl", "smollm2"), RENDERED["chatml"])
 VARIANTS = [(name, file, control) for name, files in TEMPLATES.items() for file, control in files]
 
 
@@ -34,9 +34,11 @@ def test_the_public_format(make_tokenizer, talk, name, file, control):
     assert template.render(talk("a", "b", "c", system="s"), True) == RENDERED[file]
 
 
-@pytest.mark.parametrize(("name", "who"), [("qwen2", "You are Qwen"), ("smollm2", "named SmolLM")])
+@pytest.mark.parametrize(("name", "who"), [("qwen2", "You are Qwen"), ("smollm2", "named SmolLM"),
+                                             ("qwen2_5_vl", "You are a helpful assistant.")])  # fmt: skip
 def test_families_with_a_default_system_message(make_tokenizer, talk, name, who):
-    assert who in ChatTemplate(make_tokenizer(CHATML, None), name).render(talk("a"))
+    _, control = TEMPLATES[name][0]
+    assert who in ChatTemplate(make_tokenizer(control, None), name).render(talk("a"))
 
 
 def test_a_name_overrides_the_tokenizers_own(make_tokenizer, talk):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import prompt, tiny_draft, tiny_target
 
+from fledge.data.samples import Prompt
 from fledge.decoding import tune
 from fledge.decoding.drafting import Drafter, candidate_levels
 from fledge.decoding.records import TreeShape
@@ -74,12 +75,12 @@ def test_tune_measures_chooses_and_confirms(monkeypatch):
 
     target = tiny_target("llama")
     draft = tiny_draft(target, draft_vocab_size=None)
-    profile = tune.tune(target, draft, [prompt(8)], sampling=Sampling(), max_new_tokens=20, eos_token_ids=())
+    profile = tune.tune(target, draft, [Prompt(prompt(8))], sampling=Sampling(), max_new_tokens=20, eos_token_ids=())
     assert len(profile.curve) == 3 and profile.tree.total_token in (2, 4, 8)
     assert profile.tokens_per_s == max(point["tokens_per_s"] for point in profile.curve)
     assert set(profile.measured) == {"plain", "chosen", "default"} and min(profile.measured.values()) > 0
     with pytest.raises(UserError, match="too short to tune"):
-        tune.tune(target, draft, [prompt(8)], sampling=Sampling(), max_new_tokens=4, eos_token_ids=())
+        tune.tune(target, draft, [Prompt(prompt(8))], sampling=Sampling(), max_new_tokens=4, eos_token_ids=())
 
 
 def some_profile(hardware):

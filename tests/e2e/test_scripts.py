@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from saved_target import save_target, write_conversations
+from tiny_vlm import save_vlm, write_image_conversations
 
 from fledge.target.store.reader import HiddenStore
 
@@ -62,3 +63,29 @@ def test_online_training(work):
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr[-3000:]
     assert (work / "online" / "model.safetensors").is_file()
+
+
+def test_the_scripts_for_pictures(tmp_path_factory):
+    """The same scripts behind other names: pictures to hidden states, to a head; and a head trained live."""
+    work = tmp_path_factory.mktemp("pictures with a space")
+    save_vlm(work / "target", "qwen2_5_vl")
+    write_image_conversations(work / "data.jsonl", 6)
+    pixels = {"MAX_PIXELS": "512", "MIN_PIXELS": "64"}
+    made = run_script(
+        work, "generate_vlm_hidden_for_draft_model.sh", "--tap-layers", "1", "2", "3", DATASET_PATH="data.jsonl",
+        MODEL_NAME="target", OUTPUT_DIR="store", NUM_PROC="1", **pixels,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr[-3000:]
+    assert len(HiddenStore(work / "store")) == 6
+    offline = run_script(
+        work, "train_eagle3_vlm_offline.sh", *SHORT, TRAIN_HIDDEN_PATH="store", OUTPUT_DIR="offline", NUM_WORKERS="1"
+    )
+    assert offline.returncode == 0, offline.stderr[-3000:]
+    online = run_script(
+        work, "train_eagle3_vlm_online.sh", *SHORT, "--tap_layers", "1", "2", "3", TARGET_MODEL_NAME_OR_PATH="target",
+        TRAIN_DATA_PATH="data.jsonl", OUTPUT_DIR="online", NUM_WORKERS="1", **pixels,
+    )  # fmt: skip
+    assert online.returncode == 0, online.stderr[-3000:]
+    first, second = (json.loads((work / name / "config.json").read_text()) for name in ("offline", "online"))
+    assert first["rope_parameters"] == second["rope_parameters"]
+    assert first["rope_parameters"]["mrope_section"] == [2, 3, 3]

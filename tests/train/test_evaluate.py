@@ -65,7 +65,7 @@ def test_tau_is_that_of_decoding_and_training_is_not_disturbed(work, tmp_path):
     tokens = forwards = 0
     for prompt in prompts:
         head = load_draft(tmp_path / "with", target.embedding_weight)
-        made = generate_speculative(target, head, prompt, tree=TreeShape(*map(int, TREE)), max_new_tokens=12,
+        made = generate_speculative(target, head, prompt.ids, tree=TreeShape(*map(int, TREE)), max_new_tokens=12,
                                     sampling=Sampling())  # fmt: skip
         tokens, forwards = tokens + len(made.token_ids) - 1, forwards + made.num_forwards
     assert logged[4]["decode_tau"] == tokens / forwards and logged[4]["decode_tokens"] == tokens
@@ -77,7 +77,7 @@ def test_prompts_are_first_turns(work, tmp_path):
     prompts = held_out_prompts(source.eval, 2, 400)
     assert len(prompts) == 2
     for prompt in prompts:
-        text = tokenizer.decode(prompt)
+        text = tokenizer.decode(prompt.ids)
         assert text.startswith("<|im_start|>user") and text.endswith("<|im_start|>assistant\n")
     assert held_out_prompts(source.eval, 2, 3) == []  # none is that short
 

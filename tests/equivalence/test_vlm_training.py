@@ -1,0 +1,204 @@
+"""Training on pictures: a record is its sample's alone, files are as good as the live target, rows of several axes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from saved_target import equal_records
+from tiny import tiny_draft
+from tiny_vlm import MULTIMODAL_ROPE, NAMES, TAPS, save_vlm, tiny_template, tiny_vlm, write_image_conversations
+
+from fledge.data.dataset import TokenizedData
+from fledge.decoding.cache import DraftCache
+from fledge.draft.batch import pack
+from fledge.draft.checkpoint import WEIGHTS, load_draft, read_tensors
+from fledge.draft.config import from_json
+from fledge.draft.ttt import align, unroll
+from fledge.errors import UserError
+from fledge.target.extract import ExtractArgs, extract
+from fledge.target.head import TargetEnds, TargetHead
+from fledge.target.live import LiveSource
+from fledge.target.model import Target
+from fledge.target.record import TargetRecord
+from fledge.target.store.reader import HiddenStore
+from fledge.train import run
+from fledge.train.arguments import TrainArgs, parse_args
+
+STEPS = 6
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "hunyuan_vl", "gemma3")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLEDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory) -> Path:
+    return write_image_conversations(tmp_path_factory.mktemp("data") / "talk.jsonl", 8)
+
+
+@pytest.fixture(scope="module")
+def records(conversations):
+    """Live records of the table's targets: with one picture, with two, of text alone."""
+    made: dict[str, list[TargetRecord]] = {}
+
+    def get(name: str) -> list[TargetRecord]:
+        if name not in made:
+            data = TokenizedData.from_path(str(conversations), tiny_template(name))
+            made[name] = list(LiveSource(tiny_vlm(name)).records(data.loaded()[index] for index in range(4)))
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_record_is_the_librarys_forward(name, records, conversations):
+    """Teacher logits of every row, from the record alone; and the next position the library would use."""
+    target = tiny_vlm(name)
+    samples = TokenizedData.from_path(str(conversations), tiny_template(name)).loaded()
+    for record, index in zip(records(name), range(4), strict=True):
+        inputs = samples[index].model_inputs
+        with torch.inference_mode():
+            expected = target.model(input_ids=record.input_ids[None], use_cache=False, **inputs).logits[0]
+        torch.testing.assert_close(target.head(record.last_hidden), expected, rtol=1e-5, atol=1e-5)
+        if inputs and name in MULTIMODAL_ROPE:
+            _, deltas = target.model.model.get_rope_index(
+                record.input_ids[None], **{key: inputs[key] for key in ("mm_token_type_ids", "image_grid_thw")}
+            )
+            assert record.rope_delta == int(deltas) and record.position_ids.shape == (target.rope_axes, len(record))
+        else:
+            assert record.rope_delta == 0 and record.position_ids.dim() == 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_with_text_is_each_alone(name, records):
+    """Rows of several axes beside rows of one."""
+    draft, steps, some = tiny_draft(tiny_vlm(name)), 4, records(name)
+    whole = pack(some)
+    together = draft.lm_head(unroll(draft, whole, align(whole, steps), steps))
+    begin = 0
+    for record in some:
+        batch = pack([record])
+        alignment = align(batch, steps)
+        alone = draft.lm_head(unroll(draft, batch, alignment, steps))
+        end = begin + len(alignment.rows)
+        torch.testing.assert_close(together[:, begin:end], alone, rtol=1e-5, atol=1e-5)
+        begin = end
+
+
+@pytest.mark.parametrize("eagle31", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_unrolled_is_decoding_with_a_cache(name, eagle31, records):
+    """What training computes for a row at step k, decoding computes k drafts after that row, behind pictures too."""
+    draft, record, steps = tiny_draft(tiny_vlm(name), eagle31=eagle31), records(name)[1], 3
+    batch = pack([record])
+    alignment = align(batch, steps)
+    logits = draft.lm_head(unroll(draft, batch, alignment, steps))
+    config, ids = draft.config, record.input_ids
+    for index in (0, len(alignment.rows) // 2):
+        row = int(alignment.rows[index])
+        rope = draft.rope(record.position_ids[..., : row + 1])
+        cache = DraftCache(config.num_key_value_heads, config.head_dim, len(ids) + steps, torch.float32, ids.device)
+        hidden = draft.fuse(record.tap_hidden[: row + 1])
+        out = draft.step(ids[None, 1 : row + 2], hidden[None], None, cache, rope=rope, last_only=True)
+        for step in range(steps):
+            if not (alignment.row_index[step] == index).any():
+                break
+            torch.testing.assert_close(draft.logits(out)[0, 0], logits[step, index], rtol=1e-4, atol=1e-4)
+            position = record.position_ids[..., row : row + 1] + step + 1
+            token = ids[row + 2 + step]
+            out = draft.step(token[None, None], draft.feedback(out), None, cache, rope=draft.rope(position))
+
+
+@pytest.fixture(scope="module", params=("qwen2_5_vl", "qwen3_vl", "gemma3"))
+def work(request, tmp_path_factory, conversations) -> Path:
+    """A saved target, with conversations beside it and a store of them."""
+    folder = tmp_path_factory.mktemp(request.param)
+    save_vlm(folder / "target", request.param)
+    (folder / "data").symlink_to(conversations.parent)
+    store(folder, folder / "store")
+    return folder
+
+
+def store(work: Path, into: Path, **changes) -> None:
+    options = {"model_name": str(work / "target"), "dataset_path": [str(work / "data" / "talk.jsonl")],
+               "output_dir": into, "tap_layers": list(TAPS), "shard_mb": 0.05, **changes}  # fmt: skip
+    extract(ExtractArgs(**options))
+
+
+def trained(output: Path, *flags) -> tuple[list[float], dict[str, torch.Tensor]]:
+    plain = [
+        "--output_dir", str(output), "--max_steps", str(STEPS), "--per_device_train_batch_size", "2",
+        "--ttt_steps", "3", "--draft_vocab_size", "64", "--bf16", "False", "--logging_steps", "1",
+        "--save_strategy", "no", "--seed", "7", "--save_dtype", "float32", "--disable_tqdm", "True",
+        "--learning_rate", "1e-3", "--use_cpu", "True",
+    ]  # fmt: skip
+    run.train(parse_args(TrainArgs, [*plain, *map(str, flags)], prog="train", description=""))
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry], read_tensors(output / WEIGHTS)
+
+
+def test_offline_is_online_whoever_reads_the_pictures(work, tmp_path):
+    """Stored by one process and by reading threads; trained on files, and live with pictures decoded by workers."""
+    store(work, tmp_path / "again", num_proc=2)
+    first, second = HiddenStore(work / "store"), HiddenStore(tmp_path / "again")
+    assert len(first) == 8 and first.ids == second.ids
+    assert all(equal_records(a, b) for a, b in zip(first, second, strict=True))
+    live = ("--target_model_name_or_path", work / "target", "--train_data_path", work / "data" / "talk.jsonl",
+            "--tap_layers", *TAPS)  # fmt: skip
+    online = trained(tmp_path / "a", *live)
+    for other in (trained(tmp_path / "b", "--train_hidden_path", work / "store"),
+                  trained(tmp_path / "c", *live, "--dataloader_num_workers", 2)):  # fmt: skip
+        assert other[0] == online[0] and len(set(online[0])) > 2
+        assert all(torch.equal(other[1][key], value) for key, value in online[1].items())
+
+
+def test_a_store_keeps_positions_and_the_head_its_rope(work, tmp_path):
+    """Written and read again: rows of axes in the store, the target's layout in the head's config."""
+    trained(tmp_path / "head", "--train_hidden_path", work / "store")
+    target = Target.from_pretrained(str(work / "target"), tap_layers=TAPS)
+    draft = load_draft(tmp_path / "head", target.embedding_weight)
+    record = HiddenStore(work / "store")[1]
+    assert record.position_ids.shape == ((target.rope_axes, len(record)) if target.rope_axes > 1 else (len(record),))
+    rotary = next(module for name, module in target.model.named_modules()
+                  if name.endswith("language_model.rotary_emb"))  # fmt: skip
+    if target.rope_axes > 1:
+        expected = rotary(torch.zeros(1), record.position_ids[:, None])[0][0]
+        torch.testing.assert_close(draft.rope(record.position_ids)[0], expected, rtol=1e-6, atol=1e-6)
+        written = from_json(tmp_path / "head" / "config.json").rope_parameters
+        assert written["mrope_section"] == list(target.text_config.rope_parameters["mrope_section"])
+        assert written["mrope_interleaved"] == ("qwen3" in target.config.model_type)
+
+
+def test_embedding_and_head_are_found_by_asking(work):
+    """From the files alone, whatever prefixes the checkpoint carries."""
+    target = Target.from_pretrained(str(work / "target"), tap_layers=TAPS)
+    ends = TargetEnds.from_files(str(work / "target"))
+    assert torch.equal(ends.head.embedding, target.embedding_weight)
+    assert torch.equal(ends.head.weight, target.head_weight)
+    state = HiddenStore(work / "store")[0].last_hidden
+    assert torch.equal(TargetHead.of(target)(state), ends.head(state))
+
+
+def test_another_picture_is_another_sample(work, tmp_path):
+    """A store is not continued with a picture swapped under the same id, though every token is the same."""
+    data = write_image_conversations(tmp_path / "talk.jsonl", 8)
+    options = {"dataset_path": [str(data)]}
+    store(work, tmp_path / "store", **options)
+    lines = data.read_text().replace("picture-0-", "picture-3-").splitlines()
+    data.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match="sample 'row-0'"):
+        store(work, tmp_path / "store", **options)
+
+
+def test_pixels_are_an_input_of_the_states(work, conversations):
+    """The negative control: records of the same tokens without their pixels differ."""
+    target = Target.from_pretrained(str(work / "target"), tap_layers=TAPS)
+    record = HiddenStore(work / "store")[0]
+    blind = target.forward(record.input_ids[None]).last_hidden[0]
+    assert F.cosine_similarity(blind[-1], record.last_hidden[-1], dim=0) < 0.99
