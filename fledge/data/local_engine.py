@@ -29,9 +29,11 @@ class LocalEngine:
     """An `Engine`: requests queue up, one thread answers them in batches."""
 
     def __init__(
-        self, model: str, *, dtype: str = "auto", device: str | None = None, batch_size: int | None = None
-    ) -> None:
+        self, model: str, *, dtype: str = "auto", device: str | None = None, batch_size: int | None = None,
+        chat_template_type: str | None = None,
+    ) -> None:  # fmt: skip
         self.model, self._dtype, self._device, self._batch_size = model, dtype, device, batch_size
+        self._template_name = chat_template_type
         self.errors: Counter[str] = Counter()
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._failed: BaseException | None = None
@@ -86,7 +88,7 @@ class LocalEngine:
         from fledge.data.tokenize import ChatTemplate
 
         device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._template = ChatTemplate.from_pretrained(self.model)
+        self._template = ChatTemplate.from_pretrained(self.model, self._template_name)
         dtype: Any = self._dtype if self._dtype == "auto" else getattr(torch, self._dtype)
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)

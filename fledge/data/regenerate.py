@@ -90,6 +90,7 @@ def _settings(args: RegenerateArgs, model: str, digest: str) -> dict[str, Any]:
     return {
         **{name: prompts[name] for name in names},
         "input_sha256": digest, **asdict(args.answers), "model": model, "engine": args.engines.engine,
+        **({"chat_template_type": template} if (template := args.engines.chat_template_type) else {}),
     }  # fmt: skip
 
 
@@ -100,7 +101,15 @@ def _engine(args: RegenerateArgs) -> Engine:
             raise UserError("--engine transformers needs --model: the target's folder or hub name.")
         from fledge.data.local_engine import LocalEngine
 
-        return LocalEngine(engines.model, dtype=engines.dtype, device=engines.device, batch_size=engines.batch_size)
+        return LocalEngine(
+            engines.model, dtype=engines.dtype, device=engines.device, batch_size=engines.batch_size,
+            chat_template_type=engines.chat_template_type,
+        )  # fmt: skip
+    if engines.chat_template_type:
+        raise UserError(
+            f"--chat-template-type {engines.chat_template_type} is for --engine transformers: a server renders with "
+            f"its own template. Give it to the server (vLLM: --chat-template FILE), or leave it out."
+        )
     from fledge.data.openai_client import OpenAIClient, Patience
 
     urls = engines.endpoints or tuple(f"127.0.0.1:{engines.base_port + i}" for i in range(engines.max_clients))

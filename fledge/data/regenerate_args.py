@@ -76,6 +76,8 @@ class EngineArgs:
     """Rows decoded at once by the transformers engine. None: chosen for the device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the transformers engine; auto: the checkpoint's."""
+    chat_template_type: str | None = None
+    """Named chat template of the transformers engine, instead of the tokenizer's own. Servers have theirs."""
     device: str | None = None
     """Device of the transformers engine. None: the GPU if there is one."""
 

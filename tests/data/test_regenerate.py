@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from PIL import Image
 from fledge.cli import run_command
 from fledge.data.conversations import Conversation, read_conversations
 from fledge.data.engine import Answer
-from fledge.data.regenerate import regenerate
+from fledge.data.regenerate import _engine, _settings, regenerate
 from fledge.data.regenerate_args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
 from fledge.data.rejects import Rejects
 from fledge.data.tokenize import ChatTemplate
@@ -334,3 +335,15 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
     peak(200)  # imports and caches
     small, large = peak(600), peak(1800)
     assert large - small < 1200 * 400, f"{(large - small) / 1200:.0f} bytes per row, a row is 1000"
+
+
+def test_a_named_template_is_for_the_engine_in_this_process():
+    args = RegenerateArgs(
+        prompts=PromptArgs(data_name_or_path="x"), answers=AnswerArgs(), output_dir=Path("y"),
+        engines=EngineArgs(chat_template_type="chatml"),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="--chat-template-type chatml is for --engine transformers"):
+        _engine(args)
+    with_template, without = (_settings(replace(args, engines=EngineArgs(chat_template_type=name)), "m", "d")
+                              for name in ("chatml", None))  # fmt: skip
+    assert with_template["chat_template_type"] == "chatml" and "chat_template_type" not in without

@@ -1,0 +1,60 @@
+"""`fledge quickstart --target ANY`: a local model without a hub, its closing words, and a folder per target."""
+
+import json
+from pathlib import Path
+
+import pytest
+from saved_target import byte_tokenizer, save_target
+
+from fledge import quickstart as module
+from fledge.errors import UserError
+from fledge.quickstart import QuickstartArgs, closing_lines, default_work_dir, quickstart
+
+SHORT = {"num_prompts": 3, "max_tokens": 6, "epochs": 1, "num_questions": 1, "draft_vocab_size": 64}
+
+
+def test_any_local_target(tmp_path, monkeypatch, capsys):
+    """A hybrid of 4 layers with sliding windows and no chat template of its own: all that differs from SmolLM2."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path / "cache"))
+    target = save_target(
+        tmp_path / "tiny", "gemma3", vocab_size=len(byte_tokenizer()), num_hidden_layers=4, max_position_embeddings=1024
+    )
+    (target / "chat_template.jinja").unlink()
+    args = QuickstartArgs(target=str(target), chat_template_type="chatml", tap_layers=(1, 2, 3), **SHORT)
+    quickstart(args)
+    printed = capsys.readouterr().err
+    work = tmp_path / "outputs" / "quickstart-tiny"
+    assert json.loads((work / "head" / "config.json").read_text())["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
+    assert (work / "bench" / "report.html").is_file()
+    assert "tau: " in printed and "one question: no interval" in printed and "outputs: identical" in printed
+    quickstart(args)  # again: nothing is made anew
+    again = capsys.readouterr().err
+    assert "3 of 3 rows are there already" in again and "tau: " in again
+
+
+def test_a_step_that_fails_stops_it_with_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="`fledge regenerate` ended with status 1"):
+        quickstart(QuickstartArgs(target=str(tmp_path / "nowhere"), **SHORT))
+
+
+def test_targets_do_not_share_a_folder():
+    assert default_work_dir(None) == Path("outputs/quickstart")
+    assert default_work_dir("Qwen/Qwen3-0.6B") == Path("outputs/quickstart-Qwen3-0.6B")
+    assert default_work_dir("/models/a/") == Path("outputs/quickstart-a")
+
+
+def summary(speedup: dict | None, identical: int, tau: float | None = 1.5) -> dict:
+    quality = {"compared": 4, "identical": identical}
+    return {"sets": {"quick": {"acceptance": {"tau": tau}, "speedup": speedup, "quality": quality}}}
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_closing_words(monkeypatch, gpus):
+    monkeypatch.setattr(module, "num_gpus", lambda: gpus)
+    tau, speed, outputs = closing_lines(summary({"value": 1.2, "low": 1.1, "high": 1.3}, 4))
+    assert tau.endswith("1.50 tokens per target forward") and outputs == "outputs: identical"
+    assert "1.20 x plain decoding (95 % interval 1.10 to 1.30" in speed and ("on a CPU" in speed) == (gpus == 0)
+    tau, speed, outputs = closing_lines(summary(None, 3, None))
+    assert "too short" in tau and "too short" in speed and outputs == "outputs: 1 differ, see the report"
