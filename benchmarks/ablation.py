@@ -1,0 +1,190 @@
+"""Which recipe makes the better head? Several recipes and seeds on the same stored states, tau by decoding.
+
+    fledge extract --model-name SMOLLM2_DIR --dataset-path train.jsonl --output-dir states
+    python benchmarks/ablation.py --model SMOLLM2_DIR --states states --steps 1000 --seeds 0 1 2 --out work
+
+Every run sees the same records in the same order for its seed, the same number of steps and learning rate, and the
+same evaluation: greedy decoding of the first questions of mt_bench, humaneval, gsm8k and alpaca (first turns;
+FLEDGE_BENCH_DIR or --bench-dir has them; they are never trained on). Finished runs are kept and not repeated. Recipes:
+
+    ours        what `fledge train` does by default
+    common      what most public trainers do: the loss mask not shifted (the first drafted token of an answer is never
+                trained, one position past its end is), KL, 0.8 ** k, sum over rows divided by batch * longest sequence,
+                weights started at random but for lm_head
+    common-loss the same loss from our start: tells the start's share from the loss's
+    lk, dynamic, token    ours with one thing changed
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fledge import provenance
+from fledge.bench.prompts import load_questions
+from fledge.data.tokenize import ChatTemplate
+from fledge.decoding.generate import generate_speculative
+from fledge.decoding.records import Sampling, TreeShape
+from fledge.draft import ttt
+from fledge.draft.batch import Batch
+from fledge.draft.checkpoint import load_draft
+from fledge.draft.model import DraftModel
+from fledge.target.model import Target
+from fledge.train import module, run
+from fledge.train.arguments import TrainArgs, parse_args
+from fledge.train.trainer import DraftTrainer
+
+TASKS = ("mt_bench", "humaneval", "gsm8k", "alpaca")
+FLAGS = {
+    "ours": (),
+    "common": ("--loss_average", "token"),
+    "common-loss": ("--loss_average", "token"),
+    "lk": ("--loss_type", "lk"),
+    "dynamic": ("--position_weights", "dynamic"),
+    "token": ("--loss_average", "token"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="target folder, for the evaluation")
+    parser.add_argument("--states", required=True, help="hidden states made by `fledge extract`")
+    parser.add_argument("--recipes", nargs="+", choices=FLAGS, default=["ours", "common"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--max-samples", type=int)
+    parser.add_argument("--ttt-steps", type=int, default=4)
+    parser.add_argument("--draft-vocab-size", type=int, default=8192)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--bench-dir", type=Path, default=None)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="named sets or question files")
+    parser.add_argument("--questions", type=int, default=10, help="of each task")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--tree", type=int, nargs=3, default=[8, 4, 1], help="total tokens, depth, top-k")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the heads and results")
+    args = parser.parse_args()
+    results: dict[str, dict[int, dict[str, float]]] = {}
+    for seed in args.seeds:  # seeds outside: an early stop leaves whole comparisons
+        for recipe in args.recipes:
+            results.setdefault(recipe, {})[seed] = one_run(recipe, seed, args)
+            print(table(results), flush=True)
+    config = {**{key: str(value) for key, value in vars(args).items()}, "model": Path(args.model).name}
+    config |= {"states": Path(args.states).name, "out": args.out.name, "bench_dir": None}
+    provenance.write(args.out / "ablation.json", config, command="python benchmarks/ablation.py", results=results)
+    (args.out / "ablation.md").write_text(table(results), encoding="utf-8")
+
+
+def one_run(recipe: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
+    """Train and evaluate, or read what an earlier call found."""
+    folder = args.out / f"{recipe}-{seed}"
+    kept = folder / "tau.json"
+    if not kept.is_file():
+        train(recipe, seed, folder, args)
+        provenance.write_json(kept, evaluate(folder, args))
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def train(recipe: str, seed: int, folder: Path, args: argparse.Namespace) -> None:
+    """`fledge train` with the recipe's flags, its parts exchanged for `common`."""
+    words: list[Any] = [
+        "--train_hidden_path", args.states, "--output_dir", folder, "--max_steps", args.steps, "--seed", seed,
+        "--ttt_steps", args.ttt_steps, "--draft_vocab_size", args.draft_vocab_size, "--learning_rate",
+        args.learning_rate, "--save_strategy", "steps", "--save_steps", 200, "--save_total_limit", 1,
+        "--logging_steps", 50, "--disable_tqdm", True, *FLAGS[recipe],
+    ]  # fmt: skip
+    if args.max_samples:
+        words += ["--max_samples", args.max_samples]
+    parsed = parse_args(TrainArgs, [str(word) for word in words], prog="ablation", description="")
+    with Exchanged(common=recipe.startswith("common"), random_start=recipe == "common"):
+        run.train(parsed)
+
+
+class Exchanged:
+    """Within it, `fledge train` has the common recipe's alignment, average and start."""
+
+    def __init__(self, *, common: bool, random_start: bool) -> None:
+        self.common, self.random_start = common, random_start
+
+    def __enter__(self) -> None:
+        self.before = (module.align, DraftTrainer._get_num_items_in_batch, DraftModel.warm_start)
+        if self.common:
+            module.align = unshifted_align
+            DraftTrainer._get_num_items_in_batch = rows_of_padded_batches  # type: ignore[method-assign]
+        if self.random_start:
+            DraftModel.warm_start = head_only  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        module.align, DraftTrainer._get_num_items_in_batch, DraftModel.warm_start = self.before  # type: ignore
+
+
+def unshifted_align(batch: Batch, ttt_steps: int) -> ttt.Alignment:
+    """Row t is trained at step k where l_{t+k}, whatever token it predicts.
+
+    In `align` position p = t + 1 + k teaches where l_p and l_{p+1}; here it is to teach where l_{p-1}. A span [a, b) of
+    l therefore becomes [a + 1, b + 2), cut at the document's end (whose last position teaches nothing in either).
+
+        x  p p p a a a p p     l  0 0 0 1 1 1 0 0     given to align  0 0 0 0 1 1 1 1     teaching p  4 5 6
+    """
+    masks = []
+    for mask in batch.loss_mask.split(list(batch.lengths)):
+        one, two = mask.roll(1), mask.roll(2)
+        one[:1], two[:2] = False, False
+        masks.append(one | two)
+    return ttt.align(dataclasses.replace(batch, loss_mask=torch.cat(masks)), ttt_steps)
+
+
+def rows_of_padded_batches(trainer: Any, batch_samples: list, device: torch.device) -> torch.Tensor:
+    """batch * longest sequence, supervised or not: what a mean over padded rows divides by."""
+    rows = sum(len(batch) * max(len(item.input_ids) for item in batch) for batch in batch_samples)
+    return torch.tensor(float(rows), device=device)
+
+
+def head_only(draft: DraftModel, target_head: torch.Tensor, _taps: torch.Tensor) -> None:
+    """The library's random start for everything, the target's rows for lm_head."""
+    draft.warm_start_head(target_head)
+
+
+@torch.no_grad()
+def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Tau of each task, pooled over its questions, and their mean."""
+    target = Target.from_pretrained(args.model)
+    template = ChatTemplate.from_pretrained(args.model)
+    draft = load_draft(folder, target.embedding_weight)
+    found = {}
+    for task in args.tasks:
+        tokens = forwards = 0
+        for question in load_questions(task, bench_dir=args.bench_dir, end=args.questions):
+            prompt = template.prompt_ids([{"role": "user", "content": question.turns[0]}])
+            made = generate_speculative(
+                target, draft, prompt, tree=TreeShape(*args.tree), max_new_tokens=args.max_new_tokens,
+                sampling=Sampling(),
+            )  # fmt: skip
+            tokens, forwards = tokens + len(made.token_ids) - 1, forwards + made.num_forwards
+        found[Path(task).stem] = tokens / max(forwards, 1)
+    return {**found, "mean": statistics.mean(found.values())}
+
+
+def table(results: dict[str, dict[int, dict[str, float]]]) -> str:
+    """Mean and spread over seeds by recipe and task."""
+    tasks = list(next(iter(next(iter(results.values())).values())))
+    lines = [
+        "# Recipes, tau by decoding",
+        "",
+        f"| recipe | seeds | {' | '.join(tasks)} |",
+        "|---|---|" + "---|" * len(tasks),
+    ]
+    for recipe, seeds in results.items():
+        cells = []
+        for task in tasks:
+            values = [row[task] for row in seeds.values()]
+            cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        lines.append(f"| {recipe} | {len(seeds)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    main()
