@@ -18,12 +18,15 @@ from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.generate import generate_plain, generate_speculative
 from fledge.decoding.records import Generation, RoundTrace, Sampling, TreeShape
+from fledge.decoding.tree import root_only
+from fledge.decoding.verifying import verifier_of
 from fledge.draft.checkpoint import load_draft
 from fledge.draft.config import from_json
 from fledge.errors import UserError
 from fledge.target.model import Target
 
 THINKING: dict[str, bool | None] = {"default": None, "on": True, "off": False}
+NOISE_TOKENS = 64  # last tokens of a text whose rounding is measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,15 +168,20 @@ class LocalEngine:
 
     @torch.inference_mode()
     def top2(self, prompt: Prompt, token_ids: list[int]) -> dict[str, Any]:
-        """The target's two best next tokens, their logit gap, and the number format's spacing at that logit."""
-        logits = self._logits(prompt.followed_by(token_ids))[-1]
-        best = logits.float().topk(2)
-        spacing = torch.finfo(logits.dtype).eps * best.values[0].abs().clamp_min(1.0)
-        return {
-            "token_ids": best.indices.tolist(),
-            "gap": (best.values[0] - best.values[1]).item(),
-            "spacing": spacing.item(),
-        }
+        """The target's two best next tokens, their logit gap, and how far rounding moves such gaps in this text.
+
+        The gaps of the last NOISE_TOKENS tokens are computed twice: all tokens in one pass, and one by one as plain
+        decoding does. `noise` is the largest move.
+        """
+        whole = prompt.followed_by(token_ids)
+        one_by_one = min(NOISE_TOKENS, len(token_ids) if prompt.model_inputs else len(whole) - 1)
+        together = self._logits(whole, last=one_by_one + 1).float()
+        alone = self._logits_one_by_one(whole, one_by_one).float()
+        best = together.topk(2, dim=-1)
+        gaps = best.values[:, 0] - best.values[:, 1]
+        moved = alone.gather(-1, best.indices)
+        noise = (gaps - (moved[:, 0] - moved[:, 1])).abs().max()
+        return {"token_ids": best.indices[-1].tolist(), "gap": gaps[-1].item(), "noise": noise.item()}
 
     @torch.inference_mode()
     def mean_log_likelihood(self, prompt: Prompt, token_ids: list[int]) -> float:
@@ -189,6 +197,19 @@ class LocalEngine:
             return sum(torch.cuda.max_memory_allocated(gpu) for gpu in range(self.spec.num_gpus))
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def _logits_one_by_one(self, prompt: Prompt, count: int) -> torch.Tensor:
+        """(count + 1, V): after the tokens before the last `count`, then after each of these."""
+        verifier, ids = verifier_of(self.target), torch.tensor(prompt.ids, device=self.target.device)
+        inputs = prompt.model_inputs
+        with verifier.session(len(ids)):
+            first = len(ids) - count
+            positions = self.target.positions(ids, inputs)[..., :first] if inputs else None
+            states = [verifier.prefill(ids[:first], taps=False, positions=positions, model_inputs=inputs or None)]
+            for token in ids[first:].split(1):
+                states.append(verifier.verify(root_only(token), 0, taps=False))
+                verifier.keep([0])
+        return self.target.head(torch.cat([output.last_hidden[0, -1:] for output in states]))
 
     def _logits(self, prompt: Prompt, last: int = 1) -> torch.Tensor:
         ids = torch.tensor(prompt.ids, device=self.target.device)

@@ -1,7 +1,8 @@
 """Is the speculative side's answer as good as the plain side's?
 
-T = 0: both are the argmax path, so the outputs are equal; in 16-bit arithmetic a near-tie may tip the other way, and
-then the logit gap at the first difference, in units of the number format's spacing, says whether that is the reason.
+T = 0: both are the argmax path, so the outputs are equal; in 16-bit arithmetic a near-tie may tip the other way. Then
+the gap between the two best logits at the first difference is held against the rounding of this very text: how far that
+gap moves at its last tokens when the target reads them in one pass or one by one.
 T > 0: outputs differ by design; their mean log-likelihood under the target must not. Where a set has references, task
 scores of both sides. Knows texts, token ids and an engine to ask.
 """
@@ -14,7 +15,7 @@ from fledge.bench.prompts import Question
 from fledge.bench.sandbox import passes_tests
 from fledge.data.samples import Prompt
 
-TIE_SPACINGS = 4.0  # a gap of up to four spacings of the number format is a tie that rounding may decide
+TIE_NOISE = 2.0  # both sides round, each as far as the largest move seen between two ways to read the text
 
 
 def compare_outputs(engine: Any, prompt: Prompt, outputs: dict[str, list[int]], *, greedy: bool) -> dict:
@@ -31,14 +32,13 @@ def compare_outputs(engine: Any, prompt: Prompt, outputs: dict[str, list[int]], 
     if position is None:
         return {"identical": True}
     top = engine.top2(prompt, one[:position])
-    spacings = top["gap"] / top["spacing"]
     chosen = {ids[position] for ids in (one, other) if position < len(ids)}
     return {
         "identical": False,
         "position": position,
         "gap": top["gap"],
-        "spacings": spacings,
-        "tie": spacings <= TIE_SPACINGS and chosen <= set(top["token_ids"]),
+        "noise": top["noise"],
+        "tie": top["gap"] <= TIE_NOISE * top["noise"] and chosen <= set(top["token_ids"]),
     }
 
 

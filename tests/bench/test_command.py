@@ -212,6 +212,16 @@ def test_what_the_engine_says_about_answers(engine):
     top = engine.top2(prompt, [5, 6, 7])
     assert top["token_ids"] == best.indices.tolist()
     assert top["gap"] == pytest.approx((best.values[0] - best.values[1]).item(), abs=1e-5)
+    assert top["noise"] < 1e-4  # fp32
+
+
+def test_rounding_of_a_text_is_measured(engine, monkeypatch):
+    """Coarser numbers move the same gaps further."""
+    prompt = engine.prompt([{"role": "user", "content": "hi"}])
+    exact = engine.top2(prompt, [5, 6, 7])
+    real = LocalEngine._logits_one_by_one
+    monkeypatch.setattr(LocalEngine, "_logits_one_by_one", lambda *words: real(*words).bfloat16())
+    assert engine.top2(prompt, [5, 6, 7])["noise"] > 100 * exact["noise"]
 
 
 def test_refused_path_follows_first_children():
