@@ -10,9 +10,11 @@ from fledge.bench.prompts import load_questions
 from fledge.console import say, show_table, warn
 from fledge.data.tokenize import ChatTemplate, load_tokenizer
 from fledge.draft.config import to_json
+from fledge.draft.foreign import read_config
 from fledge.errors import UserError
 from fledge.export.check import Examination, examine
 from fledge.export.convert import write_head
+from fledge.export.engines import ENGINES, file_shapes, problems
 from fledge.export.findings import Finding
 from fledge.export.layouts import LAYOUTS
 from fledge.export.repair import repaired
@@ -40,6 +42,7 @@ def inspect_head(args: InspectHeadArgs) -> None:
     text_config: Any = _text_config(args)
     seen = examine(folder, text_config)
     _show(seen)
+    _show_engines(seen, text_config)
     if args.target is None:
         say("give --target to compare it with the model it drafts for, and to try it")
         _conclude(args, seen.findings, None)
@@ -144,6 +147,15 @@ def _show(seen: Examination) -> None:
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in head.tensors.values() if t.is_floating_point()})
     size = sum(tensor.numel() for tensor in head.tensors.values()) / 1e6
     say(f"{size:.1f} M values, {', '.join(dtypes)}; complete and finite")
+
+
+def _show_engines(seen: Examination, text_config: Any | None) -> None:
+    """Which engines would draft with these very files. A head for one is not for the other: the tap ids differ."""
+    document, shapes = read_config(seen.folder), file_shapes(seen.folder)
+    for engine in ENGINES.values():
+        found = problems(engine, document, shapes, text_config)
+        verdict = f"would not draft: {'; '.join(found)}" if found else "reads these files"
+        say(f"{engine.title} {engine.version}: {verdict}")
 
 
 def _show_diagnosis(diagnosis: Diagnosis) -> None:

@@ -1,6 +1,7 @@
 """`fledge inspect HEAD` from the command line: figures, findings, exit status, the repaired copy."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -97,3 +98,12 @@ def test_a_target_without_weights_is_not_measured(head_dir, target_dir, tmp_path
 def test_without_a_target(head_dir, capsys):
     assert run_command("inspect", [str(head_dir)]) == 0
     assert "give --target" in capsys.readouterr().err
+
+
+def test_the_engines_that_would_draft_with_it(head_dir, tmp_path, capsys):
+    for layout, reads, refuses in (("vllm", "vLLM", "SGLang"), ("sglang", "SGLang", "vLLM")):
+        assert run_command("export", [str(head_dir), "--to", layout, "--output-dir", str(tmp_path / layout)]) == 0
+        assert run_command("inspect", [str(tmp_path / layout)]) == 0
+        printed = " ".join(capsys.readouterr().err.split())
+        assert re.search(rf"{reads} [\d.]+: reads these files", printed)
+        assert re.search(rf"{refuses} [\d.]+: would not draft: its tap ids", printed)
