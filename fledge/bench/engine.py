@@ -201,10 +201,10 @@ class LocalEngine:
     def _logits_one_by_one(self, prompt: Prompt, count: int) -> torch.Tensor:
         """(count + 1, V): after the tokens before the last `count`, then after each of these."""
         verifier, ids = verifier_of(self.target), torch.tensor(prompt.ids, device=self.target.device)
-        inputs = prompt.model_inputs
+        first = len(ids) - count
+        inputs = prompt.until(first).model_inputs
         with verifier.session(len(ids)):
-            first = len(ids) - count
-            positions = self.target.positions(ids, inputs)[..., :first] if inputs else None
+            positions = self.target.positions(ids[:first], inputs) if inputs else None
             states = [verifier.prefill(ids[:first], taps=False, positions=positions, model_inputs=inputs or None)]
             for token in ids[first:].split(1):
                 states.append(verifier.verify(root_only(token), 0, taps=False))

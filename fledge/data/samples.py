@@ -60,6 +60,11 @@ class Prompt:
         }
         return Prompt([*self.ids, *token_ids], more)
 
+    def until(self, end: int) -> "Prompt":
+        """Its first tokens; all of its pictures must be among them."""
+        less = {key: value[:, :end] if key in PER_TOKEN else value for key, value in self.model_inputs.items()}
+        return Prompt(self.ids[:end], less)
+
 
 def conversation_id(sample_id: str) -> str:
     """The conversation a sample came from (a split-off turn carries a mark in its id)."""

@@ -73,6 +73,14 @@ def axis_of_dims(rope: dict[str, Any], rotary_dim: int) -> list[int] | None:
     return [axis for axis, size in enumerate(sections) for _ in range(size)] * 2
 
 
+def described(rope: dict[str, Any]) -> str:
+    """The layout for people."""
+    if not rope.get("mrope_section"):
+        return "none"
+    layout = rope.get("mrope_layout") or ("interleaved" if rope.get("mrope_interleaved") else "chunked")
+    return f"{layout} {list(rope['mrope_section'])}"
+
+
 def num_axes(rope: dict[str, Any]) -> int:
     return len(rope.get("mrope_section") or [0])
 

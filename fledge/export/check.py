@@ -17,6 +17,7 @@ from fledge.draft.head import Head, check_tensors
 from fledge.errors import UserError
 from fledge.export.findings import Finding, Severity, Topic
 from fledge.export.vocab_check import examine_vocab
+from fledge.draft.rope import described
 from fledge.target.record import default_tap_layers
 
 
@@ -77,6 +78,8 @@ def findings(config: DraftConfig, target_config: Any) -> list[Finding]:
            "4 to 8 % accept length if it was trained at the target's", "if measured")  # fmt: skip
     expect("warning", "rope", "rope type", ours.get("rope_type", "default"), theirs.get("rope_type", "default"),
            "acceptance falls with the position", "if measured")  # fmt: skip
+    expect("warning", "rope", "multimodal rope", described(ours), described(theirs),
+           "acceptance falls behind pictures")  # fmt: skip
     expect("warning", "target", "head_dim", config.head_dim, wanted.head_dim,
            "fine if trained so; EAGLE derived it wrongly once")  # fmt: skip
     expect("warning", "target", "rms_norm_eps", config.rms_norm_eps, wanted.rms_norm_eps, "small")

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from fledge.console import say, warn
-from fledge.data.samples import PER_TOKEN, Prompt
+from fledge.data.samples import Prompt
 from fledge.decoding.generate import generate_speculative
 from fledge.decoding.records import Sampling, TreeShape
 from fledge.draft.checkpoint import WEIGHTS, save_draft
@@ -76,8 +76,7 @@ def held_out_prompts(dataset: Any, number: int, longest: int, picture_token: int
         gone = picture_token in ids and not inputs
         later = any(image.begin >= first for image in getattr(item, "images", ()))
         if 0 < first <= longest and not gone and not later:
-            inputs = {key: value[:, :first] if key in PER_TOKEN else value for key, value in inputs.items()}
-            prompts.append(Prompt(ids, inputs))
+            prompts.append(Prompt(item.input_ids.tolist(), inputs).until(first))
         if len(prompts) == number:
             break
     return prompts
