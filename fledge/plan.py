@@ -247,12 +247,13 @@ def count(args: PlanArgs) -> Work:
         length = args.model_max_length
         number = max(1, args.num_tokens // length)
         return Work(number, args.num_tokens, round(args.num_tokens * args.supervised_share), length)
-    from fledge.data.conversations import read_conversations
+    from fledge.data.conversations import Conversation, read_conversations
     from fledge.data.rejects import Rejects
     from fledge.data.tokenize import ChatTemplate
 
     template = ChatTemplate.from_pretrained(args.target_model_name_or_path, args.chat_template_type or None)
-    chance, chosen, seen = random.Random(0), [], 0
+    chance, seen = random.Random(0), 0
+    chosen: list[Conversation] = []
     for path in args.data:
         for conversation in read_conversations(path, rejects=Rejects()):
             seen += 1

@@ -161,10 +161,10 @@ class _TTTAttention(torch.autograd.Function):
 
 def _block(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of one block's queries, in their order."""
-    parts = (q[block.queries], k[block.keys], v[block.keys])
+    q, k, v = q[block.queries], k[block.keys], v[block.keys]
     if not block.backwards:
-        return _flash(*parts, block.causal)
-    out, lse = _flash(*(part.flip(0) for part in parts), block.causal)
+        return _flash(q, k, v, block.causal)
+    out, lse = _flash(q.flip(0), k.flip(0), v.flip(0), block.causal)
     return out.flip(0), lse.flip(0)
 
 
@@ -172,11 +172,12 @@ def _block_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one block, given the merged out and lse of all rows."""
-    rows, keys = block.queries, block.keys
-    parts = (grad_out[rows], q[rows], k[keys], v[keys], out[rows], lse[rows])
+    grad_out, q, out, lse = (part[block.queries] for part in (grad_out, q, out, lse))
+    k, v = k[block.keys], v[block.keys]
     if not block.backwards:
-        return _flash_backward(*parts, block.causal)
-    dq, dk, dv = _flash_backward(*(part.flip(0) for part in parts), block.causal)
+        return _flash_backward(grad_out, q, k, v, out, lse, block.causal)
+    grad_out, q, k, v, out, lse = (part.flip(0) for part in (grad_out, q, k, v, out, lse))
+    dq, dk, dv = _flash_backward(grad_out, q, k, v, out, lse, block.causal)
     return dq.flip(0), dk.flip(0), dv.flip(0)
 
 

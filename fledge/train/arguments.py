@@ -140,8 +140,8 @@ class TrainArgs:
 
     def resolved(self) -> dict[str, Any]:
         """Every field as written beside the head; running from this file repeats the run."""
-        ours = (self.data, self.draft, self.evaluation)
-        parts = (*map(dataclasses.asdict, ours), self.trainer.to_dict())
+        ours: list[Any] = [self.data, self.draft, self.evaluation]
+        parts = [*(dataclasses.asdict(part) for part in ours), self.trainer.to_dict()]
         return {key: value for part in parts for key, value in part.items()}
 
 
