@@ -1,10 +1,11 @@
 """Write configs/draft/*.json and configs/*.yaml from the table in targets.py: `python configs/make.py`.
 
 A draft config is what `fledge train` derives from the target's own config, through the same function. A recipe is a
-file for `fledge train --config`; its header is computed here, and says how. Nothing in either is written by hand.
+file for `fledge train --config`; the figures in its header are those of `fledge plan`. Nothing is written by hand.
 """
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,48 +13,39 @@ import transformers
 from targets import TARGETS, Row
 
 from fledge.draft.config import DraftConfig, derive, to_json
+from fledge.plan import HARDWARE, ROOM, PlanArgs, estimate
 from fledge.target.record import default_tap_layers
 
 HERE = Path(__file__).parent
 TTT_STEPS = 7
 DRAFT_VOCAB = 32_000
+EPOCHS = 10
+TOKENS = 100_000_000
 GIB = 2**30
-H200_GIB = 139
-H200_FLOPS = 989e12  # dense bf16, nominal
-UTILISATION = 0.4  # assumed; the hours are no more than this assumption
-TOKENS = 100e6
 
 
-def text_config(row: Row, **changes: Any) -> Any:
-    """The target's text config, as transformers builds it from the row's fields."""
+def full_config(row: Row) -> Any:
+    """The target's config, as transformers builds it from the row's fields."""
     config_class = getattr(transformers, row.config_class)
-    fields = {**row.fields, **changes}
-    if "text_config" in getattr(config_class, "sub_configs", {}):
-        return config_class(text_config=fields).get_text_config()
-    return config_class(**fields)
+    vision = "text_config" in config_class.sub_configs
+    config = config_class(text_config=row.fields) if vision else config_class(**row.fields)
+    config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = row.fields["tie_word_embeddings"]
+    config.dtype = "bfloat16"
+    return config
 
 
 def draft_config(row: Row) -> DraftConfig:
     """The draft config `fledge train` derives for this target."""
-    config = text_config(row)
+    config = full_config(row).get_text_config()
     return derive(
         config, vocab_size=config.vocab_size, tap_layers=default_tap_layers(config.num_hidden_layers),
         draft_vocab_size=DRAFT_VOCAB,
     )  # fmt: skip
 
 
-def trained_parameters(config: DraftConfig) -> int:
-    """fc, one decoder layer on 2H, its norms, lm_head; the embedding is the target's."""
-    hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    attention = 2 * hidden * (heads + 2 * kv) + heads * hidden
-    fc = len(config.tap_layers) * hidden * hidden
-    return fc + attention + 3 * hidden * config.intermediate_size + config.draft_vocab_size * hidden + 4 * hidden
-
-
 def offline(row: Row) -> bool:
     """Targets whose bf16 weights leave no room for training on one H200 are trained from stored states."""
-    return 2e9 * row.params_b > 0.8 * H200_GIB * GIB
+    return 2e9 * row.params_b > 0.8 * HARDWARE["h200"][0] * GIB
 
 
 def header(name: str, row: Row) -> list[str]:
@@ -69,13 +61,11 @@ def header(name: str, row: Row) -> list[str]:
     if row.vision:
         lines += ["A vision-language target: conversations may hold images; see docs/add-a-target.md."]
     lines += [""]
-    weights = 2e9 * row.params_b / GIB
     if row.missing:
-        lines += [f"No draft config: {', '.join(row.missing)} of this target could not be checked in a public source;",
-                  "`fledge train` reads them from the checkpoint. Memory and hours: `fledge train` prints the draft's",
-                  f"size; the target's weights take {weights:.0f} GiB in bf16."]  # fmt: skip
+        lines += [f"No draft config and no plan: {', '.join(row.missing)} of this target could not be checked in a",
+                  "public source. `fledge train` and `fledge plan` read them from the checkpoint."]  # fmt: skip
     else:
-        lines += costs(row, weights)
+        lines += costs(row)
     figure, _, origin = (row.tau or "unknown: no figure found, none measured").partition(" in docs")
     lines += ["", f"Expected tau: {figure}" + (f"\nin docs{origin}." if origin else ".")]
     if row.tau and "AngelSlim" in row.tau:
@@ -83,43 +73,42 @@ def header(name: str, row: Row) -> list[str]:
     return lines
 
 
-def costs(row: Row, weights: float) -> list[str]:
-    """Computed, not measured, each with its formula (docs/eagle3.md, 9)."""
-    config = draft_config(row)
-    draft = trained_parameters(config)
-    state = 16 * draft / GIB
-    active = 1e9 * (row.active_b or row.params_b)
-    target_flops, draft_flops = 2 * active, 6 * draft * TTT_STEPS
-    stored = 2 * 4 * config.hidden_size * 1e6 / GIB
-    lines = [
-        f"Trained parameters: {draft / 1e6:.0f} M. Computed, not measured:",
-        f"  memory   target {weights:.0f} GiB (2 bytes x {row.params_b:g}e9, bf16) + draft {state:.1f} GiB (16 bytes x "
-        f"{draft / 1e6:.0f} M: fp32 weights,",
-        "           gradients, AdamW), activations on top",
+def costs(row: Row) -> list[str]:
+    """What `fledge plan` says: arithmetic, not measurements."""
+    with tempfile.TemporaryDirectory() as folder:
+        full_config(row).save_pretrained(folder)
+        document = estimate(
+            PlanArgs(
+                target_model_name_or_path=folder, num_tokens=TOKENS, hardware="h200", num_train_epochs=EPOCHS,
+                model_max_length=row.context, ttt_steps=TTT_STEPS, draft_vocab_size=DRAFT_VOCAB,
+            )
+        )  # fmt: skip
+    run, memory = document["run"], document["memory_gib"]
+    weights = memory["online"]["target"]
+    need = f"{smallest(memory['offline']['peak'])} to train from stored states"
+    if offline(row):
+        need += f"; {-(-weights // (0.85 * HARDWARE['h200'][0])):.0f} x H200 to extract them (the weights alone)"
+    else:
+        need = f"{smallest(memory['online']['peak'])} to train online; {need}"
+    online = "" if offline(row) else f"{memory['online']['peak']:.1f} GiB online (target {weights:.1f}), "
+    stored = f"{memory['offline']['peak']:.1f} GiB from stored states"
+    hours = "" if offline(row) else f"{run['hours_online']:.1f} online, "
+    return [
+        f"Computed, not measured: fledge plan --num-tokens {TOKENS} --hardware h200 --model-max-length {row.context}",
+        f"  hardware  {need}",
+        f"  memory    {online}{stored}, 4 samples of {row.context} tokens",
+        f"  hours     {hours}{run['hours_offline']:.1f} from stored states (extraction included): {TOKENS // 10**6}M",
+        f"            tokens, {EPOCHS} epochs, one H200 at an assumed 35 % of its peak (the target's forward: 45 %)",
+        f"  disk      {run['store_gib']:.0f} GiB for the states, if stored",
+        f"  draft     {run['draft_parameters'] / 1e6:.0f} M trained parameters",
     ]
-    where = "extraction, once" if offline(row) else "target, each epoch"
-    lines += [
-        f"  hours    per 100M tokens on one H200: {hours(target_flops):.1f} ({where}) + {hours(draft_flops):.1f} "
-        f"(draft, each epoch): 2 x {active / 1e9:g}e9",
-        f"           and 6 x {draft / 1e6:.0f}e6 x {TTT_STEPS} FLOP per token at {UTILISATION:.0%} of 989 TFLOP/s, an "
-        "assumption",
-        f"  disk     {stored:.1f} GiB per 1M tokens of stored hidden states (2 bytes x 4 x {config.hidden_size})",
-    ]
-    gpus = -(-weights // (0.85 * H200_GIB))
-    need = f"{gpus:.0f} x H200 to extract (weights only), 1 to train" if offline(row) else smallest(weights + state)
-    return [f"Hardware: {need}", *lines]
 
 
-def smallest(needed_gib: float) -> str:
-    """The smallest usual GPU that leaves a third of its memory to activations."""
-    for name, gib in (("24 GB", 22), ("48 GB", 44), ("80 GB", 74), ("H200 (141 GB)", H200_GIB)):
-        if needed_gib <= 2 / 3 * gib:
-            return f"one GPU of {name} or more"
-    return "one H200 (141 GB), small batches"
-
-
-def hours(flops_per_token: float) -> float:
-    return TOKENS * flops_per_token / (UTILISATION * H200_FLOPS) / 3600
+def smallest(peak_gib: float) -> str:
+    """The smallest usual GPU it fits on."""
+    usual = [("24 GB", "rtx4090"), ("48 GB", "l40s"), ("80 GB", "h100"), ("141 GB (H200)", "h200")]
+    fitting = (name for name, key in usual if peak_gib <= ROOM * HARDWARE[key][0])
+    return f"one GPU of {next(fitting)}"
 
 
 def recipe(name: str, row: Row) -> dict[str, Any]:
@@ -130,7 +119,7 @@ def recipe(name: str, row: Row) -> dict[str, Any]:
                   "eval_fraction": 0.02, "eval_strategy": "epoch"}  # fmt: skip
     return {
         **source, "output_dir": f"outputs/{name}-eagle3", "draft_vocab_size": DRAFT_VOCAB, "ttt_steps": TTT_STEPS,
-        "model_max_length": row.context, "num_train_epochs": 10, "per_device_train_batch_size": 4,
+        "model_max_length": row.context, "num_train_epochs": EPOCHS, "per_device_train_batch_size": 4,
         "save_strategy": "epoch",
     }  # fmt: skip
 
