@@ -7,6 +7,7 @@ knows nothing of rows, files or statistics.
 import dataclasses
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,8 +168,9 @@ class LocalEngine:
         return [after[len(before) :] for before, after in zip(texts, texts[1:], strict=False)]
 
     @torch.inference_mode()
-    def top2(self, prompt: Prompt, token_ids: list[int]) -> dict[str, Any]:
-        """The target's two best next tokens, their logit gap, and how far rounding moves such gaps in this text.
+    def top2(self, prompt: Prompt, token_ids: list[int], chosen: Sequence[int] = ()) -> dict[str, Any]:
+        """The gap of the target's two best next logits, how far behind the best the `chosen` tokens are at most, and
+        how far rounding moves gaps in this text.
 
         The gaps of the last NOISE_TOKENS tokens are computed twice: all tokens in one pass, and one by one as plain
         decoding does. `noise` is the largest move.
@@ -181,7 +183,8 @@ class LocalEngine:
         gaps = best.values[:, 0] - best.values[:, 1]
         moved = alone.gather(-1, best.indices)
         noise = (gaps - (moved[:, 0] - moved[:, 1])).abs().max()
-        return {"token_ids": best.indices[-1].tolist(), "gap": gaps[-1].item(), "noise": noise.item()}
+        behind = max((best.values[-1, 0] - together[-1, token]).item() for token in chosen or best.indices[-1].tolist())
+        return {"gap": gaps[-1].item(), "behind": behind, "noise": noise.item()}
 
     @torch.inference_mode()
     def mean_log_likelihood(self, prompt: Prompt, token_ids: list[int]) -> float:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import zlib
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from fledge.bench.prompts import Question, turn_text
@@ -33,7 +34,7 @@ class Engine(Protocol):
 
     def text(self, token_ids: list[int]) -> str: ...
 
-    def top2(self, prompt: Prompt, token_ids: list[int]) -> dict[str, Any]: ...
+    def top2(self, prompt: Prompt, token_ids: list[int], chosen: Sequence[int] = ()) -> dict[str, Any]: ...
 
     def mean_log_likelihood(self, prompt: Prompt, token_ids: list[int]) -> float: ...
 

@@ -1,8 +1,8 @@
 """Is the speculative side's answer as good as the plain side's?
 
 T = 0: both are the argmax path, so the outputs are equal; in 16-bit arithmetic a near-tie may tip the other way. Then
-the gap between the two best logits at the first difference is held against the rounding of this very text: how far that
-gap moves at its last tokens when the target reads them in one pass or one by one.
+the distance of both sides' tokens from the best logit at the first difference is held against the rounding of this very
+text: how far gaps move at its last tokens when the target reads them in one pass or one by one.
 T > 0: outputs differ by design; their mean log-likelihood under the target must not. Where a set has references, task
 scores of both sides. Knows texts, token ids and an engine to ask.
 """
@@ -31,15 +31,11 @@ def compare_outputs(engine: Any, prompt: Prompt, outputs: dict[str, list[int]], 
     position = first_difference(one, other)
     if position is None:
         return {"identical": True}
-    top = engine.top2(prompt, one[:position])
-    chosen = {ids[position] for ids in (one, other) if position < len(ids)}
+    chosen = [ids[position] for ids in (one, other) if position < len(ids)]
+    top = engine.top2(prompt, one[:position], chosen)
     return {
-        "identical": False,
-        "position": position,
-        "gap": top["gap"],
-        "noise": top["noise"],
-        "tie": top["gap"] <= TIE_NOISE * top["noise"] and chosen <= set(top["token_ids"]),
-    }
+        "identical": False, "position": position, **top, "tie": top["behind"] <= TIE_NOISE * top["noise"],
+    }  # fmt: skip
 
 
 def first_difference(one: list[int], other: list[int]) -> int | None:

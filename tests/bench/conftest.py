@@ -87,8 +87,8 @@ class FakeEngine:
     def text(self, token_ids):
         return bytes(token for token in token_ids if token != EOS).decode(errors="replace")
 
-    def top2(self, prompt, token_ids):
-        return {"token_ids": [(token_ids[-1] * 5 + 7) % 91 + 32, 33], "gap": 0.5, "noise": 0.001}
+    def top2(self, prompt, token_ids, chosen=()):
+        return {"gap": 0.5, "behind": 0.5, "noise": 0.001}
 
     def mean_log_likelihood(self, prompt, token_ids):
         return -1.0 - 0.01 * (len(token_ids) % 7)

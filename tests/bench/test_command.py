@@ -210,7 +210,8 @@ def test_what_the_engine_says_about_answers(engine):
     assert engine.mean_log_likelihood(prompt, [5, 6, 7]) == pytest.approx(expected, abs=1e-5)
     best = engine.target.model(ids).logits[0, -1].topk(2)
     top = engine.top2(prompt, [5, 6, 7])
-    assert top["token_ids"] == best.indices.tolist()
+    assert engine.top2(prompt, [5, 6, 7], best.indices.tolist())["behind"] == top["behind"] == pytest.approx(top["gap"])
+    assert engine.top2(prompt, [5, 6, 7], [int(log_probs[-1].argmin())])["behind"] > top["gap"]
     assert top["gap"] == pytest.approx((best.values[0] - best.values[1]).item(), abs=1e-5)
     assert top["noise"] < 1e-4  # fp32
 
