@@ -1,0 +1,108 @@
+"""Decoding at the shapes of a real target with random weights: time needs no trained model.
+
+    python benchmarks/decode_shapes.py --shape qwen3-8b --device cuda [--out benchmarks/decode_qwen3-8b_h200_yyyymm]
+
+Reported: plain tokens per second and the share of the memory's measured read speed it reaches; V(n), the target's time
+for n tree nodes; and rounds of a 60/5/10 and a 16/3/4 tree with a random head: draft, verify, accept in milliseconds,
+and the round over the time of reading the weights of its passes once. A random head's tokens are refused, so a round
+emits one token; acceptance changes how many tokens a round brings, not what it costs. Medians.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fledge import provenance
+from fledge.decoding.answering import read_speed
+from fledge.decoding.generate import Generation, Sampling, TreeShape, generate_plain, generate_speculative
+from fledge.decoding.tune import NODES, verify_time
+from fledge.draft.config import derive
+from fledge.draft.model import DraftModel
+from fledge.target.model import Target
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "configs"))
+from make import text_config  # noqa: E402
+from targets import TARGETS  # noqa: E402
+
+TREES = (TreeShape(60, 5, 10), TreeShape(16, 3, 4), TreeShape(6, 4, 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen3-8b", choices=sorted(TARGETS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers than the target has, to try the script")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens before the answer")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="without suffix; a .json is written")
+    options = parser.parse_args()
+    result = measure(options)
+    print(json.dumps(result, indent=1))
+    if options.out:
+        provenance.write_json(options.out.with_suffix(".json"), {**result, **provenance.collect(vars(options))})
+
+
+@torch.inference_mode()
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    target, draft = random_pair(options)
+    prompt = torch.randint(10, 1000, (options.prompt,)).tolist()
+    kept = {"max_new_tokens": options.new_tokens, "sampling": Sampling(), "eos_token_ids": ()}
+    weights, head = size_of(target.model), size_of(draft)
+    fastest = read_speed(target.device)
+    generate_plain(target, prompt, **{**kept, "max_new_tokens": 4})
+    plain = [generate_plain(target, prompt, **kept) for _ in range(options.repeats)]
+    per_token = statistics.median(one.decode_s / one.num_forwards for one in plain)
+    rounds = {}
+    for tree in TREES:
+        generate_speculative(target, draft, prompt, tree=tree, **{**kept, "max_new_tokens": 4})
+        made = [generate_speculative(target, draft, prompt, tree=tree, **kept) for _ in range(options.repeats)]
+        rounds[f"{tree.total_token}/{tree.depth}/{tree.top_k}"] = round_costs(made, weights, head, tree, fastest)
+    nodes = [n for n in (1, *NODES) if n <= 60]
+    return {
+        "weights_gb": weights / 1e9, "head_gb": head / 1e9, "read_gb_per_s": fastest / 1e9,
+        "plain": {"tok_per_s": 1 / per_token, "share_of_read_speed": weights / per_token / fastest},
+        "verify_ms": {n: 1e3 * verify_time(target, prompt, n) for n in nodes}, "rounds": rounds,
+    }  # fmt: skip
+
+
+def round_costs(made: list[Generation], weights: int, head: int, tree: TreeShape, fastest: float) -> dict[str, float]:
+    """Milliseconds of a round by phase, and over the time of streaming the weights its passes read."""
+    phases = {
+        phase: 1e3 * statistics.median(one.phases_s[phase] / one.num_forwards for one in made)
+        for phase in ("draft", "verify", "accept", "other")
+    }
+    streaming_ms = 1e3 * (weights + tree.levels * head) / fastest
+    return {**phases, "round": sum(phases.values()), "over_streaming": sum(phases.values()) / streaming_ms}
+
+
+def random_pair(options: argparse.Namespace) -> tuple[Target, DraftModel]:
+    """A target of this shape and a head for it, both random."""
+    from transformers import AutoModelForCausalLM
+
+    row = TARGETS[options.shape]
+    config = text_config(row, **({"num_hidden_layers": options.layers} if options.layers else {}))
+    torch.manual_seed(0)
+    with torch.device(options.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
+    target = Target(model.eval(), name=options.shape)
+    draft_config = derive(config, vocab_size=target.vocab_size, tap_layers=target.tap_layers, draft_vocab_size=32000)
+    draft = DraftModel(draft_config, target.embedding_weight)
+    order = torch.arange(draft_config.draft_vocab_size)
+    draft.set_vocab(torch.zeros_like(order), torch.arange(target.vocab_size) < len(order))
+    return target, draft.to(target.device, target.dtype).eval()
+
+
+def size_of(module: torch.nn.Module) -> int:
+    """Bytes of a module's parameters."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+if __name__ == "__main__":
+    main()
