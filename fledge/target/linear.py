@@ -26,7 +26,7 @@ def few_rows_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) 
         or weight.shape[0] < LEAST_OUTPUTS
         or hidden.numel() > MOST_ROWS * hidden.shape[-1]
         or torch.is_grad_enabled()
-        or type(weight.data) is not Tensor  # a part of a tensor, say: its own rules apply
+        or not _whole(weight)
         or not torch.backends.mkldnn.is_available()
     ):
         return F.linear(hidden, weight, bias)
@@ -35,6 +35,11 @@ def few_rows_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) 
 
 def head_logits(head: nn.Module, last_hidden: Tensor) -> Tensor:
     """(.., H) -> (.., V) by a model's output embedding; anything but a plain nn.Linear computes for itself."""
-    if isinstance(head, nn.Linear) and type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks):
-        return few_rows_linear(last_hidden, head.weight, head.bias)
-    return head(last_hidden)
+    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or not _whole(head.weight):
+        return head(last_hidden)
+    return few_rows_linear(last_hidden, head.weight, head.bias)
+
+
+def _whole(weight: Tensor) -> bool:
+    """Not one process's part of a tensor, nor any other kind with rules of its own."""
+    return type(weight.data) is Tensor
