@@ -171,7 +171,7 @@ def test_a_dead_link_is_noticed(tmp_path):
 def test_every_page_is_reached():
     """In the navigation of mkdocs.yml, and no page there that is not in docs/."""
     navigation = re.findall(r"^ +- .*?([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
-    assert sorted(navigation) == sorted(Path(page).name for page in PAGES)
+    assert sorted(navigation) == sorted(Path(page).name for page in PAGES), "list each page of docs/ in mkdocs.yml"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("material") is None, reason="needs pip install -e '.[docs]'")
