@@ -26,7 +26,7 @@ from fledge.draft.model import DraftModel
 from fledge.target.model import Target
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "configs"))
-from make import text_config  # noqa: E402
+from make import full_config  # noqa: E402
 from targets import TARGETS  # noqa: E402
 
 TREES = (TreeShape(60, 5, 10), TreeShape(16, 3, 4), TreeShape(6, 4, 1))
@@ -87,7 +87,10 @@ def random_pair(options: argparse.Namespace) -> tuple[Target, DraftModel]:
     from transformers import AutoModelForCausalLM
 
     row = TARGETS[options.shape]
-    config = text_config(row, **({"num_hidden_layers": options.layers} if options.layers else {}))
+    config = full_config(row).get_text_config()
+    config.num_hidden_layers = options.layers or config.num_hidden_layers
+    if options.layers and getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: options.layers]
     torch.manual_seed(0)
     with torch.device(options.device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
