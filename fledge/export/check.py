@@ -14,10 +14,10 @@ from torch import Tensor
 from fledge.draft.config import DraftConfig, derive
 from fledge.draft.foreign import known_fault, origin_of, our_name, read_any, read_config, read_weights, stated_tap_ids
 from fledge.draft.head import Head, check_tensors
+from fledge.draft.rope import described
 from fledge.errors import UserError
 from fledge.export.findings import Finding, Severity, Topic
 from fledge.export.vocab_check import examine_vocab
-from fledge.draft.rope import described
 from fledge.target.record import default_tap_layers
 
 
