@@ -194,12 +194,15 @@ def test_servers_without_url_are_started_and_stopped_one_at_a_time(start, server
         yield []
         events.append(("down", has_head))
 
+    checked = []
+    monkeypatch.setattr("fledge.export.serving.check_draft", lambda draft, target: checked.append(draft))
     monkeypatch.setattr(engine, "running", running)
     monkeypatch.setattr(
         engine.Server, "url", property(lambda self: urls["--speculative-config" in self.command]), raising=True
     )
     bench(server_args(None, None))
     assert events == [("up", False, True), ("down", False), ("up", True, True), ("down", True)]
+    assert checked == ["head"]  # before any server starts: tests/export/test_serving.py says what it refuses
 
 
 def test_metrics_of_several_engines_are_added_and_others_ignored():
