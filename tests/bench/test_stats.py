@@ -9,6 +9,7 @@ import pytest
 
 from fledge.bench.measure import check_generation
 from fledge.bench.stats import acceptance, summarise, summarise_set, tau, tau_along_output
+from fledge.data.samples import Prompt
 
 
 def record(tokens, seconds, *, accepted=(), ttft=0.1, depth=0, phases=None):
@@ -51,7 +52,7 @@ def test_bias_rounds_are_counted_not_indexed():
 
 def test_bias_tokens_after_eos_are_refused(fake_engine):
     engine = fake_engine()
-    good = engine.generate("eagle", [1, 2, 3], max_new_tokens=100, seed=1)
+    good = engine.generate("eagle", Prompt([1, 2, 3]), max_new_tokens=100, seed=1)
     check_generation(good, 100, (0,))
     good.token_ids.append(77)  # something behind the end-of-sequence token
     good.accepted[-1] += 1
@@ -60,14 +61,14 @@ def test_bias_tokens_after_eos_are_refused(fake_engine):
 
 
 def test_bias_tokens_past_the_limit_are_refused(fake_engine):
-    generation = fake_engine().generate("eagle", [1, 2, 3], max_new_tokens=10, seed=1)
+    generation = fake_engine().generate("eagle", Prompt([1, 2, 3]), max_new_tokens=10, seed=1)
     with pytest.raises(AssertionError, match="limit 9"):
         check_generation(generation, 9, (0,))
 
 
 @pytest.mark.parametrize("side", ["baseline", "eagle"])
 def test_bias_rounds_and_tokens_must_add_up_on_both_sides(fake_engine, side):
-    generation = fake_engine().generate(side, [1, 2, 3], max_new_tokens=50, seed=1)
+    generation = fake_engine().generate(side, Prompt([1, 2, 3]), max_new_tokens=50, seed=1)
     generation = dataclasses.replace(generation, num_forwards=generation.num_forwards - 1)
     with pytest.raises(AssertionError, match="rounds|plain forwards"):
         check_generation(generation, 50, (0,))
