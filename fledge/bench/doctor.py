@@ -3,13 +3,18 @@
 Whether a head was trained at another rope base than its config says, whether its tap ids are inputs or outputs, which
 of two contradicting vocabularies is its own: the files cannot say, decoding can. At temperature 0 the text does not
 depend on the head, so the target writes it once; then one unrolled pass of the draft gives, for every position, how
-many tokens a chain begun there would have accepted, and a chain decode is a walk over these numbers. The figures are
-those of real decoding (tests/bench/test_doctor.py), at a few milliseconds per reading.
+many tokens a chain begun there would have accepted, and a chain decode is a walk over these numbers: tau is that of
+real decoding (tests/bench/test_doctor.py), at the price of one pass of the draft per reading.
 
-Readings differ from the stated one in one point. The one that gains most is adopted when its gain, taken over the same
-positions, is more than SURE standard errors; then all points are tried again from there, so that two faults are found
-one after the other, the larger first. (Topic by topic in a fixed order does worse: with a wrong rope, a wrong norm can
-help a little, and would be kept.) Cost: the target's greedy tokens, once.
+What decides is the log-probability the draft gives to the tokens the target wrote: accepted drafts are counts, and the
+difference of two counts drowns where the likelihoods of the same positions stand ten standard errors apart (SmolLM2,
+taps one layer off: +0.008 +- 0.010 drafts, -0.035 +- 0.004 nats; docs/log.md). What it costs is tau, and a fault that
+costs none is a warning.
+
+Readings differ from the stated one in one point. The one that gains most is adopted when it gains SURE standard errors
+and loses no drafts; then all points are tried again from there, so that two faults are found one after the other, the
+larger first. (Topic by topic in a fixed order does worse: with a wrong rope, a wrong norm can help a little, and would
+be kept.) Cost: the target's greedy tokens, once.
 """
 
 import dataclasses
@@ -60,15 +65,19 @@ class Score:
     reading: Reading
     tau: float  # tokens per target forward of a greedy chain, bonus included
     lengths: Tensor  # (P,) drafts accepted by a chain begun at each position
+    log_probs: Tensor  # (P,) mean over the chain of log q(the target's token), at each position
 
     def gain_over(self, other: "Score") -> tuple[float, float]:
+        """Mean difference of log-probability per drafted token, in nats, and its standard error."""
+        return _mean_difference(self.log_probs, other.log_probs)
+
+    def drafts_over(self, other: "Score") -> tuple[float, float]:
         """Mean difference of accepted drafts per position, and its standard error."""
-        difference = self.lengths.double() - other.lengths.double()
-        return float(difference.mean()), float(difference.std()) / math.sqrt(len(difference))
+        return _mean_difference(self.lengths, other.lengths)
 
     def beats(self, other: "Score") -> bool:
-        gain, error = self.gain_over(other)
-        return gain > SURE * error and gain > 0
+        (gain, error), (drafts, drafts_error) = self.gain_over(other), self.drafts_over(other)
+        return gain > SURE * error and gain > 0 and drafts >= -drafts_error
 
 
 @dataclass(frozen=True)
@@ -109,38 +118,46 @@ class Ward:
         """Try one reading on every answer."""
         draft = draft_of(head, reading, self.target.embedding_weight)
         columns = torch.tensor([self.target.tap_layers.index(layer) for layer in reading.config.tap_layers])
-        lengths, emitted, rounds = [], 0, 0
+        trials, emitted, rounds = [], 0, 0
         for record, prompt_length in zip(self.records, self.prompt_lengths, strict=True):
-            found = accepted_lengths(draft, record, columns.to(record.tap_hidden.device))
+            trials.append(trial(draft, record, columns.to(record.tap_hidden.device)))
             tokens = len(record) - prompt_length
-            emitted, rounds = emitted + tokens - 1, rounds + len(walk(found.tolist(), tokens))
-            lengths.append(found)
-        return Score(reading, emitted / rounds, torch.cat(lengths).cpu())
+            emitted, rounds = emitted + tokens - 1, rounds + len(walk(trials[-1][0].tolist(), tokens))
+        lengths, log_probs = (torch.cat(parts).cpu() for parts in zip(*trials, strict=True))
+        return Score(reading, emitted / rounds, lengths, log_probs)
 
 
 @torch.inference_mode()
-def accepted_lengths(draft: DraftModel, record: TargetRecord, columns: Tensor) -> Tensor:
-    """(P,) how many drafts a chain begun after each answer token would have accepted, cut at the answer's end.
+def trial(draft: DraftModel, record: TargetRecord, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """(P,) drafts accepted by a chain begun after each answer token, cut at the answer's end; (P,) mean log q.
 
     Position 0 is the round after the prefill's token. An accepted draft *is* the next token, so the unrolled pass over
-    the text shows the draft what decoding would show it.
+    the text shows the draft what decoding would show it. Tokens outside the draft vocabulary count as 1 / V.
     """
-    taps = record.tap_hidden[:, columns]
-    batch = pack([dataclasses.replace(record, tap_hidden=taps)])
+    batch = pack([dataclasses.replace(record, tap_hidden=record.tap_hidden[:, columns])])
     alignment = align(batch, CHAIN)
     states = unroll(draft, batch, alignment, CHAIN)  # (K, S, H), normed
     first = int(record.loss_mask.nonzero()[0]) - 1  # the last prompt row drafts the answer's second token
-    rows = torch.arange(first, len(record) - 2, device=taps.device)
+    rows = torch.arange(first, len(record) - 2, device=columns.device)
     index = torch.searchsorted(alignment.rows, rows)
-    alive = torch.ones(len(rows), dtype=torch.bool, device=taps.device)
-    lengths = torch.zeros(len(rows), dtype=torch.int64, device=taps.device)
+    draft_id = torch.full((draft.config.vocab_size,), -1, device=columns.device)
+    draft_id[draft.target_ids(torch.arange(draft.config.draft_vocab_size, device=columns.device))] = torch.arange(
+        draft.config.draft_vocab_size, device=columns.device
+    )
+    alive, lengths = torch.ones_like(rows, dtype=torch.bool), torch.zeros_like(rows)
+    log_probs, steps = torch.zeros(len(rows), device=columns.device), torch.zeros_like(rows)
     for step in range(CHAIN):
         wanted = rows + 2 + step
         inside = wanted < len(record)
-        guess = draft.target_ids(draft.lm_head(states[step, index]).argmax(-1))
-        alive = alive & inside & (guess == record.input_ids[wanted.clamp_max(len(record) - 1)])
+        token = record.input_ids[wanted.clamp_max(len(record) - 1)]
+        known = draft_id[token]
+        logits = draft.lm_head(states[step, index]).float()
+        alive = alive & inside & (logits.argmax(-1) == known)
         lengths += alive
-    return lengths
+        log_q = logits.log_softmax(-1).gather(-1, known.clamp_min(0)[:, None])[:, 0]
+        log_probs += torch.where(known >= 0, log_q, -math.log(draft.config.vocab_size)) * inside
+        steps += inside
+    return lengths, log_probs / steps
 
 
 def walk(lengths: Sequence[int], tokens: int) -> list[int]:
@@ -151,6 +168,11 @@ def walk(lengths: Sequence[int], tokens: int) -> list[int]:
         rounds.append(accepted)
         position += accepted + 1
     return rounds
+
+
+def _mean_difference(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    difference = ours.double() - theirs.double()
+    return float(difference.mean()), float(difference.std()) / math.sqrt(len(difference))
 
 
 def draft_of(head: Head, reading: Reading, embedding: Tensor) -> DraftModel:

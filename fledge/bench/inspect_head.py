@@ -65,21 +65,24 @@ def inspect_head(args: InspectHeadArgs) -> None:
 def measured_findings(diagnosis: Diagnosis) -> list[Finding]:
     """Where another reading of the files accepts more than the stated one; deaf heads."""
     stated, best = diagnosis.stated, diagnosis.best
+    if best.tau < DEAF:  # what explains noise better explains nothing
+        return [Finding("error", "target", f"tau is {best.tau:.2f} under every reading of the files",
+                        "it drafts nothing: another target's head, or its vocabulary, or untrained")]  # fmt: skip
     found = []
     changes = {
         "taps": ("tap_layers",), "norms": ("norm_output", "norm_before_residual"), "rope": ("rope_parameters",),
     }  # fmt: skip
-    gain, error = best.gain_over(stated)
+    (gain, error), (drafts, drafts_error) = best.gain_over(stated), best.drafts_over(stated)
+    costs = drafts > 2 * drafts_error
     for topic, names in changes.items():
         for name in names:
             before, after = getattr(stated.reading.config, name), getattr(best.reading.config, name)
             if before != after:
-                found.append(Finding("error", topic, f"{name} is {before}; measured, the head knows {after}",  # type: ignore[arg-type]
-                                     f"tau {stated.tau:.2f} instead of {best.tau:.2f} ({gain:+.3f} +- {error:.3f} "
-                                     "accepted drafts per position, all together)", str(after)))  # fmt: skip
-    if best.tau < DEAF:
-        found.append(Finding("error", "target", f"tau is {best.tau:.2f} under every reading of the files",
-                             "it drafts nothing: another target's head, or its vocabulary, or untrained"))  # fmt: skip
+                found.append(Finding(
+                    "error" if costs else "warning", topic,  # type: ignore[arg-type]
+                    f"{name} is {before}; measured, the head knows {after} ({gain:+.3f} +- {error:.3f} nats per token)",
+                    f"tau {stated.tau:.2f} instead of {best.tau:.2f}" + ("" if costs else ": none on texts this short"),
+                    str(after)))  # fmt: skip
     return found
 
 
@@ -111,7 +114,7 @@ def _fix(args: InspectHeadArgs, seen: Examination, text_config: Any, diagnosis: 
     assert args.fix is not None
     if args.fix.resolve() == seen.folder.resolve():
         raise UserError(f"--fix {args.fix} is the head itself. Name another folder; the original is kept.")
-    if diagnosis is None:
+    if diagnosis is None or diagnosis.best.tau < DEAF:
         head, changes = repaired(seen, text_config, None, None)
     else:
         best = diagnosis.best.reading
@@ -163,23 +166,30 @@ def _show_diagnosis(diagnosis: Diagnosis) -> None:
     show_table(
         f"tried on {diagnosis.positions} positions of the target's greedy answers, chains of {CHAIN}, in "
         f"{diagnosis.seconds:.0f} s",
-        ["reading", "topic", "tau", "accepted per position, against the stated"],
-        [["as the files say", "-", f"{stated.tau:.3f}", "-"], *(_row(score, stated) for score in diagnosis.scores)],
+        ["reading", "topic", "tau", "drafts kept, difference", "log-probability, difference"],
+        [
+            ["as the files say", "-", f"{stated.tau:.3f}", "-", "-"],
+            *(_row(score, stated) for score in diagnosis.scores),
+        ],
     )
     if diagnosis.best is stated:
-        say("the files say it right: no other reading accepts more")
+        say("no other reading of the files explains the head better")
 
 
 def _row(score: Score, stated: Score) -> list[str]:
-    gain, error = score.gain_over(stated)
-    return [score.reading.label, score.reading.topic, f"{score.tau:.3f}", f"{gain:+.3f} +- {error:.3f}"]
+    pairs = [f"{value:+.3f} +- {error:.3f}" for value, error in (score.drafts_over(stated), score.gain_over(stated))]
+    return [score.reading.label, score.reading.topic, f"{score.tau:.3f}", *pairs]
 
 
 def _figures(diagnosis: Diagnosis) -> dict[str, Any]:
     return {
         "positions": diagnosis.positions, "seconds": diagnosis.seconds, "tau_stated": diagnosis.stated.tau,
         "tau_best": diagnosis.best.tau, "best": to_json(diagnosis.best.reading.config),
-        "readings": [{"topic": s.reading.topic, "reading": s.reading.label, "tau": s.tau} for s in diagnosis.scores],
+        "readings": [
+            {"topic": s.reading.topic, "reading": s.reading.label, "tau": s.tau,
+             "log_prob_gain": s.gain_over(diagnosis.stated), "drafts_gain": s.drafts_over(diagnosis.stated)}
+            for s in diagnosis.scores
+        ],
     }  # fmt: skip
 
 
