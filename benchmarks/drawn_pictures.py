@@ -24,9 +24,10 @@ SHAPES = ("circle", "square", "triangle")
 COUNTS = ("one", "two", "three")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 QUESTION = "what does the picture show ?"
+PROBED = "First question first answer Second question second answer"  # what fledge tries a chat template on
 WORDS = sorted(
     {*QUESTION.split(), *"the picture shows and , digit is .".split(), *COLOURS, *COUNTS, *DIGITS,
-     *SHAPES, *(f"{shape}s" for shape in SHAPES), "user", "assistant"}
+     *SHAPES, *(f"{shape}s" for shape in SHAPES), "user", "assistant", *PROBED.split()}
 )  # fmt: skip
 BITMAPS = (
     "111 101 101 101 111", "010 110 010 010 111", "111 001 111 100 111", "111 001 111 001 111", "101 101 111 001 001",
@@ -48,7 +49,8 @@ def draw(seed: int) -> tuple[Image.Image, str]:
             _shape(pen, shape, COLOURS[colour], *_corner(cells.pop(), chance))
         groups.append(f"{COUNTS[count - 1]} {colour} {shape}{'s' if count > 1 else ''}")
     digit = chance.randrange(10)
-    _digit(pen, digit, *_corner(cells.pop(), chance))
+    cell = cells.pop()
+    _digit(pen, digit, cell % GRID * CELL + 3, cell // GRID * CELL + 3)  # not jittered: digits are the slowest to learn
     return image, f"the picture shows {groups[0]} and {groups[1]} , and the digit is {DIGITS[digit]} ."
 
 

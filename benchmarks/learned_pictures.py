@@ -1,6 +1,6 @@
 """A vision-language target that really looks at pictures, made in minutes on a CPU, and a head trained for it.
 
-    python benchmarks/learned_pictures.py FOLDER [--steps 1000] [--head-epochs 8] [--json FILE]
+    python benchmarks/learned_pictures.py FOLDER [--steps 700] [--head-epochs 8] [--json FILE]
 
 1. A tiny Qwen3-VL (random weights, a word tokenizer, the family's own processor) learns to caption drawn pictures.
 2. It captions unseen pictures itself; `fledge train` trains a head on these answers, pictures included.
@@ -37,7 +37,7 @@ TEMPLATE = (
     "<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}{% endif %} <|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
-PATCH, STEPS = 8, 1000
+PATCH, STEPS = 8, 700
 SEEN, ANSWERED, ASKED = range(100_000, 104_096), range(200_000, 200_512), range(300_000, 300_032)
 TREE, CHAIN = TreeShape(24, 4, 4), TreeShape(6, 4, 1)
 

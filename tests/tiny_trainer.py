@@ -1,10 +1,12 @@
 """A DraftTrainer over a tiny random target, in this process or (as a script) in one of its own.
 
-    python tests/tiny_trainer.py OUTPUT_DIR '{"samples": 16, "max_steps": 8, "die_at": 5, ...}'
+    python tests/tiny_trainer.py OUTPUT_DIR '{"samples": 16, "max_steps": 8, "die_at": 5, ...}' [OUTPUT_DIR '{...}' ...]
 
-As a script it resumes what lies in OUTPUT_DIR, trains, and leaves `rank-N.pt` with the last weights and the losses.
-Keys: samples (how many), die_at (step), die_rank, die_after_s: that rank kills itself so long after that step, in its
-first life only; file_bytes: no file may grow beyond; the rest are TrainerArguments.
+Several pairs are run one after the other in forks, so that imports are paid once; how each ended is printed. As a
+script it resumes what lies in OUTPUT_DIR, trains, and leaves `rank-N.pt` with the last weights and the losses.
+Keys: samples (how many), untrainable (one more, which teaches nothing), die_at (step), die_rank, die_after_s: that rank
+kills itself so long after that step, in its first life only; file_bytes: no file may grow beyond; the rest are
+TrainerArguments.
 """
 
 import json
@@ -90,8 +92,10 @@ def main(folder: Path, settings: dict) -> None:
     """Train to the end, or to the death that `settings` ask for."""
     torch.set_num_threads(1)
     rank = int(os.environ.get("RANK", 0))
-    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" and not (folder / "died").exists()
+    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     data = samples(settings.pop("samples"))
+    if settings.pop("untrainable", False):
+        data.append(Sample("empty", torch.arange(4, 12), torch.arange(8) == 7))
     die_at, die_rank, after_s = settings.pop("die_at", 0), settings.pop("die_rank", 0), settings.pop("die_after_s", 0.0)
     if (limit := settings.pop("file_bytes", None)) is not None:
         import resource
@@ -100,18 +104,27 @@ def main(folder: Path, settings: dict) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     trainer = make_trainer(folder, data, use_cpu=True, **settings)
     if die_at and die_rank == rank and first_life:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "died").touch()
         trainer.add_callback(Death(die_at, after_s))
-    trainer.train(resume_from_checkpoint=find_checkpoint(folder, "auto") if rank == 0 else _agreed(folder))
+    trainer.train(resume_from_checkpoint=find_checkpoint(folder, "auto"))
     weights = {name: weight.cpu().clone() for name, weight in trainer.gathered_weights().items()}
     torch.save({"weights": weights, "losses": losses(trainer)}, folder / f"rank-{rank}.pt")
 
 
-def _agreed(folder: Path) -> str | None:
-    """What rank 0 finds, without removing anything."""
-    return find_checkpoint(folder, "auto")
+def one_by_one(pairs: list[tuple[Path, dict]]) -> None:
+    """Each in a child of its own, whatever became of the one before."""
+    for folder, settings in pairs:
+        child = os.fork()
+        if child == 0:
+            try:
+                main(folder, settings)
+                os._exit(0)
+            except BaseException as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
+        print(f"{folder.name}: {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}", flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    words = sys.argv[1:]
+    pairs = [(Path(folder), json.loads(settings)) for folder, settings in zip(words[::2], words[1::2], strict=True)]
+    main(*pairs[0]) if len(pairs) == 1 else one_by_one(pairs)

@@ -152,7 +152,7 @@ class DraftModel(nn.Module):
         shape = position_ids.shape
         like = self.norm.weight  # dtype and device of the result
         cos, sin = self.rotary(like, position_ids.reshape(1, -1))
-        cos, sin = cos.reshape(*shape, -1), sin.reshape(*shape, -1)
+        cos, sin = (part.reshape(*shape, part.shape[-1]) for part in (cos, sin))
         if self.axis_of_dim is None or position_ids.dim() == 1:
             return cos, sin
         assert shape[0] == self.rope_axes, f"{shape=}, a rope of {self.rope_axes} axes"

@@ -116,6 +116,7 @@ class TrainerArguments(TrainingArguments):
     save_total_limit: int | None = _flag(2, "Checkpoints kept for resuming.")
     report_to: str | None = _flag("none", "wandb, tensorboard, trackio, ... or none.")
     remove_unused_columns: bool = _flag(False, "Not used: samples are records.")
+    ddp_find_unused_parameters: bool | None = _flag(False, "Every step reaches every parameter: no search.")
     logging_nan_inf_filter: bool = _flag(False, "False: a NaN loss stops the run.")
     resume_from_checkpoint: str | None = _flag(
         "auto", "auto: continue the run in --output_dir when there is one. Or a checkpoint folder, or False."

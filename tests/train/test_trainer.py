@@ -95,6 +95,17 @@ def test_untrainable_samples_do_not_stop_a_batch(tmp_path):
     assert all(torch.tensor(losses(trainer)).isfinite())
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_batch_without_a_trainable_sample_reaches_every_parameter(tmp_path, recompute):
+    """Alone in a batch of one it stopped the run (a reshape of nothing); DDP ranks would wait for its gradients."""
+    empty = Sample("empty", torch.arange(4, 12), torch.arange(8) == 7)
+    trainer = make_trainer(tmp_path, [empty], max_steps=1, save_strategy="no")
+    module = trainer.model
+    module.recompute = recompute
+    module(trainer._prepare_inputs([empty])).loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
+
+
 def test_another_run_in_the_same_folder_is_refused(tmp_path):
     check_same_run(tmp_path, {"learning_rate": 1e-3, "num_train_epochs": 2}, resuming=False)
     check_same_run(tmp_path, {"learning_rate": 1e-3, "num_train_epochs": 3}, resuming=True)

@@ -1,0 +1,115 @@
+"""Training in processes of its own: several ranks, ranks that die, runs that are killed, disks that are full."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent.parent / "tiny_trainer.py"
+COMMON = {"samples": 20, "max_steps": 10, "per_device_train_batch_size": 2, "save_strategy": "no"}
+SAVING = {"save_strategy": "steps", "save_steps": 4}
+
+
+def launch(words: list, *, ranks: int = 1, restarts: int = 0, check: bool = True) -> subprocess.CompletedProcess:
+    """Run a script with these words, under torchrun for several ranks."""
+    torchrun = [
+        "-m", "torch.distributed.run", "--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+        "--nproc-per-node", str(ranks), "--max-restarts", str(restarts), "--monitor-interval", "0.2",
+    ]  # fmt: skip
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else restarted ranks read addresses of the dead (docs/scaling.md)
+    }  # fmt: skip
+    command = [sys.executable, *(torchrun if ranks > 1 else []), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def settings(**changes) -> str:
+    return json.dumps({**COMMON, **changes})
+
+
+def outcome(folder: Path, rank: int = 0) -> dict:
+    return torch.load(folder / f"rank-{rank}.pt")
+
+
+def distance(a: dict, b: dict) -> float:
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    """Ten steps of two ranks, one sequence each."""
+    folder = tmp_path_factory.mktemp("two")
+    launch([SCRIPT, folder, settings(per_device_train_batch_size=1, **SAVING)], ranks=2)
+    return folder
+
+
+def test_two_processes_take_the_steps_of_one(two_ranks, tmp_path):
+    """2 processes x batch 1 == 1 process x batch 2 after 10 steps; each rank alone would be far from it."""
+    alone = settings(per_device_train_batch_size=1)
+    launch([SCRIPT, tmp_path / "one", settings(), tmp_path / "alone", alone])
+    first, second, one = outcome(two_ranks, 0), outcome(two_ranks, 1), outcome(tmp_path / "one")
+    assert distance(first["weights"], second["weights"]) == 0.0
+    assert distance(first["weights"], one["weights"]) < 2e-5
+    torch.testing.assert_close(first["losses"], one["losses"], rtol=1e-5, atol=1e-5)
+    control = outcome(tmp_path / "alone")  # half the data per step ends elsewhere
+    assert distance(control["weights"], one["weights"]) > 1e-3
+
+
+def test_sharded_steps_equal_whole_ones(tmp_path):
+    """FSDP2 over two CPU ranks: every weight sharded, the same weights after three steps."""
+    for ranks in (1, 2):
+        launch([SCRIPT.with_name("sharded_steps.py"), tmp_path / f"{ranks}.pt"], ranks=ranks)
+    assert distance(torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")) < 2e-6
+
+
+def test_uneven_data_and_untrainable_samples_do_not_hang(tmp_path):
+    """8 samples and one that teaches nothing, batches of one on 2 ranks, over several epochs."""
+    launch([SCRIPT, tmp_path, settings(per_device_train_batch_size=1, samples=8, untrainable=True)], ranks=2)
+    first, second = outcome(tmp_path, 0), outcome(tmp_path, 1)
+    assert distance(first["weights"], second["weights"]) == 0.0 and len(first["losses"]) == 10
+
+
+def test_a_killed_rank_is_restarted_and_resumes_exactly(two_ranks, tmp_path):
+    """torchrun --max-restarts 1: rank 1 dies at step 5, both start again from the checkpoint of step 4."""
+    dying = settings(per_device_train_batch_size=1, die_at=5, die_rank=1, **SAVING)
+    done = launch([SCRIPT, tmp_path, dying], ranks=2, restarts=1)
+    assert "exitcode: -9" in done.stderr
+    whole, killed = outcome(two_ranks), outcome(tmp_path)
+    assert distance(whole["weights"], killed["weights"]) == 0.0 and whole["losses"] == killed["losses"]
+
+
+def test_killed_at_random_moments_equals_uninterrupted(tmp_path):
+    """SIGKILL a random time after a random step, thrice in one run: losses and weights to the last bit."""
+    chance, saving = random.Random(), {**SAVING, "save_steps": 2, "save_total_limit": 2, "max_steps": 12}
+    moments = [(chance.randint(low, low + 2), chance.uniform(0, 0.1)) for low in (1, 4, 7)]
+    pairs = [tmp_path / "whole", settings(**saving)]
+    for step, after_s in moments:
+        pairs += [tmp_path / "killed", settings(**saving, die_at=step, die_after_s=after_s)]
+    done = launch([SCRIPT, *pairs, tmp_path / "killed", settings(**saving)])
+    assert done.stdout.count("killed: -9") >= 1 and done.stdout.endswith("killed: 0\n"), (moments, done.stdout)
+    whole, killed = outcome(tmp_path / "whole"), outcome(tmp_path / "killed")
+    assert whole["losses"] == killed["losses"] and len(whole["losses"]) == 12, moments
+    assert distance(whole["weights"], killed["weights"]) == 0.0, moments
+
+
+def test_files_that_cannot_grow_stop_the_run_with_the_last_checkpoint_intact(tmp_path):
+    """A limit on file sizes stands for a full disk: the head's weights fit, the optimizer's moments do not."""
+    saving = {**SAVING, "save_steps": 2, "max_steps": 6}
+    launch([SCRIPT, tmp_path / "whole", settings(**saving), tmp_path / "full", settings(**saving, die_at=3)])
+    weights, moments = (
+        (tmp_path / "whole" / "checkpoint-6" / name).stat().st_size for name in ("model.safetensors", "optimizer.pt")
+    )
+    assert weights < moments
+    limited = settings(**saving, file_bytes=(weights + moments) // 2)
+    done = launch([SCRIPT, tmp_path / "full", limited, tmp_path / "full", settings(**saving)])
+    assert [line for line in done.stdout.splitlines() if line.startswith("full: ")] == ["full: 1", "full: 0"]
+    assert "checkpoint-4: the checkpoint could not be written" in done.stderr and "make room" in done.stderr
+    assert outcome(tmp_path / "full")["losses"] == outcome(tmp_path / "whole")["losses"]
