@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# One process for each core, of one thread: the tests' models are too small for more. TEST_PROCESSES=0: this process.
+TEST_PROCESSES ?= auto
 SHELL := /bin/bash
 
 .PHONY: help install check fix test test-engines quickstart docs clean
@@ -33,7 +35,7 @@ fix: install
 	$(BIN)/ruff format .
 
 test: install
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile
 
 test-engines: install
 	bash tests/engines/setup_vllm.sh

