@@ -62,7 +62,7 @@ class _LayerView(CacheLayerMixin):
 class TargetCache(Cache):
     """Keys and values of all layers; layers of equal shape share one block, so that compaction is one gather."""
 
-    def __init__(self, layout: Layout, num_layers: int, capacity: int) -> None:
+    def __init__(self, layout: Layout, num_layers: int, capacity: int, batch: int = 1) -> None:
         super().__init__(layers=[_LayerView(self) for _ in range(num_layers)])
         self.length, self.capacity = 0, capacity
         places: dict[Slab, list[tuple[int, int]]] = defaultdict(list)
@@ -71,7 +71,9 @@ class TargetCache(Cache):
                 places[slab].append((layer, part))
         self._places = list(places.values())
         self._blocks = [
-            torch.zeros(len(users), 1, slab.num_heads, capacity, slab.head_dim, dtype=slab.dtype, device=slab.device)
+            torch.zeros(
+                len(users), batch, slab.num_heads, capacity, slab.head_dim, dtype=slab.dtype, device=slab.device
+            )
             for slab, users in places.items()
         ]
         self._write: dict[tuple[int, int], Tensor] = {}

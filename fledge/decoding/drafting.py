@@ -35,7 +35,7 @@ class Drafter:
         """`prompt_positions` (P,) or (axes, P): the target's rope positions, where they are not the token's index."""
         config, weight = draft.config, draft.fc.weight
         self.draft = draft
-        self.width = min(shape.top_k, max(shape.total_token - 1, 1), config.draft_vocab_size)
+        self.width = beam_width(shape, config.draft_vocab_size)
         self.num_nodes = shape.total_token - 1
         tree_rows = self.width * shape.levels
         self.capacity = capacity
@@ -86,7 +86,7 @@ class Drafter:
     def candidates(self, hidden: Tensor, num_levels: int, pace: Pace | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, target ids and parents (C,) of all drafts, level by level; parent -1 is the root."""
         width = self.width
-        log_probs, tokens = self._children(hidden)  # (1, k)
+        log_probs, tokens = best_children(self.draft, hidden, width)  # (1, k)
         beam_scores, beam_tokens, beam_ids = log_probs[0], tokens[0], self._beam_ids
         beam_hidden = self.draft.feedback(hidden).expand(width, -1)
         all_scores, all_tokens = [beam_scores], [beam_tokens]
@@ -96,7 +96,7 @@ class Drafter:
             if pace is not None and not pace.deeper(beam_scores):
                 break
             hidden = self._forward_beam(beam_tokens, beam_hidden, tree_part, level)
-            log_probs, tokens = self._children(hidden)  # (k, k)
+            log_probs, tokens = best_children(self.draft, hidden, width)  # (k, k)
             scores = (beam_scores[:, None] + log_probs).flatten()
             all_scores.append(scores)
             all_tokens.append(tokens.flatten())
@@ -110,14 +110,6 @@ class Drafter:
             num_candidates += width * width
         self.cache.rewind()
         return torch.cat(all_scores), torch.cat(all_tokens), torch.cat(all_parents)
-
-    def _children(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and target ids (.., k) of the k best next tokens, from f'' (.., H)."""
-        logits = self.draft.logits(hidden).float()
-        best = logits.topk(self.width, dim=-1)
-        log_probs = best.values - logits.logsumexp(dim=-1, keepdim=True)
-        # A head that overflows still gives a well-formed tree: NaN would break the order select() relies on.
-        return log_probs.nan_to_num_(nan=float("-inf"), neginf=float("-inf")), self.draft.target_ids(best.indices)
 
     def _forward_beam(self, tokens: Tensor, hidden: Tensor, tree_part: Tensor, level: int) -> Tensor:
         """The beam's tokens (k,) with their parents' feedback (k, H) -> f'' (k, H)."""
@@ -138,3 +130,17 @@ def candidate_levels(width: int, num_levels: int) -> Tensor:
     for level in range(2, num_levels + 1):
         levels += [level] * width * width
     return torch.tensor(levels)
+
+
+def beam_width(shape: TreeShape, draft_vocab_size: int) -> int:
+    """Children per node: no more than the tree or the vocabulary can hold."""
+    return min(shape.top_k, max(shape.total_token - 1, 1), draft_vocab_size)
+
+
+def best_children(draft: DraftModel, hidden: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and target ids (.., k) of the k best next tokens, from f'' (.., H)."""
+    logits = draft.logits(hidden).float()
+    best = logits.topk(width, dim=-1)
+    log_probs = best.values - logits.logsumexp(dim=-1, keepdim=True)
+    # A head that overflows still gives a well-formed tree: NaN would break the order select() relies on.
+    return log_probs.nan_to_num_(nan=float("-inf"), neginf=float("-inf")), draft.target_ids(best.indices)

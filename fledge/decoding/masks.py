@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fledge.errors import UserError
 
-# N query rows, K keys = prefix + N
+# N query rows, K keys = prefix + N, B sequences
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,13 @@ class Kind:
         return self.name == "full_attention" or last_position < self.size
 
     def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """(N, K) bool from positions (N,) and (K,); causality is not checked here."""
+        """(.., N, K) bool from positions (.., N) and (.., K); causality is not checked here."""
+        queries, keys = queries[..., :, None], keys[..., None, :]
         if self.name == "sliding_attention":
-            return keys[None, :] > queries[:, None] - self.size
+            return keys > queries - self.size
         if self.name == "chunked_attention":
-            return keys[None, :] // self.size == queries[:, None] // self.size
-        return torch.ones(queries.shape[0], keys.shape[0], dtype=torch.bool, device=keys.device)
+            return keys // self.size == queries // self.size
+        return torch.ones(torch.broadcast_shapes(queries.shape, keys.shape), dtype=torch.bool, device=keys.device)
 
 
 FULL = Kind("full_attention")
@@ -99,9 +100,27 @@ class Masks:
 
         return self._by_kind(mask)
 
+    def trees(self, lengths: Tensor, levels: Tensor, ancestors: Tensor, bucket: int) -> Any:
+        """For trees of B sequences (levels (B, N), ancestors (B, N, N)) behind prefixes of their own lengths (B,).
+
+        Keys are the first `bucket` rows of the cache, whatever the lengths: what lies behind a tree is not seen.
+        """
+        rows = torch.arange(bucket, device=self.device)
+        nodes = lengths[:, None] + torch.arange(levels.shape[1], device=self.device)
+        seen = (rows < lengths[:, None])[:, None, :].expand(-1, levels.shape[1], -1)
+        seen = seen.scatter(2, nodes[:, None, :].expand_as(ancestors), ancestors)
+        positions = lengths[:, None] + levels
+        keys = rows.expand(len(lengths), -1).scatter(1, nodes, positions)
+        full = self._additive(seen)
+        return self._by_kind(
+            lambda kind: full if kind.reaches_back(bucket - 1) else self._additive(seen & kind.visible(positions, keys))
+        )
+
     def _additive(self, visible: Tensor) -> Tensor:
+        """(N, K) to (1, 1, N, K), (B, N, K) to (B, 1, N, K)."""
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
-        return mask.masked_fill_(~visible, torch.finfo(self.dtype).min)[None, None]
+        mask = mask.masked_fill_(~visible, torch.finfo(self.dtype).min).unsqueeze(-3)
+        return mask if mask.dim() == 4 else mask[None]
 
     def _by_kind(self, make: Any) -> Any:
         return make(self.kinds[0]) if len(self.kinds) == 1 else {kind.name: make(kind) for kind in self.kinds}

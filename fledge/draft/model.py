@@ -233,8 +233,10 @@ class DraftModel(nn.Module):
         *,
         rope: tuple[Tensor, Tensor] | None = None,
         last_only: bool = False,
+        asked: Tensor | None = None,
     ) -> Tensor:
-        """One forward with a cache: tokens (B, S), features f (B, S, H) -> f'' (B, S, H), or (B, 1, H) of the last row.
+        """One forward with a cache: tokens (B, S), features f (B, S, H) -> f'' (B, S, H), or (B, 1, H) of the last row
+        or of the row `asked` (B,) in each sequence.
 
         Row s pairs the feature of position p with the *next* token; position_ids (B, S) hold p, the feature's
         position (`rope`, cos and sin of those positions, stands in for them). `mask` (.., rows asked, K) is boolean
@@ -246,6 +248,8 @@ class DraftModel(nn.Module):
             assert position_ids is not None
             rope = self.rope(position_ids)
         q, k, v = self.project(self.embed(token_ids), hidden, rope, queries=queries)
+        if asked is not None:
+            q, hidden = rows_at(q, asked), rows_at(hidden, asked)
         keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2))
         causal = mask is None and q.shape[1] > 1
         assert not causal or keys.shape[2] == q.shape[1], "a block of rows on a filled cache needs a mask"
@@ -253,6 +257,11 @@ class DraftModel(nn.Module):
             q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]
         )
         return self.finish(hidden if queries is None else hidden[:, queries], attended.transpose(1, 2))
+
+
+def rows_at(states: Tensor, index: Tensor) -> Tensor:
+    """states (B, S, ..), index (B,) -> (B, 1, ..)."""
+    return states.gather(1, index.view(-1, *[1] * (states.dim() - 1)).expand(-1, 1, *states.shape[2:]))
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
