@@ -169,3 +169,22 @@ class ScriptedDraft(DraftModel):
         next_token = self.script[(hidden[..., 0].long() + 2).clamp(max=len(self.script) - 1)]
         ranking = -0.1 * torch.arange(self.config.draft_vocab_size).expand(*next_token.shape, -1)
         return ranking.scatter(-1, next_token[..., None], 10.0)
+
+
+class ScriptedRows(ScriptedDraft):
+    """The same for the static engine: a script for every sequence of a batch."""
+
+    def __init__(self, target: Target, scripts: list[list[int]]) -> None:
+        super().__init__(target, [])
+        longest = max(map(len, scripts))
+        self.script = torch.tensor([[*script, *[0] * (longest - len(script))] for script in scripts])
+
+    def step(self, token_ids, hidden, position_ids, cache, mask=None, *, rope=None, last_only=False, asked=None):  # noqa: D102
+        output = DraftModel.step(self, token_ids, hidden, position_ids, cache, mask, rope=rope, asked=asked)
+        position = hidden[..., 0] + 1 if asked is None else (cache.lengths - 1.0)[:, None]
+        return torch.cat((position[..., None], torch.zeros_like(output[..., 1:])), dim=-1)
+
+    def logits(self, hidden: Tensor) -> Tensor:  # noqa: D102
+        next_token = self.script.gather(1, (hidden[..., 0].long() + 2).clamp(max=self.script.shape[1] - 1))
+        ranking = -0.1 * torch.arange(self.config.draft_vocab_size).expand(*next_token.shape, -1)
+        return ranking.scatter(-1, next_token[..., None], 10.0)

@@ -59,6 +59,8 @@ def generate_batch(
     The static engine decodes `batch_size` prompts at once (None: all), the dynamic one after another. At temperature 0
     an answer does not depend on its neighbours, but for rounding; above, the draws of a batch come from one generator.
     """
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1.")
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "sampling": sampling, "eos_token_ids": eos_token_ids,
     }  # fmt: skip

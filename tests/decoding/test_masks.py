@@ -75,3 +75,25 @@ def test_kinds_come_from_the_config():
     assert kinds_of(mixed, "t") == [FULL, Kind("sliding_attention", 9)]
     with pytest.raises(UserError, match="t: layers of type 'linear_attention' keep a running state"):
         kinds_of(SimpleNamespace(layer_types=["linear_attention", "full_attention"]), "t")
+
+
+@pytest.mark.parametrize("kind", [FULL, Kind("sliding_attention", 3), Kind("chunked_attention", 4)])
+def test_trees_of_a_batch_are_each_alone(kind):
+    """Behind prefixes of 3 and 6 rows, in a bucket of 12: the same rows as alone, and nothing behind the tree."""
+    lengths, levels = torch.tensor([3, 6]), torch.tensor([[0, 1, 1, 2], [0, 1, 2, 3]])
+    parents = (PARENTS, torch.tensor([0, 0, 1, 2]))
+    ancestors = torch.stack([ancestors_of(one, 3) for one in parents])
+    found = masks(kind).trees(lengths, levels, ancestors, 12)
+    for row, length in enumerate(lengths.tolist()):
+        alone = masks(kind).tree(length, levels[row] + length, ancestors[row], length + 3)
+        assert seen(found[row : row + 1]) == [[*line, *[0] * (8 - length)] for line in seen(alone)]
+    assert found.shape == (2, 1, 4, 12)
+
+
+def test_trees_of_a_batch_share_the_full_mask_within_the_window():
+    lengths, levels = torch.tensor([3]), torch.tensor([[0]])
+    ones = torch.ones(1, 1, 1, dtype=torch.bool)
+    wide = masks(FULL, Kind("sliding_attention", 16)).trees(lengths, levels, ones, 16)
+    assert wide["sliding_attention"] is wide["full_attention"]
+    narrow = masks(FULL, Kind("sliding_attention", 15)).trees(lengths, levels, ones, 16)
+    assert narrow["sliding_attention"] is not narrow["full_attention"]

@@ -13,7 +13,9 @@ from tiny import tiny_draft, tiny_model
 
 from fledge.decoding import generate
 from fledge.decoding.accept import accept, accepted_nodes, choose, distribution
+from fledge.decoding.batches import generate_batch
 from fledge.decoding.generate import Sampling, TreeShape, generate_plain, generate_speculative
+from fledge.decoding.static_round import Round
 from fledge.target.model import Target
 
 VOCAB, LENGTH, DRAWS = 8, 3, 1000
@@ -89,6 +91,45 @@ def test_speculative_sampling_follows_the_targets_law(setting, in_parallel, monk
     assert p_value(speculative_sequences(setting), law(*SETTINGS[setting])) > 1e-3
 
 
+def static_sequences(setting: str, tree: TreeShape | None, batch: int = 50) -> list[tuple[int, ...]]:
+    """The static engine: batches of the same prompt, all rows drawing from one generator."""
+    target = small_target()
+    head = tiny_draft(target, draft_vocab_size=None)
+    head.warm_start_head(target.head_weight)
+    found, accepted = [], 0
+    for seed in range(DRAWS // batch):
+        made = generate_batch(
+            target, head if tree else None, [IDS] * batch, tree=tree or TreeShape(), max_new_tokens=LENGTH,
+            eos_token_ids=(), sampling=Sampling(*SETTINGS[setting], seed=seed), engine="static",
+        )  # fmt: skip
+        found += [tuple(one.token_ids) for one in made]
+        accepted += sum(sum(one.accepted) for one in made)
+    assert not tree or accepted > DRAWS / 10, "hardly anything was accepted: the rule was not put to the test"
+    return found
+
+
+@pytest.mark.parametrize("setting, tree", [
+    ("T=1", TreeShape(6, 1, 3)), ("T=0.7 top-p 0.9 top-k 20", TreeShape(6, 1, 3)), ("T=1", None),
+])  # fmt: skip
+def test_the_static_engine_follows_the_targets_law(setting, tree):
+    assert p_value(static_sequences(setting, tree), law(*SETTINGS[setting])) > 1e-3
+
+
+def test_a_static_rule_that_favours_the_draft_is_found(monkeypatch):
+    """The planted wrong rule: at every node its children's tokens are e times likelier than the target says."""
+    real = Round.accept
+
+    def wrong(self):
+        trees, favoured = self._trees, torch.zeros_like(self._logits)
+        rows = torch.arange(len(favoured))[:, None]
+        favoured[rows, trees.parents[:, 1:], trees.token_ids[:, 1:]] = 1.0
+        self._logits = self._logits + favoured
+        real(self)
+
+    monkeypatch.setattr(Round, "accept", wrong)
+    assert p_value(static_sequences("T=1", TreeShape(6, 1, 3)), law(*SETTINGS["T=1"])) < 1e-6
+
+
 def test_plain_sampling_follows_the_targets_law():
     target, setting = small_target(), SETTINGS["T=1"]
     found = [
@@ -121,3 +162,16 @@ def test_the_seed_decides():
     first, again, other = (draw(sampling=Sampling(1.0, seed=seed)).token_ids for seed in (1, 1, 2))
     assert first == again != other
     assert len({tuple(draw(sampling=Sampling(1.0)).token_ids) for _ in range(3)}) == 3  # no seed: fresh draws
+
+
+def test_the_seed_decides_for_batches():
+    def draw(seed: int | None) -> list[list[int]]:
+        found = generate_batch(
+            small_target(), None, [IDS] * 3, tree=TreeShape(), max_new_tokens=20, eos_token_ids=(), engine="static",
+            sampling=Sampling(1.0, seed=seed),
+        )  # fmt: skip
+        return [one.token_ids for one in found]
+
+    first, again, other, fresh = (draw(seed) for seed in (1, 1, 2, None))
+    assert first == again != other and fresh not in (first, other)
+    assert first[0] != first[1] != first[2], "every row draws for itself"
