@@ -122,6 +122,8 @@ def parse_metrics(text: str) -> dict[str, float]:
         if not match:
             continue
         name, labels = match[1].removesuffix("_total"), match[2] or ""
+        if name.endswith("_created"):  # when a counter began; Prometheus clients send it along
+            continue
         if name == PER_POSITION:
             position = re.search(r'position="(\d+)"', labels)
             name = f"{name}:{position[1]}" if position else name
@@ -145,7 +147,7 @@ def acceptance_of(change: dict[str, float]) -> dict[str, Any] | None:
     if not rounds:
         gauge = change.get(SGLANG_TAU)
         return {"tau": gauge, "tau_macro": None, "by_position": [], "by_position_conditional": []} if gauge else None
-    depth = sum(name.startswith(PER_POSITION) for name in change)
+    depth = sum(name.startswith(f"{PER_POSITION}:") for name in change)
     reached = [rounds, *(change.get(f"{PER_POSITION}:{position}", 0.0) for position in range(depth))]
     return {
         "tau": 1.0 + change.get(ACCEPTED, 0.0) / rounds,

@@ -70,6 +70,10 @@ class StreamingServer:
                 f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="{i}"}} {100 + count}'
                 for i, count in enumerate(kept)
             ),
+            *(
+                f'vllm:spec_decode_num_accepted_tokens_per_pos_created{{engine="0",position="{i}"}} 1.7e9'
+                for i in range(len(kept))
+            ),
         ]
         return web.Response(text="\n".join(lines) + "\n")
 
@@ -215,6 +219,7 @@ def test_metrics_of_several_engines_are_added_and_others_ignored():
             'vllm:spec_decode_num_accepted_tokens_total{engine="0"} 12.0',
             'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="0"} 9.0',
             'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="1"} 3.0',
+            'vllm:spec_decode_num_accepted_tokens_per_pos_created{engine="0",position="0"} 1.7e9',
             "python_gc_objects_total 3",
         ]
     )
