@@ -54,6 +54,9 @@ class ModelArgs:
     adaptive: bool = False
     """Draft only as deep and as wide as it pays, or not at all; the tree flags are then the most that is drafted. Costs
     come from the head's tree profile (`fledge bench --tune`)."""
+    engine: Literal["auto", "dynamic", "static"] = "auto"
+    """static: fixed shapes, captured into CUDA graphs on a GPU. dynamic: shapes as they come, every kind of target.
+    auto: static on a GPU wherever it can be, and wherever several prompts are decoded at once."""
     profile: bool = False
     """After an answer, show the time of a round by phase and the memory bandwidth it amounts to."""
     tree: TreeArgs = field(default_factory=TreeArgs)
@@ -115,15 +118,7 @@ class Answerer:
         """Stream an answer, with its line of figures on stderr; also returns its text."""
         stream = Stream(self.target.tokenizer, out)
         try:
-            if self.draft is None:
-                found = self.plainly(prompt, on_tokens=stream.write)
-            else:
-                from fledge.decoding.generate import generate_speculative
-
-                found = generate_speculative(
-                    self.target, self.draft, prompt.ids, tree=self.tree, pace=self.pace, on_tokens=stream.write,
-                    model_inputs=prompt.model_inputs, **self._options(),
-                )  # fmt: skip
+            found = self._generate(self.draft, prompt, on_tokens=stream.write)
         finally:
             text = stream.close()
         say(speed_line("plain" if self.draft is None else "speculative", found))
@@ -132,11 +127,50 @@ class Answerer:
         return found, text
 
     def plainly(self, prompt: Prompt, **changes: Any) -> Generation:
-        """The same without the head."""
-        from fledge.decoding.generate import generate_plain
+        """The same without the head, by the same engine."""
+        return self._generate(None, prompt, **changes)
 
-        options = {**self._options(), "model_inputs": prompt.model_inputs, **changes}
-        return generate_plain(self.target, prompt.ids, **options)
+    def answers(self, draft: Any, prompts: list[Prompt], batch_size: int, **changes: Any) -> list[Generation]:
+        """Answers to several prompts of text, `batch_size` of them at a time."""
+        from fledge.decoding.batches import choose_engine, generate_batch, obstacle
+
+        if self.args.engine == "dynamic" and batch_size > 1:
+            raise UserError(
+                f"--engine dynamic decodes one prompt at a time; --batch-size is {batch_size}. Leave one of them out."
+            )
+        case = {"pictures": any(prompt.model_inputs for prompt in prompts), "adaptive": self.pace is not None}
+        engine = choose_engine(self.args.engine, self.target, self.draft, **case)
+        if engine == "dynamic" and batch_size > 1:
+            if reason := obstacle(self.target, self.draft, **case):
+                say(f"one prompt after another: {reason}")
+            else:
+                engine = "static"
+        if engine == "dynamic":
+            return [self._generate(draft, prompt, **changes) for prompt in prompts]
+        return generate_batch(
+            self.target, draft, [prompt.ids for prompt in prompts], tree=self.tree, engine=engine,
+            batch_size=batch_size, **{**self._options(), **changes},
+        )  # fmt: skip
+
+    def _generate(self, draft: Any, prompt: Prompt, *, on_tokens: Any = None, **changes: Any) -> Generation:
+        """One answer, with a head or without. Both sides of a comparison go through the same engine."""
+        from fledge.decoding.batches import choose_engine, generate_batch
+        from fledge.decoding.generate import generate_plain, generate_speculative
+
+        options = {**self._options(), **changes}
+        engine = choose_engine(
+            self.args.engine, self.target, self.draft, pictures=bool(prompt.model_inputs),
+            adaptive=self.pace is not None,
+        )  # fmt: skip
+        if engine == "static":
+            told = None if on_tokens is None else lambda row, new: on_tokens(new)
+            return generate_batch(
+                self.target, draft, [prompt.ids], tree=self.tree, engine=engine, on_tokens=told, **options
+            )[0]
+        options |= {"on_tokens": on_tokens, "model_inputs": prompt.model_inputs}
+        if draft is None:
+            return generate_plain(self.target, prompt.ids, **options)
+        return generate_speculative(self.target, draft, prompt.ids, tree=self.tree, pace=self.pace, **options)
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -1,9 +1,10 @@
-"""`fledge decode`: one prompt, answered as it streams, with what the draft head was worth.
+"""`fledge decode`: a prompt, answered as it streams, or several at once, with what the draft head was worth.
 
 Text goes to stdout, figures to stderr. On a terminal the tokens the head guessed right are green.
 """
 
 import sys
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,10 @@ from fledge.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeArgs(ModelArgs):
-    prompt: str
-    """What the user says; - reads it from stdin."""
+    prompt: list[str]
+    """What the user says; - reads it from stdin. Several are answered one after another, or --batch-size at a time."""
+    batch_size: int = 1
+    """Prompts decoded at once, by the static engine."""
     image: list[str] = field(default_factory=list)
     """Pictures shown before it, for vision-language targets: paths, URLs or base64."""
     raw: bool = False
@@ -27,9 +30,16 @@ class DecodeArgs(ModelArgs):
 
 
 def decode(args: DecodeArgs) -> None:
-    """Answer one prompt with a draft head, streaming, and show what the head was worth."""
+    """Answer prompts with a draft head, streaming a single one, and show what the head was worth."""
+    if not args.prompt or args.batch_size < 1:
+        raise UserError(f"--prompt was given {len(args.prompt)} times, --batch-size is {args.batch_size}; at least 1.")
+    if args.image and len(args.prompt) > 1:
+        raise UserError(f"--image belongs to one prompt; --prompt has {len(args.prompt)}. Ask them one by one.")
     answerer = Answerer(args)
-    prompt = prompt_of(args, answerer)
+    prompts = prompts_of(args, answerer)
+    if len(prompts) > 1:
+        return decode_several(args, answerer, prompts)
+    prompt = prompts[0]
     if args.compare:  # the first forward of a process is slow; neither side should pay for it
         answerer.plainly(prompt, max_new_tokens=min(4, args.max_new_tokens))
     found, _ = answerer.answer(prompt, sys.stdout)
@@ -37,20 +47,41 @@ def decode(args: DecodeArgs) -> None:
         show_comparison(found, answerer.plainly(prompt), answerer.sampling)
 
 
-def prompt_of(args: DecodeArgs, answerer: Answerer) -> Prompt:
-    """Token ids of the prompt, and the pixels of its pictures."""
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+def decode_several(args: DecodeArgs, answerer: Answerer, prompts: list[Prompt]) -> None:
+    """Answer all, then show them in order, with what each and all of them together cost."""
+    sides = [answerer.draft, None] if args.compare and answerer.draft is not None else [answerer.draft]
+    made, speeds = [], []
+    for head in sides:
+        if args.compare:
+            answerer.answers(head, prompts, args.batch_size, max_new_tokens=min(4, args.max_new_tokens))
+        start = time.perf_counter()
+        made.append(answerer.answers(head, prompts, args.batch_size))
+        speeds.append(sum(len(one.token_ids) for one in made[-1]) / (time.perf_counter() - start))
+    for text, one in zip(args.prompt, made[0], strict=True):
+        say(f"> {text}")
+        print(answerer.target.tokenizer.decode(one.token_ids, skip_special_tokens=True))
+        say(speed_line("plain" if answerer.draft is None else "speculative", one))
+    say(f"{len(prompts)} prompts, {args.batch_size} at a time: {speeds[0]:.1f} tok/s in all, prompts included")
+    if len(sides) > 1:
+        say(f"speed-up of all: {speeds[0] / speeds[1]:.2f}x")
+        for number, (found, plain) in enumerate(zip(*made, strict=True), start=1):
+            say(f"prompt {number}:")
+            show_comparison(found, plain, answerer.sampling)
+
+
+def prompts_of(args: DecodeArgs, answerer: Answerer) -> list[Prompt]:
+    """Token ids of the prompts, and the pixels of their pictures."""
+    texts = [sys.stdin.read() if text == "-" else text for text in args.prompt]
     if args.raw:
         if args.system is not None or args.image:
             flag = "--image" if args.image else "--system"
             raise UserError(f"--raw feeds the prompt without a template, so {flag} has no place in it. Drop one.")
-        return Prompt(answerer.target.tokenizer(text)["input_ids"])
+        return [Prompt(answerer.target.tokenizer(text)["input_ids"]) for text in texts]
+    template = answerer.template()
     messages: list[dict[str, Any]] = [{"role": "system", "content": args.system}] if args.system is not None else []
-    content: Any = text
-    if args.image:
-        pictures = [{"type": "image", "image": source} for source in args.image]
-        content = [*pictures, {"type": "text", "text": text}]
-    return rendered(answerer.template(), [*messages, {"role": "user", "content": content}])
+    pictures = [{"type": "image", "image": source} for source in args.image]
+    contents: list[Any] = [[*pictures, {"type": "text", "text": text}] if pictures else text for text in texts]
+    return [rendered(template, [*messages, {"role": "user", "content": content}]) for content in contents]
 
 
 def show_comparison(found: Generation, plain: Generation, sampling: Sampling) -> None:

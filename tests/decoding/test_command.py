@@ -63,6 +63,32 @@ def test_without_a_head_it_decodes_plainly_the_same_text(folders, capsys):
     assert capsys.readouterr().out == alone.out and "tau" not in alone.err
 
 
+def test_the_static_engine_streams_the_same_text(folders, capsys):
+    target, head = folders
+    common = ("--target", target, "--draft", head, "--prompt", "w20 w30", "--max-new-tokens", 12)
+    assert run(*common, "--engine", "dynamic") == 0
+    dynamic = capsys.readouterr().out
+    assert run(*common, "--engine", "static", "--compare", "--profile") == 0
+    shown = capsys.readouterr()
+    assert shown.out == dynamic and "outputs identical" in shown.err and "verify" in shown.err
+
+
+def test_several_prompts_at_once(folders, capsys):
+    """Every answer is the one its prompt gets alone, in order."""
+    target, head = folders
+    common, prompts = ("--target", target, "--draft", head, "--max-new-tokens", 12), ("w20 w30", "w40", "w50 w60 w70")
+    alone = []
+    for text in prompts:
+        assert run(*common, "--prompt", text) == 0
+        alone.append(capsys.readouterr().out)
+    for more in (("--batch-size", 2, "--compare"), ("--engine", "static"), ()):
+        assert run(*common, "--prompt", *prompts, *more) == 0
+        shown = capsys.readouterr()
+        assert shown.out == "".join(alone) and "3 prompts, " in shown.err and "tok/s in all" in shown.err
+        if "--compare" in more:
+            assert "speed-up of all: " in shown.err and shown.err.count("outputs identical") == 3
+
+
 def test_sampling_says_that_draws_differ(folders, capsys):
     target, head = folders
     sampled = ("--temperature", 1, "--seed", 3, "--compare", "--raw")
@@ -78,6 +104,10 @@ def test_sampling_says_that_draws_differ(folders, capsys):
         (("--depth", -1), "depth >= 0"),
         (("--top-p", 2), "top_p=2.0"),
         (("--max-new-tokens", 0), "max_new_tokens=0"),
+        (("--max-new-tokens", 0, "--engine", "static"), "max_new_tokens=0"),
+        (("w30", "--batch-size", 2, "--engine", "dynamic"), "--engine dynamic decodes one prompt at a time"),
+        (("w30", "--image", "a.png"), "--image belongs to one prompt; --prompt has 2"),
+        (("--batch-size", 0), "--batch-size is 0"),
     ],
 )
 def test_what_cannot_be_is_one_line(folders, capsys, words, message):
@@ -137,6 +167,10 @@ def test_adaptive_drafting_and_its_profile(folders, capsys, tmp_path):
     assert run(*words, "--profile") == 0
     shown = capsys.readouterr().err
     assert "outputs identical" in shown and "GB/s" in shown and "verify" in shown
+    assert run(*words, "--engine", "static") == 1
+    assert "--adaptive decides every tree on the host" in " ".join(capsys.readouterr().err.split())
+    assert run(*words, "--prompt", "w20", "w30", "--batch-size", 2) == 0
+    assert "one prompt after another: --adaptive decides" in " ".join(capsys.readouterr().err.split())
     assert run("--target", target, "--prompt", "w20", "--adaptive") == 1
     assert "--adaptive adapts the draft tree" in capsys.readouterr().err
 
