@@ -79,6 +79,12 @@ class DecodingArgs:
     """Draft rounds after the first level of the tree."""
     top_k: int = 10
     """Children per tree node and beam width; 1 drafts a chain."""
+    adaptive: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Draft only as deep and as wide as it pays, or not at all; the tree flags are then the most that is drafted. Costs
+    come from the profile that --tune wrote."""
+    engine: Literal["auto", "dynamic", "static"] = "auto"
+    """static: fixed shapes, captured into CUDA graphs on a GPU. dynamic: shapes as they come, every kind of target.
+    auto: static on a GPU wherever it can be. Both sides are decoded by the same one."""
     seed: int = 42
     """Seed of the sampled answers and of the bootstrap."""
 
@@ -174,6 +180,12 @@ class BenchArgs:
                 f"--mode {self.model.mode} measures a draft head but --eagle-model-path is not given. Give the head's "
                 f"folder, or measure the target alone with --mode baseline."
             )
+        if self.decoding.adaptive and (self.model.mode not in ("both", "eagle") or self.tuning.tune):
+            flag = "--tune" if self.tuning.tune else f"--mode {self.model.mode}"
+            raise UserError(f"--adaptive adapts the trees of speculative decoding; {flag} has none to adapt. Drop one.")
+        if self.server.backend == "server" and (self.decoding.adaptive or self.decoding.engine != "auto"):
+            flag = "--adaptive" if self.decoding.adaptive else "--engine"
+            raise UserError(f"{flag} is about decoding in this process; a server decodes its own way. Drop {flag}.")
         numbers = {
             "--max-new-token": (self.decoding.max_new_token, 1),
             "--depth": (self.decoding.depth, 0),

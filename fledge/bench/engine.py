@@ -17,9 +17,12 @@ from fledge.bench.args import BenchArgs
 from fledge.data.rejects import Reject
 from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
+from fledge.decoding.adaptive import Pace
+from fledge.decoding.batches import Engine, choose_engine, generate_batch
 from fledge.decoding.generate import generate_plain, generate_speculative
 from fledge.decoding.records import Generation, RoundTrace, Sampling, TreeShape
 from fledge.decoding.tree import root_only
+from fledge.decoding.tree_profile import profile_path, read_profile
 from fledge.decoding.verifying import verifier_of
 from fledge.draft.checkpoint import load_draft
 from fledge.draft.config import from_json
@@ -48,6 +51,8 @@ class EngineSpec:
     max_gpu_memory: str | None
     max_pixels: int | None = None
     min_pixels: int | None = None
+    decoding_engine: Engine = "auto"
+    profile: str | None = None  # of the costs that adaptive drafting goes by; None: every tree as large as asked for
 
     @classmethod
     def of(cls, args: BenchArgs, tree: TreeShape, *, num_gpus: int) -> "EngineSpec":
@@ -67,10 +72,14 @@ class EngineSpec:
             max_gpu_memory=args.workers.max_gpu_memory,
             max_pixels=args.model.max_pixels,
             min_pixels=args.model.min_pixels,
-        )
+            decoding_engine=args.decoding.engine,
+            profile=str(profile_path(args.model.eagle_model_path, args.tuning.profile_path))
+            if args.decoding.adaptive else None,
+        )  # fmt: skip
 
     def load(self) -> "LocalEngine":
         """Load target, head and template."""
+        pace = Pace.from_profile(read_profile(Path(self.profile)), self.tree) if self.profile else None
         target = Target.from_pretrained(
             self.target,
             dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
@@ -80,7 +89,7 @@ class EngineSpec:
             **self.placement(),
         )
         draft = load_draft(self.head, target.embedding_weight) if self.head else None
-        return LocalEngine(self, target, draft, self._template(target))
+        return LocalEngine(self, target, draft, self._template(target), pace)
 
     def _template(self, target: Target) -> ChatTemplate:
         return ChatTemplate(
@@ -116,8 +125,10 @@ def refused_path(one: RoundTrace) -> list[int]:
 class LocalEngine:
     """See `fledge.bench.measure.Engine`."""
 
-    def __init__(self, spec: EngineSpec, target: Target, draft: Any, template: ChatTemplate) -> None:
-        self.spec, self.target, self.draft, self.template = spec, target, draft, template
+    def __init__(
+        self, spec: EngineSpec, target: Target, draft: Any, template: ChatTemplate, pace: Pace | None = None
+    ) -> None:
+        self.spec, self.target, self.draft, self.template, self.pace = spec, target, draft, template, pace
 
     def prompt(self, messages: list[dict[str, Any]]) -> Prompt:
         """The conversation so far in the target's template, with the generation prompt and its pictures."""
@@ -127,16 +138,23 @@ class LocalEngine:
             raise UserError(f"{self.spec.target}: {reject.detail} Measure with another --chat-template-type.") from None
 
     def generate(self, side: str, prompt: Prompt, *, max_new_tokens: int, seed: int, trace: bool = False) -> Generation:
-        """One answer; side `eagle` decodes speculatively, except in an A/A run."""
+        """One answer; side `eagle` decodes speculatively, except in an A/A run. Traces are the dynamic engine's."""
         spec = self.spec
         sampling = Sampling(temperature=spec.temperature, top_p=spec.top_p, top_k=spec.sample_top_k, seed=seed)
+        draft = None if side == "baseline" or spec.mode == "aa" else self.draft
         options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens, "sampling": sampling,
-            "eos_token_ids": self.eos_token_ids(), "trace": trace, "model_inputs": prompt.model_inputs,
+            "max_new_tokens": max_new_tokens, "sampling": sampling, "eos_token_ids": self.eos_token_ids(),
         }  # fmt: skip
-        if side == "baseline" or spec.mode == "aa":
+        chosen = choose_engine(
+            spec.decoding_engine, self.target, self.draft, pictures=bool(prompt.model_inputs),
+            adaptive=self.pace is not None,
+        )  # fmt: skip
+        if chosen == "static" and not trace:
+            return generate_batch(self.target, draft, [prompt.ids], tree=spec.tree, engine=chosen, **options)[0]
+        options |= {"trace": trace, "model_inputs": prompt.model_inputs}
+        if draft is None:
             return generate_plain(self.target, prompt.ids, **options)
-        return generate_speculative(self.target, self.draft, prompt.ids, tree=spec.tree, **options)
+        return generate_speculative(self.target, draft, prompt.ids, tree=spec.tree, pace=self.pace, **options)
 
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end an answer."""

@@ -231,7 +231,7 @@ def settings_of(args: BenchArgs, tree: dict[str, int], placement: Placement) -> 
         **{key: value for key in ("max_pixels", "min_pixels") if (value := getattr(args.model, key)) is not None},
         **{
             key: getattr(args.decoding, key)
-            for key in ("temperature", "top_p", "sample_top_k", "max_new_token", "seed")
+            for key in ("temperature", "top_p", "sample_top_k", "max_new_token", "seed", "adaptive", "engine")
         },
         "tree": tree,
         "placement": dataclasses.asdict(placement),

@@ -249,3 +249,64 @@ def test_tune_writes_a_profile_that_auto_reads(run_bench, folders, tmp_path, mon
     rows, figures = run_bench(*flags, "--total-token", "auto")
     tree = TreeShape(**profile["tree"])
     assert figures["acceptance"]["drafted_depth"] == tree.levels
+
+
+def write_costs(path: Path, overhead_s: float) -> None:
+    """A profile of a machine on which a round of drafting costs so much beside one second of plain decoding."""
+    from fledge import provenance
+    from fledge.decoding.tree_profile import TreeProfile, write_profile
+
+    costs = {"verify_s": {str(n): 1.0 + 0.001 * n for n in (2, 8, 64)}, "overhead_s": overhead_s,
+             "draft_s": {f"3x{level}": 0.001 * level for level in range(1, 9)}}  # fmt: skip
+    write_profile(path, TreeProfile(
+        tree=TreeShape(8, 2, 3), tau=1.5, tokens_per_s=1.2, plain_tokens_per_s=1.0, temperature=0.0, measured={},
+        curve=[], costs=costs, hardware=provenance.hardware(),
+    ))  # fmt: skip
+
+
+def test_adaptive_drafts_where_it_pays(run_bench, tmp_path, monkeypatch):
+    """Same answers; where a round costs fifty plain tokens, hardly any is drafted."""
+    from fledge.decoding.drafting import Drafter
+
+    trees, real = [], Drafter.grow
+    monkeypatch.setattr(Drafter, "grow", lambda self, *args: (trees.append(args[-1]), real(self, *args))[1])
+    flags = ("--temperature", "0", "--max-new-token", "40", "--question-end", "1", "--total-token", "8", "--depth", "2",
+             "--top-k", "3", "--samples", "0")  # fmt: skip
+    drafted, rounds = {}, {}
+    for name, overhead_s in (("always", None), ("pays", 0.0), ("dear", 50.0)):
+        more = ("--adaptive", "--profile-path", str(tmp_path / "costs.json")) if overhead_s is not None else ()
+        if overhead_s is not None:
+            write_costs(tmp_path / "costs.json", overhead_s)
+        trees.clear()
+        rows, figures = run_bench(*flags, *more, out=tmp_path / name)
+        assert figures["quality"]["identical"] == figures["quality"]["compared"]
+        drafted[name] = len(trees)
+        rounds[name] = sum(turn["eagle"]["num_forwards"] for row in rows for turn in row["turns"])
+        assert all((pace is None) == (name == "always") for pace in trees)
+    assert drafted["always"] >= rounds["always"] - 2 and drafted["pays"] > 10 > drafted["dear"]
+
+
+def test_the_static_engine_measures_the_same_answers(run_bench, tmp_path):
+    flags = ("--temperature", "0", "--max-new-token", "20", "--question-end", "2")
+    texts = {}
+    for engine in ("dynamic", "static"):
+        rows, figures = run_bench(*flags, "--engine", engine, out=tmp_path / engine)
+        assert figures["quality"]["identical"] == figures["quality"]["compared"] == 3
+        assert figures["speedup"]["value"] == pytest.approx(figures["model"]["predicted"], rel=1e-6)
+        texts[engine] = [turn[side]["token_ids"] for row in rows for turn in row["turns"] for side in turn["order"]]
+        assert rows[0]["turns"][0]["sample"], "coloured samples are traced by the dynamic engine"
+    assert texts["static"] == texts["dynamic"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--adaptive", "--mode", "baseline"), "--mode baseline has none to adapt"),
+        (("--adaptive", "--tune"), "--tune has none to adapt"),
+        (("--adaptive", "--backend", "server"), "--adaptive is about decoding in this process"),
+        (("--engine", "static", "--backend", "server"), "--engine is about decoding in this process"),
+    ],
+)
+def test_what_adaptive_and_engine_do_not_go_with(folders, flags, message):
+    with pytest.raises(UserError, match=message):
+        bench(parse_bench(folders, *flags))
