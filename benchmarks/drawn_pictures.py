@@ -4,18 +4,19 @@
     caption     the picture shows three red circles and one blue square , and the digit is seven .
 
 Every word of the caption that is not fixed can be read off the picture and off nothing else, so a model whose captions
-are right looks at its pictures. Groups are told in the order of COLOURS: one picture, one caption.
+are right looks at its pictures. Groups are told in the order of COLOURS: one picture, one caption. A smaller TASK has
+fewer cells, colours and digits, for a test.
 """
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-CELL, GRID = 16, 4
-SIZE = CELL * GRID
+CELL = 16
 COLOURS = {
     "red": (220, 30, 30), "green": (20, 150, 40), "blue": (30, 60, 220), "yellow": (235, 200, 20),
     "purple": (140, 40, 170), "orange": (240, 120, 10),
@@ -35,37 +36,52 @@ BITMAPS = (
 )  # fmt: skip
 
 
-def draw(seed: int) -> tuple[Image.Image, str]:
+@dataclass(frozen=True)
+class Task:
+    """How much there is to see."""
+
+    grid: int = 4
+    colours: int = len(COLOURS)
+    digits: int = len(DIGITS)
+
+    @property
+    def size(self) -> int:
+        """Pixels of a side."""
+        return CELL * self.grid
+
+
+def draw(seed: int, task: Task) -> tuple[Image.Image, str]:
     """A picture and its caption; the same seed, the same picture."""
     chance = random.Random(seed)
-    noise = np.random.default_rng(seed).integers(215, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-    image = Image.fromarray(noise)
+    background = np.random.default_rng(seed).integers(215, 256, (task.size, task.size, 3), dtype=np.uint8)
+    image = Image.fromarray(background)
     pen = ImageDraw.Draw(image)
-    cells = chance.sample(range(GRID * GRID), 7)
+    cells = [(cell % task.grid * CELL, cell // task.grid * CELL) for cell in chance.sample(range(task.grid**2), 7)]
     groups = []
-    for colour in sorted(chance.sample(list(COLOURS), 2), key=list(COLOURS).index):
+    for colour in sorted(chance.sample(list(COLOURS)[: task.colours], 2), key=list(COLOURS).index):
         count, shape = chance.randint(1, 3), chance.choice(SHAPES)
         for _ in range(count):
-            _shape(pen, shape, COLOURS[colour], *_corner(cells.pop(), chance))
+            x, y = cells.pop()
+            _shape(pen, shape, COLOURS[colour], x + chance.randint(1, 3), y + chance.randint(1, 3))
         groups.append(f"{COUNTS[count - 1]} {colour} {shape}{'s' if count > 1 else ''}")
-    digit = chance.randrange(10)
-    cell = cells.pop()
-    _digit(pen, digit, cell % GRID * CELL + 3, cell // GRID * CELL + 3)  # not jittered: digits are the slowest to learn
+    digit = chance.randrange(task.digits)
+    x, y = cells.pop()
+    _digit(pen, digit, x + 3, y + 3)  # not jittered: digits are the slowest to learn
     return image, f"the picture shows {groups[0]} and {groups[1]} , and the digit is {DIGITS[digit]} ."
 
 
-def noise(seed: int) -> Image.Image:
+def noise(seed: int, task: Task) -> Image.Image:
     """A picture of nothing."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (task.size, task.size, 3), dtype=np.uint8))
 
 
-def write_rows(folder: Path, name: str, seeds: range, *, with_answers: bool) -> Path:
+def write_rows(folder: Path, name: str, seeds: range, task: Task, *, with_answers: bool) -> Path:
     """Pictures as PNG files, and rows that show them: conversations to train on, or questions to ask."""
     pictures = folder / name
     pictures.mkdir(parents=True, exist_ok=True)
     rows = []
     for seed in seeds:
-        image, caption = draw(seed)
+        image, caption = draw(seed, task)
         image.save(pictures / f"{seed}.png")
         content = [{"type": "image", "image": f"{name}/{seed}.png"}, {"type": "text", "text": QUESTION}]
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": caption}]
@@ -74,10 +90,6 @@ def write_rows(folder: Path, name: str, seeds: range, *, with_answers: bool) -> 
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def _corner(cell: int, chance: random.Random) -> tuple[int, int]:
-    return cell % GRID * CELL + chance.randint(1, 3), cell // GRID * CELL + chance.randint(1, 3)
 
 
 def _shape(pen: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], x: int, y: int) -> None:

@@ -1,189 +1,111 @@
 """A vision-language target that really looks at pictures, made in minutes on a CPU, and a head trained for it.
 
-    python benchmarks/learned_pictures.py FOLDER [--steps 700] [--head-epochs 8] [--json FILE]
+    python benchmarks/learned_pictures.py FOLDER [--json FILE]
 
-1. A tiny Qwen3-VL (random weights, a word tokenizer, the family's own processor) learns to caption drawn pictures.
+1. A tiny Qwen3-VL (looking_target.py) learns to caption drawn pictures.
 2. It captions unseen pictures itself; `fledge train` trains a head on these answers, pictures included.
 3. `fledge bench` measures the head on other pictures: tau, and outputs token for token.
 4. The same questions over noise: the captions must change, and still be reproduced exactly.
+
+Captions are half fixed words, which any drafter gets: beside the head's tau stands that of the best drafter that sees
+no picture, the most frequent next word after everything said so far.
 """
 
 import argparse
 import json
-import math
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from drawn_pictures import QUESTION, WORDS, draw, noise, write_rows
+from drawn_pictures import Task, draw, noise, write_rows
+from looking_target import Schooling, make_model, make_processor, prompt_for, teach
 
+from fledge import provenance
 from fledge.bench.args import BenchArgs, DecodingArgs, ModelArgs, OutputArgs, PromptArgs, WorkerArgs
 from fledge.bench.run import bench
 from fledge.data.tokenize import ChatTemplate
-from fledge.data.vision import Vision, image_only
+from fledge.data.vision import Vision
 from fledge.decoding.generate import Sampling, TreeShape, generate_plain, generate_speculative
 from fledge.draft.checkpoint import load_draft
 from fledge.target.model import Target
 from fledge.train import run as training
 from fledge.train.arguments import TrainArgs, parse_args
 
-CONTROL = ("<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-           "<|video_pad|>")  # fmt: skip
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|> {{ m.role }} {% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for p in m.content %}{% if p.type == 'text' %} {{ p.text }}{% else %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}{% endif %} <|im_end|> {% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
-)
-PATCH, STEPS = 8, 700
-SEEN, ANSWERED, ASKED = range(100_000, 104_096), range(200_000, 200_512), range(300_000, 300_032)
+FULL_TASK, FULL_SCHOOL = Task(), Schooling()
+ANSWERED, ASKED = range(200_000, 200_512), range(300_000, 300_064)
+HEAD_EPOCHS = 8
 TREE, CHAIN = TreeShape(24, 4, 4), TreeShape(6, 4, 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--head-epochs", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    figures = learn(options.folder, steps=options.steps, head_epochs=options.head_epochs)
+    figures = learn(options.folder)
     print(json.dumps(figures, indent=1))
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        provenance.write(options.json, figures=figures)
 
 
-def learn(folder: Path, *, steps: int, head_epochs: int) -> dict[str, Any]:
+def learn(
+    folder: Path, task: Task = FULL_TASK, school: Schooling = FULL_SCHOOL, *, answered: range = ANSWERED,
+    asked: range = ASKED, head_epochs: int = HEAD_EPOCHS,
+) -> dict[str, Any]:  # fmt: skip
     """All four parts; every figure of the report."""
+    figures: dict[str, Any] = {"pictures": school.pictures, "steps": school.steps}
     clock = time.process_time()
-    processor = make_processor()
+    processor = make_processor(task)
     model = make_model(processor.tokenizer)
-    losses = train_target(model, Vision(processor), steps)
+    teach(model, Vision(processor), task, school)
     model.save_pretrained(folder / "target")
     processor.save_pretrained(folder / "target")
+    figures["target_cpu_s"] = round(time.process_time() - clock, 1)
+
+    clock = time.process_time()
     target = Target.from_pretrained(str(folder / "target"), device="cpu")
-    figures: dict[str, Any] = {"target_cpu_s": time.process_time() - clock, "target_loss": losses[-1]}
-    questions = write_rows(folder, "asked", ASKED, with_answers=False)
-    data = answered_by(target, write_rows(folder, "answered", ANSWERED, with_answers=True))
+    data = write_rows(folder, "answered", answered, task, with_answers=True)
+    figures |= answer(target, data, answered, task)
+    figures["answers_cpu_s"] = round(time.process_time() - clock, 1)
 
     clock = time.process_time()
     train_head(folder, data, head_epochs)
-    figures["head_cpu_s"] = time.process_time() - clock
-    figures |= measure(folder, questions) | compare_with_noise(folder)
+    figures["head_cpu_s"] = round(time.process_time() - clock, 1)
+
+    clock = time.process_time()
+    questions = write_rows(folder, "asked", asked, task, with_answers=False)
+    figures |= measure(folder, questions, asked, task) | compare_with_noise(folder, asked, task)
+    figures["tau_chain_of_the_blind"] = blind_tau(captions_of(data), captions_of(questions), CHAIN.depth)
+    figures["measuring_cpu_s"] = round(time.process_time() - clock, 1)
     return figures
-
-
-# -- the target --------------------------------------------------------------------------------------------------------
-
-
-def make_processor() -> Any:
-    """A word tokenizer with Qwen3-VL's processor for pictures of 64 x 64."""
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3VLProcessor
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    vocab = {word: index for index, word in enumerate((*CONTROL, *WORDS))}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens([AddedToken(token, special=True) for token in CONTROL])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<|im_end|>", unk_token="<unk>", chat_template=TEMPLATE
-    )
-    area = {"shortest_edge": 64 * 64, "longest_edge": 64 * 64}
-    images = Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, temporal_patch_size=1, size=area)
-    return image_only(Qwen3VLProcessor)(image_processor=images, tokenizer=tokenizer, chat_template=TEMPLATE)
-
-
-def make_model(tokenizer: Any) -> Any:
-    """Seven layers, so that the default taps (2, 3, 4) are three."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-    ids = dict(zip(CONTROL, tokenizer.convert_tokens_to_ids(list(CONTROL)), strict=True))
-    config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer), "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 7,
-            "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 24, "max_position_embeddings": 256,
-            "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<pad>"], "rope_parameters": {
-                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4], "mrope_interleaved": True}},
-        vision_config={
-            "depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "patch_size": PATCH,
-            "spatial_merge_size": 2, "temporal_patch_size": 1, "out_hidden_size": 96, "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0, 1]},
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = Qwen3VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = ids["<|im_end|>"]
-    return model
-
-
-def train_target(model: Any, vision: Vision, steps: int, batch: int = 32, peak: float = 3e-3) -> list[float]:
-    """Cross-entropy of the captions. All sequences are equally long, so a batch is a stack."""
-    template = ChatTemplate(vision.tokenizer, vision=vision)
-    prompts, answers = [], []
-    for seed in SEEN:
-        image, caption = draw(seed)
-        prompts.append(prompt_for(template, image))
-        answers.append(vision.tokenizer(f"{caption} <|im_end|>", add_special_tokens=False)["input_ids"])
-    pixels = torch.stack([prompt.model_inputs["pixel_values"] for prompt in prompts])
-    ids = torch.tensor([prompt.ids + answer for prompt, answer in zip(prompts, answers, strict=True)])
-    begin, grid = len(prompts[0].ids), prompts[0].model_inputs["image_grid_thw"]
-    kinds = (ids[:1] == vision.image_token_id).long().expand(batch, -1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
-    chance, losses = torch.Generator().manual_seed(0), []
-    model.train()
-    for step in range(steps):
-        rate = min((step + 1) / 50, 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
-        optimizer.param_groups[0]["lr"] = peak * rate
-        some = torch.randint(len(ids), (batch,), generator=chance)
-        logits = model(
-            input_ids=ids[some], pixel_values=pixels[some].flatten(0, 1), image_grid_thw=grid.expand(batch, -1),
-            mm_token_type_ids=kinds, use_cache=False, logits_to_keep=torch.arange(begin - 1, ids.shape[1] - 1),
-        ).logits  # fmt: skip
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[some, begin:].flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        if step % 100 == 99:
-            print(f"step {step + 1}: loss {sum(losses[-100:]) / 100:.3f}", flush=True)
-    model.eval()
-    return losses
 
 
 # -- the head ----------------------------------------------------------------------------------------------------------
 
 
-def prompt_for(template: ChatTemplate, image: Any) -> Any:
-    """The question about a picture that lies in no file."""
-    from fledge.data.images import source_of_value
-
-    content = [{"type": "image", "image": source_of_value(image)}, {"type": "text", "text": QUESTION}]
-    return template.prompt([{"role": "user", "content": content}])
-
-
-def answered_by(target: Target, data: Path) -> Path:
-    """The same rows with the target's own captions: what a head has to predict."""
+def answer(target: Target, data: Path, seeds: range, task: Task) -> dict[str, int]:
+    """Put the target's own captions into the rows: what a head has to predict. How many are right?"""
     template = ChatTemplate(target.tokenizer, eos_token_ids=target.eos_token_ids, vision=target.vision)
     rows = [json.loads(line) for line in data.read_text().splitlines()]
-    for row, seed in zip(rows, ANSWERED, strict=True):
-        row["messages"][1]["content"] = caption_of(target, template, draw(seed)[0])
+    right = of_another = 0
+    before = ""
+    for row, seed in zip(rows, seeds, strict=True):
+        image, caption = draw(seed, task)
+        prompt = prompt_for(template, image)
+        found = generate_plain(
+            target, prompt.ids, max_new_tokens=40, sampling=Sampling(), model_inputs=prompt.model_inputs
+        )
+        said = " ".join(target.tokenizer.convert_ids_to_tokens(found.token_ids, skip_special_tokens=True))
+        row["messages"][1]["content"] = said
+        right += said == caption
+        of_another += said == before
+        before = caption
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return data
-
-
-def caption_of(target: Target, template: ChatTemplate, image: Any) -> str:
-    prompt = prompt_for(template, image)
-    found = generate_plain(
-        target, prompt.ids, max_new_tokens=40, sampling=Sampling(), model_inputs=prompt.model_inputs
-    )  # fmt: skip
-    return " ".join(target.tokenizer.convert_ids_to_tokens(found.token_ids, skip_special_tokens=True))
+    return {"unseen_pictures": len(rows), "right_captions": right, "right_for_another_picture": of_another}
 
 
 def train_head(folder: Path, data: Path, epochs: int) -> None:
@@ -199,9 +121,9 @@ def train_head(folder: Path, data: Path, epochs: int) -> None:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def measure(folder: Path, questions: Path) -> dict[str, Any]:
+def measure(folder: Path, questions: Path, seeds: range, task: Task) -> dict[str, Any]:
     """`fledge bench` over unseen pictures, greedy: a tree and a chain; and how many captions are right."""
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {"questions": len(seeds)}
     for name, tree in (("tree", TREE), ("chain", CHAIN)):
         out = folder / f"bench-{name}"
         bench(BenchArgs(
@@ -214,27 +136,25 @@ def measure(folder: Path, questions: Path) -> dict[str, Any]:
         rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines() if '"turns"' in line]
         turns = [row["turns"][0] for row in rows]
         rounds = [kept for turn in turns for kept in turn["eagle"]["accepted"]]
-        figures[f"tau_{name}"] = 1 + sum(rounds) / len(rounds)
+        figures[f"tau_{name}"] = round(1 + sum(rounds) / len(rounds), 3)
         figures[f"identical_{name}"] = sum(
             turn["baseline"]["token_ids"] == turn["eagle"]["token_ids"] for turn in turns
         )
-    captions = {str(seed): draw(seed)[1] for seed in ASKED}
-    figures["questions"] = len(rows)
-    figures["right_captions"] = sum(
-        captions[row["question_id"]].split() == row["turns"][0]["baseline"]["text"].split() for row in rows
+    captions = {str(seed): draw(seed, task)[1] for seed in seeds}
+    figures["right_answers"] = sum(
+        captions[str(row["question_id"])].split() == row["turns"][0]["baseline"]["text"].split() for row in rows
     )
     return figures
 
 
-def compare_with_noise(folder: Path) -> dict[str, Any]:
+def compare_with_noise(folder: Path, seeds: range, task: Task) -> dict[str, Any]:
     """Noise instead of the picture: another caption, and still the plain one token for token."""
-    head = folder / "head"
     target = Target.from_pretrained(str(folder / "target"), device="cpu")
-    draft = load_draft(head, target.embedding_weight)
+    draft = load_draft(folder / "head", target.embedding_weight)
     template = ChatTemplate(target.tokenizer, eos_token_ids=target.eos_token_ids, vision=target.vision)
     changed = identical = 0
-    for seed in ASKED:
-        prompts = [prompt_for(template, image) for image in (draw(seed)[0], noise(seed))]
+    for seed in seeds:
+        prompts = [prompt_for(template, image) for image in (draw(seed, task)[0], noise(seed, task))]
         plain = [
             generate_plain(target, p.ids, max_new_tokens=40, sampling=Sampling(), model_inputs=p.model_inputs).token_ids
             for p in prompts
@@ -246,6 +166,41 @@ def compare_with_noise(folder: Path) -> dict[str, Any]:
         changed += plain[0] != plain[1]
         identical += found.token_ids == plain[1]
     return {"changed_by_noise": changed, "identical_over_noise": identical}
+
+
+def captions_of(rows: Path) -> list[list[str]]:
+    """The words of every answer or reference, the end of the turn included."""
+    found = []
+    for line in rows.read_text().splitlines():
+        row = json.loads(line)
+        caption = row["messages"][1]["content"] if "messages" in row else row["reference"][0]
+        found.append([*caption.split(), "<|im_end|>"])
+    return found
+
+
+def blind_tau(known: list[list[str]], asked: list[list[str]], depth: int) -> float:
+    """tau of a chain that drafts the most frequent next word after the longest ending it knows, and sees nothing."""
+    counts: defaultdict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    for words in known:
+        for place, word in enumerate(words):
+            for begin in range(place + 1):
+                counts[tuple(words[begin:place])][word] += 1
+
+    def following(words: list[str]) -> str:
+        ending = next(tuple(words[begin:]) for begin in range(len(words) + 1) if tuple(words[begin:]) in counts)
+        return counts[ending].most_common(1)[0][0]
+
+    tokens = rounds = 0
+    for words in asked:
+        place = 1  # the first word is the prefill's
+        while place < len(words):
+            kept = 0
+            while (
+                kept < depth and place + kept < len(words) and following(words[: place + kept]) == words[place + kept]
+            ):
+                kept += 1
+            place, tokens, rounds = place + kept + 1, tokens + kept + 1, rounds + 1
+    return round(tokens / rounds, 3)
 
 
 if __name__ == "__main__":
