@@ -95,7 +95,7 @@ class StaticEngine:
         self._turn = (self._turn + 1) % len(self._buffers)
         buffer = self._buffers[self._turn]
         buffer.copy_(self.round.state.news, non_blocking=True)
-        if self.captured is None:
+        if not buffer.is_pinned():
             return News(buffer, None)
         event = torch.cuda.Event()
         event.record()

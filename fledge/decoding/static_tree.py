@@ -68,7 +68,7 @@ def accepted_paths(trees: Trees, chosen: Tensor, num_slots: int) -> tuple[Tensor
     A path has one node of every level down to its last; slots behind it say node 0.
     """
     matches = trees.token_ids == chosen.gather(1, trees.parents)
-    matches[:, 0] = True
+    matches[:, :1].fill_(True)
     on_path = (matches[:, None, :] | ~trees.ancestors).all(dim=-1)
     slot = torch.where(on_path, trees.levels, num_slots)  # the last slot takes all others, and is cut off
     nodes = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)

@@ -11,11 +11,12 @@ import pytest
 import torch
 from tiny import HYBRIDS, NAMES, VOCAB, ScriptedDraft, ScriptedRows, prompt, tiny_draft, tiny_model, tiny_target
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fledge.decoding import static_engine
 from fledge.decoding.attention import NAME
 from fledge.decoding.batches import choose_engine, generate_batch, stream
-from fledge.decoding.captured import Stopwatch, rehearse
+from fledge.decoding.captured import Captured, Stopwatch, rehearse
 from fledge.decoding.generate import Generation, Sampling, TreeShape, generate_plain, generate_speculative
 from fledge.decoding.masks import Masks
 from fledge.decoding.static_cache import BatchCache
@@ -193,7 +194,7 @@ class NoWaiting(TorchDispatchMode):
 
     refused = (
         "_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "repeat_interleave.Tensor", "equal",
-        "is_nonzero",
+        "is_nonzero", "lift_fresh",  # the last: a number of the host as a tensor, which a capture cannot copy
     )  # fmt: skip
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -301,6 +302,85 @@ def test_news_may_be_read_a_round_late(monkeypatch):
     rounds = list(batch.rounds())
     assert [one.token_ids for one in batch.generations()] == [plain("llama", length) for length in lengths]
     assert len(launched) == len(rounds), "one round more than the prefill's tokens and the rounds that were read"
+
+
+class Recorded(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU: the operations of a part with the tensors they read and wrote. `replay` runs
+    them again on the same memory, so that what the host decided while recording stays decided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        self.operations.append((func, args, kwargs, made))
+        return made
+
+    def replay(self) -> None:
+        with torch.inference_mode():
+            for func, args, kwargs, made in self.operations:
+                again = func(*args, **kwargs)
+                for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # neither view nor in place
+                        old.copy_(new)
+
+
+class RecordedRounds(Captured):
+    """`Captured` with recordings for graphs."""
+
+    def _capture(self, bucket: int) -> None:
+        rehearse(self._round, bucket)
+        state, generator = self._round.state.copy(), self._round.generator
+        draws = generator.get_state() if generator is not None else None
+        self._graphs[bucket] = {}
+        for name, part in self._round.parts(bucket).items():
+            with Recorded() as recorded:
+                part()
+            self._graphs[bucket][name] = recorded
+        self._round.state.set(**state)  # a capture runs nothing
+        if generator is not None:
+            generator.set_state(draws)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recorded_rounds_are_the_real_ones(name):
+    """Rounds recorded once per bucket and replayed for the rest of it, and for the next prompts, decode the same."""
+    target = tiny_target(name)
+    cases = [(tiny_draft(target), GREEDY)]
+    if name == "gemma3":
+        cases += [(None, GREEDY), (tiny_draft(target), Sampling(1.0, seed=1))]
+    for head, sampling in cases:
+        options = dict(tree=TreeShape(20, 3, 4), max_new_tokens=NEW, sampling=sampling, eos_token_ids=())
+        batches = [[prompt(length) for length in lengths] for lengths in (RAGGED, (5, 8, 9))]
+        expected = [generate_batch(target, head, prompts, engine="static", **options) for prompts in batches]
+        recorded = None
+        for prompts, answers in zip(batches, expected, strict=True):
+            batch = BatchGeneration(target, head, prompts, **options)
+            recorded = recorded or RecordedRounds(batch._engine.round)
+            assert recorded._round is batch._engine.round
+            batch._engine.captured, batch._engine.in_flight = recorded, 1
+            list(batch.rounds())
+            assert [one.token_ids for one in batch.generations()] == [one.token_ids for one in answers]
+        assert len(recorded._graphs) > 1
+        static_engine._engines[target].clear()
+
+
+def test_a_round_the_host_takes_part_in_cannot_be_recorded(monkeypatch):
+    """The negative control: lengths that pass through the host stay what they were when the round was recorded."""
+    real = Masks.trees
+    monkeypatch.setattr(
+        Masks, "trees", lambda self, lengths, *more: real(self, torch.tensor(lengths.tolist()), *more)
+    )  # fmt: skip
+    target, ids = tiny_target("llama"), [prompt(5)]
+    options = dict(tree=TREE, max_new_tokens=NEW, sampling=GREEDY, eos_token_ids=())
+    assert generate_batch(target, None, ids, engine="static", **options)[0].token_ids == plain("llama", 5)
+    batch = BatchGeneration(target, None, ids, **options)
+    batch._engine.captured = RecordedRounds(batch._engine.round)
+    list(batch.rounds())
+    static_engine._engines[target].clear()
+    assert batch.generations()[0].token_ids != plain("llama", 5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: what is captured runs only there")
