@@ -2,10 +2,12 @@
 
     python benchmarks/decode_shapes.py --shape qwen3-8b --device cuda [--out benchmarks/decode_qwen3-8b_h200_yyyymm]
 
-Reported: plain tokens per second and the share of the memory's measured read speed it reaches; V(n), the target's time
-for n tree nodes; and rounds of a 60/5/10 and a 16/3/4 tree with a random head: draft, verify, accept in milliseconds,
-and the round over the time of reading the weights of its passes once. A random head's tokens are refused, so a round
-emits one token; acceptance changes how many tokens a round brings, not what it costs. Medians.
+Reported for both engines, dynamic and static (captured into CUDA graphs on a GPU): plain tokens per second and the
+share of the memory's measured read speed it reaches; rounds of several trees with a random head: draft, verify, accept
+in milliseconds, and the round over the time of reading the weights of its passes once. The static engine also with
+several prompts at once. Beside them V(n), the dynamic engine's time for n tree nodes. A random head's tokens are
+refused, so a round emits one token; acceptance changes how many tokens a round brings, not what it costs. Medians. Keep
+--new-tokens well above the trees' depth: near the limit the dynamic engine drafts shallower trees.
 """
 
 import argparse
@@ -19,7 +21,8 @@ import torch
 
 from fledge import provenance
 from fledge.decoding.answering import read_speed
-from fledge.decoding.generate import Generation, Sampling, TreeShape, generate_plain, generate_speculative
+from fledge.decoding.batches import generate_batch
+from fledge.decoding.records import Generation, Sampling, TreeShape
 from fledge.decoding.tune import NODES, verify_time
 from fledge.draft.config import derive
 from fledge.draft.model import DraftModel
@@ -41,6 +44,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens before the answer")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4], help="prompts at once, static engine")
     parser.add_argument("--out", type=Path, help="without suffix; a .json is written")
     options = parser.parse_args()
     result = measure(options)
@@ -53,23 +57,40 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     target, draft = random_pair(options)
     prompt = torch.randint(10, 1000, (options.prompt,)).tolist()
-    kept = {"max_new_tokens": options.new_tokens, "sampling": Sampling(), "eos_token_ids": ()}
     weights, head = size_of(target.model), size_of(draft)
     fastest = read_speed(target.device)
-    generate_plain(target, prompt, **{**kept, "max_new_tokens": 4})
-    plain = [generate_plain(target, prompt, **kept) for _ in range(options.repeats)]
-    per_token = statistics.median(one.decode_s / one.num_forwards for one in plain)
-    rounds = {}
-    for tree in TREES:
-        generate_speculative(target, draft, prompt, tree=tree, **{**kept, "max_new_tokens": 4})
-        made = [generate_speculative(target, draft, prompt, tree=tree, **kept) for _ in range(options.repeats)]
-        rounds[f"{tree.total_token}/{tree.depth}/{tree.top_k}"] = round_costs(made, weights, head, tree, fastest)
+    ways = {"dynamic": ("dynamic", 1), **{f"static, {batch} at once": ("static", batch) for batch in options.batches}}
+    figures: dict[str, Any] = {}
+    for way, (engine, batch) in ways.items():
+        plain = repeated(target, None, TREES[0], prompt, engine, batch, options)
+        per_token = statistics.median(one.decode_s / one.num_forwards for one in plain)
+        figures[way] = {
+            "tok_per_s": batch / per_token, "share_of_read_speed": weights / per_token / fastest, "rounds": {},
+        }  # fmt: skip
+        for tree in TREES:
+            made = repeated(target, draft, tree, prompt, engine, batch, options)
+            name = f"{tree.total_token}/{tree.depth}/{tree.top_k}"
+            figures[way]["rounds"][name] = round_costs(made, weights, head, tree, fastest)
     nodes = [n for n in (1, *NODES) if n <= 60]
     return {
-        "weights_gb": weights / 1e9, "head_gb": head / 1e9, "read_gb_per_s": fastest / 1e9,
-        "plain": {"tok_per_s": 1 / per_token, "share_of_read_speed": weights / per_token / fastest},
-        "verify_ms": {n: 1e3 * verify_time(target, prompt, n) for n in nodes}, "rounds": rounds,
+        "weights_gb": weights / 1e9, "head_gb": head / 1e9, "read_gb_per_s": fastest / 1e9, "engines": figures,
+        "verify_ms": {n: 1e3 * verify_time(target, prompt, n) for n in nodes},
     }  # fmt: skip
+
+
+def repeated(
+    target: Target, draft: DraftModel | None, tree: TreeShape, prompt: list[int], engine: Any, batch: int,
+    options: argparse.Namespace,
+) -> list[Generation]:  # fmt: skip
+    """The first answer of every repeat, after one whole generation unmeasured, in which all buckets are captured."""
+    made = [
+        generate_batch(
+            target, draft, [prompt] * batch, tree=tree, max_new_tokens=options.new_tokens, sampling=Sampling(),
+            eos_token_ids=(), engine=engine,
+        )[0]
+        for _ in range(options.repeats + 1)
+    ]  # fmt: skip
+    return made[1:]
 
 
 def round_costs(made: list[Generation], weights: int, head: int, tree: TreeShape, fastest: float) -> dict[str, float]:

@@ -7,10 +7,12 @@ from tiny_vlm import MULTIMODAL_ROPE, NAMES, image_prompt, tiny_vlm
 
 from fledge.data.samples import Prompt
 from fledge.decoding import generate, verifying
+from fledge.decoding.batches import choose_engine, generate_batch
 from fledge.decoding.generate import Sampling, TreeShape, generate_plain, generate_speculative
 from fledge.decoding.tree import Tree, ancestors_of
 from fledge.decoding.verifying import Verifier
 from fledge.draft.rope import LAYOUTS
+from fledge.errors import UserError
 from fledge.target.model import Target
 
 GREEDY = Sampling()
@@ -196,3 +198,14 @@ def test_the_drafter_uses_the_targets_positions(name, two_pictures, monkeypatch)
 
 def test_every_multimodal_rope_of_the_table_has_a_layout():
     assert {tiny_vlm(name).text_config.model_type for name in MULTIMODAL_ROPE} <= set(LAYOUTS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_goes_through_the_static_engine_and_pictures_do_not(name):
+    target, options = tiny_vlm(name), dict(tree=TREES[2], max_new_tokens=8, sampling=GREEDY, eos_token_ids=())
+    prompts = [[token % 60 + 4 for token in range(first, 60, 5)] for first in (0, 30)]
+    found = generate_batch(target, tiny_draft(target), prompts, engine="static", **options)
+    alone = generate_batch(target, None, prompts, engine="dynamic", **options)
+    assert [one.token_ids for one in found] == [one.token_ids for one in alone]
+    with pytest.raises(UserError, match="pictures in the prompt"):
+        choose_engine("static", target, None, pictures=True)
