@@ -5,7 +5,7 @@ Buckets are 16 rows here, so that generations of some 30 rows pass through sever
 
 import functools
 import itertools
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -381,6 +381,32 @@ def test_a_round_the_host_takes_part_in_cannot_be_recorded(monkeypatch):
     list(batch.rounds())
     static_engine._engines[target].clear()
     assert batch.generations()[0].token_ids != plain("llama", 5)
+
+
+def test_what_the_device_will_not_capture_runs_launch_by_launch(monkeypatch, capsys):
+    """A model that waits for the device in its forward makes the capture fail; the answer is the same."""
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    def refuse(graph, pool):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+
+    fakes = {"Stream": Stream, "current_stream": Stream, "stream": lambda stream: nullcontext(), "graph": refuse,
+             "synchronize": lambda: None, "CUDAGraph": lambda: None}  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    target, ids = tiny_target("llama"), [prompt(5)]
+    batch = BatchGeneration(
+        target, tiny_draft(target), ids, tree=TREE, max_new_tokens=NEW, sampling=GREEDY, eos_token_ids=()
+    )  # fmt: skip
+    batch._engine.captured = Captured(batch._engine.round)
+    list(batch.rounds())
+    static_engine._engines[target].clear()
+    assert batch.generations()[0].token_ids == plain("llama", 5)
+    shown = " ".join(capsys.readouterr().err.split())
+    assert shown.count("not captured (operation not permitted when stream is capturing)") == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: what is captured runs only there")
