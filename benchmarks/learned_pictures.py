@@ -57,10 +57,24 @@ def learn(
     asked: range = ASKED, head_epochs: int = HEAD_EPOCHS,
 ) -> dict[str, Any]:  # fmt: skip
     """All four parts; every figure of the report."""
+    figures = make(folder, task, school, answered=answered, head_epochs=head_epochs)
+    clock = time.process_time()
+    questions = write_rows(folder, "asked", asked, task, with_answers=False)
+    figures |= measure(folder, questions, asked, task) | compare_with_noise(folder, asked, task)
+    known = captions_of(folder / "answered.jsonl")
+    figures["tau_chain_of_the_blind"] = blind_tau(known, captions_of(questions), CHAIN.depth)
+    figures["measuring_cpu_s"] = round(time.process_time() - clock, 1)
+    return figures
+
+
+def make(
+    folder: Path, task: Task, school: Schooling, *, answered: range, head_epochs: int, family: str = "qwen3_vl"
+) -> dict[str, Any]:  # fmt: skip
+    """The first two parts: FOLDER/target and FOLDER/head."""
     figures: dict[str, Any] = {"pictures": school.pictures, "steps": school.steps}
     clock = time.process_time()
-    processor = make_processor(task)
-    model = make_model(processor.tokenizer)
+    processor = make_processor(task, family)
+    model = make_model(processor.tokenizer, family)
     teach(model, Vision(processor), task, school)
     model.save_pretrained(folder / "target")
     processor.save_pretrained(folder / "target")
@@ -75,12 +89,6 @@ def learn(
     clock = time.process_time()
     train_head(folder, data, head_epochs)
     figures["head_cpu_s"] = round(time.process_time() - clock, 1)
-
-    clock = time.process_time()
-    questions = write_rows(folder, "asked", asked, task, with_answers=False)
-    figures |= measure(folder, questions, asked, task) | compare_with_noise(folder, asked, task)
-    figures["tau_chain_of_the_blind"] = blind_tau(captions_of(data), captions_of(questions), CHAIN.depth)
-    figures["measuring_cpu_s"] = round(time.process_time() - clock, 1)
     return figures
 
 

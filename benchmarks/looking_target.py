@@ -1,4 +1,4 @@
-"""A tiny Qwen3-VL that learns to caption the drawn pictures: random weights, a word tokenizer, the family's processor.
+"""A tiny Qwen3-VL or Qwen2.5-VL that learns to caption the drawn pictures: random weights, words, the real processor.
 
 Knows pictures, captions and one model. Nothing is trained here that fledge trains: this makes a target to use it on.
 Learning rate: at 3e-3 the digits are still guessed after 350 steps and three quarters right after 700; at 2e-3 they are
@@ -28,6 +28,12 @@ TEMPLATE = (
 )
 PATCH = 8
 FIRST_SEED = 100_000
+FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # classes, and what differs in rope and eyes
+    "qwen3_vl": (
+        "Qwen3VL", {"mrope_interleaved": True}, {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+    ),
+    "qwen2_5_vl": ("Qwen2_5_VL", {}, {"window_size": 32, "fullatt_block_indexes": [1, 2]}),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,11 @@ class Schooling:
     learning_rate: float = 2e-3
 
 
-def make_processor(task: Task) -> Any:
-    """A word tokenizer with Qwen3-VL's processor for pictures of one size."""
+def make_processor(task: Task, family: str = "qwen3_vl") -> Any:
+    """A word tokenizer with the family's processor for pictures of one size."""
+    import transformers
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3VLProcessor
+    from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     vocab = {word: index for index, word in enumerate((*CONTROL, *WORDS))}
@@ -55,29 +62,32 @@ def make_processor(task: Task) -> Any:
     )
     area = {"shortest_edge": task.size**2, "longest_edge": task.size**2}
     images = Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, temporal_patch_size=1, size=area)
-    return image_only(Qwen3VLProcessor)(image_processor=images, tokenizer=tokenizer, chat_template=TEMPLATE)
+    processor_class = getattr(transformers, f"{FAMILIES[family][0]}Processor")
+    return image_only(processor_class)(image_processor=images, tokenizer=tokenizer, chat_template=TEMPLATE)
 
 
-def make_model(tokenizer: Any) -> Any:
-    """Seven layers, so that the default taps (2, 3, 4) are three."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+def make_model(tokenizer: Any, family: str = "qwen3_vl") -> Any:
+    """Seven layers, so that the default taps (2, 3, 4) are three; a head_dim that engines' kernels know."""
+    import transformers
 
     ids = dict(zip(CONTROL, tokenizer.convert_tokens_to_ids(list(CONTROL)), strict=True))
-    config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer), "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 7,
-            "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 32, "max_position_embeddings": 256,
-            "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<pad>"], "rope_parameters": {
-                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True}},
+    name, rope, vision = FAMILIES[family]
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 7,
+        "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 32, "max_position_embeddings": 256,
+        "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<pad>"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], **rope},
+    }  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text,
         vision_config={
             "depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "patch_size": PATCH,
-            "spatial_merge_size": 2, "temporal_patch_size": 1, "out_hidden_size": 96, "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0, 1]},
+            "spatial_merge_size": 2, "temporal_patch_size": 1, "out_hidden_size": 96, **vision},
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
     )  # fmt: skip
     torch.manual_seed(0)
-    model = Qwen3VLForConditionalGeneration(config)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
     model.generation_config.eos_token_id = ids["<|im_end|>"]
     return model
 

@@ -9,9 +9,21 @@ set -euo pipefail
 FOLDER=${1:-$(cd "$(dirname "$0")/../.." && pwd)/.venv-vllm}
 VERSION=0.32.0
 TORCH=2.13.0
+TORCHVISION=0.28.0
+
+# vLLM's Qwen-VL processors want torchvision. Its wheel is built for CUDA: without the file that describes its operators
+# it imports, and its picture functions are plain torch. It lies apart, for tests that put it on PYTHONPATH: in the
+# environment itself it would change how transformers reads every picture.
+pictures() {
+    if [ ! -d "$FOLDER/for-pictures/torchvision" ]; then
+        "$FOLDER/bin/pip" install -q --no-deps --target "$FOLDER/for-pictures" "torchvision==$TORCHVISION"
+        : >"$FOLDER/for-pictures/torchvision/_meta_registrations.py"
+    fi
+}
 
 if [ -x "$FOLDER/bin/vllm" ] && "$FOLDER/bin/python" -c "import vllm, importlib.metadata as m; m.version('vllm')" >/dev/null 2>&1; then
     echo "$FOLDER: vLLM is already there"
+    pictures
     exit 0
 fi
 python3 -m venv "$FOLDER"
@@ -29,3 +41,4 @@ site=$("$FOLDER/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["p
 mkdir -p "$site/vllm-$VERSION+cpu.dist-info"
 printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$VERSION" >"$site/vllm-$VERSION+cpu.dist-info/METADATA"
 "$FOLDER/bin/python" -c "import importlib.metadata as m; print('vLLM', m.version('vllm'), 'in $FOLDER')"
+pictures
