@@ -45,10 +45,13 @@ class Captured:
         self._pool: Any = None
         self.refused = ""  # why the device would not capture this target
 
-    def run(self, bucket: int, lap: Lap) -> None:
-        """One round; the first of a bucket captures it."""
+    def prepare(self, bucket: int) -> None:
+        """Capture this bucket, unless it is or cannot be. The state must hold a generation, if any made-up one."""
         if bucket not in self._graphs and not self.refused:
             self._capture(bucket)
+
+    def run(self, bucket: int, lap: Lap) -> None:
+        """One round of a prepared bucket."""
         if self.refused:
             return run_parts(self._round, bucket, lap)
         for name, graph in self._graphs[bucket].items():

@@ -27,6 +27,7 @@ from fledge.errors import UserError
 from fledge.target.model import Target
 
 BUCKET = 256
+PREPARED = 8  # buckets captured before a generation begins; later ones when it reaches them
 KEPT_ENGINES = 2  # per target: its caches and graphs are kept for the next generation (plain and speculative, say)
 
 _engines: "weakref.WeakKeyDictionary[Target, OrderedDict[tuple, StaticEngine]]" = weakref.WeakKeyDictionary()
@@ -41,6 +42,7 @@ def static_engine(
     key = (id(draft), tree if draft is not None else None, batch, law, BUCKET)
     engine = kept.pop(key, None)
     if engine is None or engine.num_rows < num_rows:
+        engine = None  # free its caches first
         while len(kept) >= KEPT_ENGINES:
             kept.popitem(last=False)
         engine = StaticEngine(target, draft, tree, batch, num_rows, law)
@@ -82,13 +84,29 @@ class StaticEngine:
 
     def launch(self, longest: int, watch: Stopwatch) -> None:
         """One round; no sequence has more than `longest` committed rows."""
-        bucket = min(in_buckets(longest + self.round.rows_ahead), self.round.capacity)
+        bucket = self._bucket(longest)
         with self.round.running():
-            watch.lap("begin")
-            if self.captured is not None:
-                self.captured.run(bucket, watch.lap)
-            else:
+            if self.captured is None:
+                watch.lap("begin")
                 run_parts(self.round, bucket, watch.lap)
+            else:
+                self.captured.prepare(bucket)
+                watch.lap("begin")
+                self.captured.run(bucket, watch.lap)
+
+    def prepare(self, first: int, last: int) -> None:
+        """Capture the buckets of generations that grow from `first` to `last` rows, before anybody looks at the clock;
+        the first few of them, if they are many."""
+        if self.captured is None:
+            return
+        self.round.forget()
+        buckets = range(self._bucket(first), self._bucket(last) + 1, BUCKET)
+        with self.round.running():
+            for bucket in buckets[:PREPARED]:
+                self.captured.prepare(bucket)
+
+    def _bucket(self, longest: int) -> int:
+        return min(in_buckets(longest + self.round.rows_ahead), self.round.capacity)
 
     def send(self) -> "News":
         """Begin the copy of the news to the host."""
@@ -131,8 +149,9 @@ class BatchGeneration:
         self._limits = [emission_limit(target, prompt, max_new_tokens) for prompt in prompts]
         self._stops = stop_ids(target, eos_token_ids)
         num_rows = max(len(prompt) + limit for prompt, limit in zip(prompts, self._limits, strict=True))
-        self._start = time.perf_counter()
         self._engine = static_engine(target, draft, tree, len(prompts), num_rows, sampling)
+        self._engine.prepare(max(map(len, prompts)), num_rows)
+        self._start = time.perf_counter()
         self._seed, self._drafts = sampling.seed, draft is not None
         self._drafted_depth = tree.levels if draft is not None else 0
         self._writers = [Writer(limit, self._stops, None) for limit in self._limits]

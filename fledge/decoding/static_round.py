@@ -170,6 +170,11 @@ class Round:
         emitted = kept.sum(dim=1)
         return emitted, self.state.done | (stops & kept).any(dim=1) | (emitted >= self.state.room)
 
+    def forget(self) -> None:
+        """A state as after prompts of one token: something to rehearse with."""
+        one = torch.ones_like(self.state.lengths)
+        self.state.set(lengths=one, num_new=one, tokens=torch.zeros_like(self.state.tokens), done=one < 0)
+
     # -- the beginning -------------------------------------------------------------------------------------------------
 
     def begin(self, prompts: list[Tensor], room: Tensor, stops: Tensor) -> None:

@@ -367,6 +367,23 @@ def test_recorded_rounds_are_the_real_ones(name):
         static_engine._engines[target].clear()
 
 
+def test_buckets_are_captured_before_the_clock_runs():
+    """An engine that has served, then is prepared for longer prompts: its rounds are ready, and nothing has moved."""
+    target, lengths = tiny_target("llama"), (20, 5)
+    head, options = tiny_draft(target), dict(tree=TREE, max_new_tokens=NEW, sampling=GREEDY, eos_token_ids=())
+    first = BatchGeneration(target, head, [prompt(1), prompt(1)], **{**options, "max_new_tokens": 30})
+    engine = first._engine
+    engine.captured = recorded = RecordedRounds(engine.round)
+    list(first.rounds())
+    batch = BatchGeneration(target, head, [prompt(length) for length in lengths], **options)
+    assert batch._engine is engine
+    ready = set(recorded._graphs)
+    list(batch.rounds())
+    static_engine._engines[target].clear()
+    assert set(recorded._graphs) == ready
+    assert [one.token_ids for one in batch.generations()] == [plain("llama", length) for length in lengths]
+
+
 def test_a_round_the_host_takes_part_in_cannot_be_recorded(monkeypatch):
     """The negative control: lengths that pass through the host stay what they were when the round was recorded."""
     real = Masks.trees
