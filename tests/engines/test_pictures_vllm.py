@@ -3,6 +3,11 @@
 Targets of test size that vLLM's CPU kernels take (head_dim 32), taught for half a minute to look at drawn pictures, and
 a head trained for each and exported. vLLM runs in a program of its own with the head, at T = 0 in fp32; half of the
 pictures are noise. Its Qwen processors ask for torchvision, which setup_vllm.sh puts beside its environment.
+
+vLLM 0.32 stores the key of a draft step behind the first at the slot of its *rope* position, which behind a picture is
+smaller than its index (llm_base_proposer.py, `_update_positions_dependent_metadata`): drafts past the first are then
+worse than the head can do, the text never. So the figures of all positions are compared with that one step set right
+(`slots_by_index`), and as vLLM is, the answers and the first draft.
 """
 
 import dataclasses
@@ -37,6 +42,15 @@ def main():
     video.save_pretrained(asked["target"])
     from PIL import Image
     from vllm import LLM, SamplingParams
+    if asked["slots_by_index"]:
+        from vllm.v1.spec_decode import llm_base_proposer
+        update = llm_base_proposer.eagle_step_update_slot_mapping_and_metadata
+        def by_index(positions_1d, seq_lens, out_clamped_positions, **others):
+            rope = positions_1d.clone()
+            update(positions_1d=(seq_lens[: len(rope)] - 1).to(rope.dtype), seq_lens=seq_lens,
+                   out_clamped_positions=out_clamped_positions, **others)
+            out_clamped_positions.copy_(rope + 1)
+        llm_base_proposer.eagle_step_update_slot_mapping_and_metadata = by_index
     engine = LLM(
         asked["target"], dtype="float32", enforce_eager=True, max_model_len=128, max_num_batched_tokens=512,
         max_num_seqs=4, limit_mm_per_prompt={"image": 1, "video": 0}, enable_prefix_caching=False,
@@ -130,39 +144,48 @@ def shares(reached: list[int]) -> list[float]:
     return [count / reached[0] for count in reached[1:]]
 
 
-def test_vllm_drafts_behind_pictures_as_we_do(made, vllm_program, torchvision_folder, tmp_path, capsys):
-    family, folder = made
-    export_head(ExportArgs(head=str(folder / "head"), to="vllm", output_dir=tmp_path / "out", target="T"))
-    ours = Ours(folder)
-    asked = {
-        "target": str(folder / "target"), "head": str(tmp_path / "out"), "video_processor": FAMILIES[family],
-        "prompt": ours.text, "pictures": [str(folder / f"{seed}.png") for seed in ASKED], "drafts": DRAFTS,
-        "new_tokens": NEW_TOKENS,
-    }  # fmt: skip
+def asked_of_vllm(vllm_program: str, torchvision: Path, folder: Path, **asked) -> dict:
     environment = {
-        **os.environ, "PYTHONPATH": str(torchvision_folder), "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        **os.environ, "PYTHONPATH": str(torchvision), "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     run = subprocess.run(
         [str(Path(vllm_program).resolve().parent / "python"), "-c", RUN], input=json.dumps(asked), text=True,
-        capture_output=True, timeout=600, cwd=tmp_path, env=environment,
+        capture_output=True, timeout=400, cwd=folder, env=environment,
     )  # fmt: skip
     assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
-    found = json.loads(run.stdout.split("FOUND ")[1].splitlines()[0])
-    assert found["prompts"] == [prompt.ids for prompt in ours.prompts]
-    answers = ours.answers()
-    assert found["answers"] == answers
-    assert len({tuple(answer) for answer in answers}) > len(ASKED) // 2, "the control: answers follow the picture"
+    return json.loads(run.stdout.split("FOUND ")[1].splitlines()[0])
 
+
+def test_vllm_drafts_behind_pictures_as_we_do(made, vllm_program, torchvision_folder, tmp_path, capsys):
+    family, folder = made
+    export_head(ExportArgs(head=str(folder / "head"), to="vllm", output_dir=tmp_path / "out", target="T"))
+    ours = Ours(folder)
+    answers = ours.answers()
+    assert len({tuple(answer) for answer in answers}) > len(ASKED) // 2, "the control: answers follow the picture"
     head = load_draft(folder / "head", ours.target.embedding_weight)
     mine = ours.reached(head)
-    counted = found["counted"]
-    theirs = [counted["vllm:spec_decode_num_drafts"], *counted["vllm:spec_decode_num_accepted_tokens_per_pos"]]
-    with capsys.disabled():
-        print(f"\n{family}: rounds that kept at least 0, 1, .. of {DRAFTS} drafts: ours {mine}, vLLM's {theirs}")
     assert shares(mine)[0] > 0.5, "a head this weak would compare nothing"
-    assert all(abs(a - b) <= TOLERANCE for a, b in zip(shares(theirs), shares(mine), strict=True))
-    assert abs(theirs[0] - mine[0]) <= TOLERANCE * mine[0]
+
+    for slots_by_index in (False, True):
+        found = asked_of_vllm(
+            vllm_program, torchvision_folder, tmp_path, target=str(folder / "target"), head=str(tmp_path / "out"),
+            video_processor=FAMILIES[family], prompt=ours.text, drafts=DRAFTS, new_tokens=NEW_TOKENS,
+            pictures=[str(folder / f"{seed}.png") for seed in ASKED], slots_by_index=slots_by_index,
+        )  # fmt: skip
+        assert found["prompts"] == [prompt.ids for prompt in ours.prompts]
+        assert found["answers"] == answers
+        counted = found["counted"]
+        theirs = [counted["vllm:spec_decode_num_drafts"], *counted["vllm:spec_decode_num_accepted_tokens_per_pos"]]
+        with capsys.disabled():
+            print(
+                f"\n{family}, slots_by_index {slots_by_index}, rounds that kept at least 0, 1, .. of {DRAFTS} drafts:"
+            )
+            print(f"  ours {mine}, vLLM's {theirs}")
+        compared = DRAFTS if slots_by_index else 1
+        for a, b in zip(shares(theirs)[:compared], shares(mine)[:compared], strict=True):
+            assert abs(a - b) <= TOLERANCE
+        assert abs(theirs[0] - mine[0]) <= TOLERANCE * mine[0] or not slots_by_index
 
     with torch.no_grad():  # the control: the same head, deaf to the target's states
         head.fc.weight.zero_()
