@@ -1,7 +1,7 @@
 """What vLLM makes of a head with a multimodal rope: its own config reader, its own rotary module, our numbers.
 
-No server: vLLM's CPU build cannot run a Qwen-VL target of test size, but the classes that read a head's config.json and
-turn its queries run anywhere. Read besides, in vLLM 0.32: the draft's `embed_input_ids` ignores pictures, so a
+No target is run here (test_pictures_vllm.py does that): the classes that read a head's config.json and turn its queries
+need none. Read besides, in vLLM 0.32: the draft's `embed_input_ids` ignores pictures, so a
 placeholder enters the head as its token's embedding (as in our training); a row's position is the feature's, and every
 draft step adds one to all axes; taps of Qwen3-VL hold the DeepStack features, as our hooks see them.
 """
