@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -129,6 +130,7 @@ def fledge(args: argparse.Namespace, docs: list[dict[str, torch.Tensor]]) -> Cal
     from fledge.draft.config import DraftConfig
     from fledge.draft.loss import LossSettings
     from fledge.draft.model import DraftModel
+    from fledge.target.linear import head_logits
     from fledge.target.record import TargetRecord
     from fledge.train.module import TTTModule
 
@@ -151,7 +153,9 @@ def fledge(args: argparse.Namespace, docs: list[dict[str, torch.Tensor]]) -> Cal
     batch = pack(records).to(device)
     if device.type == "cuda":
         compare_attention(device)
-    module = TTTModule(draft.to(device), lambda hidden: hidden @ table.T, args.ttt_steps, LossSettings())
+    teacher = torch.nn.Linear(size, vocab, bias=False, device="meta")
+    teacher.weight = torch.nn.Parameter(table, requires_grad=False)
+    module = TTTModule(draft.to(device), partial(head_logits, teacher), args.ttt_steps, LossSettings())
     parameters = list(module.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.95), fused=True)
 

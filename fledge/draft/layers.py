@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fledge.draft.products import linear, product
+
 
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm in the dtype of its input, with the statistics in fp32, whatever autocast would do."""
@@ -55,7 +57,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        gate, up = self.gate_proj(hidden), self.up_proj(hidden)
+        gate, up = linear(hidden, self.gate_proj.weight), linear(hidden, self.up_proj.weight)
         if not torch.is_grad_enabled():
             return self.down_proj(F.silu(gate) * up)
         return _GatedProduct.apply(gate, up, self.down_proj.weight)
@@ -67,16 +69,20 @@ class _GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
-        return F.linear(F.silu(gate).mul_(up), weight.to(gate.dtype))
+        opened = F.silu(gate).mul_(up)
+        return product(opened.reshape(-1, opened.shape[-1]), weight.to(gate.dtype)).view(
+            *gate.shape[:-1], weight.shape[0]
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, weight = ctx.saved_tensors
         grad = grads[0]
         opened = F.silu(gate)
-        product = opened * up
-        grad_weight = grad.reshape(-1, grad.shape[-1]).T @ product.reshape(-1, product.shape[-1])
-        grad_product = grad @ weight.to(grad.dtype)
-        torch.mul(grad_product, up, out=product)  # the gradient of silu(gate)
-        grad_gate = torch.ops.aten.silu_backward(product, gate)
+        gated = opened * up
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_weight = product(flat.T, gated.reshape(-1, gated.shape[-1]).T)
+        grad_product = product(flat, weight.to(grad.dtype).T).view_as(gate)
+        torch.mul(grad_product, up, out=gated)  # the gradient of silu(gate)
+        grad_gate = torch.ops.aten.silu_backward(gated, gate)
         return grad_gate, grad_product.mul_(opened), grad_weight.to(weight.dtype)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fledge.draft.config import DraftConfig
 from fledge.draft.layers import RMSNorm, SwiGLU
+from fledge.draft.products import linear
 from fledge.draft.rope import as_index, axis_of_dims, num_axes, pick
 from fledge.target.linear import head_logits
 
@@ -142,7 +143,7 @@ class DraftModel(nn.Module):
         taps = tap_hidden.to(self.fc.weight.device, self.fc.weight.dtype)
         if self.config.fc_norm:
             taps = torch.stack([norm(tap) for norm, tap in zip(self.fc_norm, taps.unbind(-2), strict=True)], dim=-2)
-        return self.fc(taps.flatten(-2))
+        return linear(taps.flatten(-2), self.fc.weight)
 
     def rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (.., R) for positions (..); R <= head_dim where the target rotates only a part.
@@ -196,11 +197,11 @@ class DraftModel(nn.Module):
         head_dim, width = self.config.head_dim, self.config.num_attention_heads * self.config.head_dim
         normed, (cos, sin) = self.midlayer.hidden_norm(hidden), rope
         if queries is None:
-            q, kv = (tokens + F.linear(normed, weight)).split((width, weight.shape[0] - width), -1)
+            q, kv = (tokens + linear(normed, weight)).split((width, weight.shape[0] - width), -1)
             asked_rope = rope
         else:
-            q = tokens[queries, :width] + F.linear(normed[queries], weight[:width])
-            kv = tokens[:, width:] + F.linear(normed, weight[width:])
+            q = tokens[queries, :width] + linear(normed[queries], weight[:width])
+            kv = tokens[:, width:] + linear(normed, weight[width:])
             asked_rope = (cos[queries], sin[queries])
         k, v = kv.unflatten(-1, (-1, head_dim)).chunk(2, dim=-2)
         # v as a copy: a view would keep the whole projection alive until the backward
@@ -210,7 +211,7 @@ class DraftModel(nn.Module):
         """Residual, output projection and MLP: f (.., H) and attention output (.., h, d) -> f'' (.., H)."""
         layer = self.midlayer
         residual = layer.hidden_norm(hidden) if self.config.norm_before_residual else hidden
-        hidden = residual + layer.self_attn.o_proj(attended.flatten(-2))
+        hidden = residual + linear(attended.flatten(-2), layer.self_attn.o_proj.weight)
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
     def feedback(self, hidden: Tensor) -> Tensor:

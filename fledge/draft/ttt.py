@@ -21,12 +21,12 @@ trained.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fledge.draft.batch import Batch
 from fledge.draft.model import DraftModel
+from fledge.draft.products import linear
 from fledge.draft.ttt_attention import Run, runs_of, ttt_attention
 
 # N rows of all documents, P taught positions, S active rows, K TTT steps, H hidden
@@ -91,7 +91,7 @@ def unroll(draft: DraftModel, batch: Batch, alignment: Alignment, ttt_steps: int
     of_tokens, of_states = (weight.to(features.dtype) for weight in draft.split_projection())
     # The tokens' half of q, k and v: row r holds that of x_{r+1}, and step k of row t reads row t + k.
     next_tokens = draft.embed(batch.input_ids.roll(-1)).to(features.dtype)
-    tokens = F.linear(draft.midlayer.input_layernorm(next_tokens), of_tokens)
+    tokens = linear(draft.midlayer.input_layernorm(next_tokens), of_tokens)
 
     def step(number: int, hidden: Tensor, tokens: Tensor, *seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f'' (S, H), keys and values of one step. `seen`: keys of all earlier steps, then their values."""

@@ -1,4 +1,4 @@
-"""A head's matrix product with few rows: what every decoding round pays for.
+"""A head's matrix product: what every decoding round and every chunk of the training loss pays for.
 
 In fp32 on a CPU, PyTorch's product (MKL) of 2 to 10 rows with a large matrix takes far longer than the memory needs;
 oneDNN's, which PyTorch has for bf16 and compiled models, does not. One core, 49152 x 576 weights, milliseconds:
@@ -7,24 +7,23 @@ oneDNN's, which PyTorch has for bf16 and compiled models, does not. One core, 49
     F.linear    10.2   24.3   35.7   17.5   19.9   21.4
     oneDNN      8.6    11.0   11.2   11.6   13.6   14.4
 
-Small matrices gain nothing (docs/log.md). Other dtypes and devices, gradients and many rows take F.linear.
+With many rows it is still 1.05 to 1.6 times as fast (docs/log.md). Small matrices gain nothing at few rows. Other
+dtypes and devices and gradients take F.linear.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MOST_ROWS = 64
 LEAST_OUTPUTS = 4096
 
 
-def few_rows_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def head_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear(hidden (.., H), weight (V, H), bias (V,)), by oneDNN where that is faster."""
     if (
         hidden.dtype != torch.float32
         or hidden.device.type != "cpu"
         or weight.shape[0] < LEAST_OUTPUTS
-        or hidden.numel() > MOST_ROWS * hidden.shape[-1]
         or torch.is_grad_enabled()
         or not _whole(weight)
         or not torch.backends.mkldnn.is_available()
@@ -37,7 +36,7 @@ def head_logits(head: nn.Module, last_hidden: Tensor) -> Tensor:
     """(.., H) -> (.., V) by a model's output embedding; anything but a plain nn.Linear computes for itself."""
     if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or not _whole(head.weight):
         return head(last_hidden)
-    return few_rows_linear(last_hidden, head.weight, head.bias)
+    return head_linear(last_hidden, head.weight, head.bias)
 
 
 def _whole(weight: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The head's product for few rows is F.linear's, to rounding, and is used where it says."""
+"""The head's product is F.linear's, to rounding, and is used where it says."""
 
 import pytest
 import torch
@@ -6,39 +6,38 @@ import torch.nn.functional as F
 from torch import nn
 
 from fledge.target import linear
-from fledge.target.linear import few_rows_linear, head_logits
+from fledge.target.linear import head_linear, head_logits
 
 
-@pytest.mark.parametrize("rows", [(1,), (3,), (1, 8), (64,), (65,)])
+@pytest.mark.parametrize("rows", [(1,), (3,), (1, 8), (64,), (200,)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_it_is_the_linear_layer(rows, biased):
     torch.manual_seed(0)
     hidden, weight = torch.randn(*rows, 96), torch.randn(4100, 96)
     bias = torch.randn(4100) if biased else None
     with torch.inference_mode():
-        found, expected = few_rows_linear(hidden, weight, bias), F.linear(hidden, weight, bias)
+        found, expected = head_linear(hidden, weight, bias), F.linear(hidden, weight, bias)
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_where_it_is_used(monkeypatch):
-    """Few fp32 rows, a large matrix, no gradients: anything else is left to PyTorch."""
+    """Fp32 rows, a large matrix, no gradients: anything else is left to PyTorch."""
     calls: list[int] = []
     monkeypatch.setattr(linear.F, "linear", lambda hidden, *_: calls.append(1) or hidden)
     large, small = torch.randn(4096, 8), torch.randn(512, 8)
     with torch.inference_mode():
-        few_rows_linear(torch.randn(3, 8), large)
+        head_linear(torch.randn(3, 8), large)
         assert not calls
         for hidden, weight in (
-            (torch.randn(65, 8), large),
             (torch.randn(3, 8), small),
             (torch.randn(3, 8).bfloat16(), large),
         ):
             calls.clear()
-            few_rows_linear(hidden, weight)
+            head_linear(hidden, weight)
             assert calls
     calls.clear()
-    few_rows_linear(torch.randn(3, 8), large)  # gradients may be wanted
+    head_linear(torch.randn(3, 8), large)  # gradients may be wanted
     assert calls
 
 
