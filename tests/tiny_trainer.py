@@ -29,6 +29,7 @@ from fledge.target.live import LiveSource
 from fledge.train.arguments import TrainerArguments
 from fledge.train.module import TTTModule
 from fledge.train.resume import find_checkpoint
+from fledge.train.run import leave
 from fledge.train.trainer import DraftTrainer
 
 STEPS = 3
@@ -108,6 +109,7 @@ def main(folder: Path, settings: dict) -> None:
     trainer.train(resume_from_checkpoint=find_checkpoint(folder, "auto"))
     weights = {name: weight.cpu().clone() for name, weight in trainer.gathered_weights().items()}
     torch.save({"weights": weights, "losses": losses(trainer)}, folder / f"rank-{rank}.pt")
+    leave(trainer)
 
 
 def one_by_one(pairs: list[tuple[Path, dict]]) -> None:

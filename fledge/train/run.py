@@ -85,6 +85,7 @@ def train(args: TrainArgs) -> None:
     if evaluation is not None and args.evaluation.eval_decode_load_best:
         evaluation.make_best_final()
     finish(trainer, args, source, result.metrics)
+    leave(trainer)
 
 
 def open_source(args: TrainArgs) -> Source:
@@ -262,6 +263,13 @@ def finish(trainer: DraftTrainer, args: TrainArgs, source: Source, metrics: dict
     show_table("result", ["metric", "value"], [[key, f"{value:.4g}"] for key, value in shown.items()])
     say(f"head: {output_dir}  (steps {trainer.state.global_step}; `fledge bench --draft {output_dir}` measures it)")
     print(json.dumps({"output_dir": str(output_dir), **metrics}))
+
+
+def leave(trainer: DraftTrainer) -> None:
+    """Wait for the other ranks before the processes end: one that is still talking to a finished one would abort."""
+    if trainer.accelerator.num_processes > 1:
+        trainer.accelerator.wait_for_everyone()
+        torch.distributed.destroy_process_group()
 
 
 def _padded(counts: Tensor, size: int) -> Tensor:
