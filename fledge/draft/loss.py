@@ -27,7 +27,7 @@ from fledge.draft.ttt import Alignment
 # P taught positions, C chunk of them, K steps, S active rows, D draft vocab, V target vocab
 
 # Memory for one chunk's matrices: large enough for full-speed products, small beside the activations.
-CHUNK_BYTES = {"cpu": 72 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 36 * 2**20, "cuda": 512 * 2**20}
 Kind = Literal["kl", "lk"]
 Average = Literal["sequence", "token"]
 PositionWeights = Literal["fixed", "dynamic"]
