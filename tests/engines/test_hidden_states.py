@@ -1,7 +1,6 @@
 """Hidden states from a real vLLM server (its CPU build will do), against the transformers path."""
 
 import os
-import shutil
 import subprocess
 import time
 import urllib.request
@@ -22,14 +21,11 @@ TOLERANCE = 0.03
 
 
 @pytest.fixture
-def server(smollm2_dir, tmp_path):
-    vllm = os.environ.get("VLLM") or shutil.which("vllm") or str(ROOT / ".venv-vllm" / "bin" / "vllm")
-    if not Path(vllm).is_file():
-        pytest.skip("no vLLM; `tests/engines/setup_vllm.sh` makes an environment with it, VLLM names its program")
+def server(smollm2_dir, tmp_path, vllm_program):
     (tmp_path / "states").mkdir()
     flags = server_flags([2, 15, 27, 30], str(tmp_path / "states"))
     command = [
-        vllm,
+        vllm_program,
         "serve",
         str(smollm2_dir),
         "--port",
@@ -41,7 +37,7 @@ def server(smollm2_dir, tmp_path):
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen([*command, *flags], env=environment, stdout=log, stderr=log, cwd=tmp_path)
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=tmp_path)
     try:
         wait_for(process, tmp_path / "log")
         yield f"http://127.0.0.1:{PORT}"
