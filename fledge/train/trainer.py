@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from fledge.draft.batch import Batch, pack
 from fledge.draft.checkpoint import WEIGHTS, read_tensors, save_draft
@@ -66,6 +66,16 @@ class DraftTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).draft
 
     # -- batches and loss ----------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
+        """The Trainer's, but a run whose `max_steps` are done takes no more: the Trainer looks only after a step."""
+        if isinstance(resume_from_checkpoint, str | Path) and self.args.max_steps > 0:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+            if state.global_step >= self.args.max_steps:
+                self._load_from_checkpoint(str(resume_from_checkpoint))
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _prepare_inputs(self, inputs: list[Any]) -> Batch:  # type: ignore[override]
         return pack([self._record(item) for item in inputs]).to(self.args.device)

@@ -114,6 +114,19 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     assert json.loads((tmp_path / "train_config.json").read_text())["learning_rate"] == 1e-3
 
 
+def test_a_finished_run_takes_no_more_steps(tmp_path):
+    """The Trainer by itself would take one more step at every further start."""
+    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    data = samples(6)
+    first = make_trainer(tmp_path, data, **saving)
+    first.train()
+    again = make_trainer(tmp_path, data, **saving)
+    again.train(resume_from_checkpoint=find_checkpoint(tmp_path, "auto"))
+    assert again.state.global_step == 4 and losses(again) == losses(first)
+    weights, expected = again.gathered_weights(), first.gathered_weights()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
 def test_resume_from_a_folder_without_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no complete checkpoint there"):
         find_checkpoint(tmp_path, str(tmp_path / "nowhere"))
