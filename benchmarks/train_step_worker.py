@@ -6,7 +6,8 @@ Run by train_step.py with the Python of the trainer's own environment, so the to
 target's states, its head and all weights are random: the time of a step does not depend on them. A step is forward,
 backward, clipping and AdamW over all documents, each trainer with its own code for all four:
 
-- fledge         documents packed into one row;
+- fledge         documents packed into one row; as in every store, the argmax and logsumexp of the target's logits come
+                 with the states, so that a step multiplies the draft vocabulary's rows of the target's head only;
 - specforge      one document after the other, gradients added up, as its batch size of 1 does; sdpa attention; the
                  Triton loss replaced by the package's own eager reference, since Triton needs a GPU;
 - specforge-compact  the same with its `compact_teacher` option, which spares memory;
@@ -22,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -130,8 +130,9 @@ def fledge(args: argparse.Namespace, docs: list[dict[str, torch.Tensor]]) -> Cal
     from fledge.draft.config import DraftConfig
     from fledge.draft.loss import LossSettings
     from fledge.draft.model import DraftModel
-    from fledge.target.linear import head_logits
-    from fledge.target.record import TargetRecord
+    from fledge.target.head import TargetHead
+    from fledge.target.quirks import LogitQuirks
+    from fledge.target.record import TargetRecord, TeacherSummary
     from fledge.train.module import TTTModule
 
     size, inner, heads, kv_heads, head_dim, vocab, draft_vocab = SHAPES[args.shape]
@@ -145,17 +146,17 @@ def fledge(args: argparse.Namespace, docs: list[dict[str, torch.Tensor]]) -> Cal
     table = table.to(device)
     draft = DraftModel(config, table)
     draft.set_vocab(d2t, t2d)
+    head = TargetHead(embedding=table, weight=table, bias=None, quirks=LogitQuirks(), keys=("lm_head.weight",))
     records = [
         TargetRecord(sample_id=str(number), input_ids=doc["ids"], loss_mask=doc["mask"],
-                     position_ids=torch.arange(len(doc["ids"])), tap_hidden=doc["taps"], last_hidden=doc["last"])
+                     position_ids=torch.arange(len(doc["ids"])), tap_hidden=doc["taps"], last_hidden=doc["last"],
+                     summary=TeacherSummary.of(head, doc["last"].to(device), doc["mask"].to(device)))
         for number, doc in enumerate(docs)
     ]  # fmt: skip
     batch = pack(records).to(device)
     if device.type == "cuda":
         compare_attention(device)
-    teacher = torch.nn.Linear(size, vocab, bias=False, device="meta")
-    teacher.weight = torch.nn.Parameter(table, requires_grad=False)
-    module = TTTModule(draft.to(device), partial(head_logits, teacher), args.ttt_steps, LossSettings())
+    module = TTTModule(draft.to(device), head, args.ttt_steps, LossSettings(), head.rows)
     parameters = list(module.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.95), fused=True)
 
@@ -172,11 +173,12 @@ def fledge(args: argparse.Namespace, docs: list[dict[str, torch.Tensor]]) -> Cal
 
 
 def flop_per_token(args: argparse.Namespace) -> int:
-    """Matrix products of a step for each token: 6 per weight and TTT step (fc: once), 2 per teacher weight."""
+    """Matrix products of a step for each token: 6 per weight and TTT step (fc: once), 2 per teacher weight
+    of the draft vocabulary."""
     size, inner, heads, kv_heads, head_dim, vocab, draft_vocab = SHAPES[args.shape]
     attention = 2 * size * (heads + 2 * kv_heads) * head_dim + heads * head_dim * size
     layer = attention + 3 * size * inner + draft_vocab * size
-    return 6 * args.ttt_steps * layer + 6 * 3 * size * size + 2 * vocab * size
+    return 6 * args.ttt_steps * layer + 6 * 3 * size * size + 2 * draft_vocab * size
 
 
 def compare_attention(device: torch.device) -> None:

@@ -25,6 +25,7 @@ from fledge.data.tokenize import Sample
 from fledge.draft.loss import LossSettings
 from fledge.draft.low_rank import LowRankHead
 from fledge.draft.model import DraftModel
+from fledge.target.head import TargetHead
 from fledge.target.live import LiveSource
 from fledge.train.arguments import TrainerArguments
 from fledge.train.module import TTTModule
@@ -62,7 +63,7 @@ def make_trainer(
         **overrides,
     }  # fmt: skip
     args = TrainerArguments(**settings)
-    module = TTTModule(draft, target.head, STEPS, LossSettings(average=average))
+    module = TTTModule(draft, target.head, STEPS, LossSettings(average=average), TargetHead.of(target).rows)
     return DraftTrainer(
         module, args, to_record=LiveSource(target).record, train_dataset=data, eval_dataset=eval_data,
         save_dtype=torch.float32,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fledge.target.record import TargetRecord
+from fledge.target.record import TargetRecord, TeacherSummary
 
 # N rows of all documents, A taps, H hidden
 
@@ -28,6 +28,7 @@ class Batch:
     tap_hidden: Tensor  # (N, A, H)
     last_hidden: Tensor  # (N, H)
     lengths: tuple[int, ...]
+    summary: TeacherSummary | None = None  # of all rows, or not known of some
 
     @property
     def num_documents(self) -> int:
@@ -38,7 +39,8 @@ class Batch:
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("input_ids", "loss_mask", "position_ids", "tap_hidden", "last_hidden")
         }
-        return Batch(**moved, lengths=self.lengths)
+        summary = None if self.summary is None else self.summary.to(device)
+        return Batch(**moved, lengths=self.lengths, summary=summary)
 
 
 def pack(records: Sequence[TargetRecord]) -> Batch:
@@ -54,4 +56,5 @@ def pack(records: Sequence[TargetRecord]) -> Batch:
         tap_hidden=torch.cat([record.tap_hidden for record in records]),
         last_hidden=torch.cat([record.last_hidden for record in records]),
         lengths=tuple(len(record) for record in records),
+        summary=TeacherSummary.cat([record.summary for record in records]),
     )

@@ -3,14 +3,15 @@
     loss = sum_k step_weight_k * mean_rows( -sum_v p(v) log q_k(v) )
 
 p is the target's softmax restricted to the draft vocabulary; a position counts only where the target's own argmax is a
-draft token. The teacher depends on the position alone, so each chunk computes `head(last_hidden)` once and serves all
-K steps. Logits of the draft are turned into their gradient in place and multiplied out before the next chunk, so
-neither [N, V] teacher logits nor K x [N, D] draft logits ever exist, and the backward is two multiplications by the
-incoming gradient.
+draft token. The teacher depends on the position alone, so each chunk computes its logits once and serves all K steps:
+those of the draft vocabulary where the record says what the rest would (`TeacherSummary`), else all V. Logits of the
+draft are turned into their gradient in place and multiplied out before the next chunk, so neither [N, V] teacher logits
+nor K x [N, D] draft logits ever exist, and the backward is two multiplications by the incoming gradient.
 
 `dense_loss` is the slow twin: whole matrices and autograd.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch import Tensor
 from fledge.draft.position_weights import averaging_weights, dynamic_weights, fixed_weights
 from fledge.draft.products import product
 from fledge.draft.ttt import Alignment
+from fledge.target.record import TeacherSummary
 
 # P taught positions, C chunk of them, K steps, S active rows, D draft vocab, V target vocab
 
@@ -50,6 +52,32 @@ class LossSettings:
     lk_eta: float = 3.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The target over a batch."""
+
+    last_hidden: Tensor  # (N, H)
+    head: Callable[[Tensor], Tensor]  # (C, H) -> (C, V)
+    draft_head: Callable[[Tensor], Tensor] | None = None  # (C, H) -> (C, D), the same logits of the draft vocabulary
+    summary: TeacherSummary | None = None  # (N,) each; with draft_head it spares `head`
+
+    @property
+    def is_short(self) -> bool:
+        """Whether only the draft vocabulary's logits are computed."""
+        return self.draft_head is not None and self.summary is not None
+
+    def read(self, positions: Tensor, draft_ids: Tensor, t2d: Tensor) -> "TeacherChunk":
+        """(C,) rows of the batch -> the target there; draft_ids (D,), t2d (V,)."""
+        hidden = self.last_hidden[positions]
+        if self.draft_head is not None and self.summary is not None:
+            inside, known = self.draft_head(hidden), self.summary[positions]
+            return TeacherChunk.of(inside, known.argmax, lambda: known.logsumexp, draft_ids, t2d)
+        logits = self.head(hidden)
+        argmax = logits.max(-1).indices  # several times faster than argmax on CPU
+        inside = logits if len(draft_ids) == logits.shape[-1] else logits[:, draft_ids]
+        return TeacherChunk.of(inside, argmax, lambda: logits.float().logsumexp(-1), draft_ids, t2d)
+
+
 @dataclass(frozen=True)
 class LossOutput:
     """The loss to minimise and the sums behind every printed metric (so that ranks and steps can be added up)."""
@@ -67,8 +95,7 @@ class LossOutput:
 def ttt_loss(
     states: Tensor,
     head_weight: Tensor,
-    last_hidden: Tensor,
-    teacher_head: Callable[[Tensor], Tensor],
+    teacher: Teacher,
     draft_ids: Tensor,
     t2d: Tensor,
     alignment: Alignment,
@@ -76,8 +103,8 @@ def ttt_loss(
 ) -> LossOutput:
     """Loss of one batch.
 
-    states (K, S, H) normed draft states; head_weight (D, H) the draft's lm_head; last_hidden (N, H) and teacher_head
-    give the target's logits; draft_ids (D,) target ids of the draft vocabulary; t2d (V,) bool.
+    states (K, S, H) normed draft states; head_weight (D, H) the draft's lm_head; draft_ids (D,) target ids of the
+    draft vocabulary; t2d (V,) bool.
     """
     device_type = states.device.type
     if torch.is_autocast_enabled(device_type):
@@ -85,12 +112,11 @@ def ttt_loss(
     with torch.autocast(device_type, enabled=False):  # dtypes are chosen here: states' for the head, fp32 for the rest
         confidence = None
         if settings.position_weights == "dynamic":
-            confidence = read_confidence(states, head_weight, last_hidden, teacher_head, draft_ids, t2d, alignment)
+            confidence = read_confidence(states, head_weight, teacher, draft_ids, t2d, alignment)
         weights = row_weights(alignment, settings, confidence)
         results = _FusedLoss.apply(
-            states, head_weight, last_hidden, teacher_head, draft_ids, t2d, alignment, settings, weights,
-            torch.is_grad_enabled(),
-        )  # fmt: skip
+            states, head_weight, teacher, draft_ids, t2d, alignment, settings, weights, torch.is_grad_enabled()
+        )
     loss, step_loss, hits, overlap, covered = results
     trained = alignment.trained
     matrix = hits.new_zeros(states.shape[:2], dtype=torch.bool)  # (K, S)
@@ -120,39 +146,38 @@ def row_weights(alignment: Alignment, settings: LossSettings, confidence: Tensor
 
 @torch.no_grad()
 def read_confidence(
-    states: Tensor, head_weight: Tensor, last_hidden: Tensor, teacher_head: Callable[[Tensor], Tensor],
-    draft_ids: Tensor, t2d: Tensor, alignment: Alignment,
-) -> Tensor:  # fmt: skip
+    states: Tensor, head_weight: Tensor, teacher: Teacher, draft_ids: Tensor, t2d: Tensor, alignment: Alignment
+) -> Tensor:
     """(K, P) probability the draft gives the target's choice: a pass of its own over the head, forward only."""
     found = torch.zeros(alignment.row_index.shape, device=states.device)
     weight = head_weight.to(states.dtype)
-    per_chunk = chunk_size(len(states), len(draft_ids), len(t2d), states.device.type)
+    per_chunk = chunk_size(len(states), len(draft_ids), len(t2d), states.device.type, short=teacher.is_short)
     for start in range(0, len(alignment.positions), per_chunk):
         part = slice(start, start + per_chunk)
-        teacher = read_teacher(teacher_head(last_hidden[alignment.positions[part]]), draft_ids, t2d)
-        choice = teacher.argmax.clamp(max=len(draft_ids) - 1)[:, None]
+        chunk = teacher.read(alignment.positions[part], draft_ids, t2d)
+        choice = chunk.argmax.clamp(max=len(draft_ids) - 1)[:, None]
         for step in range(len(states)):
             index = alignment.row_index[step, part]
             z = (states[step, index.clamp_min(0)] @ weight.T).float()
             chosen = (z.gather(1, choice)[:, 0] - z.logsumexp(-1)).exp()
-            found[step, part] = chosen * teacher.covered * (index >= 0)
+            found[step, part] = chosen * chunk.covered * (index >= 0)
     return found
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, head_weight: Tensor, last_hidden: Tensor, teacher_head: Callable[[Tensor], Tensor],
-        draft_ids: Tensor, t2d: Tensor, alignment: Alignment, settings: LossSettings, weights: Tensor, wants_grad: bool,
+        ctx: Any, states: Tensor, head_weight: Tensor, teacher: Teacher, draft_ids: Tensor, t2d: Tensor,
+        alignment: Alignment, settings: LossSettings, weights: Tensor, wants_grad: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         sums = _Sums(states, head_weight, alignment, wants_grad)
-        per_chunk = chunk_size(len(states), len(draft_ids), len(t2d), states.device.type)
+        per_chunk = chunk_size(len(states), len(draft_ids), len(t2d), states.device.type, short=teacher.is_short)
         rows = _kl_rows if settings.kind == "kl" else _lk_rows
         for start in range(0, len(alignment.positions), per_chunk):
             part = slice(start, start + per_chunk)
-            teacher = read_teacher(teacher_head(last_hidden[alignment.positions[part]]), draft_ids, t2d)
-            rows(sums, part, teacher, weights[:, part] * teacher.covered, settings)
-            sums.covered += teacher.covered.sum()
+            chunk = teacher.read(alignment.positions[part], draft_ids, t2d)
+            rows(sums, part, chunk, weights[:, part] * chunk.covered, settings)
+            sums.covered += chunk.covered.sum()
         if wants_grad:
             ctx.save_for_backward(sums.grad_states, sums.grad_weight)
         ctx.head_dtype = head_weight.dtype
@@ -164,7 +189,7 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         grad_states, grad_weight = ctx.saved_tensors
         # In place: these are read once. A second backward through the same loss is refused by autograd's version check.
-        return grad_states.mul_(grads[0]), grad_weight.mul_(grads[0]).to(ctx.head_dtype), *[None] * 8
+        return grad_states.mul_(grads[0]), grad_weight.mul_(grads[0]).to(ctx.head_dtype), *[None] * 7
 
 
 class _Sums:
@@ -298,26 +323,29 @@ class TeacherChunk:
     probs: Tensor  # (C, D) fp32, sums to 1
     argmax: Tensor  # (C,) index into the draft vocabulary of the target's argmax; meaningless where not covered
     covered: Tensor  # (C,) bool: the target's argmax is a draft token
-    logits: Tensor  # (C, V) full, in the target's dtype
     inside: Tensor  # (C, D) fp32 logits of the draft vocabulary
+    logsumexp: Callable[[], Tensor]  # (C,) of all logits
+
+    @classmethod
+    def of(
+        cls, inside: Tensor, argmax: Tensor, logsumexp: Callable[[], Tensor], draft_ids: Tensor, t2d: Tensor
+    ) -> "TeacherChunk":
+        """inside (C, D) logits of the draft vocabulary; argmax (C,) target ids."""
+        inside = inside.float()
+        return cls(inside.softmax(-1), torch.searchsorted(draft_ids, argmax), t2d[argmax], inside, logsumexp)
 
     @cached_property
     def mass(self) -> Tensor:
         """(C,) share of the full distribution inside the draft vocabulary."""
-        return torch.exp(self.inside.logsumexp(-1) - self.logits.float().logsumexp(-1))
+        return torch.exp(self.inside.logsumexp(-1) - self.logsumexp())
 
 
-def read_teacher(logits: Tensor, draft_ids: Tensor, t2d: Tensor) -> TeacherChunk:
-    """Full target logits (C, V) to the restricted distribution."""
-    best = logits.max(-1).indices  # several times faster than argmax on CPU
-    inside = logits if len(draft_ids) == logits.shape[-1] else logits[:, draft_ids]
-    inside = inside.float()
-    return TeacherChunk(inside.softmax(-1), torch.searchsorted(draft_ids, best), t2d[best], logits, inside)
+def chunk_size(num_steps: int, draft_vocab_size: int, vocab_size: int, device_type: str, *, short: bool) -> int:
+    """Teacher positions per chunk: the teacher's logits and the draft's distributions at all steps fit CHUNK_BYTES.
 
-
-def chunk_size(num_steps: int, draft_vocab_size: int, vocab_size: int, device_type: str) -> int:
-    """Teacher positions per chunk: the teacher's logits and the draft's distributions at all steps fit CHUNK_BYTES."""
-    per_position = 4 * vocab_size + 4 * draft_vocab_size * (num_steps + 5)
+    short: the teacher's logits are those of the draft vocabulary alone.
+    """
+    per_position = (0 if short else 4 * vocab_size) + 4 * draft_vocab_size * (num_steps + 5)
     rows = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // per_position
     return rows // 64 * 64 if rows >= 64 else max(16, rows)  # odd numbers of rows halve the speed of bf16 products
 
@@ -325,27 +353,26 @@ def chunk_size(num_steps: int, draft_vocab_size: int, vocab_size: int, device_ty
 def dense_loss(
     states: Tensor,
     head_weight: Tensor,
-    last_hidden: Tensor,
-    teacher_head: Callable[[Tensor], Tensor],
+    teacher: Teacher,
     draft_ids: Tensor,
     t2d: Tensor,
     alignment: Alignment,
     settings: LossSettings,
 ) -> Tensor:
-    """The same loss from whole matrices, differentiated by autograd; for tests."""
-    teacher = read_teacher(teacher_head(last_hidden[alignment.positions]), draft_ids, t2d)
+    """The same loss from whole matrices, all V logits of the target among them, by autograd; for tests."""
+    chunk = dataclasses.replace(teacher, summary=None).read(alignment.positions, draft_ids, t2d)
     confidence = None
     if settings.position_weights == "dynamic":
         rows = alignment.row_index.clamp_min(0)
         q = torch.stack([(states[k, rows[k]] @ head_weight.T).float().softmax(-1) for k in range(len(states))])
-        choice = teacher.argmax.clamp(max=len(draft_ids) - 1).expand(len(states), -1)
-        confidence = q.gather(-1, choice[..., None])[..., 0].detach() * teacher.covered
-    weights = row_weights(alignment, settings, confidence) * teacher.covered
+        choice = chunk.argmax.clamp(max=len(draft_ids) - 1).expand(len(states), -1)
+        confidence = q.gather(-1, choice[..., None])[..., 0].detach() * chunk.covered
+    weights = row_weights(alignment, settings, confidence) * chunk.covered
     total = states.new_zeros(())
     for step in range(len(states)):
         asked = alignment.trained[step].nonzero()[:, 0]
         log_q = (states[step, alignment.row_index[step, asked]] @ head_weight.T).float().log_softmax(-1)
-        p = teacher.probs[asked]
+        p = chunk.probs[asked]
         loss = -(p * log_q).sum(-1)
         if settings.kind == "lk":
             overlap = torch.minimum(p, log_q.exp()).sum(-1)

@@ -139,7 +139,7 @@ def extract_in_parts(args: ExtractArgs, ranks: Ranks) -> Manifest | None:
     try:
         # the loaded head may be a part of the whole
         head = TargetEnds.from_files(args.model_name, dtype=target.dtype, revision=args.revision).head
-        producer = tensor_parallel.LeadingSource(target)
+        producer = tensor_parallel.LeadingSource(target, head.to(target.device))
         return fill_from(open_loaded(args, target, head, producer), args, Ranks())
     finally:
         tensor_parallel.dismiss()

@@ -7,7 +7,7 @@ from its safetensors files by name, so that a target of any size costs two tenso
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fledge.errors import UserError, nearest
+from fledge.target.linear import head_linear
 from fledge.target.model import Target, auto_class
 from fledge.target.quirks import LogitQuirks, logit_quirks
 
@@ -38,7 +39,16 @@ class TargetHead:
 
     def __call__(self, last_hidden: Tensor) -> Tensor:
         """(..., H) after the final norm -> (..., V)."""
-        return self.quirks.apply(nn.functional.linear(last_hidden, self.weight, self.bias))
+        return self.quirks.apply(head_linear(last_hidden, self.weight, self.bias))
+
+    def rows(self, ids: Tensor) -> "Callable[[Tensor], Tensor] | None":
+        """The same head for these token ids only; None for weights that cannot be cut (quantised, or a process's
+        part)."""
+        if type(self.weight.data) is not Tensor or not self.weight.is_floating_point():
+            return None
+        weight = self.weight.detach()[ids]
+        bias = None if self.bias is None else self.bias.detach()[ids]
+        return lambda last_hidden: self.quirks.apply(head_linear(last_hidden, weight, bias))
 
     @property
     def tied(self) -> bool:
@@ -73,7 +83,6 @@ class TargetHead:
         """Write the file; atomic renaming is the caller's."""
         facts = {"identity": identity, "quirks": dataclasses.asdict(self.quirks), "keys": self.keys}
         save_file(self._tensors(), path, metadata=one_entry(facts))
-        path.chmod(0o644)  # the library makes it private
 
     @classmethod
     def load(cls, path: Path, device: torch.device, identity: str) -> "TargetHead":

@@ -5,14 +5,15 @@ what makes stored and live training the same, bit for bit; on long samples it co
 tokens already fill the matrix units.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fledge.data.tokenize import Sample
 from fledge.target.model import Target
-from fledge.target.record import TargetRecord
+from fledge.target.record import TargetRecord, TeacherSummary
 
 WINDOW_BATCHES = 4  # samples of so many batches are looked at together, so that batches hold similar lengths
 
@@ -20,8 +21,9 @@ WINDOW_BATCHES = 4  # samples of so many batches are looked at together, so that
 class LiveSource:
     """Records made on demand."""
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    def __init__(self, target: Target, head: Callable[[Tensor], Tensor] | None = None) -> None:
+        """`head`: the target's, where the target's own holds only a part of it."""
+        self.target, self.head = target, head or target.head
 
     def records(self, samples: Iterable[Sample]) -> Iterator[TargetRecord]:
         """One record per sample, in order."""
@@ -40,13 +42,15 @@ class LiveSource:
             position_ids = torch.arange(len(input_ids), device=device)
             output = self.target.forward(input_ids[None])
         assert output.tap_hidden is not None
+        last_hidden, loss_mask = output.last_hidden[0].clone(), sample.loss_mask.to(device)
         return TargetRecord(
             sample_id=sample.id,
             input_ids=input_ids,
-            loss_mask=sample.loss_mask.to(device),
+            loss_mask=loss_mask,
             position_ids=position_ids,
             tap_hidden=output.tap_hidden[0].clone(),  # clones: plain tensors that autograd may save
-            last_hidden=output.last_hidden[0].clone(),
+            last_hidden=last_hidden,
+            summary=TeacherSummary.of(self.head, last_hidden, loss_mask),
         )
 
 
@@ -89,13 +93,15 @@ class BatchedSource:
         records = []
         for row, sample in enumerate(samples):
             length = len(sample.input_ids)
+            last_hidden, loss_mask = output.last_hidden[row, :length].clone(), sample.loss_mask.to(target.device)
             record = TargetRecord(
                 sample_id=sample.id,
                 input_ids=input_ids[row, :length].clone(),
-                loss_mask=sample.loss_mask.to(target.device),
+                loss_mask=loss_mask,
                 position_ids=torch.arange(length, device=target.device),
                 tap_hidden=output.tap_hidden[row, :length].clone(),
-                last_hidden=output.last_hidden[row, :length].clone(),
+                last_hidden=last_hidden,
+                summary=TeacherSummary.of(target.head, last_hidden, loss_mask),
             )
             records.append(record)
         return records

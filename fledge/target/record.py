@@ -3,12 +3,53 @@
 Knows tensors and their shapes. Knows nothing of who made them (a live model, a server, files) or who reads them.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 # T tokens, A tapped layers, H hidden size of the target, R axes of a multimodal rope
+
+SUMMARY_ROWS = 256  # rows whose logits exist at a time
+
+
+@dataclass(frozen=True)
+class TeacherSummary:
+    """What a teacher must know of the target's whole vocabulary, so that training multiplies the draft's rows alone.
+
+    Stated where the target wrote the token itself (`loss_mask`); zero elsewhere, where nothing is taught.
+    """
+
+    argmax: Tensor  # (T,) int64 argmax of the target's logits
+    logsumexp: Tensor  # (T,) fp32 logsumexp of the target's logits
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, head: Callable[[Tensor], Tensor], last_hidden: Tensor, loss_mask: Tensor) -> "TeacherSummary":
+        """Ask the head, which gives (.., H) -> (.., V)."""
+        rows = loss_mask.nonzero()[:, 0].to(last_hidden.device)
+        argmax = torch.zeros(len(loss_mask), dtype=torch.int64, device=last_hidden.device)
+        logsumexp = torch.zeros(len(loss_mask), device=last_hidden.device)
+        for part in rows.split(SUMMARY_ROWS):
+            logits = head(last_hidden[part]).to(last_hidden.device)
+            argmax[part] = logits.max(-1).indices  # several times faster than argmax on CPU
+            logsumexp[part] = logits.float().logsumexp(-1)
+        return cls(argmax, logsumexp)
+
+    @classmethod
+    def cat(cls, summaries: "Sequence[TeacherSummary | None]") -> "TeacherSummary | None":
+        """Of records end to end; None as soon as one lacks it."""
+        known = [summary for summary in summaries if summary is not None]
+        if len(known) < len(summaries):
+            return None
+        return cls(torch.cat([one.argmax for one in known]), torch.cat([one.logsumexp for one in known]))
+
+    def to(self, device: torch.device) -> "TeacherSummary":
+        return TeacherSummary(self.argmax.to(device, non_blocking=True), self.logsumexp.to(device, non_blocking=True))
+
+    def __getitem__(self, rows: Tensor | slice) -> "TeacherSummary":
+        return TeacherSummary(self.argmax[rows], self.logsumexp[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +62,7 @@ class TargetRecord:
     position_ids: Tensor  # (T,) or (R, T) int64, as the target used them
     tap_hidden: Tensor  # (T, A, H) inputs of the tapped decoder layers, in tap order
     last_hidden: Tensor  # (T, H) after the final norm: target logits = head(last_hidden)
+    summary: TeacherSummary | None = None  # not known: training asks the whole head
 
     def __post_init__(self) -> None:
         length = self.input_ids.shape[0]
@@ -35,6 +77,7 @@ class TargetRecord:
             and self.tap_hidden.shape[0] == self.last_hidden.shape[0] == length
             and self.tap_hidden.shape[2] == self.last_hidden.shape[1]
             and self.loss_mask.dtype == torch.bool
+            and (self.summary is None or len(self.summary.argmax) == len(self.summary.logsumexp) == length)
         )
         assert good, f"record {self.sample_id}: inconsistent {shapes=}"
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fledge.data.tokenize import Sample
 from fledge.errors import UserError
+from fledge.target.head import TargetHead
 from fledge.target.live import LiveSource
 from fledge.target.model import Target
 from fledge.target.record import TargetRecord
@@ -21,8 +22,9 @@ from fledge.target.record import TargetRecord
 class LeadingSource:
     """The live source of rank 0."""
 
-    def __init__(self, target: Target) -> None:
-        self._live = LiveSource(target)
+    def __init__(self, target: Target, head: TargetHead) -> None:
+        """`head`: the whole one; the target's own may be a part of it."""
+        self._live = LiveSource(target, head)
 
     def records(self, samples: Iterable[Sample]) -> Iterator[TargetRecord]:
         """One record per sample, in order; the followers stay in step."""

@@ -19,7 +19,7 @@ class StepMemory:
     """Bytes of one process. `peak` is what it needs beside the target."""
 
     weights: int  # fp32
-    moments: int  # AdamW's two, fp32
+    moments: int  # fp32: Muon's one of a matrix, AdamW's two of everything else
     gradients: int  # fp32
     activations: int  # kept from forward to backward
     batch: int  # hidden states and ids of the rows
@@ -56,7 +56,7 @@ def kept_elements(config: DraftConfig, *, recompute: bool = False) -> int:
 
 def step_memory(
     config: DraftConfig, *, rows: int, active_rows: int | None = None, ttt_steps: int = 7, bf16: bool = True,
-    recompute: bool = False, state_bytes: int = 2, device_type: str = "cuda",
+    recompute: bool = False, state_bytes: int = 2, device_type: str = "cuda", muon: bool = True,
 ) -> StepMemory:  # fmt: skip
     """One forward, backward and optimizer step over `rows` tokens, `active_rows` of which are trained (None: all)."""
     active = rows if active_rows is None else active_rows
@@ -70,16 +70,13 @@ def step_memory(
     activations += 2 * size * projections * element + (2 * total if bf16 else 0)  # split projections; bf16 copies
     if recompute:  # one step at a time is there in full
         activations += element * active * kept_elements(config)
-    per_chunk = min(chunk_size(ttt_steps, config.draft_vocab_size, config.vocab_size, device_type), active)
-    chunk = (
-        per_chunk
-        * CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
-        // chunk_size(ttt_steps, config.draft_vocab_size, config.vocab_size, device_type)
-    )
+    short = config.draft_vocab_size < config.vocab_size  # records come with the teacher's summary
+    per_chunk = chunk_size(ttt_steps, config.draft_vocab_size, config.vocab_size, device_type, short=short)
+    chunk = min(per_chunk, active) * CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // per_chunk
     state_grads = element * active * ttt_steps * size
     return StepMemory(
         weights=4 * total,
-        moments=8 * total,
+        moments=8 * total - (4 * (total - parameters["lm_head"] - parameters["norms"]) if muon else 0),
         gradients=4 * total + state_grads,
         activations=activations,
         batch=rows * ((taps + 1) * size * state_bytes + 17),
@@ -88,9 +85,11 @@ def step_memory(
 
 
 def flop_per_step(config: DraftConfig, *, rows: int, active_rows: int, taught: int, ttt_steps: int) -> int:
-    """Matrix products of one step: the draft's for active rows, its head's and the teacher's for taught positions."""
+    """Matrix products of one step: the draft's for active rows, its head's and the teacher's for taught positions.
+
+    The teacher's are those of the draft vocabulary; the whole head is part of making a record."""
     parameters, size = num_parameters(config), config.hidden_size
     layer = parameters["attention"] + parameters["mlp"]
     attention = 7 * 2 * size * active_rows * rows // 2 * ttt_steps  # two products forward, five backward, causal
-    head = 6 * ttt_steps * taught * parameters["lm_head"] + 2 * taught * config.vocab_size * size
+    head = 6 * ttt_steps * taught * parameters["lm_head"] + 2 * taught * config.draft_vocab_size * size
     return 4 * rows * parameters["fc"] + 6 * ttt_steps * active_rows * layer + attention + head

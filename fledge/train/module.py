@@ -10,22 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from fledge.draft.batch import Batch
-from fledge.draft.loss import LossOutput, LossSettings, ttt_loss
+from fledge.draft.loss import LossOutput, LossSettings, Teacher, ttt_loss
 from fledge.draft.low_rank import LowRankHead
 from fledge.draft.model import DraftModel
 from fledge.draft.ttt import align, unroll
 from fledge.errors import UserError
+
+HeadRows = Callable[[Tensor], Callable[[Tensor], Tensor] | None]
 
 
 class TTTModule(nn.Module):
     """Unrolls `draft` over a batch for `ttt_steps` steps. `teacher_head` maps last_hidden (.., H) to target logits."""
 
     def __init__(
-        self, draft: DraftModel, teacher_head: Callable[[Tensor], Tensor], ttt_steps: int, settings: LossSettings
-    ) -> None:
+        self, draft: DraftModel, teacher_head: Callable[[Tensor], Tensor], ttt_steps: int, settings: LossSettings,
+        teacher_rows: HeadRows | None = None,
+    ) -> None:  # fmt: skip
+        """`teacher_rows`: the same head for some ids only (`TargetHead.rows`), which batches with a summary use."""
         super().__init__()
         self.draft, self.ttt_steps, self.settings = draft, ttt_steps, settings
         self.teacher_head = teacher_head
+        smaller = draft.config.draft_vocab_size < draft.config.vocab_size
+        self.draft_head = teacher_rows(self._draft_ids()) if teacher_rows is not None and smaller else None
         self.recompute = False
 
     def forward(self, batch: Batch) -> LossOutput:
@@ -35,11 +41,14 @@ class TTTModule(nn.Module):
         head: Any = self.draft.lm_head
         if isinstance(head, LowRankHead):
             states, head = head.down(states), head.up
-        draft_ids = self.draft.target_ids(torch.arange(self.draft.config.draft_vocab_size, device=states.device))
-        return ttt_loss(
-            states, head.weight, batch.last_hidden, self.teacher_head, draft_ids, self.draft.t2d, alignment,
-            self.settings,
-        )  # fmt: skip
+        teacher = Teacher(
+            last_hidden=batch.last_hidden, head=self.teacher_head, draft_head=self.draft_head, summary=batch.summary
+        )
+        return ttt_loss(states, head.weight, teacher, self._draft_ids(), self.draft.t2d, alignment, self.settings)
+
+    def _draft_ids(self) -> Tensor:
+        """(D,) target ids of the draft vocabulary."""
+        return self.draft.target_ids(torch.arange(self.draft.config.draft_vocab_size, device=self.draft.t2d.device))
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1,

@@ -23,12 +23,13 @@ from fledge.draft.config import DraftConfig, derive, read_overrides, to_json
 from fledge.draft.low_rank import LowRankHead
 from fledge.draft.model import DraftModel
 from fledge.errors import UserError
+from fledge.target.head import TargetHead
 from fledge.target.live import LiveSource
 from fledge.target.model import Target
 from fledge.target.record import TargetRecord
 from fledge.train.arguments import DataArguments, DraftArguments, TrainArgs, TrainerArguments, parse_args
 from fledge.train.evaluate import decoding_callback
-from fledge.train.module import TTTModule
+from fledge.train.module import HeadRows, TTTModule
 from fledge.train.resume import check_same_run, find_checkpoint
 from fledge.train.trainer import DraftTrainer
 from fledge.train.warm_start import architecture_of, continue_from
@@ -56,6 +57,7 @@ class Source:
     target_name: str
     device: torch.device
     target: Target | None = None  # where it lives in this process
+    teacher_rows: HeadRows | None = None  # where records have summaries: the head of some tokens only
 
 
 def train(args: TrainArgs) -> None:
@@ -72,7 +74,9 @@ def train(args: TrainArgs) -> None:
     if args.trainer.should_save:
         check_same_run(output_dir, args.resolved(), checkpoint is not None)
     draft = make_draft(config, args.draft, source, args.trainer.seed)
-    module = TTTModule(draft, source.teacher_head, args.draft.ttt_steps, args.draft.loss_settings())
+    module = TTTModule(
+        draft, source.teacher_head, args.draft.ttt_steps, args.draft.loss_settings(), source.teacher_rows
+    )
     trainer = DraftTrainer(
         module, args.trainer, to_record=source.to_record, train_dataset=source.train, eval_dataset=source.eval,
         save_dtype=getattr(torch, args.draft.save_dtype),
@@ -146,6 +150,7 @@ def live_source(args: TrainArgs) -> Source:
         target_name=target.name,
         device=args.trainer.device,
         target=target,
+        teacher_rows=TargetHead.of(target).rows,
     )
 
 

@@ -63,6 +63,7 @@ def source_from(
         embedding=head.embedding,
         head_weight=head.weight,
         teacher_head=head,
+        teacher_rows=head.rows,
         target_name=store.identity.target,
         device=args.trainer.device,
     )

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 
 from fledge.draft.batch import Batch, pack
 from fledge.draft.config import DraftConfig
-from fledge.draft.loss import LossSettings, dense_loss, ttt_loss
+from fledge.draft.loss import LossSettings, Teacher, dense_loss, ttt_loss
 from fledge.draft.low_rank import LowRankHead
 from fledge.draft.model import DraftModel
 from fledge.draft.position_weights import dynamic_weights
 from fledge.draft.ttt import align, unroll
+from fledge.target.head import TargetHead
 from fledge.target.quirks import LogitQuirks
-from fledge.target.record import TargetRecord
+from fledge.target.record import TargetRecord, TeacherSummary
 from fledge.train.module import TTTModule
 
 STEPS, VOCAB, DRAFT_VOCAB, SIZE = 4, 40, 24, 16
@@ -62,11 +63,25 @@ def teacher_head(hidden: torch.Tensor) -> torch.Tensor:
     return LogitQuirks(soft_cap=4.0).apply(hidden @ HEAD.T)
 
 
-def run_loss(draft: DraftModel, batch: Batch, settings: LossSettings):
+def refused(hidden: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("the whole head is not asked where a summary is known")
+
+
+def run_loss(draft: DraftModel, batch: Batch, settings: LossSettings, *, short: bool = False):
+    """The fused loss (short: from the draft vocabulary's logits and a summary) and the dense one."""
     alignment = align(batch, STEPS)
     states = unroll(draft, batch, alignment, STEPS)
     draft_ids = torch.arange(DRAFT_VOCAB) + draft.d2t
-    arguments = (draft.lm_head.weight, batch.last_hidden, teacher_head, draft_ids, draft.t2d, alignment, settings)
+    teacher = Teacher(last_hidden=batch.last_hidden, head=teacher_head)
+    if short:
+        summary = TeacherSummary.of(teacher_head, batch.last_hidden, batch.loss_mask)
+        quirks = LogitQuirks(soft_cap=4.0)
+        ends = TargetHead(embedding=HEAD, weight=HEAD, bias=None, quirks=quirks, keys=("lm_head.weight",))
+        teacher = dataclasses.replace(teacher, head=refused, draft_head=ends.rows(draft_ids), summary=summary)
+    arguments = (draft.lm_head.weight, teacher, draft_ids, draft.t2d, alignment, settings)
+    if short:
+        whole = dataclasses.replace(teacher, head=teacher_head)
+        return ttt_loss(states, *arguments), dense_loss(states, draft.lm_head.weight, whole, *arguments[2:])
     return ttt_loss(states, *arguments), dense_loss(states, *arguments)
 
 
@@ -163,12 +178,13 @@ def test_first_drafted_token_is_trained():
 @pytest.mark.parametrize("kind", ["kl", "lk"])
 @pytest.mark.parametrize("average", ["sequence", "token"])
 @pytest.mark.parametrize("positions", ["fixed", "dynamic"])
-def test_fused_equals_dense(kind, average, positions, monkeypatch):
+@pytest.mark.parametrize("short", [False, True], ids=["whole head", "summary"])
+def test_fused_equals_dense(kind, average, positions, short, monkeypatch):
     draft = make_draft()
     parameters = list(draft.parameters())
     settings = LossSettings(kind=kind, average=average, position_weights=positions)
-    monkeypatch.setattr("fledge.draft.loss.chunk_size", lambda *_: 3)  # several chunks, the last one short
-    found, dense = run_loss(draft, pack(RECORDS["packed"]), settings)
+    monkeypatch.setattr("fledge.draft.loss.chunk_size", lambda *_, **__: 3)  # several chunks, the last one short
+    found, dense = run_loss(draft, pack(RECORDS["packed"]), settings, short=short)
     torch.testing.assert_close(found.loss, dense, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(
         torch.autograd.grad(found.loss, parameters, retain_graph=True),
@@ -292,8 +308,8 @@ def test_a_whole_vocabulary_needs_no_map():
     batch = pack(RECORDS["packed"])
     alignment = align(batch, STEPS)
     states = unroll(draft, batch, alignment, STEPS)
-    arguments = (draft.lm_head.weight, batch.last_hidden, teacher_head, torch.arange(VOCAB), draft.t2d, alignment,
-                 LossSettings())  # fmt: skip
+    teacher = Teacher(last_hidden=batch.last_hidden, head=teacher_head)
+    arguments = (draft.lm_head.weight, teacher, torch.arange(VOCAB), draft.t2d, alignment, LossSettings())
     found, dense = ttt_loss(states, *arguments), dense_loss(states, *arguments)
     torch.testing.assert_close(found.loss, dense, atol=1e-5, rtol=1e-5)
     assert int(found.covered) == int(found.positions)
@@ -312,9 +328,8 @@ def test_a_low_rank_head_trains_as_its_product_would(rank: int):
     alignment = align(batch, STEPS)
     states = unroll(draft, batch, alignment, STEPS)
     ids = torch.arange(DRAFT_VOCAB) + draft.d2t
-    wanted = dense_loss(
-        states, draft.lm_head.weight, batch.last_hidden, teacher_head, ids, draft.t2d, alignment, LossSettings()
-    )
+    teacher = Teacher(last_hidden=batch.last_hidden, head=teacher_head)
+    wanted = dense_loss(states, draft.lm_head.weight, teacher, ids, draft.t2d, alignment, LossSettings())
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(grads, torch.autograd.grad(wanted, factors), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
@@ -381,3 +396,37 @@ def test_warm_start_begins_where_the_target_is():
     assert torch.equal(draft.lm_head.weight, head[torch.arange(DRAFT_VOCAB) + draft.d2t])
     with torch.no_grad():
         assert 0.5 < draft.logits(features).std() < 2.5 < (features @ draft.lm_head.weight.T).std()
+
+
+@pytest.mark.parametrize("kind", ["kl", "lk"])
+def test_metrics_are_the_same_from_a_summary(kind):
+    draft, batch = make_draft(), pack(RECORDS["packed"])
+    with torch.no_grad():
+        whole, _ = run_loss(draft, batch, LossSettings(kind=kind))
+        short, _ = run_loss(draft, batch, LossSettings(kind=kind), short=True)
+    for field in dataclasses.fields(whole):
+        torch.testing.assert_close(getattr(short, field.name), getattr(whole, field.name), msg=field.name)
+    assert 0 < int(whole.covered) < int(whole.positions)  # both kinds of positions were there
+
+
+def test_module_asks_the_whole_head_only_without_summaries():
+    draft, records, asked = make_draft(), RECORDS["packed"], []
+    ends = TargetHead(embedding=HEAD, weight=HEAD, bias=None, quirks=LogitQuirks(soft_cap=4.0), keys=("w",))
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        asked.append(len(hidden))
+        return teacher_head(hidden)
+
+    module = TTTModule(draft, head, STEPS, LossSettings(), ends.rows)
+    told = [
+        dataclasses.replace(record, summary=TeacherSummary.of(teacher_head, record.last_hidden, record.loss_mask))
+        for record in records
+    ]
+    short = module(pack(told)).loss
+    assert not asked
+    whole = module(pack([*told[:-1], records[-1]])).loss  # one record without is enough
+    assert asked
+    torch.testing.assert_close(short, whole)
+    wrong = dataclasses.replace(told[0].summary, argmax=told[0].summary.argmax * 0 + int((~draft.t2d).nonzero()[0]))
+    lied = module(pack([dataclasses.replace(told[0], summary=wrong), *told[1:]])).loss
+    assert abs((lied - short).item()) > 1e-2  # control: the summary is what counts

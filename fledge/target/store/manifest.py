@@ -8,7 +8,9 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -155,6 +157,27 @@ def write_atomically(path: Path, content: bytes, tag: str = "") -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what shall become `path`: synced and renamed at the end, removed if that fails.
+
+    In a folder of its own: safetensors writes to a temporary file beside the one it is given, which a kill leaves.
+    """
+    folder = path.with_name(path.name + ".writing")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        temporary = folder / path.name
+        yield temporary
+        temporary.chmod(0o644)  # safetensors makes it private
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     sync_folder(path.parent)
 
 

@@ -4,6 +4,7 @@
     input_ids, loss_mask    (N,)
     position_ids            (N,) or (N, axes of a multimodal rope)
     tap_hidden              (N, A, H) in the target's dtype, or fp8 with tap_scale (N, A): one scale per row and tap
+    teacher_argmax, teacher_logsumexp   (N,) of the target's logits where supervised; absent if nobody computed them
     last_hidden             (M, H); M = N, or only the supervised rows (last_offsets says whose): no other row teaches
     record_crc (R,)         checked whenever a record is read
     count_ids, counts       how often each token id is supervised in this shard
@@ -25,8 +26,8 @@ from torch import Tensor
 
 from fledge.errors import UserError
 from fledge.target.head import ENTRY, as_bytes, one_entry
-from fledge.target.record import TargetRecord
-from fledge.target.store.manifest import Identity, ShardEntry, file_sha256, sync_folder
+from fledge.target.record import TargetRecord, TeacherSummary
+from fledge.target.store.manifest import Identity, ShardEntry, file_sha256, replacing
 from fledge.target.store.plan import PlannedShard
 
 # R records, N tokens of all records, M stored rows of last_hidden, A taps, H hidden
@@ -36,7 +37,8 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool,
 }  # fmt: skip
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
-PER_TOKEN = ("input_ids", "loss_mask", "position_ids", "tap_hidden", "tap_scale")
+SUMMARY = ("teacher_argmax", "teacher_logsumexp")
+PER_TOKEN = ("input_ids", "loss_mask", "position_ids", "tap_hidden", "tap_scale", *SUMMARY)
 DAMAGED = (
     "Restore the file, or delete it together with its file in sealed/ and run the same `fledge extract` again: "
     "only this shard is made anew."
@@ -63,6 +65,8 @@ class ShardBuffer:
         }
         if self._fp8:
             self.tensors["tap_scale"] = empty(tokens, taps, dtype=torch.float32)
+        self.tensors["teacher_argmax"] = empty(tokens, dtype=torch.int32)
+        self.tensors["teacher_logsumexp"] = empty(tokens, dtype=torch.float32)
         self._positions: list[Tensor] = []
         self._count = self._row = self._last_row = 0
 
@@ -84,6 +88,12 @@ class ShardBuffer:
             into["tap_hidden"][rows].copy_(to_fp8(record.tap_hidden, scale), non_blocking=True)
         else:
             into["tap_hidden"][rows].copy_(record.tap_hidden, non_blocking=True)
+        if record.summary is not None and "teacher_argmax" in into:
+            into["teacher_argmax"][rows].copy_(record.summary.argmax, non_blocking=True)
+            into["teacher_logsumexp"][rows].copy_(record.summary.logsumexp, non_blocking=True)
+        else:  # one record without is enough: a shard has them of all its records or of none
+            for name in SUMMARY:
+                into.pop(name, None)
         last = record.last_hidden[record.loss_mask] if self._supervised else record.last_hidden
         into["last_hidden"][self._last_row : self._last_row + len(last)].copy_(last, non_blocking=True)
         self._positions.append(record.position_ids.to("cpu", torch.int32))
@@ -96,22 +106,12 @@ class ShardBuffer:
             torch.accelerator.synchronize()
         tensors = self._complete()
         path = folder / f"{self.shard.name}.safetensors"
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            save_file(tensors, temporary, metadata=self._metadata())
-        except Exception as error:  # safetensors wraps the system's error in its own type
-            temporary.unlink(missing_ok=True)
-            raise OSError(str(error)) from error
-        try:
-            temporary.chmod(0o644)  # the library makes it private
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+        with replacing(path) as temporary:
+            try:
+                save_file(tensors, temporary, metadata=self._metadata())
+            except Exception as error:  # safetensors wraps the system's error in its own type
+                raise OSError(str(error)) from error
             digest = file_sha256(temporary)
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(folder)
         samples = self.shard.samples
         return ShardEntry(
             file=path.name, bytes=path.stat().st_size, sha256=digest, records=len(samples), tokens=self.shard.tokens,
@@ -216,6 +216,9 @@ class ShardReader:
             )
         positions = parts["position_ids"].long()
         rows = slice(max_length)
+        summary = None
+        if "teacher_argmax" in parts:
+            summary = TeacherSummary(parts["teacher_argmax"].long(), parts["teacher_logsumexp"])[rows]
         return TargetRecord(
             sample_id=sample_id,
             input_ids=parts["input_ids"][rows].long(),
@@ -223,6 +226,7 @@ class ShardReader:
             position_ids=(positions if positions.dim() == 1 else positions.T)[..., rows].contiguous(),
             tap_hidden=taps[rows],
             last_hidden=last[rows],
+            summary=summary,
         )
 
     def _header(self) -> tuple[dict[str, _Slot], dict[str, Any]]:
@@ -265,7 +269,7 @@ def token_bytes(identity: Identity, supervised_share: float = 1.0) -> float:
     hidden_size = identity.hidden_size
     tapped = taps * (hidden_size + 4) if identity.tap_storage == "fp8" else taps * hidden_size * item
     share = supervised_share if identity.last_storage == "supervised" else 1.0
-    return tapped + share * hidden_size * item + 4 + 1 + 4
+    return tapped + share * hidden_size * item + 4 + 1 + 4 + 4 + 4
 
 
 def _records(tensors: dict[str, Tensor], count: int) -> Any:

@@ -8,7 +8,6 @@ import dataclasses
 import errno
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -31,7 +30,7 @@ from fledge.target.store.manifest import (
     canonical,
     file_sha256,
     read_manifest,
-    sync_folder,
+    replacing,
     write_atomically,
 )
 from fledge.target.store.plan import Plan, PlannedShard
@@ -208,12 +207,8 @@ class StoreWriter:
         if path.is_file():
             TargetHead.load(path, self.head.embedding.device, self.identity.digest)
         else:
-            temporary = path.with_name(path.name + ".tmp")
-            self.head.save(temporary, self.identity.digest)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            sync_folder(self.folder)
+            with replacing(path) as temporary:
+                self.head.save(temporary, self.identity.digest)
 
     @property
     def _head_sha256(self) -> str:
