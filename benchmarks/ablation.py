@@ -10,9 +10,9 @@ FLEDGE_BENCH_DIR or --bench-dir has them; they are never trained on). Finished r
     ours        what `fledge train` does by default
     common      what most public trainers do: the loss mask not shifted (the first drafted token of an answer is never
                 trained, one position past its end is), KL, 0.8 ** k, sum over rows divided by batch * longest sequence,
-                weights started at random but for lm_head
-    common-loss the same loss from our start: tells the start's share from the loss's
-    lk, dynamic, token    ours with one thing changed
+                weights started at random but for lm_head, AdamW for everything
+    common-loss the same loss and optimizer from our start: tells the start's share from the loss's
+    adamw, lk, dynamic, token    ours with one thing changed
 """
 
 import argparse
@@ -32,6 +32,7 @@ from fledge.decoding.records import Sampling, TreeShape
 from fledge.draft import ttt
 from fledge.draft.batch import Batch
 from fledge.draft.checkpoint import load_draft
+from fledge.draft.loss import Teacher
 from fledge.draft.model import DraftModel
 from fledge.target.model import Target
 from fledge.train import module, run
@@ -41,8 +42,9 @@ from fledge.train.trainer import DraftTrainer
 TASKS = ("mt_bench", "humaneval", "gsm8k", "alpaca")
 FLAGS = {
     "ours": (),
-    "common": ("--loss_average", "token"),
-    "common-loss": ("--loss_average", "token"),
+    "adamw": ("--matrix_optim", "same"),
+    "common": ("--loss_average", "token", "--matrix_optim", "same"),
+    "common-loss": ("--loss_average", "token", "--matrix_optim", "same"),
     "lk": ("--loss_type", "lk"),
     "dynamic": ("--position_weights", "dynamic"),
     "token": ("--loss_average", "token"),
@@ -110,15 +112,19 @@ class Exchanged:
         self.common, self.random_start = common, random_start
 
     def __enter__(self) -> None:
-        self.before = (module.align, DraftTrainer._get_num_items_in_batch, DraftModel.warm_start)
+        self.before = (
+            module.align, module.Teacher, DraftTrainer._get_num_items_in_batch, DraftModel.warm_start
+        )  # fmt: skip
         if self.common:
-            module.align = unshifted_align
+            module.align, module.Teacher = unshifted_align, whole_teacher  # type: ignore
             DraftTrainer._get_num_items_in_batch = rows_of_padded_batches  # type: ignore[method-assign]
         if self.random_start:
             DraftModel.warm_start = head_only  # type: ignore[method-assign]
 
     def __exit__(self, *_: object) -> None:
-        module.align, DraftTrainer._get_num_items_in_batch, DraftModel.warm_start = self.before  # type: ignore
+        (
+            module.align, module.Teacher, DraftTrainer._get_num_items_in_batch, DraftModel.warm_start  # type: ignore
+        ) = self.before  # fmt: skip
 
 
 def unshifted_align(batch: Batch, ttt_steps: int) -> ttt.Alignment:
@@ -135,6 +141,11 @@ def unshifted_align(batch: Batch, ttt_steps: int) -> ttt.Alignment:
         one[:1], two[:2] = False, False
         masks.append(one | two)
     return ttt.align(dataclasses.replace(batch, loss_mask=torch.cat(masks)), ttt_steps)
+
+
+def whole_teacher(**known: Any) -> Teacher:
+    """Stores summarise the target where the assistant wrote; the unshifted mask asks beyond."""
+    return Teacher(**{**known, "summary": None})
 
 
 def rows_of_padded_batches(trainer: Any, batch_samples: list, device: torch.device) -> torch.Tensor:

@@ -18,6 +18,7 @@ from fledge.plan import PlanArgs, count, estimate, longest_that_fits, target_siz
 from fledge.target.record import TargetRecord
 from fledge.train.memory import num_parameters, step_memory
 from fledge.train.module import TTTModule
+from fledge.train.muon import MuonBeside, split_parameters
 
 STEPS, ROWS = 5, 160
 CONFIG = DraftConfig(
@@ -114,3 +115,16 @@ def test_missing_facts_are_named(folder):
         estimate(PlanArgs(**plain, hardware="h10o", num_tokens=1000))
     with pytest.raises(UserError, match="--gpu-memory-gb and --tflops are needed"):
         estimate(PlanArgs(**plain, num_tokens=1000))
+
+
+def test_moments_are_what_the_optimizers_keep():
+    draft = DraftModel(CONFIG, torch.zeros(300, 96))
+    matrices, rest = split_parameters(TTTModule(draft, lambda hidden: hidden, STEPS, LossSettings()))
+    both = MuonBeside(matrices, rest, lambda left: torch.optim.AdamW(left), lr=1e-3, weight_decay=0.0)
+    alone = torch.optim.AdamW(draft.parameters())
+    for muon, optimizer in ((True, both), (False, alone)):
+        for parameter in draft.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        kept = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
+        assert kept == step_memory(CONFIG, rows=8, muon=muon).moments

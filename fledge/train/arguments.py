@@ -110,6 +110,10 @@ class TrainerArguments(TrainingArguments):
     lr_scheduler_type: str = _flag("cosine", "Schedule after warm-up.")
     warmup_ratio: float | None = _flag(0.03, "Share of the steps spent warming up, unless --warmup_steps is given.")
     adam_beta2: float = _flag(0.95, "Second AdamW beta.")
+    matrix_optim: Literal["auto", "muon", "same"] = _flag(
+        "auto", "muon: the draft's matrices (not lm_head) by Muon, the rest by --optim. same: all by --optim. auto: "
+        "muon where the head is whole on every process, same under FSDP and DeepSpeed."
+    )  # fmt: skip
     max_grad_norm: float = _flag(0.5, "Gradient clipping.")
     bf16: bool = _flag(True, "bfloat16 mixed precision with fp32 master weights.")
     logging_steps: float = _flag(10, "Steps between log lines.")

@@ -29,6 +29,7 @@ from fledge.target.record import TargetRecord
 from fledge.train.arguments import TrainerArguments
 from fledge.train.metrics import MetricSums, taught_positions
 from fledge.train.module import TTTModule
+from fledge.train.muon import MuonBeside, split_parameters
 from fledge.train.resume import is_complete
 
 
@@ -116,6 +117,28 @@ class DraftTrainer(Trainer):
                 f"{self.args.output_dir} is intact; lower --learning_rate or --max_grad_norm and resume from it."
             )
         return loss
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Muon for matrices and --optim for the rest, or --optim for all."""
+        if self.optimizer is not None or not self.uses_muon:
+            return super().create_optimizer(model)
+        module: Any = self.model
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, module)
+        matrices, rest = split_parameters(module)
+        options = {**options, "weight_decay": self.args.weight_decay}
+        self.optimizer = MuonBeside(
+            matrices, rest, lambda left: kind(left, **options), lr=options["lr"], weight_decay=self.args.weight_decay
+        )
+        return self.optimizer
+
+    @property
+    def uses_muon(self) -> bool:
+        """Whether --matrix_optim and the way the run is distributed say so."""
+        wanted = self.args.matrix_optim  # type: ignore[attr-defined]
+        if wanted == "muon" and self.sharded:
+            raise UserError("--matrix_optim muon needs whole matrices on every process: leave it out under FSDP and "
+                            "DeepSpeed (all is then stepped by --optim).")  # fmt: skip
+        return wanted != "same" and not self.sharded
 
     # -- metrics -------------------------------------------------------------------------------------------------------
 

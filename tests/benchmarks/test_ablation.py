@@ -70,5 +70,5 @@ def test_a_tiny_ablation_runs_and_leaves_everything_as_it_was(ablation, tmp_path
     assert results["ours"]["0"]["questions"] >= 1 and set(results) == {"ours", "common"}
     assert (module.align, DraftTrainer._get_num_items_in_batch) == before
     heads = [torch.load(tmp_path / "out" / f"{name}-0" / "checkpoint-2" / "optimizer.pt") for name in results]
-    first = [head["state"][0]["exp_avg"] for head in heads]
-    assert not torch.equal(*first)  # control: the recipes do train differently
+    moments = [next(one["exp_avg"] for one in head["state"].values() if "exp_avg" in one) for head in heads]
+    assert moments[0].shape != moments[1].shape  # of ours, AdamW has no matrix but lm_head; of the common recipe, all

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parent.parent / "tiny_trainer.py"
-COMMON = {"samples": 20, "max_steps": 10, "per_device_train_batch_size": 2, "save_strategy": "no"}
+COMMON = {
+    "samples": 20, "max_steps": 10, "per_device_train_batch_size": 2, "save_strategy": "no", "matrix_optim": "same"
+}  # fmt: skip
 SAVING = {"save_strategy": "steps", "save_steps": 4}
 
 
@@ -61,6 +63,17 @@ def test_two_processes_take_the_steps_of_one(two_ranks, tmp_path):
     torch.testing.assert_close(first["losses"], one["losses"], rtol=1e-5, atol=1e-5)
     control = outcome(tmp_path / "alone")  # half the data per step ends elsewhere
     assert distance(control["weights"], one["weights"]) > 1e-3
+
+
+def test_two_processes_take_the_same_steps_with_muon(tmp_path):
+    """Every rank orthogonalises for itself: the same bits. Muon rounds to bf16, so one process is near, not equal."""
+    launch([SCRIPT, tmp_path / "two", settings(per_device_train_batch_size=1, matrix_optim="muon")], ranks=2)
+    launch([SCRIPT, tmp_path / "one", settings(matrix_optim="muon"), tmp_path / "adamw", settings()])
+    first, second = outcome(tmp_path / "two", 0), outcome(tmp_path / "two", 1)
+    one, control = outcome(tmp_path / "one"), outcome(tmp_path / "adamw")
+    assert distance(first["weights"], second["weights"]) == 0.0
+    torch.testing.assert_close(first["losses"], one["losses"], rtol=2e-3, atol=2e-3)
+    assert distance(first["weights"], one["weights"]) < 0.2 * distance(control["weights"], one["weights"])
 
 
 def test_sharded_steps_equal_whole_ones(tmp_path):
