@@ -216,9 +216,12 @@ def layers_to_tap(config: DraftConfig, num_layers: int) -> tuple[int, ...]:
 
 
 def tap_readings(now: Reading, target: Target, vocabularies: dict[str, Tensor]) -> Iterator[Reading]:
-    """The ids one layer later and earlier (outputs read as inputs, and the reverse), and the usual three."""
+    """The ids one layer later and earlier (outputs read as inputs, and the reverse), and the usual three.
+
+    Seen from a reading that is itself a layer off, some of them were never tapped: nobody writes ids two layers off.
+    """
     for taps in _tap_choices(now.config, target.num_layers):
-        if taps != now.config.tap_layers:
+        if taps != now.config.tap_layers and set(taps) <= set(target.tap_layers):
             yield _other(now, "taps", f"taps {list(taps)}", tap_layers=taps)
 
 

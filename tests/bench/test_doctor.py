@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import prompt, tiny_draft, tiny_model, tiny_target
 
-from fledge.bench.doctor import CHAIN, Diagnosis, Reading, Ward, diagnose, draft_of, walk
+from fledge.bench.doctor import CHAIN, Diagnosis, Reading, Ward, diagnose, draft_of, layers_to_tap, walk
 from fledge.bench.inspect_head import measured_findings
 from fledge.decoding.generate import generate_speculative
 from fledge.decoding.records import Sampling, TreeShape
@@ -103,6 +103,15 @@ def test_wrong_taps_wrong_rope_wrong_feedback(target, prompts, trained):
     if trained.config.fc_norm:
         found = run(target, prompts, ill(trained, norm_output=False))
         assert found.best.reading.config == trained.config
+
+
+def test_only_the_layers_a_reading_names_are_tapped(target, prompts, trained):
+    """As the command loads its target. Once another layer's reading had won, its own neighbours were asked for and the
+    doctor crashed; found by walking through the documentation with a head of five steps."""
+    sick = ill(trained, tap_layers=tuple(layer - 1 for layer in trained.config.tap_layers))
+    tapped = Target(target.model, tap_layers=layers_to_tap(sick.config, target.num_layers), name="tapped")
+    assert max(trained.config.tap_layers) + 1 not in tapped.tap_layers
+    assert run(tapped, prompts, sick).best.reading.config == trained.config
 
 
 def test_two_diseases_at_once(target, prompts, trained):
