@@ -35,15 +35,17 @@ class Licence:
 
 
 def write_card(
-    config: DraftConfig, source: Path, folder: Path, *, layout: str, target: str, licence: Licence, report: Path | None
-) -> None:
-    """Write README.md beside an exported head. `source` is the folder training wrote."""
+    config: DraftConfig, source: Path, folder: Path, *, layout: str, target: str, licence: Licence,
+    report: Path | None = None, notes: Path | None = None,
+) -> None:  # fmt: skip
+    """Write README.md beside an exported head. `source` is what training wrote, `notes` markdown of the author."""
     run = _json_or_empty(source / "provenance.json")
     target = target or str(run.get("target") or "")
     sections = [
         _header(target, licence), f"# EAGLE-3{'.1' if config.fc_norm and config.norm_output else ''} draft head for "
         f"{_public(target) or 'its target'}", _introduction(config), _serving(folder, layout, target),
-        _training(run, config), _acceptance(run, _state(source), report), _licence_note(licence, target),
+        _training(run, config), _acceptance(run, _state(source), report), _notes(notes),
+        _licence_note(licence, target),
     ]  # fmt: skip
     (folder / CARD).write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
 
@@ -142,6 +144,14 @@ def _measured(report: Path) -> str:
         f"## Acceptance\n\nMeasured by `fledge bench`: temperature {settings.get('temperature')}, {shape}, on "
         f"{machine}.\n\n{_table(('set', 'questions', 'tau', 'speed-up (95 % interval)'), rows)}"
     )
+
+
+def _notes(notes: Path | None) -> str:
+    if notes is None:
+        return ""
+    if not notes.is_file():
+        raise UserError(f"--notes {notes}: no such file.")
+    return notes.read_text(encoding="utf-8").strip()
 
 
 def _licence_note(licence: Licence, target: str) -> str:

@@ -49,6 +49,8 @@ class ExportArgs:
     licence: Licence = dataclasses.field(default_factory=Licence)
     report: Path | None = None
     """summary.json of a `fledge bench` run of this head: its measured tau goes into the model card."""
+    notes: Path | None = None
+    """Markdown that goes into the model card as it is: where the data came from, more figures."""
     push_to_hub: str | None = None
     """Also upload the exported folder to this hub repository (`name/head`)."""
     private: bool = False
@@ -64,7 +66,7 @@ def export_head(args: ExportArgs) -> None:
     provenance.write(args.output_dir / "export.json", dataclasses.asdict(args), source=args.head)
     write_card(
         head.config, Path(args.head), args.output_dir, layout=args.to, target=args.target, licence=args.licence,
-        report=args.report,
+        report=args.report, notes=args.notes,
     )  # fmt: skip
     say(f"written: {args.output_dir} (model card: README.md)")
     say(layout.serve.replace("TARGET", args.target or "TARGET").replace("HEAD", str(args.output_dir)))

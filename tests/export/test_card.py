@@ -87,6 +87,13 @@ def test_figures_of_a_stopped_run_and_of_a_benchmark(head, tmp_path):
         card(head, report=head / "trainer_state.json")
 
 
+def test_notes_of_the_author_stand_before_the_licence(head, tmp_path):
+    (tmp_path / "notes.md").write_text("## Training data\n\nOur own words.\n")
+    assert "\n\n## Training data\n\nOur own words.\n\n## Licence" in card(head, notes=tmp_path / "notes.md")
+    with pytest.raises(UserError, match="--notes .*absent.md: no such file"):
+        card(head, notes=tmp_path / "absent.md")
+
+
 def test_another_licence_has_a_name_and_a_place(head):
     with pytest.raises(UserError, match="needs --license-name and --license-link"):
         card(head, licence=Licence(license="other"))
