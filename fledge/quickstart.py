@@ -43,6 +43,9 @@ class QuickstartArgs:
     """Benchmark questions (never trained on)."""
     draft_vocab_size: int = 8192
     """Target tokens the draft may propose."""
+    prepare_only: bool = False
+    """Only unpack the target and write the prompts, as WORK_DIR/target and WORK_DIR/prompts.jsonl: for taking the steps
+    one by one (docs/walkthrough.md)."""
 
 
 def quickstart(args: QuickstartArgs) -> None:
@@ -56,6 +59,10 @@ def quickstart(args: QuickstartArgs) -> None:
 
         prompts = str(work / "prompts.jsonl")
         write_starter_prompts(Path(prompts), args.num_prompts)
+    if args.prepare_only:
+        say(f"target:  {target}")
+        say(f"prompts: {prompts}")
+        return
     template = ("--chat-template-type", args.chat_template_type) if args.chat_template_type else ()
 
     heading("1 of 3: the target answers the prompts; the head will learn the target's own text")

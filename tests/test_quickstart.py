@@ -33,6 +33,13 @@ def test_any_local_target(tmp_path, monkeypatch, capsys):
     assert "3 of 3 rows are there already" in again and "tau: " in again
 
 
+def test_only_prepared(tmp_path, capsys):
+    quickstart(QuickstartArgs(target="any/model", work_dir=tmp_path, prepare_only=True, num_prompts=5))
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+    assert len((tmp_path / "prompts.jsonl").read_text().splitlines()) == 5
+    assert "target:  any/model" in (printed := capsys.readouterr().err) and "prompts.jsonl" in printed
+
+
 def test_a_step_that_fails_stops_it_with_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="`fledge regenerate` ended with status 1"):

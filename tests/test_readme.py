@@ -1,49 +1,34 @@
 """The commands of README and docs/ run, what they list is what is there, and their links lead somewhere.
 
-Every shell block is preceded by `<!-- run: yes -->` (executed here, on a tiny model), `<!-- run: ci -->` (executed by
-.ci/run) or `<!-- run: no (reason) -->`; of the last kind at least the commands and their flags must exist. The README's
-five lines run first; each document's blocks run, in order, in a copy of the folder they leave.
+How a block is run stands before it (pages.py). Blocks marked `yes` are executed here, on a tiny model: the README's
+five lines first, then each document's, in order, in a copy of the folder they leave.
 """
 
 import functools
 import importlib.util
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pages import HOW, ROOT, blocks, commands
 from tiny import TARGETS
 
 from fledge.cli import COMMANDS
 
-ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README_zh.md"]
 PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 DOCUMENTS = [*READMES, *PAGES]
-BLOCK = re.compile(r"<!-- run: (?P<how>\w+)[^>]*-->\s*```bash\n(?P<text>.*?)```", re.S)
-
-
-def blocks(document: str) -> list[tuple[str, str]]:
-    text = (ROOT / document).read_text(encoding="utf-8")
-    found = [(match["how"], match["text"]) for match in BLOCK.finditer(text)]
-    shells = len(re.findall(r"^```(bash|sh|shell|console)\b", text, re.M))
-    assert len(found) == shells, f"{document}: a shell block says not how it is run"
-    return found
-
-
-def commands(text: str) -> list[list[str]]:
-    lines = text.replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_block_is_marked_and_every_command_exists(document):
     for how, text in blocks(document):
-        assert how in ("yes", "ci", "no")
+        assert how in HOW
+        assert how != "engines" or document == "docs/walkthrough.md", "engines/test_walkthrough.py runs that page only"
         for words in commands(text):
             if words[0] == "fledge":
                 assert words[1] in COMMANDS, words

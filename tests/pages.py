@@ -1,0 +1,29 @@
+"""The shell blocks of README and docs/: which there are, and how each is run.
+
+Every block is preceded by `<!-- run: HOW -->`. yes: executed by test_readme.py on a tiny model; ci: by .ci/run;
+engines: by engines/test_walkthrough.py, with vLLM; no (reason): at least its commands and flags must exist.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+HOW = ("yes", "ci", "engines", "no")
+BLOCK = re.compile(r"<!-- run: (?P<how>\w+)[^>]*-->\s*```bash\n(?P<text>.*?)```", re.S)
+
+
+def blocks(document: str) -> list[tuple[str, str]]:
+    """(how, text) of every shell block, in order."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    found = [(match["how"], match["text"]) for match in BLOCK.finditer(text)]
+    shells = len(re.findall(r"^```(bash|sh|shell|console)\b", text, re.M))
+    assert len(found) == shells, f"{document}: a shell block says not how it is run"
+    return found
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command of a block; what `fledge serve` hands to vLLM (behind --) is left out."""
+    lines = text.replace("\\\n", " ").splitlines()
+    found = [words for line in lines if (words := shlex.split(line, comments=True))]
+    return [words[: words.index("--")] if words[0] == "fledge" and "--" in words else words for words in found]
