@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=FLAGS, default=["ours", "common"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences of a step")
     parser.add_argument("--max-samples", type=int)
     parser.add_argument("--ttt-steps", type=int, default=4)
     parser.add_argument("--draft-vocab-size", type=int, default=8192)
@@ -96,7 +97,7 @@ def train(recipe: str, seed: int, folder: Path, args: argparse.Namespace) -> Non
         "--train_hidden_path", args.states, "--output_dir", folder, "--max_steps", args.steps, "--seed", seed,
         "--ttt_steps", args.ttt_steps, "--draft_vocab_size", args.draft_vocab_size, "--learning_rate",
         args.learning_rate, "--save_strategy", "steps", "--save_steps", 200, "--save_total_limit", 1,
-        "--logging_steps", 50, "--disable_tqdm", True, *FLAGS[recipe],
+        "--logging_steps", 50, "--per_device_train_batch_size", args.batch_size, "--disable_tqdm", True, *FLAGS[recipe],
     ]  # fmt: skip
     if args.max_samples:
         words += ["--max_samples", args.max_samples]
