@@ -100,8 +100,7 @@ def publish(args: argparse.Namespace) -> None:
     identity = {"head": sha, "target": folder_fingerprint(args.target)}
     for temperature in args.temperatures:
         tune(args, temperature, identity)
-    ways = ["tuned", args.tree, *([f"vllm-{args.chain}"] if args.vllm else [])]
-    cells = [Cell(temperature, way) for temperature in args.temperatures for way in ways]
+    cells = cells_of(args)
     run_cells(args, cells, identity)
     results = [{"temperature": cell.temperature, **result_of(folder_of(args, cell))} for cell in cells]
     refuse_differences(results)
@@ -119,6 +118,14 @@ def publish(args: argparse.Namespace) -> None:
         raise UserError(f"{args.out}: the weights changed while they were measured. Run it again.")
     refuse_paths(args)
     say(f"published: {args.out}")
+
+
+def cells_of(args: argparse.Namespace) -> list[Cell]:
+    """Without a GPU vLLM is measured at T = 0 only: its CPU build answers nonsense above it, with any head, and accepts
+    nothing (docs/vllm-on-cpu.md)."""
+    ways = ["tuned", args.tree, *([f"vllm-{args.chain}"] if args.vllm else [])]
+    every = [Cell(temperature, way) for temperature in args.temperatures for way in ways]
+    return [cell for cell in every if not cell.served or cell.temperature == 0 or num_gpus()]
 
 
 # -- before ------------------------------------------------------------------------------------------------------------
@@ -158,7 +165,7 @@ def link(args: argparse.Namespace) -> None:
     """Short names in the work folder."""
     args.out.mkdir(parents=True, exist_ok=True)
     args.work.mkdir(parents=True, exist_ok=True)
-    links = {"trained": args.trained, "head": args.out, "bench": args.bench_dir}
+    links = {"trained": args.trained, args.out.name: args.out, "bench": args.bench_dir}
     if Path(args.target).is_dir():
         links["target"] = args.target
     for name, place in links.items():
@@ -167,7 +174,7 @@ def link(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace, *more: str) -> None:
-    fledge(args.work, "export", "trained", "--to", "vllm", "--output-dir", "head", "--target", args.name,
+    fledge(args.work, "export", "trained", "--to", "vllm", "--output-dir", args.out.name, "--target", args.name,
            "--license", args.license, *more)  # fmt: skip
 
 
@@ -202,8 +209,8 @@ def fledge(work: Path, *words: str) -> None:
 
 def common(args: argparse.Namespace, temperature: float) -> list[str]:
     target = "target" if Path(args.target).is_dir() else args.target
-    return ["bench", "--target", target, "--draft", "head", "--temperature", f"{temperature:g}", "--max-new-tokens",
-            str(args.max_new_tokens)]  # fmt: skip
+    return ["bench", "--target", target, "--draft", args.out.name, "--temperature", f"{temperature:g}",
+            "--max-new-tokens", str(args.max_new_tokens)]  # fmt: skip
 
 
 def tune(args: argparse.Namespace, temperature: float, identity: dict[str, str]) -> None:

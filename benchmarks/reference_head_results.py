@@ -61,10 +61,11 @@ def results_text(document: dict[str, Any]) -> str:
     conditions, hardware = document["conditions"], document["hardware"]
     machine = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
     lines = [
-        f"{conditions['questions']} questions of each set, answers of at most {conditions['max_new_tokens']} tokens, "
-        f"bf16, {machine}; plain and speculative decoding in turns. Each cell: tau, the speed-up over the same program "
-        f"without the head. tau = tokens per target forward, the target's own included. Trees: nodes/depth/top-k; "
-        f"the tuned one is `fledge bench --tune`'s choice for this machine. The sets were used for evaluation only.",
+        f"Questions asked of each set: {conditions['questions']}; answers of at most "
+        f"{conditions['max_new_tokens']} tokens, bf16, {machine}; plain and speculative decoding in turns. Each cell: "
+        f"tau, the speed-up over the same program without the head. tau = tokens per target forward, the target's own "
+        f"included. Trees: nodes/depth/top-k; the tuned one is `fledge bench --tune`'s choice for this machine. The "
+        f"sets were used for evaluation only.",
         "", "| T | drafts | " + " | ".join(SETS) + " | all: tau | all: speed-up (95 %) | identical |",
         "|---" * (len(SETS) + 5) + "|",
     ]  # fmt: skip
@@ -75,6 +76,9 @@ def results_text(document: dict[str, Any]) -> str:
         same = f"{sum(q['identical'] for q in asked)} of {sum(q['compared'] for q in asked)}" if asked else "–"
         cells += [f"{pooled_tau(sets):.2f}", interval_text(whole.get("speedup")), same]
         lines.append(f"| {result['temperature']:g} | {way_of(result)} | {' | '.join(cells)} |")
+    served = {result["temperature"] for result in document["cells"] if result["vllm"]}
+    if served and served != {result["temperature"] for result in document["cells"]}:
+        lines += ["", "vLLM's CPU build samples wrongly when it drafts, with any head: it was measured at T = 0 only."]
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fledge.console import say
+from fledge.console import say, warn
 from fledge.errors import UserError
 from fledge.export.engines import VLLM, check_servable
 from fledge.target import engine
@@ -21,6 +21,11 @@ def serve(args: ServeArgs) -> None:
     """Start one vLLM server per GPU group and keep them running. Arguments after `--` go to vLLM as they are."""
     if args.draft:
         check_draft(args.draft, args.model_name_or_path)
+        if not engine.visible_gpus(args.gpus):
+            warn(
+                "vLLM's CPU build (0.32.0) answers nonsense above temperature 0 as soon as it drafts, with any head: "
+                "ask at temperature 0, or serve without --draft (docs/vllm-on-cpu.md)."
+            )
     engine.serve(args)
 
 

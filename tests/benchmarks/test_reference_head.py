@@ -97,7 +97,7 @@ def test_from_a_trained_head_to_a_published_one(publish, script, made, ran, monk
     ]  # fmt: skip
     document = json.loads((out / "results.json").read_text())
     assert [cell["name"] for cell in document["cells"]] == [
-        "T0-tuned", "T0-5-1-2", "T0-vllm-3", "T1-tuned", "T1-5-1-2", "T1-vllm-3",
+        "T0-tuned", "T0-5-1-2", "T0-vllm-3", "T1-tuned", "T1-5-1-2",
     ]  # fmt: skip
     for cell in document["cells"]:
         asked = [cell["sets"][name] for name in SETS]
@@ -112,7 +112,8 @@ def test_from_a_trained_head_to_a_published_one(publish, script, made, ran, monk
     said = (
         "license: apache-2.0", "base_model: org/Tiny", "vllm serve org/Tiny", "sglang.launch_server",
         "Random words (public domain)", "12 conversations", "| 0 | fledge, tree 5/1/2 |",
-        "| 1 | vLLM 0.0.fake, chain of 3 |", "8 of 8", "fledge decode --target org/Tiny --draft tiny-head",
+        "| 0 | vLLM 0.0.fake, chain of 3 |", "measured at T = 0 only", '"model": "tiny-head"',
+        "8 of 8", "fledge decode --target org/Tiny --draft tiny-head",
     )  # fmt: skip
     for words in said:
         assert words in card, words

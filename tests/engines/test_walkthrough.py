@@ -109,8 +109,8 @@ def test_the_steps_and_their_times(walk, capsys):
 def test_answers_are_the_targets(walk):
     manifest = walk.json("answers/manifest.json")
     assert manifest["complete"] and manifest["counts"]["rows"] == ROWS, manifest["counts"]
-    assert "vllm" in walk.printed.lower() or (walk.folder / "outputs" / "serve").is_dir()
     assert manifest["counts"]["output_tokens"] > 20 * ROWS
+    assert list((walk.folder / "outputs" / "serve").glob("server-*.log")), "no server answered"
 
 
 def test_states_are_stored(walk):

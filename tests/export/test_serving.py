@@ -36,6 +36,14 @@ def test_what_vllm_reads_is_served(folders, layout, capsys):
     assert given == {"method": "eagle3", "model": str(folders / layout), "num_speculative_tokens": 5}
 
 
+def test_temperature_on_a_cpu_is_warned_of(folders, capsys):
+    """vLLM 0.32's CPU build answered nonsense at T = 1 with a head; found while measuring one."""
+    assert serve(folders, str(folders / "vllm")) == 0
+    assert "nonsense above temperature 0" in capsys.readouterr().err
+    assert serve(folders, str(folders / "vllm"), "--gpus", "0") == 0
+    assert "nonsense" not in capsys.readouterr().err
+
+
 def test_what_it_would_misread_is_not(folders, capsys):
     assert serve(folders, str(folders / "sglang")) == 1
     printed = capsys.readouterr()
