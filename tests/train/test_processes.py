@@ -53,24 +53,30 @@ def two_ranks(tmp_path_factory) -> Path:
     return folder
 
 
-def test_two_processes_take_the_steps_of_one(two_ranks, tmp_path):
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> Path:
+    """Ten steps of one process: of two sequences, of one, and of two with Muon."""
+    folder = tmp_path_factory.mktemp("one")
+    runs = {"one": {}, "alone": {"per_device_train_batch_size": 1}, "muon": {"matrix_optim": "muon"}}
+    launch([SCRIPT, *(word for name, changes in runs.items() for word in (folder / name, settings(**changes)))])
+    return folder
+
+
+def test_two_processes_take_the_steps_of_one(two_ranks, one_process):
     """2 processes x batch 1 == 1 process x batch 2 after 10 steps; each rank alone would be far from it."""
-    alone = settings(per_device_train_batch_size=1)
-    launch([SCRIPT, tmp_path / "one", settings(), tmp_path / "alone", alone])
-    first, second, one = outcome(two_ranks, 0), outcome(two_ranks, 1), outcome(tmp_path / "one")
+    first, second, one = outcome(two_ranks, 0), outcome(two_ranks, 1), outcome(one_process / "one")
     assert distance(first["weights"], second["weights"]) == 0.0
     assert distance(first["weights"], one["weights"]) < 2e-5
     torch.testing.assert_close(first["losses"], one["losses"], rtol=1e-5, atol=1e-5)
-    control = outcome(tmp_path / "alone")  # half the data per step ends elsewhere
+    control = outcome(one_process / "alone")  # half the data per step ends elsewhere
     assert distance(control["weights"], one["weights"]) > 1e-3
 
 
-def test_two_processes_take_the_same_steps_with_muon(tmp_path):
+def test_two_processes_take_the_same_steps_with_muon(one_process, tmp_path):
     """Every rank orthogonalises for itself: the same bits. Muon rounds to bf16, so one process is near, not equal."""
-    launch([SCRIPT, tmp_path / "two", settings(per_device_train_batch_size=1, matrix_optim="muon")], ranks=2)
-    launch([SCRIPT, tmp_path / "one", settings(matrix_optim="muon"), tmp_path / "adamw", settings()])
-    first, second = outcome(tmp_path / "two", 0), outcome(tmp_path / "two", 1)
-    one, control = outcome(tmp_path / "one"), outcome(tmp_path / "adamw")
+    launch([SCRIPT, tmp_path, settings(per_device_train_batch_size=1, matrix_optim="muon")], ranks=2)
+    first, second = outcome(tmp_path, 0), outcome(tmp_path, 1)
+    one, control = outcome(one_process / "muon"), outcome(one_process / "one")
     assert distance(first["weights"], second["weights"]) == 0.0
     torch.testing.assert_close(first["losses"], one["losses"], rtol=2e-3, atol=2e-3)
     assert distance(first["weights"], one["weights"]) < 0.2 * distance(control["weights"], one["weights"])
