@@ -35,7 +35,7 @@ fix: install
 	$(BIN)/ruff format .
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-engines: install
 	bash tests/engines/setup_vllm.sh

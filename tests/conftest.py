@@ -8,6 +8,14 @@ import pytest
 from filelock import FileLock
 
 
+# Files of a minute and more. Two processes end together if these come first (`make test` keeps this order).
+LONG = ("test_processes.py", "test_readme.py", "test_scripts.py", "test_store.py", "test_workers.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with prompts, regenerated answers and benchmark questions (it is no part of the repository)."""
