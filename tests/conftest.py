@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-
 # Files of a minute and more. Two processes end together if these come first (`make test` keeps this order).
 LONG = ("test_processes.py", "test_readme.py", "test_scripts.py", "test_store.py", "test_workers.py")
 
