@@ -19,7 +19,7 @@ import shlex
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from fledge.target.engine import CPU_CACHE, ServeArgs, plan, running
 
 LARGEST_BYTES = 25e6
 TRAINED_FILES = ("config.json", WEIGHTS, "provenance.json")
+COUNTED = ("records", "tokens", "supervised")  # of a store's manifest
 SETTINGS = (
     "draft_type", "draft_vocab_size", "ttt_steps", "loss_type", "optim", "learning_rate", "lr_scheduler_type",
     "per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length", "num_train_epochs", "seed",
@@ -144,21 +145,50 @@ def check_inputs(args: argparse.Namespace) -> None:
 
 
 def training(trained: Path) -> dict[str, Any]:
-    """What the head saw: counts of its store of hidden states, and the settings that matter."""
-    run = json.loads((trained / "provenance.json").read_text(encoding="utf-8"))
-    settings = run["config"]
-    stores = [Path(folder) / "manifest.json" for folder in settings["train_hidden_path"]]
-    if not stores or not all(store.is_file() for store in stores):
-        raise UserError(
-            f"{trained / 'provenance.json'}: names no store of hidden states that is still there "
-            f"({settings['train_hidden_path']}), and only a store's manifest says how many tokens were trained on."
-        )
-    counts = [json.loads(store.read_text(encoding="utf-8"))["counts"] for store in stores]
-    total = {key: sum(count[key] for count in counts) for key in ("records", "tokens", "supervised")}
+    """What the head saw: counts of its stores of hidden states, and the settings that matter.
+
+    `stages` has a row for the run and one for each head it was started from (--init_from), the first run first; a
+    store that two of them read counts once in the sums.
+    """
+    runs = runs_of(trained)
+    if not all(run["config"]["train_hidden_path"] for run in runs):
+        raise UserError(f"{trained}: trained online; only a store's manifest says how many tokens were trained on.")
+    counts = {store: counts_of(store, trained) for run in runs for store in run["config"]["train_hidden_path"]}
+    stages = [
+        {
+            **summed(counts[store] for store in run["config"]["train_hidden_path"]),
+            "epochs": run["metrics"].get("epoch"), "steps": run["steps"],
+        }
+        for run in runs
+    ]  # fmt: skip
+    last = runs[-1]
     return {
-        **total, "epochs": run["metrics"].get("epoch"), "steps": run["steps"],
-        "predicted_tau": run["metrics"].get("eval_tau"), **{key: settings.get(key) for key in SETTINGS},
+        **summed(counts.values()), "stages": stages, "predicted_tau": last["metrics"].get("eval_tau"),
+        **{key: last["config"].get(key) for key in SETTINGS},
     }  # fmt: skip
+
+
+def runs_of(trained: Path) -> list[dict[str, Any]]:
+    """The provenance of the head and of those before it, the first one first."""
+    run = json.loads((trained / "provenance.json").read_text(encoding="utf-8"))
+    before = run["config"].get("init_from")
+    return [*(runs_of(Path(before)) if before else []), run]
+
+
+def counts_of(store: str, trained: Path) -> dict[str, int]:
+    manifest = Path(store) / "manifest.json"
+    if not manifest.is_file():
+        raise UserError(
+            f"{trained / 'provenance.json'}: the store of hidden states {store} is not there any more, and only a "
+            "store's manifest says how many tokens were trained on."
+        )
+    counts = json.loads(manifest.read_text(encoding="utf-8"))["counts"]
+    return {key: counts[key] for key in COUNTED}
+
+
+def summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    listed = list(counts)
+    return {key: sum(count[key] for count in listed) for key in COUNTED}
 
 
 def link(args: argparse.Namespace) -> None:

@@ -90,15 +90,23 @@ def pooled_tau(sets: dict[str, Any]) -> float:
 def notes(document: dict[str, Any], data: str, folder: str) -> str:
     """What the card says beyond what every export's card says: data, figures, use."""
     facts, target = document["training"], document["target"]
-    epochs = f"{facts['epochs']:g} pass" + ("es" if facts["epochs"] != 1 else "")
     tuned = next(result["drafts"] for result in document["cells"] if result["name"].endswith("tuned"))
     flags = f"--total-token {tuned['total_token']} --depth {tuned['depth']} --top-k {tuned['top_k']}"
     return (
         f"## Training data\n\n{data.strip()}\n\n"
         f"{facts['records']:,} conversations, {facts['supervised']:,} tokens of answers ({facts['tokens']:,} with the "
-        f"questions; a held-out share included), {epochs}.\n\n"
+        f"questions; a held-out share included); {stages_text(facts['stages'])}.\n\n"
         f"## Results\n\n{results_text(document)}\n\nCommands and more figures: results.json.\n\n"
         f"## With fledge\n\n```bash\nfledge decode --target {target} --draft {folder} {flags} "
         f'--prompt "Why is the sky blue?"\nfledge bench --target {target} --draft {folder} {flags} '
         f"--bench-name quick\n```\n"
     )
+
+
+def stages_text(stages: list[dict[str, Any]]) -> str:
+    """The passes: "1 pass", or of each stage its own."""
+    passes = [f"{stage['epochs']:g} pass{'es' if stage['epochs'] != 1 else ''}" for stage in stages]
+    if len(stages) == 1:
+        return passes[0]
+    each = ", then ".join(f"{count} over {stage['records']:,}" for count, stage in zip(passes, stages, strict=True))
+    return f"trained in {len(stages)} runs, each started from the head of the one before: {each}"

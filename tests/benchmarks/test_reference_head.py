@@ -130,6 +130,41 @@ def test_from_a_trained_head_to_a_published_one(publish, script, made, ran, monk
     assert (out / "model.safetensors").read_bytes() == size
 
 
+def test_what_a_head_saw_counts_the_runs_before_it(script, tmp_path):
+    """Two stores, three runs, the third over the first store again: each store once in the sums, each run a stage."""
+
+    def run(name: str, store: str, supervised: int, **config: str) -> Path:
+        (tmp_path / store).mkdir(exist_ok=True)
+        counts = {"records": 2, "tokens": 2 * supervised, "supervised": supervised}
+        (tmp_path / store / "manifest.json").write_text(json.dumps({"counts": counts}))
+        (tmp_path / name).mkdir()
+        document = {
+            "config": {"train_hidden_path": [str(tmp_path / store)], **config},
+            "metrics": {"epoch": 1.0, "eval_tau": 1.5}, "steps": 7,
+        }  # fmt: skip
+        (tmp_path / name / "provenance.json").write_text(json.dumps(document))
+        return tmp_path / name
+
+    one = run("one", "a", 10)
+    two = run("two", "b", 30, init_from=str(one))
+    three = run("three", "a", 10, init_from=str(two))
+    assert script.training(one)["supervised"] == 10
+    facts = script.training(three)
+    assert (facts["records"], facts["tokens"], facts["supervised"]) == (4, 80, 40)
+    assert [stage["supervised"] for stage in facts["stages"]] == [10, 30, 10]
+    results = importlib.import_module("reference_head_results")
+    assert results.stages_text(script.training(one)["stages"]) == "1 pass"
+    assert results.stages_text(facts["stages"][:2]).endswith(": 1 pass over 2, then 1 pass over 2")
+    (tmp_path / "b" / "manifest.json").unlink()
+    with pytest.raises(script.UserError, match="is not there any more"):
+        script.training(three)
+    online = json.loads((one / "provenance.json").read_text())
+    online["config"]["train_hidden_path"] = []
+    (one / "provenance.json").write_text(json.dumps(online))
+    with pytest.raises(script.UserError, match="trained online"):
+        script.training(one)
+
+
 def free_pair() -> int:
     """A port that is free together with the one behind it."""
     for port in range(21000, 22000, 2):
