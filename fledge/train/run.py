@@ -230,11 +230,14 @@ def make_draft(config: DraftConfig, args: DraftArguments, source: Source, seed: 
         warn(f"coverage {vocab.coverage:.1%} is low; raise --draft_vocab_size.")
     draft = DraftModel(config, source.embedding)
     draft.set_vocab(vocab.d2t, vocab.t2d)
+
+    def first() -> list[TargetRecord]:
+        return [source.to_record(source.train[index]) for index in range(min(STARTING_SAMPLES, len(source.train)))]
+
     if args.init_from:
-        continue_from(draft, Path(args.init_from), source.head_weight, source.text_config.num_hidden_layers)
+        continue_from(draft, Path(args.init_from), source.head_weight, source.text_config.num_hidden_layers, first)
     else:
-        first = [source.to_record(source.train[index]) for index in range(min(STARTING_SAMPLES, len(source.train)))]
-        draft.warm_start(source.head_weight, torch.cat([record.tap_hidden for record in first]))
+        draft.warm_start(source.head_weight, torch.cat([record.tap_hidden for record in first()]))
     if args.head_rank is not None:
         draft.lm_head = LowRankHead.of(draft.lm_head.weight.detach(), args.head_rank)  # type: ignore[assignment]
         say(f"lm_head is trained as two factors of rank {args.head_rank}")

@@ -2,12 +2,16 @@
 
 The layer's weights are taken as they are. A row of lm_head belongs to a target token, not to a place: it follows its
 token into the new vocabulary, and tokens the old head could not say start from the target's own rows.
+
+An EAGLE-3 head may start an EAGLE-3.1 head: `lift_norms`.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.console import say, warn
@@ -16,32 +20,77 @@ from fledge.draft.foreign import read_any
 from fledge.draft.head import Head
 from fledge.draft.model import DraftModel
 from fledge.errors import UserError
+from fledge.target.record import TargetRecord
 
 FLAGS = ("fc_norm", "norm_output", "norm_before_residual", "sliding_window")
+LIFTED = ("fc_norm", "norm_output")  # what EAGLE-3.1 adds
 HEAD = "lm_head.weight"
 
 
 def architecture_of(folder: Path, num_target_layers: int, draft_type: str) -> dict[str, Any]:
-    """The sizes and norm flags of a head, as overrides of what would be derived from the target."""
+    """The sizes and norm flags of a head, as overrides of what would be derived from the target.
+
+    For EAGLE-3.1 without the two norms that an EAGLE-3 head has not: they are added.
+    """
     config = read_any(folder, num_target_layers=num_target_layers).config
-    if draft_type == "eagle3.1" and not config.fc_norm:
-        raise UserError(
-            f"--init_from {folder} is an EAGLE-3 head, --draft_type asks for eagle3.1, whose norms it has not learnt. "
-            f"Leave out --draft_type, or start a fresh head."
-        )
-    return {name: getattr(config, name) for name in (*SIZES, *FLAGS)}
+    added = LIFTED if draft_type == "eagle3.1" and not config.fc_norm else ()
+    return {name: getattr(config, name) for name in (*SIZES, *FLAGS) if name not in added}
 
 
-def continue_from(draft: DraftModel, folder: Path, target_head: Tensor, num_target_layers: int) -> None:
-    """Take every weight of an earlier head; lm_head rows follow their tokens, new ones are the target's (V, H)."""
+def continue_from(
+    draft: DraftModel, folder: Path, target_head: Tensor, num_target_layers: int,
+    records: Callable[[], Sequence[TargetRecord]],
+) -> None:  # fmt: skip
+    """Take every weight of an earlier head; lm_head rows follow their tokens, new ones are the target's (V, H).
+
+    `records` gives a few training samples; only norms that have to be added ask for them.
+    """
     before = read_any(folder, num_target_layers=num_target_layers)
     _check_fits(draft, before, folder)
     draft.warm_start_head(target_head)
     kept = take_weights(draft, before)
     say(f"continuing from {folder}: {kept} of {draft.config.draft_vocab_size} vocabulary rows kept, the others from "
         f"the target's head")  # fmt: skip
+    if lifts(draft.config, before.config):
+        lift_norms(draft, records(), feedback_is_normed=before.config.norm_output)
+        say(f"{folder} is an EAGLE-3 head: norms for EAGLE-3.1 are added, scaled so that it starts where that head is")
     if (old := before.config.rope_parameters) != (new := draft.config.rope_parameters):
         warn(f"--init_from {folder}: its rope is {old}, this run trains at {new}; the head has to learn it anew.")
+
+
+def lifts(ours: DraftConfig, theirs: DraftConfig) -> bool:
+    """Whether an EAGLE-3 head starts an EAGLE-3.1 head."""
+    return ours.fc_norm and not theirs.fc_norm
+
+
+@torch.no_grad()
+def lift_norms(draft: DraftModel, records: Sequence[TargetRecord], *, feedback_is_normed: bool) -> None:
+    """Let EAGLE-3.1's new norms do as little as a norm can: take each row's own size away, and put back the usual one.
+
+    - each tap's norm gets the median RMS of that tap, so f is what it was but for the rows' differences in size;
+    - the final norm, whose output is now fed back, gets the median RMS of its input in every channel, and lm_head takes
+      over the channels' weights it had: the logits are unchanged, and the fed back state is f'' but for its size.
+    """
+    for tap, norm in enumerate(draft.fc_norm):
+        norm.weight.fill_(median_rms(torch.cat([record.tap_hidden[:, tap] for record in records])))
+    if not feedback_is_normed:
+        size = median_rms(torch.cat([first_step(draft, record) for record in records]))
+        draft.lm_head.weight.mul_(draft.norm.weight / size)
+        draft.norm.weight.fill_(size)
+
+
+def median_rms(states: Tensor) -> float:
+    """(N, H) -> the median row's."""
+    return float(states.float().pow(2).mean(-1).sqrt().median())
+
+
+def first_step(draft: DraftModel, record: TargetRecord) -> Tensor:
+    """f'' (T - 1, H) of the first draft step at every position."""
+    f = draft.fuse(record.tap_hidden[:-1])
+    rope = draft.rope(record.position_ids[..., :-1].to(f.device))
+    q, k, v = (part.transpose(0, 1)[None] for part in draft.project(draft.embed(record.input_ids[1:]), f, rope))
+    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return draft.finish(f, attended[0].transpose(0, 1))
 
 
 @torch.no_grad()
@@ -49,7 +98,7 @@ def take_weights(draft: DraftModel, before: Head) -> int:
     """Copy the weights; returns how many rows of lm_head came along."""
     new = dict(draft.named_parameters())
     for name, parameter in new.items():
-        if name != HEAD:
+        if name != HEAD and name in before.tensors:
             parameter.copy_(before.tensors[name])
     ids = draft.target_ids(torch.arange(draft.config.draft_vocab_size, device=draft.d2t.device)).cpu()
     old_ids = before.target_ids
@@ -68,13 +117,16 @@ def _check_fits(draft: DraftModel, before: Head, folder: Path) -> None:
         )
     _check_same(ours, theirs, folder)
     sizes = {name: tuple(parameter.shape) for name, parameter in draft.named_parameters()}
-    differ = [name for name, shape in sizes.items() if name != HEAD and tuple(before.tensors[name].shape) != shape]
-    assert not differ, f"{differ=} although the configs agree"
+    common = sizes.keys() & before.tensors.keys() - {HEAD}
+    differ = [name for name in common if tuple(before.tensors[name].shape) != sizes[name]]
+    missing = {name for name in sizes.keys() - before.tensors.keys() if not name.startswith("fc_norm.")}
+    assert not differ and not missing, f"{differ=} {missing=} although the configs agree"
 
 
 def _check_same(ours: DraftConfig, theirs: DraftConfig, folder: Path) -> None:
+    added = LIFTED if lifts(ours, theirs) else ()
     names = ("hidden_size", "vocab_size", *(name for name in SIZES if name != "draft_vocab_size"), *FLAGS)
-    for name in names:
+    for name in (name for name in names if name not in added):
         if getattr(ours, name) != getattr(theirs, name):
             raise UserError(
                 f"--init_from {folder}: its {name} is {getattr(theirs, name)}, this draft's {getattr(ours, name)}. "

@@ -14,7 +14,8 @@ from fledge.draft.head import Head, read_head
 from fledge.draft.model import DraftModel
 from fledge.errors import UserError
 from fledge.export.convert import ExportArgs, export_head
-from fledge.train.warm_start import architecture_of, continue_from, take_weights
+from fledge.target.record import TargetRecord
+from fledge.train.warm_start import architecture_of, continue_from, first_step, take_weights
 
 LAYERS = 8
 
@@ -49,21 +50,53 @@ def test_every_layout_starts_a_run(tmp_path, layout):
     export_head(ExportArgs(head=str(tmp_path / "head"), to=layout, output_dir=tmp_path / "out", target="T"))
     assert architecture_of(tmp_path / "out", LAYERS, "eagle3")["fc_norm"] is True
     draft = fresh(48, seed=1, eagle31=True)
-    continue_from(draft, tmp_path / "out", tiny_target("llama").head_weight, LAYERS)
+    continue_from(draft, tmp_path / "out", tiny_target("llama").head_weight, LAYERS, list)
     assert all(torch.equal(a, b) for a, b in zip(draft.parameters(), before.parameters(), strict=True))
 
 
 def test_what_does_not_fit_is_named(tmp_path):
     save_draft(tiny_draft(tiny_target("llama")), tmp_path / "head")
-    with pytest.raises(UserError, match="is an EAGLE-3 head, --draft_type asks for eagle3.1"):
-        architecture_of(tmp_path / "head", LAYERS, "eagle3.1")
+    save_draft(tiny_draft(tiny_target("llama"), eagle31=True), tmp_path / "head31")
     head_weight = tiny_target("llama").head_weight
-    with pytest.raises(UserError, match="its fc_norm is False, this draft's True"):
-        continue_from(fresh(48, 1, eagle31=True), tmp_path / "head", head_weight, LAYERS)
+    with pytest.raises(UserError, match="its fc_norm is True, this draft's False"):
+        continue_from(fresh(48, 1), tmp_path / "head31", head_weight, LAYERS, list)
     path = tmp_path / "head" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eagle_aux_hidden_state_layer_ids": [1, 4, 5]}))
     with pytest.raises(UserError, match=r"inputs of layers \[1, 4, 5\].*--tap_layers 1 4 5"):
-        continue_from(fresh(48, 1), tmp_path / "head", head_weight, LAYERS)
+        continue_from(fresh(48, 1), tmp_path / "head", head_weight, LAYERS, list)
+
+
+def sample(tap_sizes: tuple[float, ...]) -> TargetRecord:
+    """Ten tokens whose tap a has rows of RMS tap_sizes[a], all of them."""
+    generator = torch.Generator().manual_seed(5)
+    taps = torch.randn(10, len(tap_sizes), tiny_target("llama").head_weight.shape[1], generator=generator)
+    taps *= torch.tensor(tap_sizes)[:, None] / taps.pow(2).mean(-1, keepdim=True).sqrt()
+    return TargetRecord(
+        sample_id="s", input_ids=torch.arange(3, 13), loss_mask=torch.ones(10, dtype=torch.bool),
+        position_ids=torch.arange(10), tap_hidden=taps, last_hidden=taps[:, 0],
+    )  # fmt: skip
+
+
+def test_an_eagle3_head_starts_an_eagle31_head(tmp_path):
+    """Where all rows of a tap have one size the first logits are the same and the fed back state differs in size only;
+    with norms of 1 they are not."""
+    before, record = tiny_draft(tiny_target("llama")), sample((0.5, 3.0, 20.0))
+    torch.nn.init.uniform_(before.norm.weight, 0.5, 2.0)
+    save_draft(before, tmp_path / "head", dtype=torch.float32)
+    overrides = architecture_of(tmp_path / "head", LAYERS, "eagle3.1")
+    assert not overrides.keys() & {"fc_norm", "norm_output"} and "norm_before_residual" in overrides
+    draft, naive = fresh(48, seed=1, eagle31=True), fresh(48, seed=1, eagle31=True)
+    continue_from(draft, tmp_path / "head", tiny_target("llama").head_weight, LAYERS, lambda: [record])
+    take_weights(naive, Head(before.config, draft_tensors(before, torch.float32)))
+
+    old, new, bad = (first_step(model, record) for model in (before, draft, naive))
+    torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(draft.logits(new), before.logits(old), rtol=1e-4, atol=1e-5)
+    old, new = (model.feedback(state) for model, state in ((before, old), (draft, new)))
+    assert torch.nn.functional.cosine_similarity(old, new).min() > 0.99999
+    ratio = new.norm(dim=-1) / old.norm(dim=-1)
+    assert float(ratio.detach().median()) == pytest.approx(1, rel=0.05)
+    assert torch.nn.functional.cosine_similarity(old, naive.feedback(bad)).max() < 0.999
 
 
 def test_another_rope_base_is_said(tmp_path, capsys):
@@ -71,7 +104,7 @@ def test_another_rope_base_is_said(tmp_path, capsys):
     path = tmp_path / "head" / "config.json"
     document = json.loads(path.read_text())
     path.write_text(json.dumps({**document, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}))
-    continue_from(fresh(48, 1), tmp_path / "head", tiny_target("llama").head_weight, LAYERS)
+    continue_from(fresh(48, 1), tmp_path / "head", tiny_target("llama").head_weight, LAYERS, list)
     assert "the head has to learn it anew" in capsys.readouterr().err
 
 
@@ -98,3 +131,8 @@ def test_the_command_continues_a_head(tmp_path):
         assert torch.equal(row, old.get(token, head_rows[token])), token
     same = first.tensors.keys() - {"lm_head.weight", "d2t", "t2d"}
     assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in same)
+
+    third = train("third", 20, "--init_from", str(tmp_path / "first"), "--draft_type", "eagle3.1", "--learning_rate",
+                  "0")  # fmt: skip
+    assert third.config.fc_norm and third.config.norm_output
+    assert torch.equal(third.tensors["fc.weight"], first.tensors["fc.weight"])
