@@ -71,8 +71,10 @@ def lift_norms(draft: DraftModel, records: Sequence[TargetRecord], *, feedback_i
     - the final norm, whose output is now fed back, gets the median RMS of its input in every channel, and lm_head takes
       over the channels' weights it had: the logits are unchanged, and the fed back state is f'' but for its size.
     """
-    for tap, norm in enumerate(draft.fc_norm):
-        norm.weight.fill_(median_rms(torch.cat([record.tap_hidden[:, tap] for record in records])))
+    weights = dict(draft.named_parameters())
+    for tap in range(len(draft.config.tap_layers)):
+        size = median_rms(torch.cat([record.tap_hidden[:, tap] for record in records]))
+        weights[f"fc_norm.{tap}.weight"].fill_(size)
     if not feedback_is_normed:
         size = median_rms(torch.cat([first_step(draft, record) for record in records]))
         draft.lm_head.weight.mul_(draft.norm.weight / size)
