@@ -39,6 +39,7 @@ from fledge.target.engine import CPU_CACHE, ServeArgs, plan, running
 
 LARGEST_BYTES = 25e6
 TRAINED_FILES = ("config.json", WEIGHTS, "provenance.json")
+TUNED_ON = 8  # questions at least
 COUNTED = ("records", "tokens", "supervised")  # of a store's manifest
 SETTINGS = (
     "draft_type", "draft_vocab_size", "ttt_steps", "loss_type", "optim", "learning_rate", "lr_scheduler_type",
@@ -244,8 +245,9 @@ def common(args: argparse.Namespace, temperature: float) -> list[str]:
 
 
 def tune(args: argparse.Namespace, temperature: float, identity: dict[str, str]) -> None:
-    words = [*common(args, temperature), "--tune", "--bench-name", "quick", "--num-gpus-total", str(num_gpus()),
-             "--profile-path", f"profile-T{temperature:g}.json"]  # fmt: skip
+    words = [*common(args, temperature), "--tune", "--bench-name", "quick", "--question-end",
+             str(max(TUNED_ON, args.questions)), "--num-gpus-total", str(num_gpus()), "--profile-path",
+             f"profile-T{temperature:g}.json"]  # fmt: skip
     mark, key = args.work / f"tune-T{temperature:g}.json", {"words": words, **identity}
     if not is_done(mark, key):
         run_once(args, mark, key)
