@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= auto
 SHELL := /bin/bash
 
-.PHONY: help install check fix test test-engines quickstart docs clean
+.PHONY: help install check fix test test-engines quickstart reference docs clean
 
 help:
 	@echo "make quickstart    install, then the whole path on a small real model (ten minutes, two cores, no GPU)"
+	@echo "make reference     install, then the benchmark of the head in heads/ on a few prompts (a minute or two)"
 	@echo "make test          install, then the CPU test suite"
 	@echo "make test-engines  the tests against a real vLLM server (its own virtual environment) and SGLang's loader"
 	@echo "make check | fix   lint and types | format"
@@ -45,6 +46,11 @@ test-engines: install
 
 quickstart: install
 	$(BIN)/fledge quickstart $(ARGS)
+
+reference: install
+	$(BIN)/fledge quickstart --prepare-only
+	$(BIN)/fledge bench --target outputs/quickstart/target --draft heads/smollm2-135m-instruct/eagle3 --bench-name quick \
+	  --temperature 0 --total-token 8 --depth 3 --top-k 3 --max-new-tokens 64 --question-end 6 --output-dir outputs/reference
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
