@@ -81,7 +81,7 @@ class _GatedProduct(torch.autograd.Function):
         opened = F.silu(gate)
         gated = opened * up
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_weight = product(flat.T, gated.reshape(-1, gated.shape[-1]).T)
+        grad_weight = flat.T @ gated.reshape(-1, gated.shape[-1])
         grad_product = product(flat, weight.to(grad.dtype).T).view_as(gate)
         torch.mul(grad_product, up, out=gated)  # the gradient of silu(gate)
         grad_gate = torch.ops.aten.silu_backward(gated, gate)

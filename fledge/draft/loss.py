@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,9 +78,11 @@ class Teacher:
         return TeacherChunk.of(inside, argmax, lambda: logits.float().logsumexp(-1), draft_ids, t2d)
 
 
-@dataclass(frozen=True)
-class LossOutput:
-    """The loss to minimise and the sums behind every printed metric (so that ranks and steps can be added up)."""
+class LossOutput(NamedTuple):
+    """The loss to minimise and the sums behind every printed metric (so that ranks and steps can be added up).
+
+    A tuple, because what wraps a module to shard it looks for tensors in tuples.
+    """
 
     loss: Tensor  # () sum over sequences (or tokens); divide by the number of them in the whole optimisation step
     step_loss: Tensor  # (K,) summed over rows
@@ -229,31 +231,34 @@ def _kl_rows(sums: _Sums, part: slice, teacher: "TeacherChunk", weights: Tensor,
     """Cross-entropy of one chunk at all steps.
 
     The gradient of a row's loss is w (q - p). The p half is the same for all steps: sum_v p(v) z(v) = (p W) . h, so p W
-    is multiplied once per chunk and never subtracted from a [C, D] matrix. The distributions of all steps, and p behind
-    them, lie in one block of memory: both products of the backward are then one each.
+    is multiplied once per chunk and never subtracted from a [C, D] matrix. The steps' logits are one product, and so is
+    each half of the backward; their distributions take the logits' place in memory, in bf16 with p behind them:
 
         block   q_0 | q_1 | .. | q_{K-1} | p          (K + 1, C, D)
     """
     num_steps, dtype, weight = len(sums.states), sums.states.dtype, sums.weight
     num_rows, draft_vocab = teacher.probs.shape
     narrow = dtype != torch.float32
-    block = sums.room("block", num_steps + 1, num_rows, draft_vocab, dtype=dtype)
-    block[-1].copy_(teacher.probs)
-    taught = product(block[-1], weight.T)  # (C, H)
     chosen = [sums.row_states(step, part) for step in range(num_steps)]
     states = torch.stack([h for h, _, _ in chosen])  # (K, C, H)
     if narrow:
-        torch.mm(states.flatten(0, 1), weight.T, out=block[:-1].view(-1, draft_vocab))
+        block = sums.room("block", num_steps + 1, num_rows, draft_vocab, dtype=dtype)
+        block[-1].copy_(teacher.probs)
+        steps, p = block[:-1], block[-1]
+        torch.mm(states.flatten(0, 1), weight.T, out=steps.view(-1, draft_vocab))
+    else:
+        steps, p = product(states.flatten(0, 1), weight).unflatten(0, (num_steps, num_rows)), teacher.probs
+    taught = product(p, weight.T)  # (C, H)
     for step, (h, _, real) in enumerate(chosen):
+        z = q = steps[step]
         if narrow:
-            z = sums.room("logits", num_rows, draft_vocab, dtype=torch.float32).copy_(block[step])
-            q = torch.softmax(z, -1, out=sums.room("q", num_rows, draft_vocab, dtype=torch.float32))
-            block[step].copy_(q)
-        else:
-            z = product(h, weight)
-            q = torch.softmax(z, -1, out=block[step])
+            z = sums.room("logits", num_rows, draft_vocab, dtype=torch.float32).copy_(z)
+            q = sums.room("q", num_rows, draft_vocab, dtype=torch.float32)
         highest = z.amax(-1)
         sums.hits[step, part] = _is_top(z, highest, teacher.argmax) & teacher.covered & real
+        torch.softmax(z, -1, out=q)
+        if narrow:
+            steps[step].copy_(q)
         lse = highest - q.amax(-1).log()
         loss = lse - (taught.float() * h.float()).sum(-1)
         sums.total += (loss * weights[step]).sum()
@@ -262,17 +267,17 @@ def _kl_rows(sums: _Sums, part: slice, teacher: "TeacherChunk", weights: Tensor,
             sums.overlap[step] += _overlap(q, teacher)[real].sum()
     if not sums.wants_grad:
         return
-    grads = product(block[:-1].flatten(0, 1), weight.T).float().unflatten(0, (num_steps, num_rows))
+    grads = product(steps.flatten(0, 1), weight.T).float().unflatten(0, (num_steps, num_rows))
     grads = (grads - taught.float()) * weights[..., None]
     weighted = states * weights[..., None]
     for step, (_, index, real) in enumerate(chosen):
         sums.add_row_grads(step, index, real, grads[step])
-    right = torch.cat((weighted, -weighted.sum(0, keepdim=True))).to(dtype).flatten(0, 1)
-    left = block.flatten(0, 1).T
-    if dtype == torch.float32:
-        sums.grad_weight.addmm_(left, right)
+    if narrow:
+        right = torch.cat((weighted, -weighted.sum(0, keepdim=True))).to(dtype)
+        sums.grad_weight += block.flatten(0, 1).T @ right.flatten(0, 1)
     else:
-        sums.grad_weight += left @ right
+        sums.grad_weight.addmm_(steps.flatten(0, 1).T, weighted.flatten(0, 1))
+        sums.grad_weight.addmm_(p.T, weighted.sum(0), alpha=-1)
 
 
 def _is_top(z: Tensor, highest: Tensor, wanted: Tensor) -> Tensor:

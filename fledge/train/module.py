@@ -34,8 +34,12 @@ class TTTModule(nn.Module):
         self.draft_head = teacher_rows(self._draft_ids()) if teacher_rows is not None and smaller else None
         self.recompute = False
 
-    def forward(self, batch: Batch) -> LossOutput:
-        """Summed loss and metric sums of one batch; empty batches give a zero that still reaches every parameter."""
+    def forward(self, batch: Batch, anchor: Tensor | None = None) -> LossOutput:
+        """Summed loss and metric sums of one batch; empty batches give a zero that still reaches every parameter.
+
+        ZeRO-3 lets go of the weights as soon as the gradient of the module's inputs is known, and a batch needs none:
+        `anchor` () is an input whose gradient, zero, comes last.
+        """
         alignment = align(batch, self.ttt_steps)
         states = unroll(self.draft, batch, alignment, self.ttt_steps, recompute=self.recompute)
         head: Any = self.draft.lm_head
@@ -44,7 +48,8 @@ class TTTModule(nn.Module):
         teacher = Teacher(
             last_hidden=batch.last_hidden, head=self.teacher_head, draft_head=self.draft_head, summary=batch.summary
         )
-        return ttt_loss(states, head.weight, teacher, self._draft_ids(), self.draft.t2d, alignment, self.settings)
+        output = ttt_loss(states, head.weight, teacher, self._draft_ids(), self.draft.t2d, alignment, self.settings)
+        return output if anchor is None else output._replace(loss=output.loss + 0 * anchor)
 
     def _draft_ids(self) -> Tensor:
         """(D,) target ids of the draft vocabulary."""

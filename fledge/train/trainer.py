@@ -61,10 +61,22 @@ class DraftTrainer(Trainer):
         self.per_token = module.settings.average == "token"
         self.window = MetricSums(module.ttt_steps, args.device)
         self._window_start, self._window_tokens = time.monotonic(), 0
+        if self.is_deepspeed_enabled:
+            self._prepare_deepspeed(module)
 
     @property
     def draft(self) -> DraftModel:
         return self.accelerator.unwrap_model(self.model).draft
+
+    def _prepare_deepspeed(self, module: TTTModule) -> None:
+        """ZeRO-3 gathers all weights at once, as each is used at every step, and has to hand them out whole."""
+        from deepspeed.utils import set_z3_leaf_modules
+
+        settings = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+        wanted = "stage3_gather_16bit_weights_on_model_save"
+        if settings.get("stage") == 3 and not settings.get(wanted):
+            raise UserError(f'--deepspeed: stage 3 saves no head unless zero_optimization has "{wanted}": true.')
+        set_z3_leaf_modules(module, [TTTModule])
 
     # -- batches and loss ----------------------------------------------------------------------------------------------
 
@@ -102,7 +114,8 @@ class DraftTrainer(Trainer):
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean loss of the optimisation step; this batch's share of it."""
-        output: LossOutput = model(inputs)
+        anchor = (torch.zeros((), device=self.args.device, requires_grad=True),) if self.is_deepspeed_enabled else ()
+        output: LossOutput = model(inputs, *anchor)
         self.window.add(output)
         self._window_tokens += len(inputs.input_ids)
         ranks = self.accelerator.num_processes  # gradients are averaged over ranks, the loss is a sum over them
@@ -214,7 +227,9 @@ class DraftTrainer(Trainer):
     def gathered_weights(self) -> dict[str, Tensor]:
         """The head's weights under their own names, whole; on rank 0 where they are sharded. Every rank must ask."""
         if self.sharded:
-            return merged(_own_names(self.accelerator.get_state_dict(self.model_wrapped)))
+            state = _own_names(self.accelerator.get_state_dict(self.model_wrapped) or {})
+            buffers = dict(self.draft.named_buffers())
+            return merged({name: tensor for name, tensor in state.items() if name not in buffers})
         return merged({name: parameter.detach() for name, parameter in self.draft.named_parameters()})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,40 @@ def test_sharded_steps_equal_whole_ones(tmp_path):
     for ranks in (1, 2):
         launch([SCRIPT.with_name("sharded_steps.py"), tmp_path / f"{ranks}.pt"], ranks=ranks)
     assert distance(torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")) < 2e-6
+
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no deepspeed here (docs/scaling.md)")
+
+
+def zero_config(folder: Path, **settings) -> str:
+    path = folder / "zero.json"
+    path.write_text(json.dumps({
+        "zero_optimization": settings, "bf16": {"enabled": "auto"}, "gradient_clipping": "auto",
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+    }))  # fmt: skip
+    return str(path)
+
+
+@needs_deepspeed
+def test_zero_3_that_would_save_no_head_is_refused(tmp_path):
+    done = launch([SCRIPT, tmp_path, settings(deepspeed=zero_config(tmp_path, stage=3))], check=False)
+    assert done.returncode and "stage3_gather_16bit_weights_on_model_save" in done.stderr
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_takes_the_steps_of_one_process_and_resumes(one_process, tmp_path, stage):
+    """ZeRO over two CPU ranks: the weights of one process, also when it stops at step 4 and continues."""
+    gathers = {"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}
+    sharded = {"per_device_train_batch_size": 1, "deepspeed": zero_config(tmp_path, stage=stage, **gathers), **SAVING}
+    launch([SCRIPT, tmp_path / "whole", settings(**sharded)], ranks=2)
+    launch([SCRIPT, tmp_path / "halves", settings(**sharded, die_at=6, die_rank=1)], ranks=2, check=False)
+    assert not (tmp_path / "halves" / "rank-0.pt").exists() and (tmp_path / "halves" / "checkpoint-4").is_dir()
+    launch([SCRIPT, tmp_path / "halves", settings(**sharded)], ranks=2)
+    one, whole, halves = outcome(one_process / "one"), outcome(tmp_path / "whole"), outcome(tmp_path / "halves")
+    assert distance(one["weights"], whole["weights"]) < 2e-5
+    torch.testing.assert_close(whole["losses"], one["losses"], rtol=1e-5, atol=1e-5)
+    assert distance(whole["weights"], halves["weights"]) == 0.0 and whole["losses"] == halves["losses"]
 
 
 def test_uneven_data_and_untrainable_samples_do_not_hang(tmp_path):
