@@ -6,6 +6,7 @@ token into the new vocabulary, and tokens the old head could not say start from 
 An EAGLE-3 head may start an EAGLE-3.1 head: `lift_norms`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from fledge.target.record import TargetRecord
 FLAGS = ("fc_norm", "norm_output", "norm_before_residual", "sliding_window")
 LIFTED = ("fc_norm", "norm_output")  # what EAGLE-3.1 adds
 HEAD = "lm_head.weight"
+WRITES = ("fc.weight", "midlayer.self_attn.o_proj.weight", "midlayer.mlp.down_proj.weight")  # to the residual
 
 
 def architecture_of(folder: Path, num_target_layers: int, draft_type: str) -> dict[str, Any]:
@@ -68,17 +70,27 @@ def lift_norms(draft: DraftModel, records: Sequence[TargetRecord], *, feedback_i
     """Let EAGLE-3.1's new norms do as little as a norm can: take each row's own size away, and put back the usual one.
 
     - each tap's norm gets the median RMS of that tap, so f is what it was but for the rows' differences in size;
-    - the final norm, whose output is now fed back, gets the median RMS of its input in every channel, and lm_head takes
-      over the channels' weights it had: the logits are unchanged, and the fed back state is f'' but for its size.
+    - the final norm, whose output is now fed back, gets one weight in every channel, and lm_head takes over the
+      channels' weights it had: the logits are unchanged, and the fed back state is f'' but for its size.
+
+    Which size the states f have is free, as all that reads them norms them first: it is set halfway (geometrically)
+    between what they had and what lm_head used to read. With the former lm_head's weights would be so small (in a
+    trained SmolLM2 head by 18) that the first steps at any usual rate wreck them; with the latter those that write f.
     """
     weights = dict(draft.named_parameters())
     for tap in range(len(draft.config.tap_layers)):
         size = median_rms(torch.cat([record.tap_hidden[:, tap] for record in records]))
         weights[f"fc_norm.{tap}.weight"].fill_(size)
-    if not feedback_is_normed:
-        size = median_rms(torch.cat([first_step(draft, record) for record in records]))
-        draft.lm_head.weight.mul_(draft.norm.weight / size)
-        draft.norm.weight.fill_(size)
+    if feedback_is_normed:
+        return
+    read = float(draft.norm.weight.square().mean().sqrt())
+    had = median_rms(torch.cat([first_step(draft, record) for record in records]))
+    size = read if draft.config.norm_before_residual else math.sqrt(read * had)
+    if not draft.config.norm_before_residual:  # else the residual is a normed state, whose size is not free
+        for name in WRITES:
+            weights[name].mul_(size / had)
+    draft.lm_head.weight.mul_(draft.norm.weight / size)
+    draft.norm.weight.fill_(size)
 
 
 def median_rms(states: Tensor) -> float:
