@@ -105,7 +105,7 @@ def notes(document: dict[str, Any], data: str, folder: str) -> str:
 
 def stages_text(stages: list[dict[str, Any]]) -> str:
     """The passes: "1 pass", or of each stage its own."""
-    passes = [f"{stage['epochs']:g} pass{'es' if stage['epochs'] != 1 else ''}" for stage in stages]
+    passes = [f"{stage['epochs']:.3g} pass{'es' if stage['epochs'] != 1 else ''}" for stage in stages]
     if len(stages) == 1:
         return passes[0]
     each = ", then ".join(f"{count} over {stage['records']:,}" for count, stage in zip(passes, stages, strict=True))
