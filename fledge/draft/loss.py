@@ -350,9 +350,15 @@ def chunk_size(num_steps: int, draft_vocab_size: int, vocab_size: int, device_ty
 
     short: the teacher's logits are those of the draft vocabulary alone.
     """
-    per_position = (0 if short else 4 * vocab_size) + 4 * draft_vocab_size * (num_steps + 5)
-    rows = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // per_position
+    rows = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // position_bytes(
+        num_steps, draft_vocab_size, vocab_size, short=short
+    )
     return rows // 64 * 64 if rows >= 64 else max(16, rows)  # odd numbers of rows halve the speed of bf16 products
+
+
+def position_bytes(num_steps: int, draft_vocab_size: int, vocab_size: int, *, short: bool) -> int:
+    """What one position of a chunk takes, in fp32."""
+    return (0 if short else 4 * vocab_size) + 4 * draft_vocab_size * (num_steps + 5)
 
 
 def dense_loss(

@@ -9,7 +9,7 @@ benchmarks/plan_memory.py the whole with a measured peak.
 from dataclasses import dataclass
 
 from fledge.draft.config import DraftConfig
-from fledge.draft.loss import CHUNK_BYTES, chunk_size
+from fledge.draft.loss import chunk_size, position_bytes
 
 # H hidden, I intermediate, h heads, g kv heads, d head_dim, D draft vocab, V vocab, A taps, K steps
 
@@ -72,7 +72,7 @@ def step_memory(
         activations += element * active * kept_elements(config)
     short = config.draft_vocab_size < config.vocab_size  # records come with the teacher's summary
     per_chunk = chunk_size(ttt_steps, config.draft_vocab_size, config.vocab_size, device_type, short=short)
-    chunk = min(per_chunk, active) * CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // per_chunk
+    chunk = min(per_chunk, active) * position_bytes(ttt_steps, config.draft_vocab_size, config.vocab_size, short=short)
     state_grads = element * active * ttt_steps * size
     return StepMemory(
         weights=4 * total,
