@@ -25,9 +25,9 @@ from fledge.target.store.manifest import MANIFEST, read_manifest
 from fledge.target.store.plan import check_same
 from fledge.target.store.reader import HiddenStore
 from fledge.train.arguments import TrainArgs
-from fledge.train.records import Part, Records, by_id
+from fledge.train.records import Part, Records, by_id, without
 from fledge.train.run import Source, count_supervised, tokenise_all
-from fledge.train.stored import open_stores, source_from
+from fledge.train.stored import count_stored, open_stores, source_from
 
 SHARD_BYTES = 256 << 20
 POLL_S = 0.5
@@ -52,9 +52,13 @@ def cached_source(args: TrainArgs) -> Source:
     complete(args, template, Samples.of([*parts, *held_out], threads=threads).only({*train_ids, *eval_ids}))
     train_stores, eval_stores = open_stores(args)
     stores = [*train_stores, *eval_stores]
-    train = by_id(stores, train_ids) if parts else [Part.whole(store) for store in train_stores]
+    if parts:
+        train = by_id(stores, train_ids)
+        counts, always = count_supervised(parts, train_stores[0].identity.vocab_size)
+    else:  # the first store may hold the held-out samples, too: `complete` puts them there
+        train = without(train_stores, eval_ids)
+        counts, always = count_stored(train)
     evaluated = by_id(stores, eval_ids) if held_out else [Part.whole(store) for store in eval_stores]
-    counts, always = count_supervised(parts or held_out, train_stores[0].identity.vocab_size)
     return source_from(args, train_stores[0], Records(train), Records(evaluated) if evaluated else None, counts, always)
 
 

@@ -66,6 +66,13 @@ def by_id(stores: Sequence[Any], ids: Sequence[str]) -> list[Part]:
     return parts
 
 
+def without(stores: Sequence[Any], ids: Sequence[str]) -> list[Part]:
+    """All records of the stores but those of the conversations that these samples are from."""
+    out = {conversation_id(id) for id in ids}
+    kept = [np.array([row for row, id in enumerate(store.ids) if conversation_id(id) not in out]) for store in stores]
+    return [Part(store, rows) for store, rows in zip(stores, kept, strict=True) if len(rows)]
+
+
 def split(parts: Sequence[Part], eval_fraction: float) -> tuple[list[Part], list[Part]]:
     """(train, eval) by a hash of the conversation's id: the same split as in online training."""
     train, held_out = [], []

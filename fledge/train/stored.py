@@ -38,11 +38,18 @@ def stored_source(args: TrainArgs) -> Source:
     train, held_out = [Part.whole(store) for store in train_stores], [Part.whole(store) for store in eval_stores]
     if not held_out and data.eval_fraction:
         train, held_out = split(train, data.eval_fraction)
-    counts = torch.stack([part.store.counts(part.rows) for part in train]).sum(0)
-    identity = train_stores[0].identity
-    always = control_ids(counts, identity.special_token_ids, identity.stop_token_ids)
-    say(f"training from stored states; the target ({identity.target}) is not loaded")
+    counts, always = count_stored(train)
+    say(f"training from stored states; the target ({train_stores[0].identity.target}) is not loaded")
     return source_from(args, train_stores[0], Records(train), Records(held_out) if held_out else None, counts, always)
+
+
+def count_stored(parts: Sequence[Part]) -> tuple[Tensor, list[int]]:
+    """(V,) supervised tokens of these records, and the ids that belong to every draft vocabulary."""
+    if not parts:
+        raise UserError("no records to train on are left beside the held-out ones: store more of other conversations.")
+    counts = torch.stack([part.store.counts(part.rows) for part in parts]).sum(0)
+    identity = parts[0].store.identity
+    return counts, list(control_ids(counts, identity.special_token_ids, identity.stop_token_ids))
 
 
 def source_from(

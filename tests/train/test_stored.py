@@ -105,6 +105,28 @@ def test_a_store_in_front_of_the_target(work, online, tmp_path, monkeypatch):
     assert len(source.train) == 48 and source.train[47].sample_id.startswith("second")
 
 
+@pytest.mark.parametrize("stored_before", [False, True], ids=["extracted-now", "in-the-store"])
+def test_held_out_conversations_are_neither_trained_on_nor_counted(work, tmp_path, stored_before):
+    """--train_hidden_path and --eval_data_path alone: the store gets the held-out samples, the training does not."""
+    data = ["first.jsonl", "second.jsonl"] if stored_before else ["first.jsonl"]
+    folder = store(work, tmp_path / "store", data)
+    source = stored_source(arguments(
+        tmp_path, "--target_model_name_or_path", work / "target", "--train_hidden_path", folder, "--eval_data_path",
+        work / "second.jsonl",
+    ))  # fmt: skip
+    alone = stored_source(arguments(tmp_path, "--train_hidden_path", work / "first"))
+    trained_on, wanted, held_out = (
+        [records[i].sample_id for i in range(len(records))] for records in (source.train, alone.train, source.eval)
+    )
+    assert len(HiddenStore(folder)) == 48 and len(held_out) == 24 and trained_on == wanted
+    assert torch.equal(source.counts, alone.counts) and list(source.always) == list(alone.always)
+    with pytest.raises(UserError, match="no records to train on are left"):
+        stored_source(arguments(
+            tmp_path, "--target_model_name_or_path", work / "target", "--train_hidden_path", work / "second",
+            "--eval_data_path", work / "second.jsonl",
+        ))  # fmt: skip
+
+
 def test_the_split_and_the_counts_are_those_of_online(work, tmp_path):
     more = ("--eval_fraction", 0.2, "--max_samples", 11)
     live = run.live_source(arguments(
