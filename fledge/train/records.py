@@ -1,12 +1,13 @@
 """Stored records as a dataset: parts of stores in a fixed order, for loader workers to read and the sampler to mix."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from fledge.console import warn
 from fledge.data.dataset import hash_share
 from fledge.data.samples import conversation_id
 from fledge.errors import UserError
@@ -71,6 +72,17 @@ def without(stores: Sequence[Any], ids: Sequence[str]) -> list[Part]:
     out = {conversation_id(id) for id in ids}
     kept = [np.array([row for row, id in enumerate(store.ids) if conversation_id(id) not in out]) for store in stores]
     return [Part(store, rows) for store, rows in zip(stores, kept, strict=True) if len(rows)]
+
+
+def warn_of_shared(train_ids: Iterable[str], held_out_ids: Iterable[str]) -> None:
+    """Say it when conversations are trained on and held out: what is measured on them is memory."""
+    held_out = {conversation_id(id) for id in held_out_ids}
+    shared = sorted(held_out.intersection(map(conversation_id, train_ids if held_out else ())))
+    if shared:
+        warn(
+            f"{len(shared)} of {len(held_out)} held-out conversations have the id of one that is trained on "
+            f"({', '.join(shared[:3])}{', ...' if shared[3:] else ''}). If they are the same, the evaluation flatters."
+        )
 
 
 def split(parts: Sequence[Part], eval_fraction: float) -> tuple[list[Part], list[Part]]:

@@ -30,6 +30,7 @@ from fledge.target.record import TargetRecord
 from fledge.train.arguments import DataArguments, DraftArguments, TrainArgs, TrainerArguments, parse_args
 from fledge.train.evaluate import decoding_callback
 from fledge.train.module import HeadRows, TTTModule
+from fledge.train.records import warn_of_shared
 from fledge.train.resume import check_same_run, find_checkpoint
 from fledge.train.trainer import DraftTrainer
 from fledge.train.warm_start import architecture_of, continue_from
@@ -178,6 +179,7 @@ def tokenise_all(data: DataArguments, template: ChatTemplate) -> tuple[list[Toke
     if not held_out and data.eval_fraction:
         split = [part.split(data.eval_fraction) for part in parts]
         parts, held_out = [train for train, _ in split], [held for _, held in split]
+    warn_of_shared((id for part in parts for id in part.ids), (id for part in held_out for id in part.ids))
     return parts, held_out
 
 

@@ -15,7 +15,7 @@ from fledge.target.store.describe import plain_config, read_text_config
 from fledge.target.store.manifest import MANIFEST, Identity
 from fledge.target.store.reader import HiddenStore
 from fledge.train.arguments import TrainArgs
-from fledge.train.records import Part, Records, as_it_is, split
+from fledge.train.records import Part, Records, as_it_is, split, warn_of_shared
 from fledge.train.run import Source, limited
 
 
@@ -38,6 +38,7 @@ def stored_source(args: TrainArgs) -> Source:
     train, held_out = [Part.whole(store) for store in train_stores], [Part.whole(store) for store in eval_stores]
     if not held_out and data.eval_fraction:
         train, held_out = split(train, data.eval_fraction)
+    warn_of_shared((id for part in train for id in part.ids), (id for part in held_out for id in part.ids))
     counts, always = count_stored(train)
     say(f"training from stored states; the target ({train_stores[0].identity.target}) is not loaded")
     return source_from(args, train_stores[0], Records(train), Records(held_out) if held_out else None, counts, always)

@@ -127,6 +127,15 @@ def test_held_out_conversations_are_neither_trained_on_nor_counted(work, tmp_pat
         ))  # fmt: skip
 
 
+def test_held_out_conversations_that_are_trained_on_are_said(work, tmp_path, capsys):
+    for train, eval, said in (("first", "second", False), ("first", "first", True)):
+        stored_source(arguments(tmp_path, "--train_hidden_path", work / train, "--eval_hidden_path", work / eval))
+        assert ("24 of 24 held-out conversations have the id" in capsys.readouterr().err) is said
+        live = ("--target_model_name_or_path", work / "target", "--train_data_path", work / f"{train}.jsonl")
+        run.live_source(arguments(tmp_path, *live, "--eval_data_path", work / f"{eval}.jsonl"))
+        assert ("24 of 24 held-out conversations have the id" in capsys.readouterr().err) is said
+
+
 def test_the_split_and_the_counts_are_those_of_online(work, tmp_path):
     more = ("--eval_fraction", 0.2, "--max_samples", 11)
     live = run.live_source(arguments(
