@@ -15,7 +15,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -32,6 +32,8 @@ STOP_PATIENCE_S = 20.0
 LOG_TAIL_LINES = 12
 CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
 CPU_CACHE_MOST_GIB = 16
+CPU_CORES = "VLLM_CPU_OMP_THREADS_BIND"
+FEW_CORES = 4  # of a server: too few to keep one for its scheduler, as vLLM does
 
 
 @dataclass(kw_only=True)
@@ -74,14 +76,14 @@ class Server:
     gpus: str
     log: Path
     host: str
-    cpu_cache_gib: int = 0
+    on_cpu: Mapping[str, str] = dataclasses.field(default_factory=dict)  # variables, where the user has not set them
 
     @property
     def environment(self) -> dict[str, str]:
         """What it is started with beside this process's own variables."""
         if self.gpus:
             return {"CUDA_VISIBLE_DEVICES": self.gpus}
-        return {CPU_CACHE: str(self.cpu_cache_gib)} if self.cpu_cache_gib and CPU_CACHE not in os.environ else {}
+        return {name: value for name, value in self.on_cpu.items() if name not in os.environ}
 
     @property
     def url(self) -> str:
@@ -131,6 +133,7 @@ def plan(args: ServeArgs, gpus: Sequence[str]) -> list[Server]:
             f"{count} servers of {size} GPUs need {count * size} GPUs, {len(gpus)} are visible ({','.join(gpus)}). "
             "Lower --num-servers or --tensor-parallel-size."
         )
+    on_cpu = [{}] * count if gpus else cpu_environments(args.vllm, count, size)
     return [
         Server(
             command=_command(args, args.base_port + index),
@@ -138,15 +141,43 @@ def plan(args: ServeArgs, gpus: Sequence[str]) -> list[Server]:
             gpus=",".join(gpus[index * size : (index + 1) * size]),
             log=args.log_dir / f"server-{args.base_port + index}.log",
             host=args.host,
-            cpu_cache_gib=0 if gpus else cpu_cache_gib(count),
+            on_cpu=on_cpu[index],
         )
         for index in range(count)
     ]
 
 
+def cpu_environments(program: str, num_servers: int, ranks: int) -> list[dict[str, str]]:
+    """Variables of servers without GPUs: each its part of memory and cores; Intel's OpenMP where vLLM brought it."""
+    common = {CPU_CACHE: str(cpu_cache_gib(num_servers))}
+    # vLLM 0.32 warns of a "significant performance loss" without it, yet does not load it
+    openmp = Path(shutil.which(program) or program).absolute().parent.parent / "lib" / "libiomp5.so"
+    if openmp.is_file() and not {" ", ":"} & set(str(openmp)):
+        common["LD_PRELOAD"] = str(openmp)
+    parts = core_parts(physical_cores(), num_servers * ranks)
+    if not parts or (num_servers == 1 and len(parts[0]) > FEW_CORES):
+        return [common] * num_servers  # vLLM's own choice, which looks at NUMA nodes
+    lists = [",".join(map(str, part[:-1] if len(part) > FEW_CORES else part)) for part in parts]
+    return [common | {CPU_CORES: "|".join(lists[i * ranks : (i + 1) * ranks])} for i in range(num_servers)]
+
+
 def cpu_cache_gib(num_servers: int) -> int:
     """Cache of each server without a GPU: vLLM 0.32 would take nearly all memory; a quarter of it is shared."""
     return max(1, min(CPU_CACHE_MOST_GIB, psutil.virtual_memory().available // 4 // num_servers >> 30))
+
+
+def core_parts(cores: Sequence[int], num_parts: int) -> list[Sequence[int]]:
+    """The cores in equal parts, neighbours together (vLLM 0.32 gives all servers the same ones); [] if too few."""
+    each = len(cores) // num_parts
+    return [cores[i * each : (i + 1) * each] for i in range(num_parts)] if each else []
+
+
+def physical_cores() -> list[int]:
+    """One CPU of each core that this process may use; [] where the system does not say."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    siblings = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in allowed]
+    core = {file.read_text() if file.is_file() else str(cpu): cpu for cpu, file in zip(allowed, siblings, strict=True)}
+    return sorted(core.values())
 
 
 def _command(args: ServeArgs, port: int) -> tuple[str, ...]:

