@@ -33,7 +33,7 @@ from fledge.data.samples import (
 from fledge.data.spans import Messages, Unmaskable, supervised_renderings
 from fledge.data.templates import read_template
 from fledge.data.vision import Vision, load_vision
-from fledge.errors import UserError
+from fledge.errors import UserError, refuse_missing_folder
 
 CHECKED_ROWS = 64  # rows with token ids whose text is compared with their answer, per process
 PROBE = (
@@ -348,9 +348,7 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Any
     """A target's tokenizer; every way it can fail is one line."""
     from transformers import AutoTokenizer
 
-    path = Path(name_or_path).expanduser()
-    if not path.exists() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
-        raise UserError(f"{name_or_path}: no such folder. Give the target's folder or its name on the hub.")
+    refuse_missing_folder(name_or_path)
     try:
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:  # missing files, no network, broken json, remote code: the library's types vary

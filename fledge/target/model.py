@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fledge.data.vision import Vision, has_vision, load_vision
-from fledge.errors import UserError
+from fledge.errors import UserError, refuse_missing_folder
 from fledge.target.linear import head_logits
 from fledge.target.quirks import logit_quirks
 from fledge.target.record import TargetOutput, default_tap_layers
@@ -74,6 +74,7 @@ class Target:
         """Load a model folder or hub name. `device_map` / `tp_plan` spread targets larger than one GPU."""
         from transformers import AutoConfig, AutoTokenizer
 
+        refuse_missing_folder(name_or_path)
         if Path(name_or_path).exists() and not (Path(name_or_path) / "config.json").is_file():
             raise UserError(f"{name_or_path}: no config.json there. Give a transformers model folder or a hub name.")
         spread = {"device_map": device_map, "max_memory": max_memory, "tp_plan": tp_plan}

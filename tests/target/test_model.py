@@ -1,6 +1,7 @@
 """The target wrapper against the library's own answers, over the table of tiny targets."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,7 @@ def spoil_type(folder: Path) -> None:
         (spoil_missing, r"1 weights are missing .*model\.layers\.3\.mlp\.up_proj\.weight"),
         (spoil_truncated, "could not be loaded as a causal LM"),
         (spoil_config, "no config.json there"),
+        (shutil.rmtree, "no such folder"),
         (spoil_type, "could not be loaded as a causal LM .*no_such_model"),
     ],
 )
