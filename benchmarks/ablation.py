@@ -32,6 +32,7 @@ from fledge.decoding.records import Sampling, TreeShape
 from fledge.draft import ttt
 from fledge.draft.batch import Batch
 from fledge.draft.checkpoint import load_draft
+from fledge.draft.depth import RandomDepth
 from fledge.draft.loss import Teacher
 from fledge.draft.model import DraftModel
 from fledge.target.model import Target
@@ -128,7 +129,7 @@ class Exchanged:
         ) = self.before  # fmt: skip
 
 
-def unshifted_align(batch: Batch, ttt_steps: int) -> ttt.Alignment:
+def unshifted_align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = None) -> ttt.Alignment:
     """Row t is trained at step k where l_{t+k}, whatever token it predicts.
 
     In `align` position p = t + 1 + k teaches where l_p and l_{p+1}; here it is to teach where l_{p-1}. A span [a, b) of
@@ -141,7 +142,7 @@ def unshifted_align(batch: Batch, ttt_steps: int) -> ttt.Alignment:
         one, two = mask.roll(1), mask.roll(2)
         one[:1], two[:2] = False, False
         masks.append(one | two)
-    return ttt.align(dataclasses.replace(batch, loss_mask=torch.cat(masks)), ttt_steps)
+    return ttt.align(dataclasses.replace(batch, loss_mask=torch.cat(masks)), ttt_steps, depth)
 
 
 def whole_teacher(**known: Any) -> Teacher:

@@ -47,7 +47,7 @@ def held_bytes(*, bf16: bool, recompute: bool) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            states = unroll(draft, batch, align(batch, STEPS), STEPS, recompute=recompute)
+            states = torch.stack(unroll(draft, batch, align(batch, STEPS), STEPS, recompute=recompute))
     return sum(sizes.values()) + states.nbytes
 
 

@@ -136,7 +136,7 @@ def trial(draft: DraftModel, record: TargetRecord, columns: Tensor) -> tuple[Ten
     """
     batch = pack([dataclasses.replace(record, tap_hidden=record.tap_hidden[:, columns])])
     alignment = align(batch, CHAIN)
-    states = unroll(draft, batch, alignment, CHAIN)  # (K, S, H), normed
+    states = unroll(draft, batch, alignment, CHAIN)  # K of (S, H), normed
     first = int(record.loss_mask.nonzero()[0]) - 1  # the last prompt row drafts the answer's second token
     rows = torch.arange(first, len(record) - 2, device=columns.device)
     index = torch.searchsorted(alignment.rows, rows)
@@ -151,7 +151,7 @@ def trial(draft: DraftModel, record: TargetRecord, columns: Tensor) -> tuple[Ten
         inside = wanted < len(record)
         token = record.input_ids[wanted.clamp_max(len(record) - 1)]
         known = draft_id[token]
-        logits = draft.lm_head(states[step, index]).float()
+        logits = draft.lm_head(states[step][index]).float()
         alive = alive & inside & (logits.argmax(-1) == known)
         lengths += alive
         log_q = logits.log_softmax(-1).gather(-1, known.clamp_min(0)[:, None])[:, 0]

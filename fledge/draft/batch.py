@@ -28,6 +28,7 @@ class Batch:
     tap_hidden: Tensor  # (N, A, H)
     last_hidden: Tensor  # (N, H)
     lengths: tuple[int, ...]
+    sample_ids: tuple[str, ...]
     summary: TeacherSummary | None = None  # of all rows, or not known of some
 
     @property
@@ -40,7 +41,7 @@ class Batch:
             for name in ("input_ids", "loss_mask", "position_ids", "tap_hidden", "last_hidden")
         }
         summary = None if self.summary is None else self.summary.to(device)
-        return Batch(**moved, lengths=self.lengths, summary=summary)
+        return Batch(**moved, lengths=self.lengths, sample_ids=self.sample_ids, summary=summary)
 
 
 def pack(records: Sequence[TargetRecord]) -> Batch:
@@ -56,5 +57,6 @@ def pack(records: Sequence[TargetRecord]) -> Batch:
         tap_hidden=torch.cat([record.tap_hidden for record in records]),
         last_hidden=torch.cat([record.last_hidden for record in records]),
         lengths=tuple(len(record) for record in records),
+        sample_ids=tuple(record.sample_id for record in records),
         summary=TeacherSummary.cat([record.summary for record in records]),
     )

@@ -13,7 +13,7 @@ nor K x [N, D] draft logits ever exist, and the backward is two multiplications 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -26,10 +26,11 @@ from fledge.draft.products import product
 from fledge.draft.ttt import Alignment
 from fledge.target.record import TeacherSummary
 
-# P taught positions, C chunk of them, K steps, S active rows, D draft vocab, V target vocab
+# P taught positions, C chunk of them, K steps, M pairs of a position and a step, m chunk of them, S active rows
+# D draft vocab, V target vocab
 
 # Memory for one chunk's matrices: large enough for full-speed products, small beside the activations.
-CHUNK_BYTES = {"cpu": 36 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 26 * 2**20, "cuda": 512 * 2**20}
 Kind = Literal["kl", "lk"]
 Average = Literal["sequence", "token"]
 PositionWeights = Literal["fixed", "dynamic"]
@@ -95,7 +96,7 @@ class LossOutput(NamedTuple):
 
 
 def ttt_loss(
-    states: Tensor,
+    states: Sequence[Tensor],
     head_weight: Tensor,
     teacher: Teacher,
     draft_ids: Tensor,
@@ -105,35 +106,38 @@ def ttt_loss(
 ) -> LossOutput:
     """Loss of one batch.
 
-    states (K, S, H) normed draft states; head_weight (D, H) the draft's lm_head; draft_ids (D,) target ids of the
-    draft vocabulary; t2d (V,) bool.
+    states: for each of K steps (S_k, H) normed draft states; head_weight (D, H) the draft's lm_head; draft_ids (D,)
+    target ids of the draft vocabulary; t2d (V,) bool.
     """
-    device_type = states.device.type
+    flat = torch.cat(list(states))
+    device_type = flat.device.type
     if torch.is_autocast_enabled(device_type):
-        states = states.to(torch.get_autocast_dtype(device_type))
+        flat = flat.to(torch.get_autocast_dtype(device_type))
     with torch.autocast(device_type, enabled=False):  # dtypes are chosen here: states' for the head, fp32 for the rest
         confidence = None
         if settings.position_weights == "dynamic":
-            confidence = read_confidence(states, head_weight, teacher, draft_ids, t2d, alignment)
+            confidence = read_confidence(flat, head_weight, teacher, draft_ids, t2d, alignment)
         weights = row_weights(alignment, settings, confidence)
         results = _FusedLoss.apply(
-            states, head_weight, teacher, draft_ids, t2d, alignment, settings, weights, torch.is_grad_enabled()
+            flat, head_weight, teacher, draft_ids, t2d, alignment, settings, weights, torch.is_grad_enabled()
         )
-    loss, step_loss, hits, overlap, covered = results
-    trained = alignment.trained
-    matrix = hits.new_zeros(states.shape[:2], dtype=torch.bool)  # (K, S)
-    steps = torch.arange(len(trained), device=trained.device)[:, None].expand_as(trained)
-    matrix[steps[trained], alignment.row_index[trained]] = hits[trained]
-    prefix = matrix.cummin(dim=0).values
+    loss, losses, hits, overlaps, covered = results
+    pairs, num_steps = alignment.pairs, len(alignment.row_index)
+    right = hits.new_zeros((num_steps, len(alignment.rows)), dtype=torch.bool)  # (K, S)
+    right[pairs.step, alignment.row_index[pairs.step, pairs.place]] = hits
+
+    def by_step(values: Tensor) -> Tensor:
+        return values.new_zeros(num_steps).index_add_(0, pairs.step, values)
+
     return LossOutput(
         loss=loss,
-        step_loss=step_loss,
-        trained=trained.sum(1),
-        hits=hits.sum(1),
-        prefix_hits=prefix.sum(1),
-        overlap=overlap,
+        step_loss=by_step(losses),
+        trained=alignment.trained.sum(1),
+        hits=by_step(hits.long()),
+        prefix_hits=right.cummin(dim=0).values.sum(1),
+        overlap=by_step(overlaps),
         covered=covered,
-        positions=torch.tensor(len(alignment.positions), device=states.device),
+        positions=torch.tensor(len(alignment.positions), device=flat.device),
     )
 
 
@@ -152,18 +156,22 @@ def read_confidence(
 ) -> Tensor:
     """(K, P) probability the draft gives the target's choice: a pass of its own over the head, forward only."""
     found = torch.zeros(alignment.row_index.shape, device=states.device)
-    weight = head_weight.to(states.dtype)
-    per_chunk = chunk_size(len(states), len(draft_ids), len(t2d), states.device.type, short=teacher.is_short)
-    for start in range(0, len(alignment.positions), per_chunk):
-        part = slice(start, start + per_chunk)
-        chunk = teacher.read(alignment.positions[part], draft_ids, t2d)
-        choice = chunk.argmax.clamp(max=len(draft_ids) - 1)[:, None]
-        for step in range(len(states)):
-            index = alignment.row_index[step, part]
-            z = (states[step, index.clamp_min(0)] @ weight.T).float()
-            chosen = (z.gather(1, choice)[:, 0] - z.logsumexp(-1)).exp()
-            found[step, part] = chosen * chunk.covered * (index >= 0)
+    weight, pairs = head_weight.to(states.dtype), alignment.pairs
+    for places, part in chunks(alignment, draft_ids, t2d, teacher):
+        chunk = teacher.read(alignment.positions[places], draft_ids, t2d)
+        place, step = pairs.place[part], pairs.step[part]
+        own = place - places.start
+        z = (states[pairs.state[part]] @ weight.T).float()
+        choice = chunk.argmax.clamp(max=len(draft_ids) - 1)[own, None]
+        chosen = (z.gather(1, choice)[:, 0] - z.logsumexp(-1)).exp()
+        found[step, place] = chosen * chunk.covered[own]
     return found
+
+
+def chunks(alignment: Alignment, draft_ids: Tensor, t2d: Tensor, teacher: Teacher) -> Iterator[tuple[slice, slice]]:
+    """Positions and pairs whose matrices are there at a time."""
+    most = pairs_per_chunk(len(draft_ids), len(t2d), t2d.device.type, short=teacher.is_short)
+    return alignment.pairs.chunks(most)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -172,18 +180,20 @@ class _FusedLoss(torch.autograd.Function):
         ctx: Any, states: Tensor, head_weight: Tensor, teacher: Teacher, draft_ids: Tensor, t2d: Tensor,
         alignment: Alignment, settings: LossSettings, weights: Tensor, wants_grad: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        sums = _Sums(states, head_weight, alignment, wants_grad)
-        per_chunk = chunk_size(len(states), len(draft_ids), len(t2d), states.device.type, short=teacher.is_short)
+        pairs = alignment.pairs
+        sums = _Sums(states, head_weight, len(pairs.place), wants_grad)
         rows = _kl_rows if settings.kind == "kl" else _lk_rows
-        for start in range(0, len(alignment.positions), per_chunk):
-            part = slice(start, start + per_chunk)
-            chunk = teacher.read(alignment.positions[part], draft_ids, t2d)
-            rows(sums, part, chunk, weights[:, part] * chunk.covered, settings)
+        for places, part in chunks(alignment, draft_ids, t2d, teacher):
+            chunk = teacher.read(alignment.positions[places], draft_ids, t2d)
+            place = pairs.place[part]
+            own = place - places.start
+            weight = weights[pairs.step[part], place] * chunk.covered[own]
+            rows(sums, part, pairs.state[part], own, chunk, weight, settings)
             sums.covered += chunk.covered.sum()
         if wants_grad:
             ctx.save_for_backward(sums.grad_states, sums.grad_weight)
         ctx.head_dtype = head_weight.dtype
-        outputs = (sums.step_loss, sums.hits, sums.overlap, sums.covered)
+        outputs = (sums.losses, sums.hits, sums.overlaps, sums.covered)
         ctx.mark_non_differentiable(*outputs)
         return sums.total, *outputs
 
@@ -197,27 +207,17 @@ class _FusedLoss(torch.autograd.Function):
 class _Sums:
     """What a pass over the chunks adds up."""
 
-    def __init__(self, states: Tensor, head_weight: Tensor, alignment: Alignment, wants_grad: bool) -> None:
-        num_steps, device = len(states), states.device
-        self.states, self.weight, self.alignment = states, head_weight.to(states.dtype), alignment
+    def __init__(self, states: Tensor, head_weight: Tensor, num_pairs: int, wants_grad: bool) -> None:
+        device = states.device
+        self.states, self.weight = states, head_weight.to(states.dtype)
         self.wants_grad = wants_grad
         self.grad_states = torch.zeros_like(states) if wants_grad else states
         self.grad_weight = torch.zeros_like(head_weight, dtype=torch.float32) if wants_grad else head_weight
         self.total = torch.zeros((), device=device)
-        self.step_loss, self.overlap = torch.zeros(num_steps, device=device), torch.zeros(num_steps, device=device)
-        self.hits = torch.zeros(alignment.row_index.shape, dtype=torch.bool, device=device)
+        self.losses, self.overlaps = torch.zeros(num_pairs, device=device), torch.zeros(num_pairs, device=device)
+        self.hits = torch.zeros(num_pairs, dtype=torch.bool, device=device)
         self.covered = torch.zeros((), dtype=torch.int64, device=device)
         self.rooms: dict[str, Tensor] = {}
-
-    def row_states(self, step: int, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """For a chunk of positions at one step: (C, H) states, their (C,) row numbers, and which are real."""
-        index = self.alignment.row_index[step, part]
-        real = index >= 0
-        index = index.clamp_min(0)
-        return self.states[step, index], index, real
-
-    def add_row_grads(self, step: int, index: Tensor, real: Tensor, grad: Tensor) -> None:
-        self.grad_states[step, index[real]] = grad[real].to(self.grad_states.dtype)
 
     def room(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
         """Scratch memory that all chunks share: fresh pages cost as much as what is written to them."""
@@ -227,57 +227,47 @@ class _Sums:
         return self.rooms[name][:size].view(shape)
 
 
-def _kl_rows(sums: _Sums, part: slice, teacher: "TeacherChunk", weights: Tensor, settings: LossSettings) -> None:
-    """Cross-entropy of one chunk at all steps.
+def _kl_rows(
+    sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "TeacherChunk", weights: Tensor, _: LossSettings
+) -> None:
+    """Cross-entropy of a chunk's m pairs; `state` (m,) their rows of the states, `own` (m,) their rows of the teacher.
 
-    The gradient of a row's loss is w (q - p). The p half is the same for all steps: sum_v p(v) z(v) = (p W) . h, so p W
-    is multiplied once per chunk and never subtracted from a [C, D] matrix. The steps' logits are one product, and so is
-    each half of the backward; their distributions take the logits' place in memory, in bf16 with p behind them:
+    The gradient of a pair's loss is w (q - p). The p half is the same at all steps: sum_v p(v) z(v) = (p W) . h, so
+    p W is multiplied once per position and never subtracted from a [m, D] matrix. The pairs' logits are one product,
+    and so is each half of the backward, in which the positions' p lie behind the pairs' q:
 
-        block   q_0 | q_1 | .. | q_{K-1} | p          (K + 1, C, D)
+        block   q | p          (m + C, D)
     """
-    num_steps, dtype, weight = len(sums.states), sums.states.dtype, sums.weight
-    num_rows, draft_vocab = teacher.probs.shape
-    narrow = dtype != torch.float32
-    chosen = [sums.row_states(step, part) for step in range(num_steps)]
-    states = torch.stack([h for h, _, _ in chosen])  # (K, C, H)
-    if narrow:
-        block = sums.room("block", num_steps + 1, num_rows, draft_vocab, dtype=dtype)
-        block[-1].copy_(teacher.probs)
-        steps, p = block[:-1], block[-1]
-        torch.mm(states.flatten(0, 1), weight.T, out=steps.view(-1, draft_vocab))
-    else:
-        steps, p = product(states.flatten(0, 1), weight).unflatten(0, (num_steps, num_rows)), teacher.probs
-    taught = product(p, weight.T)  # (C, H)
-    for step, (h, _, real) in enumerate(chosen):
-        z = q = steps[step]
-        if narrow:
-            z = sums.room("logits", num_rows, draft_vocab, dtype=torch.float32).copy_(z)
-            q = sums.room("q", num_rows, draft_vocab, dtype=torch.float32)
-        highest = z.amax(-1)
-        sums.hits[step, part] = _is_top(z, highest, teacher.argmax) & teacher.covered & real
-        torch.softmax(z, -1, out=q)
-        if narrow:
-            steps[step].copy_(q)
-        lse = highest - q.amax(-1).log()
-        loss = lse - (taught.float() * h.float()).sum(-1)
-        sums.total += (loss * weights[step]).sum()
-        sums.step_loss[step] += loss[teacher.covered & real].sum()
-        if not sums.wants_grad:
-            sums.overlap[step] += _overlap(q, teacher)[real].sum()
+    dtype, weight = sums.states.dtype, sums.weight
+    num_pairs, (num_positions, draft_vocab) = len(state), teacher.probs.shape
+    h = sums.states[state]  # (m, H)
+    if dtype == torch.float32:
+        z = q = product(h, weight)
+        p = teacher.probs
+    else:  # bf16: the kernel of softmax computes in fp32 and rounds its result
+        z = torch.mm(h, weight.T, out=sums.room("logits", num_pairs, draft_vocab, dtype=dtype))
+        block = sums.room("block", num_pairs + num_positions, draft_vocab, dtype=dtype)
+        q, p = block[:num_pairs], block[num_pairs:].copy_(teacher.probs)
+    taught = product(p, weight.T).float()[own]  # (m, H)
+    highest, covered = z.amax(-1), teacher.covered[own]
+    sums.hits[part] = _is_top(z, highest, teacher.argmax[own]) & covered
+    torch.softmax(z, -1, out=q)
+    lse = highest.float() - q.amax(-1).float().log()
+    losses = lse - (taught * h).sum(-1)
+    sums.total += (losses * weights).sum()
+    sums.losses[part] = losses * covered
     if not sums.wants_grad:
+        sums.overlaps[part] = _overlap(q, teacher, own)
         return
-    grads = product(steps.flatten(0, 1), weight.T).float().unflatten(0, (num_steps, num_rows))
-    grads = (grads - taught.float()) * weights[..., None]
-    weighted = states * weights[..., None]
-    for step, (_, index, real) in enumerate(chosen):
-        sums.add_row_grads(step, index, real, grads[step])
-    if narrow:
-        right = torch.cat((weighted, -weighted.sum(0, keepdim=True))).to(dtype)
-        sums.grad_weight += block.flatten(0, 1).T @ right.flatten(0, 1)
+    grads = product(q, weight.T).float().sub_(taught).mul_(weights[:, None])
+    sums.grad_states[state] = grads.to(dtype)
+    right = h * weights[:, None]  # (m, H) fp32
+    of_positions = torch.zeros(num_positions, right.shape[1], device=right.device).index_add_(0, own, right)
+    if dtype == torch.float32:
+        sums.grad_weight.addmm_(q.T, right)
+        sums.grad_weight.addmm_(p.T, of_positions, alpha=-1)
     else:
-        sums.grad_weight.addmm_(steps.flatten(0, 1).T, weighted.flatten(0, 1))
-        sums.grad_weight.addmm_(p.T, weighted.sum(0), alpha=-1)
+        sums.grad_weight += block.T @ torch.cat((right, -of_positions)).to(dtype)
 
 
 def _is_top(z: Tensor, highest: Tensor, wanted: Tensor) -> Tensor:
@@ -291,34 +281,36 @@ def _is_top(z: Tensor, highest: Tensor, wanted: Tensor) -> Tensor:
     return found
 
 
-def _lk_rows(sums: _Sums, part: slice, teacher: "TeacherChunk", weights: Tensor, settings: LossSettings) -> None:
-    """LK-hybrid of one chunk at all steps; TV = 1 - sum min(p, q), so only entries with q < p move it."""
-    dtype, weight, p = sums.states.dtype, sums.weight, teacher.probs
-    entropy = -torch.special.xlogy(p, p).sum(-1)
-    for step in range(len(sums.states)):
-        h, index, real = sums.row_states(step, part)
-        z = (h @ weight.T).float()
-        lse = z.logsumexp(-1, keepdim=True)
-        sums.hits[step, part] = (z.argmax(-1) == teacher.argmax) & teacher.covered & real
-        cross_entropy = lse[:, 0] - (p * z).sum(-1)
-        q = z.sub_(lse).exp_()
-        tv = 1 - torch.minimum(p, q).sum(-1)
-        share = torch.exp(-settings.lk_eta * (1 - tv))
-        loss = share * (cross_entropy - entropy) + (1 - share) * tv
-        sums.total += (loss * weights[step]).sum()
-        sums.step_loss[step] += cross_entropy[teacher.covered & real].sum()
-        sums.overlap[step] += _overlap(q, teacher)[real].sum()
-        if sums.wants_grad:
-            below = (q < p) * q
-            grad_tv = q * below.sum(-1, keepdim=True) - below
-            grad = (share[:, None] * (q - p) + (1 - share)[:, None] * grad_tv).mul_(weights[step, :, None]).to(dtype)
-            sums.add_row_grads(step, index, real, grad @ weight)
-            sums.grad_weight += grad.T @ h
+def _lk_rows(
+    sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "TeacherChunk", weights: Tensor,
+    settings: LossSettings,
+) -> None:  # fmt: skip
+    """LK-hybrid of a chunk's m pairs; TV = 1 - sum min(p, q), so only entries with q < p move it."""
+    weight, h = sums.weight, sums.states[state]
+    p = teacher.probs[own]
+    z = (h @ weight.T).float()
+    lse = z.logsumexp(-1, keepdim=True)
+    covered = teacher.covered[own]
+    sums.hits[part] = (z.argmax(-1) == teacher.argmax[own]) & covered
+    cross_entropy = lse[:, 0] - (p * z).sum(-1)
+    q = z.sub_(lse).exp_()
+    tv = 1 - torch.minimum(p, q).sum(-1)
+    share = torch.exp(-settings.lk_eta * (1 - tv))
+    loss = share * (cross_entropy + torch.special.xlogy(p, p).sum(-1)) + (1 - share) * tv
+    sums.total += (loss * weights).sum()
+    sums.losses[part] = cross_entropy * covered
+    sums.overlaps[part] = _overlap(q, teacher, own)
+    if sums.wants_grad:
+        below = (q < p) * q
+        grad_tv = q * below.sum(-1, keepdim=True) - below
+        grad = (share[:, None] * (q - p) + (1 - share)[:, None] * grad_tv).mul_(weights[:, None]).to(h.dtype)
+        sums.grad_states[state] = grad @ weight
+        sums.grad_weight += grad.T @ h
 
 
-def _overlap(q: Tensor, teacher: "TeacherChunk") -> Tensor:
-    """sum_v min(p(v), q(v)) with p the target's full distribution: (C,)."""
-    return torch.minimum(teacher.probs * teacher.mass[:, None], q).sum(-1)
+def _overlap(q: Tensor, teacher: "TeacherChunk", own: Tensor) -> Tensor:
+    """sum_v min(p(v), q(v)) with p the target's full distribution: (m,)."""
+    return torch.minimum((teacher.probs * teacher.mass[:, None])[own], q).sum(-1, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -345,24 +337,22 @@ class TeacherChunk:
         return torch.exp(self.inside.logsumexp(-1) - self.logsumexp())
 
 
-def chunk_size(num_steps: int, draft_vocab_size: int, vocab_size: int, device_type: str, *, short: bool) -> int:
-    """Teacher positions per chunk: the teacher's logits and the draft's distributions at all steps fit CHUNK_BYTES.
+def pairs_per_chunk(draft_vocab_size: int, vocab_size: int, device_type: str, *, short: bool) -> int:
+    """Pairs whose matrices fit CHUNK_BYTES, with those of their positions, taken to be a fourth as many.
 
     short: the teacher's logits are those of the draft vocabulary alone.
     """
-    rows = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // position_bytes(
-        num_steps, draft_vocab_size, vocab_size, short=short
-    )
-    return rows // 64 * 64 if rows >= 64 else max(16, rows)  # odd numbers of rows halve the speed of bf16 products
+    most = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // pair_bytes(draft_vocab_size, vocab_size, short=short)
+    return most // 64 * 64 if most >= 64 else max(16, most)
 
 
-def position_bytes(num_steps: int, draft_vocab_size: int, vocab_size: int, *, short: bool) -> int:
-    """What one position of a chunk takes, in fp32."""
-    return (0 if short else 4 * vocab_size) + 4 * draft_vocab_size * (num_steps + 5)
+def pair_bytes(draft_vocab_size: int, vocab_size: int, *, short: bool) -> int:
+    """What one pair of a chunk takes, in fp32: its distribution, and a fourth of its position's teacher."""
+    return 4 * draft_vocab_size + (3 * 4 * draft_vocab_size + (0 if short else 4 * vocab_size)) // 4
 
 
 def dense_loss(
-    states: Tensor,
+    states: Sequence[Tensor],
     head_weight: Tensor,
     teacher: Teacher,
     draft_ids: Tensor,
@@ -375,14 +365,14 @@ def dense_loss(
     confidence = None
     if settings.position_weights == "dynamic":
         rows = alignment.row_index.clamp_min(0)
-        q = torch.stack([(states[k, rows[k]] @ head_weight.T).float().softmax(-1) for k in range(len(states))])
+        q = torch.stack([(states[k][rows[k]] @ head_weight.T).float().softmax(-1) for k in range(len(states))])
         choice = chunk.argmax.clamp(max=len(draft_ids) - 1).expand(len(states), -1)
         confidence = q.gather(-1, choice[..., None])[..., 0].detach() * chunk.covered
     weights = row_weights(alignment, settings, confidence) * chunk.covered
-    total = states.new_zeros(())
+    total = states[0].new_zeros(())
     for step in range(len(states)):
         asked = alignment.trained[step].nonzero()[:, 0]
-        log_q = (states[step, alignment.row_index[step, asked]] @ head_weight.T).float().log_softmax(-1)
+        log_q = (states[step][alignment.row_index[step, asked]] @ head_weight.T).float().log_softmax(-1)
         p = chunk.probs[asked]
         loss = -(p * log_q).sum(-1)
         if settings.kind == "lk":

@@ -23,13 +23,17 @@ from fledge.draft.ttt import Alignment
 
 
 def averaging_weights(alignment: Alignment, average: str) -> Tensor:
-    """(K, P) one over the rows position p's row is averaged with at step k, or 1 for a plain sum; 0 where untrained."""
-    trained = alignment.trained
-    if average == "token" or not trained.numel():
-        return trained.float()
-    per_document = trained.new_zeros((len(trained), int(alignment.document.max()) + 1), dtype=torch.float32)
-    per_document.index_add_(1, alignment.document, trained.float())
-    return trained / per_document[:, alignment.document].clamp_min(1)
+    """(K, P) one over the rows position p's row is averaged with at step k, or 1 for a plain sum; 0 where untrained.
+
+    Rows that a draw of depths leaves out are averaged with all the same, and those it leaves stand for them.
+    """
+    weights = alignment.trained / alignment.share[:, None]
+    if average == "token" or not weights.numel():
+        return weights
+    asked = alignment.asked.float()
+    per_document = asked.new_zeros((len(asked), int(alignment.document[-1]) + 1))
+    per_document.index_add_(1, alignment.document, asked)
+    return weights / per_document[:, alignment.document].clamp_min(1)
 
 
 def fixed_weights(alignment: Alignment, step_decay: float) -> Tensor:

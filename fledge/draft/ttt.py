@@ -18,6 +18,8 @@ trained.
     rows at k = 1         . 1 2 . . .
 """
 
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,11 +27,30 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fledge.draft.batch import Batch
+from fledge.draft.depth import RandomDepth
 from fledge.draft.model import DraftModel
 from fledge.draft.products import linear
 from fledge.draft.ttt_attention import Run, runs_of, ttt_attention
 
-# N rows of all documents, P taught positions, S active rows, K TTT steps, H hidden
+# N rows of all documents, P taught positions, S active rows, K TTT steps, M pairs, H hidden
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """All that is learned: M pairs of a taught position and a TTT step, in the order of the positions."""
+
+    place: Tensor  # (M,) int64 index into the positions
+    step: Tensor  # (M,) int64
+    state: Tensor  # (M,) int64 row of the states of all steps, end to end
+    ends: Sequence[int]  # P numbers: pairs of the positions up to each, itself included
+
+    def chunks(self, most: int) -> Iterator[tuple[slice, slice]]:
+        """Consecutive positions with at most so many pairs together (at least one position), and their pairs."""
+        begin = first = 0
+        while begin < len(self.ends):
+            end = max(begin + 1, bisect_right(self.ends, first + most))
+            yield slice(begin, end), slice(first, self.ends[end - 1])
+            begin, first = end, self.ends[end - 1]
 
 
 @dataclass(frozen=True)
@@ -38,54 +59,88 @@ class Alignment:
 
     positions: Tensor  # (P,) int64 rows p whose target distribution teaches
     document: Tensor  # (P,) int64 document of each position
-    rows: Tensor  # (S,) int64 rows that are trained at some step, ascending
-    row_index: Tensor  # (K, P) int64 index into rows of row p - 1 - k; -1 before the document's first row
-    runs: tuple[Run, ...]  # the active rows as contiguous runs
+    rows: Tensor  # (S,) int64 rows that are trained at some step: ascending, or those unrolled to more steps first
+    row_index: Tensor  # (K, P) int64 index into rows of row p - 1 - k; -1 where that is not trained
+    asked: Tensor  # (K, P) bool: row p - 1 - k is in p's document. What a draw of depths leaves of it is `trained`
+    share: Tensor  # (K,) probability of an asked row to be trained
+    runs: tuple[tuple[Run, ...], ...]  # K: the rows unrolled at each step, a prefix of `rows`, as contiguous runs
     last_row: Tensor  # (S,) int64 last row of each active row's document
+    pairs: Pairs
 
     @property
     def trained(self) -> Tensor:
         """(K, P) bool: position p teaches a row at step k."""
         return self.row_index >= 0
 
+    @property
+    def alive(self) -> list[int]:
+        """K: how many of the rows are unrolled at each step."""
+        return [sum(run.stop - run.start for run in runs) for runs in self.runs]
 
-def align(batch: Batch, ttt_steps: int) -> Alignment:
-    """Apply the shift: teacher positions, active rows and the map between them."""
+
+def align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = None) -> Alignment:
+    """Apply the shift: teacher positions, active rows and the map between them. Without `depth`, all rows go all steps.
+
+    Everything is worked out on the CPU: rows, runs and pairs decide how much there is to compute.
+    """
     device = batch.loss_mask.device
-    lengths = torch.tensor(batch.lengths, device=device)
+    lengths = torch.tensor(batch.lengths)
     stops = lengths.cumsum(0)
-    document = torch.repeat_interleave(torch.arange(len(batch.lengths), device=device), lengths)
+    document = torch.repeat_interleave(torch.arange(len(batch.lengths)), lengths)
     first_row, last_row = (stops - lengths)[document], (stops - 1)[document]
 
-    supervised = batch.loss_mask
-    row = torch.arange(len(supervised), device=device)
+    supervised = batch.loss_mask.cpu()
+    row = torch.arange(len(supervised))
     taught = supervised & supervised.roll(-1) & (row < last_row)
     positions = taught.nonzero()[:, 0]
 
-    wanted = positions - 1 - torch.arange(ttt_steps, device=device)[:, None]  # (K, P)
+    wanted = positions - 1 - torch.arange(ttt_steps)[:, None]  # (K, P)
     inside = wanted >= first_row[positions]
     active = torch.zeros_like(supervised)
     active[wanted[inside]] = True
-    rows = active.nonzero()[:, 0]
+    whole = runs_of(active, batch.lengths)
+    if depth is None:
+        runs, share = [whole] * ttt_steps, [1.0] * ttt_steps
+    else:
+        ids = [batch.sample_ids[number] for number in dict.fromkeys(document[run.start].item() for run in whole)]
+        pieces = depth.pieces(whole, ids, ttt_steps)
+        runs = [tuple(run for run, steps in pieces if steps > number) for number in range(ttt_steps)]
+        share = depth.expected(ttt_steps)
+
+    rows = torch.cat([torch.arange(run.start, run.stop) for run in runs[0]] or [row[:0]])
     index_of = torch.full_like(row, -1)
-    index_of[rows] = torch.arange(len(rows), device=device)
+    index_of[rows] = torch.arange(len(rows))
+    alive = torch.tensor([sum(run.stop - run.start for run in step_runs) for step_runs in runs])
+    index = torch.where(inside, index_of[wanted.clamp_min(0)], -1)
+    row_index = torch.where(index < alive[:, None], index, -1)
+    place, step = (row_index >= 0).T.nonzero().T
+    pairs = Pairs(
+        place=place.to(device), step=step.to(device),
+        state=(row_index[step, place] + (alive.cumsum(0) - alive)[step]).to(device),
+        ends=(row_index >= 0).sum(0).cumsum(0).tolist(),
+    )  # fmt: skip
     return Alignment(
-        positions=positions,
-        document=document[positions],
-        rows=rows,
-        row_index=torch.where(inside, index_of[wanted.clamp_min(0)], -1),
-        runs=runs_of(active.cpu(), batch.lengths),
-        last_row=last_row[rows],
+        positions=positions.to(device),
+        document=document[positions].to(device),
+        rows=rows.to(device),
+        row_index=row_index.to(device),
+        asked=inside.to(device),
+        share=torch.tensor(share, device=device),
+        runs=tuple(runs),
+        last_row=last_row[rows].to(device),
+        pairs=pairs,
     )
 
 
-def unroll(draft: DraftModel, batch: Batch, alignment: Alignment, ttt_steps: int, *, recompute: bool = False) -> Tensor:
-    """K draft forwards. Returns (K, S, H): normed states of the active rows, ready for `lm_head`.
+def unroll(
+    draft: DraftModel, batch: Batch, alignment: Alignment, ttt_steps: int, *, recompute: bool = False
+) -> tuple[Tensor, ...]:
+    """K draft forwards. Returns for each step (S_k, H): normed states of the rows unrolled so far, ready for `lm_head`.
 
     Prompt rows cost only their step-0 keys and values: nothing reads their outputs. With `recompute`, a step keeps what
     the other steps need of it (its keys, values and output) and computes the rest again in the backward.
     """
-    rows, last_row = alignment.rows, alignment.last_row
+    rows, last_row, alive = alignment.rows, alignment.last_row, alignment.alive
     features = draft.fuse(batch.tap_hidden)
     window = draft.config.sliding_window
     of_tokens, of_states = (weight.to(features.dtype) for weight in draft.split_projection())
@@ -94,16 +149,19 @@ def unroll(draft: DraftModel, batch: Batch, alignment: Alignment, ttt_steps: int
     tokens = linear(draft.midlayer.input_layernorm(next_tokens), of_tokens)
 
     def step(number: int, hidden: Tensor, tokens: Tensor, *seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """f'' (S, H), keys and values of one step. `seen`: keys of all earlier steps, then their values."""
+        """f'' (S_k, H), keys and values of one step. `seen`: keys of all earlier steps, then their values."""
+        mine = rows[: alive[number]]
         if number == 0:
-            q, k, v = draft.project_sum(tokens, hidden, of_states, draft.rope(batch.position_ids), queries=rows)
-            hidden, keys, values = hidden[rows], [k], [v]
+            q, k, v = draft.project_sum(tokens, hidden, of_states, draft.rope(batch.position_ids), queries=mine)
+            hidden, keys, values = hidden[mine], [k], [v]
         else:
-            own = tokens.index_select(0, torch.minimum(rows + number, last_row - 1))
-            q, k, v = draft.project_sum(own, hidden, of_states, draft.rope(batch.position_ids[..., rows] + number))
+            hidden = hidden[: len(mine)]
+            own = tokens.index_select(0, torch.minimum(mine + number, last_row[: len(mine)] - 1))
+            q, k, v = draft.project_sum(own, hidden, of_states, draft.rope(batch.position_ids[..., mine] + number))
             keys, values = [*seen[:number], k], [*seen[number:], v]
         reach = None if window is None else window - number  # of the step-0 rows; the row itself has moved on
-        attended = ttt_attention(q, keys[0], values[0], keys[1:], values[1:], alignment.runs, reach)
+        later = ([own[: len(mine)] for own in part[1:]] for part in (keys, values))
+        attended = ttt_attention(q, keys[0], values[0], *later, alignment.runs[number], reach)
         return draft.finish(hidden, attended), k, v
 
     hidden, states = features, []
@@ -120,4 +178,4 @@ def unroll(draft: DraftModel, batch: Batch, alignment: Alignment, ttt_steps: int
         values.append(v)
         states.append(draft.norm(out))
         hidden = states[-1] if draft.config.norm_output else out
-    return torch.stack(states)
+    return tuple(states)

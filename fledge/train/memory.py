@@ -9,7 +9,7 @@ benchmarks/plan_memory.py the whole with a measured peak.
 from dataclasses import dataclass
 
 from fledge.draft.config import DraftConfig
-from fledge.draft.loss import chunk_size, position_bytes
+from fledge.draft.loss import pair_bytes, pairs_per_chunk
 
 # H hidden, I intermediate, h heads, g kv heads, d head_dim, D draft vocab, V vocab, A taps, K steps
 
@@ -56,24 +56,26 @@ def kept_elements(config: DraftConfig, *, recompute: bool = False) -> int:
 
 def step_memory(
     config: DraftConfig, *, rows: int, active_rows: int | None = None, ttt_steps: int = 7, bf16: bool = True,
-    recompute: bool = False, state_bytes: int = 2, device_type: str = "cuda", muon: bool = True,
+    recompute: bool = False, state_bytes: int = 2, device_type: str = "cuda", muon: bool = True, survival: float = 1.0,
 ) -> StepMemory:  # fmt: skip
-    """One forward, backward and optimizer step over `rows` tokens, `active_rows` of which are trained (None: all)."""
+    """One forward, backward and optimizer step over `rows` tokens, `active_rows` of which are trained (None: all), to
+    depths drawn with `survival`."""
     active = rows if active_rows is None else active_rows
+    num_pairs = round(active * sum(survival**step for step in range(ttt_steps)))  # rows over all steps
     element = 2 if bf16 else 4
     size, taps = config.hidden_size, len(config.tap_layers)
     parameters = num_parameters(config)
     total = sum(parameters.values())
     projections = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     once = rows * (taps * size + 3 * size + projections + 2 * config.num_key_value_heads * config.head_dim)
-    activations = element * (active * ttt_steps * kept_elements(config, recompute=recompute) + once)
+    activations = element * (num_pairs * kept_elements(config, recompute=recompute) + once)
     activations += 2 * size * projections * element + (2 * total if bf16 else 0)  # split projections; bf16 copies
     if recompute:  # one step at a time is there in full
         activations += element * active * kept_elements(config)
     short = config.draft_vocab_size < config.vocab_size  # records come with the teacher's summary
-    per_chunk = chunk_size(ttt_steps, config.draft_vocab_size, config.vocab_size, device_type, short=short)
-    chunk = min(per_chunk, active) * position_bytes(ttt_steps, config.draft_vocab_size, config.vocab_size, short=short)
-    state_grads = element * active * ttt_steps * size
+    per_chunk = pairs_per_chunk(config.draft_vocab_size, config.vocab_size, device_type, short=short)
+    chunk = min(per_chunk, num_pairs) * pair_bytes(config.draft_vocab_size, config.vocab_size, short=short)
+    state_grads = element * num_pairs * size
     return StepMemory(
         weights=4 * total,
         moments=8 * total - (4 * (total - parameters["lm_head"] - parameters["norms"]) if muon else 0),
@@ -84,12 +86,15 @@ def step_memory(
     )
 
 
-def flop_per_step(config: DraftConfig, *, rows: int, active_rows: int, taught: int, ttt_steps: int) -> int:
+def flop_per_step(
+    config: DraftConfig, *, rows: int, active_rows: int, taught: int, ttt_steps: int, survival: float = 1.0
+) -> int:
     """Matrix products of one step: the draft's for active rows, its head's and the teacher's for taught positions.
 
     The teacher's are those of the draft vocabulary; the whole head is part of making a record."""
     parameters, size = num_parameters(config), config.hidden_size
     layer = parameters["attention"] + parameters["mlp"]
-    attention = 7 * 2 * size * active_rows * rows // 2 * ttt_steps  # two products forward, five backward, causal
-    head = 6 * ttt_steps * taught * parameters["lm_head"] + 2 * taught * config.draft_vocab_size * size
-    return 4 * rows * parameters["fc"] + 6 * ttt_steps * active_rows * layer + attention + head
+    steps = sum(survival**step for step in range(ttt_steps))
+    attention = 7 * 2 * size * active_rows * rows / 2 * steps  # two products forward, five backward, causal
+    head = 6 * steps * taught * parameters["lm_head"] + 2 * taught * config.draft_vocab_size * size
+    return round(4 * rows * parameters["fc"] + 6 * steps * active_rows * layer + attention + head)

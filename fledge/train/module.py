@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fledge.draft.batch import Batch
+from fledge.draft.depth import RandomDepth
 from fledge.draft.loss import LossOutput, LossSettings, Teacher, ttt_loss
 from fledge.draft.low_rank import LowRankHead
 from fledge.draft.model import DraftModel
@@ -24,27 +25,33 @@ class TTTModule(nn.Module):
 
     def __init__(
         self, draft: DraftModel, teacher_head: Callable[[Tensor], Tensor], ttt_steps: int, settings: LossSettings,
-        teacher_rows: HeadRows | None = None,
+        teacher_rows: HeadRows | None = None, *, survival: float = 1.0, seed: int = 0,
     ) -> None:  # fmt: skip
-        """`teacher_rows`: the same head for some ids only (`TargetHead.rows`), which batches with a summary use."""
+        """`teacher_rows`: the same head for some ids only (`TargetHead.rows`), which batches with a summary use.
+
+        With `survival` below 1, rows are unrolled to depths drawn at random (`fledge.draft.depth`).
+        """
         super().__init__()
         self.draft, self.ttt_steps, self.settings = draft, ttt_steps, settings
         self.teacher_head = teacher_head
         smaller = draft.config.draft_vocab_size < draft.config.vocab_size
         self.draft_head = teacher_rows(self._draft_ids()) if teacher_rows is not None and smaller else None
+        self.survival, self.seed = survival, seed
         self.recompute = False
 
-    def forward(self, batch: Batch, anchor: Tensor | None = None) -> LossOutput:
+    def forward(self, batch: Batch, anchor: Tensor | None = None, *, draw: int | None = None) -> LossOutput:
         """Summed loss and metric sums of one batch; empty batches give a zero that still reaches every parameter.
 
         ZeRO-3 lets go of the weights as soon as the gradient of the module's inputs is known, and a batch needs none:
-        `anchor` () is an input whose gradient, zero, comes last.
+        `anchor` () is an input whose gradient, zero, comes last. `draw`: the number of the optimisation step, for
+        depths at random; None: full depth.
         """
-        alignment = align(batch, self.ttt_steps)
+        at_random = draw is not None and self.survival < 1
+        alignment = align(batch, self.ttt_steps, RandomDepth(self.survival, (self.seed, draw)) if at_random else None)
         states = unroll(self.draft, batch, alignment, self.ttt_steps, recompute=self.recompute)
         head: Any = self.draft.lm_head
         if isinstance(head, LowRankHead):
-            states, head = head.down(states), head.up
+            states, head = tuple(map(head.down, states)), head.up
         teacher = Teacher(
             last_hidden=batch.last_hidden, head=self.teacher_head, draft_head=self.draft_head, summary=batch.summary
         )

@@ -115,7 +115,7 @@ class DraftTrainer(Trainer):
     ) -> Any:
         """Mean loss of the optimisation step; this batch's share of it."""
         anchor = (torch.zeros((), device=self.args.device, requires_grad=True),) if self.is_deepspeed_enabled else ()
-        output: LossOutput = model(inputs, *anchor)
+        output: LossOutput = model(inputs, *anchor, draw=self.state.global_step)
         self.window.add(output)
         self._window_tokens += len(inputs.input_ids)
         ranks = self.accelerator.num_processes  # gradients are averaged over ranks, the loss is a sum over them

@@ -1,14 +1,24 @@
 """TTT unrolling and loss against eagle3's definition, written out row by row, and against decoding with a cache."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ttt_reference import (
+    DRAFT_VOCAB,
+    HEAD,
+    RECORDS,
+    SIZE,
+    STEPS,
+    VOCAB,
+    make_draft,
+    make_record,
+    reference_states,
+    teacher_head,
+)
 
 from fledge.draft.batch import Batch, pack
-from fledge.draft.config import DraftConfig
 from fledge.draft.loss import LossSettings, Teacher, dense_loss, ttt_loss
 from fledge.draft.low_rank import LowRankHead
 from fledge.draft.model import DraftModel
@@ -18,49 +28,6 @@ from fledge.target.head import TargetHead
 from fledge.target.quirks import LogitQuirks
 from fledge.target.record import TargetRecord, TeacherSummary
 from fledge.train.module import TTTModule
-
-STEPS, VOCAB, DRAFT_VOCAB, SIZE = 4, 40, 24, 16
-
-
-def make_draft(*, eagle31: bool = False, window: int | None = None) -> DraftModel:
-    torch.manual_seed(0)
-    config = DraftConfig(
-        hidden_size=SIZE, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        vocab_size=VOCAB, draft_vocab_size=DRAFT_VOCAB, tap_layers=(0, 1, 2),
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0}, fc_norm=eagle31, norm_output=eagle31,
-        sliding_window=window,
-    )  # fmt: skip
-    draft = DraftModel(config, torch.randn(VOCAB, SIZE))
-    chosen = torch.randperm(VOCAB)[:DRAFT_VOCAB].sort().values
-    draft.set_vocab(chosen - torch.arange(DRAFT_VOCAB), torch.isin(torch.arange(VOCAB), chosen))
-    for norm in (module for module in draft.modules() if isinstance(module, torch.nn.RMSNorm)):
-        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
-    return draft
-
-
-def make_record(length: int, mask: str, seed: int) -> TargetRecord:
-    generator = torch.Generator().manual_seed(seed)
-    return TargetRecord(
-        sample_id=f"s{seed}",
-        input_ids=torch.randint(VOCAB, (length,), generator=generator),
-        loss_mask=torch.tensor([char == "a" for char in mask]),
-        position_ids=torch.arange(length),
-        tap_hidden=torch.randn(length, 3, SIZE, generator=generator),
-        last_hidden=torch.randn(length, SIZE, generator=generator),
-    )
-
-
-RECORDS = {
-    "one turn": [make_record(9, "pppaaaaaa", 1)],
-    "packed": [make_record(7, "ppaaaaa", 2), make_record(5, "paaaa", 3), make_record(6, "aaaaaa", 4)],
-    "two turns": [make_record(14, "ppaaapppppaaaa", 5)],
-    "untrainable": [make_record(5, "pppap", 6), make_record(6, "ppaaaa", 7)],
-}
-HEAD = torch.randn(VOCAB, SIZE, generator=torch.Generator().manual_seed(9)) * 0.7
-
-
-def teacher_head(hidden: torch.Tensor) -> torch.Tensor:
-    return LogitQuirks(soft_cap=4.0).apply(hidden @ HEAD.T)
 
 
 def refused(hidden: torch.Tensor) -> torch.Tensor:
@@ -86,40 +53,6 @@ def run_loss(draft: DraftModel, batch: Batch, settings: LossSettings, *, short: 
 
 
 # -- the definition, row by row ----------------------------------------------------------------------------------------
-
-
-def reference_states(draft: DraftModel, record: TargetRecord) -> list[torch.Tensor]:
-    """f'' of every row at every step, from whole matrices: K x (T, H)."""
-    length, layer = len(record), draft.midlayer
-    scale = 1 / math.sqrt(draft.config.head_dim)
-    tokens = record.input_ids
-    hidden, keys, values, states = draft.fuse(record.tap_hidden), [], [], []
-    for step in range(STEPS):
-        ids = torch.tensor([int(tokens[min(t + 1 + step, length - 1)]) for t in range(length)])
-        x = torch.cat([layer.input_layernorm(draft.embedding[ids]), layer.hidden_norm(hidden)], dim=-1)
-        cos, sin = draft.rope(record.position_ids + step)
-
-        def heads(linear, x=x):
-            return linear(x).view(length, -1, draft.config.head_dim)
-
-        def turn(s, cos=cos, sin=sin):
-            half = s.shape[-1] // 2
-            return s * cos[:, None] + torch.cat([-s[..., half:], s[..., :half]], -1) * sin[:, None]
-
-        q = turn(heads(layer.self_attn.q_proj))
-        keys.append(turn(heads(layer.self_attn.k_proj)).repeat_interleave(2, 1))
-        values.append(heads(layer.self_attn.v_proj).repeat_interleave(2, 1))
-        attended = torch.zeros_like(q)
-        for t in range(length):
-            seen_k = torch.cat([keys[0][: t + 1]] + [keys[j][t : t + 1] for j in range(1, step + 1)])
-            seen_v = torch.cat([values[0][: t + 1]] + [values[j][t : t + 1] for j in range(1, step + 1)])
-            weights = torch.einsum("hd,khd->hk", q[t], seen_k).mul(scale).softmax(-1)
-            attended[t] = torch.einsum("hk,khd->hd", weights, seen_v)
-        out = hidden + layer.self_attn.o_proj(attended.flatten(1))
-        out = out + layer.mlp(layer.post_attention_layernorm(out))
-        states.append(out)
-        hidden = draft.norm(out) if draft.config.norm_output else out
-    return states
 
 
 def reference_loss(draft: DraftModel, records: list[TargetRecord], *, shift: int = 1) -> torch.Tensor:
@@ -183,7 +116,7 @@ def test_fused_equals_dense(kind, average, positions, short, monkeypatch):
     draft = make_draft()
     parameters = list(draft.parameters())
     settings = LossSettings(kind=kind, average=average, position_weights=positions)
-    monkeypatch.setattr("fledge.draft.loss.chunk_size", lambda *_, **__: 3)  # several chunks, the last one short
+    monkeypatch.setattr("fledge.draft.loss.pairs_per_chunk", lambda *_, **__: 9)  # several chunks, the last one short
     found, dense = run_loss(draft, pack(RECORDS["packed"]), settings, short=short)
     torch.testing.assert_close(found.loss, dense, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(
@@ -230,7 +163,7 @@ def test_unrolled_logits_equal_decoding_with_a_cache(eagle31: bool, window: int 
 
     batch = pack([record])
     alignment = align(batch, STEPS)
-    unrolled = draft.lm_head(unroll(draft, batch, alignment, STEPS))
+    unrolled = draft.lm_head(torch.stack(unroll(draft, batch, alignment, STEPS)))
     features = draft.fuse(record.tap_hidden)
     for index, t in enumerate(alignment.rows.tolist()):
         cache = GrowingCache()
@@ -272,7 +205,7 @@ def test_recomputed_steps_give_the_same_gradients_and_keep_less(eagle31: bool):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            states = unroll(draft, batch, alignment, STEPS, recompute=recompute)
+            states = torch.stack(unroll(draft, batch, alignment, STEPS, recompute=recompute))
         kept.append(sum(sizes.values()))
         results.append([states, *torch.autograd.grad(states.pow(3).sum(), list(draft.parameters())[:-1])])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -80,12 +80,12 @@ def test_packed_with_text_is_each_alone(name, records):
     """Rows of several axes beside rows of one."""
     draft, steps, some = tiny_draft(tiny_vlm(name)), 4, records(name)
     whole = pack(some)
-    together = draft.lm_head(unroll(draft, whole, align(whole, steps), steps))
+    together = draft.lm_head(torch.stack(unroll(draft, whole, align(whole, steps), steps)))
     begin = 0
     for record in some:
         batch = pack([record])
         alignment = align(batch, steps)
-        alone = draft.lm_head(unroll(draft, batch, alignment, steps))
+        alone = draft.lm_head(torch.stack(unroll(draft, batch, alignment, steps)))
         end = begin + len(alignment.rows)
         torch.testing.assert_close(together[:, begin:end], alone, rtol=1e-5, atol=1e-5)
         begin = end
@@ -98,7 +98,7 @@ def test_unrolled_is_decoding_with_a_cache(name, eagle31, records):
     draft, record, steps = tiny_draft(tiny_vlm(name), eagle31=eagle31), records(name)[1], 3
     batch = pack([record])
     alignment = align(batch, steps)
-    logits = draft.lm_head(unroll(draft, batch, alignment, steps))
+    logits = draft.lm_head(torch.stack(unroll(draft, batch, alignment, steps)))
     config, ids = draft.config, record.input_ids
     for index in (0, len(alignment.rows) // 2):
         row = int(alignment.rows[index])

@@ -1,0 +1,90 @@
+"""A small draft, records, and TTT written out row by row: the definition that training is tested against."""
+
+import math
+
+import torch
+
+from fledge.draft.config import DraftConfig
+from fledge.draft.model import DraftModel
+from fledge.target.quirks import LogitQuirks
+from fledge.target.record import TargetRecord
+
+STEPS, VOCAB, DRAFT_VOCAB, SIZE = 4, 40, 24, 16
+
+
+def make_draft(*, eagle31: bool = False, window: int | None = None) -> DraftModel:
+    torch.manual_seed(0)
+    config = DraftConfig(
+        hidden_size=SIZE, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        vocab_size=VOCAB, draft_vocab_size=DRAFT_VOCAB, tap_layers=(0, 1, 2),
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0}, fc_norm=eagle31, norm_output=eagle31,
+        sliding_window=window,
+    )  # fmt: skip
+    draft = DraftModel(config, torch.randn(VOCAB, SIZE))
+    chosen = torch.randperm(VOCAB)[:DRAFT_VOCAB].sort().values
+    draft.set_vocab(chosen - torch.arange(DRAFT_VOCAB), torch.isin(torch.arange(VOCAB), chosen))
+    for norm in (module for module in draft.modules() if isinstance(module, torch.nn.RMSNorm)):
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    return draft
+
+
+def make_record(length: int, mask: str, seed: int) -> TargetRecord:
+    generator = torch.Generator().manual_seed(seed)
+    return TargetRecord(
+        sample_id=f"s{seed}",
+        input_ids=torch.randint(VOCAB, (length,), generator=generator),
+        loss_mask=torch.tensor([char == "a" for char in mask]),
+        position_ids=torch.arange(length),
+        tap_hidden=torch.randn(length, 3, SIZE, generator=generator),
+        last_hidden=torch.randn(length, SIZE, generator=generator),
+    )
+
+
+RECORDS = {
+    "one turn": [make_record(9, "pppaaaaaa", 1)],
+    "packed": [make_record(7, "ppaaaaa", 2), make_record(5, "paaaa", 3), make_record(6, "aaaaaa", 4)],
+    "two turns": [make_record(14, "ppaaapppppaaaa", 5)],
+    "untrainable": [make_record(5, "pppap", 6), make_record(6, "ppaaaa", 7)],
+}
+HEAD = torch.randn(VOCAB, SIZE, generator=torch.Generator().manual_seed(9)) * 0.7
+
+
+def teacher_head(hidden: torch.Tensor) -> torch.Tensor:
+    return LogitQuirks(soft_cap=4.0).apply(hidden @ HEAD.T)
+
+
+# -- the definition, row by row ----------------------------------------------------------------------------------------
+
+
+def reference_states(draft: DraftModel, record: TargetRecord) -> list[torch.Tensor]:
+    """f'' of every row at every step, from whole matrices: K x (T, H)."""
+    length, layer = len(record), draft.midlayer
+    scale = 1 / math.sqrt(draft.config.head_dim)
+    tokens = record.input_ids
+    hidden, keys, values, states = draft.fuse(record.tap_hidden), [], [], []
+    for step in range(STEPS):
+        ids = torch.tensor([int(tokens[min(t + 1 + step, length - 1)]) for t in range(length)])
+        x = torch.cat([layer.input_layernorm(draft.embedding[ids]), layer.hidden_norm(hidden)], dim=-1)
+        cos, sin = draft.rope(record.position_ids + step)
+
+        def heads(linear, x=x):
+            return linear(x).view(length, -1, draft.config.head_dim)
+
+        def turn(s, cos=cos, sin=sin):
+            half = s.shape[-1] // 2
+            return s * cos[:, None] + torch.cat([-s[..., half:], s[..., :half]], -1) * sin[:, None]
+
+        q = turn(heads(layer.self_attn.q_proj))
+        keys.append(turn(heads(layer.self_attn.k_proj)).repeat_interleave(2, 1))
+        values.append(heads(layer.self_attn.v_proj).repeat_interleave(2, 1))
+        attended = torch.zeros_like(q)
+        for t in range(length):
+            seen_k = torch.cat([keys[0][: t + 1]] + [keys[j][t : t + 1] for j in range(1, step + 1)])
+            seen_v = torch.cat([values[0][: t + 1]] + [values[j][t : t + 1] for j in range(1, step + 1)])
+            weights = torch.einsum("hd,khd->hk", q[t], seen_k).mul(scale).softmax(-1)
+            attended[t] = torch.einsum("hk,khd->hd", weights, seen_v)
+        out = hidden + layer.self_attn.o_proj(attended.flatten(1))
+        out = out + layer.mlp(layer.post_attention_layernorm(out))
+        states.append(out)
+        hidden = draft.norm(out) if draft.config.norm_output else out
+    return states
