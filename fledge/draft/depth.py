@@ -20,7 +20,7 @@ A document's draws depend on its id, the seed and the step: not on the other doc
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,17 +42,14 @@ class RandomDepth:
         """(K,) probability of a row to be unrolled at step k."""
         return [self.survival**step for step in range(ttt_steps)]
 
-    def pieces(self, runs: Sequence[Run], sample_ids: Sequence[str], ttt_steps: int) -> list[tuple[Run, int]]:
-        """The runs cut in pieces, each with its number of steps, deepest first.
-
-        `runs` in the order of the documents; `sample_ids` of the documents that have any.
-        """
+    def pieces(self, runs: Sequence[Run], sample_ids: Mapping[int, str], ttt_steps: int) -> list[tuple[Run, int]]:
+        """The runs cut in pieces, each with its number of steps, deepest first. `sample_ids` by a document's first row."""
         documents: dict[int, list[Run]] = {}
         for run in runs:
             documents.setdefault(run.first, []).extend(cut(run))
         found: list[tuple[Run, int]] = []
-        for sample_id, pieces in zip(sample_ids, documents.values(), strict=True):
-            found += zip(pieces, self.draw(sample_id, len(pieces), ttt_steps), strict=True)
+        for first, pieces in documents.items():
+            found += zip(pieces, self.draw(sample_ids[first], len(pieces), ttt_steps), strict=True)
         return sorted(found, key=lambda piece: -piece[1])
 
     def draw(self, sample_id: str, number: int, ttt_steps: int) -> list[int]:

@@ -102,8 +102,8 @@ def align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = None) -> Ali
     if depth is None:
         runs, share = [whole] * ttt_steps, [1.0] * ttt_steps
     else:
-        ids = [batch.sample_ids[number] for number in dict.fromkeys(document[run.start].item() for run in whole)]
-        pieces = depth.pieces(whole, ids, ttt_steps)
+        sample_ids = dict(zip((stops - lengths).tolist(), batch.sample_ids, strict=True))
+        pieces = depth.pieces(whole, sample_ids, ttt_steps)
         runs = [tuple(run for run, steps in pieces if steps > number) for number in range(ttt_steps)]
         share = depth.expected(ttt_steps)
 
@@ -160,8 +160,8 @@ def unroll(
             q, k, v = draft.project_sum(own, hidden, of_states, draft.rope(batch.position_ids[..., mine] + number))
             keys, values = [*seen[:number], k], [*seen[number:], v]
         reach = None if window is None else window - number  # of the step-0 rows; the row itself has moved on
-        later = ([own[: len(mine)] for own in part[1:]] for part in (keys, values))
-        attended = ttt_attention(q, keys[0], values[0], *later, alignment.runs[number], reach)
+        own_keys, own_values = ([own[: len(mine)] for own in part[1:]] for part in (keys, values))
+        attended = ttt_attention(q, keys[0], values[0], own_keys, own_values, alignment.runs[number], reach)
         return draft.finish(hidden, attended), k, v
 
     hidden, states = features, []

@@ -46,8 +46,8 @@ class TTTModule(nn.Module):
         `anchor` () is an input whose gradient, zero, comes last. `draw`: the number of the optimisation step, for
         depths at random; None: full depth.
         """
-        at_random = draw is not None and self.survival < 1
-        alignment = align(batch, self.ttt_steps, RandomDepth(self.survival, (self.seed, draw)) if at_random else None)
+        depth = None if draw is None or self.survival == 1 else RandomDepth(self.survival, (self.seed, draw))
+        alignment = align(batch, self.ttt_steps, depth)
         states = unroll(self.draft, batch, alignment, self.ttt_steps, recompute=self.recompute)
         head: Any = self.draft.lm_head
         if isinstance(head, LowRankHead):

@@ -76,8 +76,9 @@ def train(args: TrainArgs) -> None:
         check_same_run(output_dir, args.resolved(), checkpoint is not None)
     draft = make_draft(config, args.draft, source, args.trainer.seed)
     module = TTTModule(
-        draft, source.teacher_head, args.draft.ttt_steps, args.draft.loss_settings(), source.teacher_rows
-    )
+        draft, source.teacher_head, args.draft.ttt_steps, args.draft.loss_settings(), source.teacher_rows,
+        survival=args.draft.depth_survival or 1.0, seed=args.trainer.seed,
+    )  # fmt: skip
     trainer = DraftTrainer(
         module, args.trainer, to_record=source.to_record, train_dataset=source.train, eval_dataset=source.eval,
         save_dtype=getattr(torch, args.draft.save_dtype),
