@@ -43,7 +43,7 @@ class RandomDepth:
         return [self.survival**step for step in range(ttt_steps)]
 
     def pieces(self, runs: Sequence[Run], sample_ids: Mapping[int, str], ttt_steps: int) -> list[tuple[Run, int]]:
-        """The runs cut in pieces, each with its number of steps, deepest first. `sample_ids` by a document's first row."""
+        """The runs in pieces, each with its number of steps, deepest first. `sample_ids` by a document's first row."""
         documents: dict[int, list[Run]] = {}
         for run in runs:
             documents.setdefault(run.first, []).extend(cut(run))
