@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fledge.draft.ttt_attention import Run
+from fledge.draft.runs import Run
 
 SMALLEST_PIECE = 32  # rows
 PIECES_OF_A_RUN = 16  # at most; more would cost attention more calls than they even out

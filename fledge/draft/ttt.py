@@ -30,7 +30,8 @@ from fledge.draft.batch import Batch
 from fledge.draft.depth import RandomDepth
 from fledge.draft.model import DraftModel
 from fledge.draft.products import linear
-from fledge.draft.ttt_attention import Run, runs_of, ttt_attention
+from fledge.draft.runs import Run, runs_of
+from fledge.draft.ttt_attention import ttt_attention
 
 # N rows of all documents, P taught positions, S active rows, K TTT steps, M pairs, H hidden
 

@@ -10,8 +10,8 @@ from fledge.draft import depth
 from fledge.draft.batch import pack
 from fledge.draft.depth import RandomDepth, cut
 from fledge.draft.loss import LossSettings, Teacher, dense_loss, ttt_loss
+from fledge.draft.runs import Run
 from fledge.draft.ttt import align, unroll
-from fledge.draft.ttt_attention import Run
 from fledge.train.module import TTTModule
 
 
