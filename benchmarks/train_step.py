@@ -65,7 +65,7 @@ def run_case(name: str, args: argparse.Namespace, folder: Path) -> dict[str, dic
     path = folder / f"{name}.json"
     documents = conversations(args) if name == "conversations" else [synthetic(name, args)]
     path.write_text(json.dumps(documents))
-    trainers = {"fledge": sys.executable}
+    trainers = {"fledge": sys.executable, "fledge-depths": sys.executable}
     if device == "cpu":
         for peer in ("specforge", "speculators"):
             if getattr(args, peer):
@@ -136,12 +136,15 @@ def table(results: dict[str, dict[str, dict]], clock: str) -> str:
                 f"| {trainer} | {row['step_s']:.2f} | {row['tokens_per_s']:.0f} | {row['supervised_per_s']:.0f} | "
                 f"{row['growth_mib']:.0f} |"
             )
-        peers = [row for trainer, row in trainers.items() if trainer != "fledge"]
-        if peers:
-            ours = trainers["fledge"]
-            speed = ours["tokens_per_s"] / max(row["tokens_per_s"] for row in peers)
-            memory = ours["growth_mib"] / min(row["growth_mib"] for row in peers)
-            lines += ["", f"fledge: {speed:.2f} x the faster peer, {memory:.2f} x the leaner peer's memory growth."]
+        peers = [row for trainer, row in trainers.items() if not trainer.startswith("fledge")]
+        lines.append("")
+        for name, ours in trainers.items() if peers else ():
+            if name.startswith("fledge"):
+                speed = ours["tokens_per_s"] / max(row["tokens_per_s"] for row in peers)
+                memory = ours["growth_mib"] / min(row["growth_mib"] for row in peers)
+                lines.append(
+                    f"{name}: {speed:.2f} x the faster peer, {memory:.2f} x the leaner peer's memory growth.  "
+                )
         lines.append("")
     return "\n".join(lines)
 

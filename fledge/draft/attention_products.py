@@ -3,7 +3,8 @@
 PyTorch's flash kernel for CPUs reaches a tenth of what the machine's bf16 products do (docs/log.md, "Attention in bf16
 on a CPU"). Here the query rows of a document are taken in order, so many at a time, and their scores are one product
 per key head over all keys up to the last row; only keys from the first row on need a mask. Rows may have holes between
-them: what they see is decided by their numbers.
+them: what they see is decided by their numbers. Chunks are filled up with queries of zeros, and with keys that nobody
+sees, to few different shapes: the library behind the products keeps half a MiB for every shape it has met.
 
 Everything between the products is one pass over 16-bit numbers. In the backward the products subtract, too: a query has
 two columns more that hold its log-sum-exp, in two parts because one 16-bit number is too coarse for it, and a key has
@@ -12,7 +13,8 @@ ones there:
     [q | -lse] . [k | 1] = s - lse        p = exp(s - lse)
     [grad | -delta] . [v | 1] = dp - delta        ds = p (dp - delta)
 
-Scores are rounded to 16 bits where a flash kernel keeps them in fp32: gradients are off by 0.7 % instead of 0.5 %.
+The forward has these columns too, with zeros in the queries, so that all products are of three shapes. Scores are
+rounded to 16 bits where a flash kernel keeps them in fp32: gradients are off by 0.7 % instead of 0.5 %.
 """
 
 from collections.abc import Sequence
@@ -26,12 +28,13 @@ from fledge.draft.runs import Run
 # N rows of all documents, S query rows, h = g * r query heads, g key heads, d head_dim; s queries and n keys of a chunk
 
 ROWS = 128  # queries of a chunk
+FULL = 64  # of which, and of keys, a chunk has a multiple
 EXTRA = 8  # columns beside a head's own: two are used, and products like widths that are multiples of eight
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Queries of one document (a slice of them, in the order of their rows) and the keys that any of them sees."""
+    """Places of one document's queries, in the order of their rows, and the keys that any of them sees."""
 
     queries: slice
     keys: slice
@@ -40,10 +43,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Plan:
-    """All chunks; `order` (S,) puts the queries in the order of their rows, None where they are."""
+    """All chunks; `places` (S,) says where each query stands among the `num_places` of them."""
 
     chunks: tuple[Chunk, ...]
-    order: Tensor | None
+    places: Tensor
+    num_places: int
 
 
 def suits(q: Tensor) -> bool:
@@ -51,40 +55,51 @@ def suits(q: Tensor) -> bool:
 
 
 def plan(runs: Sequence[Run], window: int | None) -> Plan:
-    begins = [0]
-    for run in runs:
-        begins.append(begins[-1] + run.stop - run.start)
-    numbers = sorted(range(len(runs)), key=lambda number: runs[number].start)
-    order = [torch.arange(begins[number], begins[number + 1]) for number in numbers]
-    documents: dict[int, list[Tensor]] = {}
-    for number in numbers:
-        documents.setdefault(runs[number].first, []).append(torch.arange(runs[number].start, runs[number].stop))
+    documents: dict[int, list[int]] = {}  # numbers of a document's runs, in the order of their rows
+    for number in sorted(range(len(runs)), key=lambda number: runs[number].start):
+        documents.setdefault(runs[number].first, []).append(number)
+    sizes = [run.stop - run.start for run in runs]
+    places_of = list(torch.empty(sum(sizes), dtype=torch.int64).split(sizes))
     chunks, begin = [], 0
-    for first, parts in documents.items():
-        for rows in torch.cat(parts).split(ROWS):
-            lowest, highest = int(rows[0]), int(rows[-1])
+    for first, numbers in documents.items():
+        rows = torch.cat([torch.arange(runs[number].start, runs[number].stop) for number in numbers])
+        places = []
+        for some in rows.split(ROWS):
+            lowest, num_rows = int(some[0]), _full(len(some))
             oldest = first if window is None else max(first, lowest - window + 1)
-            key = torch.arange(lowest if window is None else oldest, highest + 1)
-            hidden = key > rows[:, None]
+            stop = oldest + _full(int(some[-1]) + 1 - oldest)
+            key = torch.arange(lowest if window is None else oldest, stop)
+            hidden = torch.zeros(num_rows, len(key), dtype=torch.bool)
+            hidden[: len(some)] = key > some[:, None]
             if window is not None:
-                hidden |= key <= rows[:, None] - window
-            chunks.append(Chunk(slice(begin, begin + len(rows)), slice(oldest, highest + 1), hidden))
-            begin += len(rows)
-    in_order = numbers == list(range(len(runs)))
-    return Plan(tuple(chunks), None if in_order else torch.cat(order))
+                hidden[: len(some)] |= key <= some[:, None] - window
+            chunks.append(Chunk(slice(begin, begin + num_rows), slice(oldest, stop), hidden))
+            places.append(torch.arange(begin, begin + len(some)))
+            begin += num_rows
+        for number, part in zip(numbers, torch.cat(places).split([sizes[number] for number in numbers]), strict=True):
+            places_of[number] = part
+    return Plan(tuple(chunks), torch.cat(places_of or [torch.empty(0, dtype=torch.int64)]), begin)
+
+
+def _full(number: int) -> int:
+    return -(-number // FULL) * FULL
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """q (S, h, d) over k, v (N, g, d); returns out (S, h, d) and the log-sum-exp (S, h) in fp32."""
-    queries = _grouped(_ordered(q, plan), k.shape[1]) * q.shape[-1] ** -0.5
-    keys, values = (part.transpose(0, 1).contiguous() for part in (k, v))
-    out, lse = torch.empty_like(queries), queries.new_empty(queries.shape[:3], dtype=torch.float32)
+    size = q.shape[-1]
+    queries = _beside(_grouped(_placed(q, plan), k.shape[1]) * size**-0.5)
+    keys, values = _keys(k), _keys(v)
+    out = queries.new_empty((*queries.shape[:3], size))
+    lse = queries.new_empty(queries.shape[:3], dtype=torch.float32)
     for chunk in plan.chunks:
         scores = _scores(queries, keys, chunk)
         highest = scores.amax(-1)
         weights = torch.softmax(scores, -1)
         lse[:, :, chunk.queries] = highest.float() - weights.amax(-1).float().log()
-        out[:, :, chunk.queries] = (weights.flatten(1, 2) @ values[:, chunk.keys]).unflatten(1, weights.shape[1:3])
+        out[:, :, chunk.queries] = (weights.flatten(1, 2) @ values[:, chunk.keys, :size]).unflatten(
+            1, weights.shape[1:3]
+        )
     return _back(_rows_first(out), plan), _back(lse.permute(2, 0, 1).flatten(1), plan)
 
 
@@ -94,13 +109,11 @@ def attend_backward(
     """Gradients of q, k and v in fp32, given the merged out and lse of all rows."""
     (num_rows, groups, size), scale = k.shape, q.shape[-1] ** -0.5
     delta = (grad_out.float() * out.float()).sum(-1)
-    queries = _beside(_grouped(_ordered(q, plan), groups) * scale, _grouped(_ordered(-lse, plan), groups))
-    grads = _beside(_grouped(_ordered(grad_out, plan), groups), _grouped(_ordered(-delta, plan), groups))
-    ones = k.new_zeros((groups, num_rows, EXTRA))
-    ones[..., :2] = 1
-    keys, values = (torch.cat((part.transpose(0, 1), ones), dim=-1) for part in (k, v))
+    queries = _beside(_grouped(_placed(q, plan), groups) * scale, _grouped(_placed(-lse, plan), groups))
+    grads = _beside(_grouped(_placed(grad_out, plan), groups), _grouped(_placed(-delta, plan), groups))
+    keys, values = _keys(k), _keys(v)
     grad_q = queries.new_empty((*queries.shape[:3], size))
-    grad_k, grad_v = (k.new_zeros((groups, num_rows, size), dtype=torch.float32) for _ in range(2))
+    grad_k, grad_v = (k.new_zeros((groups, keys.shape[1], size), dtype=torch.float32) for _ in range(2))
     for chunk in plan.chunks:
         weights = _scores(queries, keys, chunk).exp_().flatten(1, 2)  # (g, r * s, n)
         asked, given = (part[:, :, chunk.queries].flatten(1, 2) for part in (queries, grads))
@@ -109,7 +122,7 @@ def attend_backward(
         grad_k[:, chunk.keys] += grad_scores.transpose(1, 2) @ asked[..., :size]
         grad_v[:, chunk.keys] += weights.transpose(1, 2) @ given[..., :size]
     grad_q = _back(_rows_first(grad_q.float().mul_(scale)), plan)
-    return grad_q, grad_k.transpose(0, 1), grad_v.transpose(0, 1)
+    return grad_q, grad_k[:, :num_rows].transpose(0, 1), grad_v[:, :num_rows].transpose(0, 1)
 
 
 def _scores(queries: Tensor, keys: Tensor, chunk: Chunk) -> Tensor:
@@ -120,15 +133,23 @@ def _scores(queries: Tensor, keys: Tensor, chunk: Chunk) -> Tensor:
     return scores
 
 
-def _ordered(rows: Tensor, plan: Plan) -> Tensor:
-    return rows if plan.order is None else rows[plan.order]
+def _placed(rows: Tensor, plan: Plan) -> Tensor:
+    """(S, ..) -> (places, ..), zeros where there is no query."""
+    return rows.new_zeros((plan.num_places, *rows.shape[1:])).index_copy_(0, plan.places, rows)
 
 
 def _back(rows: Tensor, plan: Plan) -> Tensor:
-    """The queries' own order again."""
-    if plan.order is None:
-        return rows
-    return torch.empty_like(rows).index_copy_(0, plan.order, rows)
+    """(places, ..) -> (S, ..)"""
+    return rows[plan.places]
+
+
+def _keys(states: Tensor) -> Tensor:
+    """(N, g, d) -> (g, N + FULL, d + EXTRA): zeros behind the last row, two columns of ones behind the last one."""
+    num_rows, groups, size = states.shape
+    wider = states.new_zeros((groups, num_rows + FULL, size + EXTRA))
+    wider[:, :num_rows, :size] = states.transpose(0, 1)
+    wider[..., size : size + 2] = 1
+    return wider
 
 
 def _grouped(rows: Tensor, groups: int) -> Tensor:
@@ -141,11 +162,12 @@ def _rows_first(states: Tensor) -> Tensor:
     return states.permute(2, 0, 1, 3).flatten(1, 2).contiguous()
 
 
-def _beside(states: Tensor, number: Tensor) -> Tensor:
+def _beside(states: Tensor, number: Tensor | None = None) -> Tensor:
     """(g, r, S, d) and (g, r, S) fp32 -> (g, r, S, d + EXTRA), the number in two parts."""
     size = states.shape[-1]
     wider = states.new_zeros((*states.shape[:3], size + EXTRA))
     wider[..., :size] = states
-    wider[..., size] = number
-    wider[..., size + 1] = number - wider[..., size].float()
+    if number is not None:
+        wider[..., size] = number
+        wider[..., size + 1] = number - wider[..., size].float()
     return wider

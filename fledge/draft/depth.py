@@ -15,6 +15,8 @@ first: the rows of every step are a prefix.
                                                       step 2  . .   . .
                                                       step 3  . .
 
+What is unrolled at a step is filled up to a multiple of 32 rows with rows that could go on.
+
 A document's draws depend on its id, the seed and the step: not on the other documents, nor on who holds them.
 """
 
@@ -29,6 +31,7 @@ from fledge.draft.runs import Run
 
 SMALLEST_PIECE = 32  # rows
 PIECES_OF_A_RUN = 16  # at most; more would cost attention more calls than they even out
+FULL = 32  # rows of a step: multiples of so many; a CPU's library keeps half a MiB of every shape of product it has met
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,24 @@ class RandomDepth:
         chance = np.random.default_rng([*self.seed, zlib.crc32(sample_id.encode())])
         strata = (chance.permutation(number) + chance.random()) / number  # each uniform in [0, 1)
         return [min(ttt_steps, 1 + math.floor(math.log(max(u, 1e-12)) / math.log(self.survival))) for u in strata]
+
+
+def num_rows(pieces: Sequence[tuple[Run, int]], ttt_steps: int) -> list[int]:
+    """(K,) rows of the pieces that go as far as each step."""
+    return [sum(run.stop - run.start for run, steps in pieces if steps > step) for step in range(ttt_steps)]
+
+
+def unrolled(pieces: Sequence[tuple[Run, int]], ttt_steps: int) -> tuple[tuple[Run, ...], ...]:
+    """The runs of each step: the pieces that go as far, and of the next one as much as fills them up."""
+    found = []
+    for rows in num_rows(pieces, ttt_steps):
+        runs, left = [], -(-rows // FULL) * FULL
+        for run, _ in pieces:
+            if left > 0:
+                runs.append(Run(run.first, run.start, min(run.stop, run.start + left)))
+                left -= run.stop - run.start
+        found.append(tuple(runs))
+    return tuple(found)
 
 
 def cut(run: Run) -> list[Run]:

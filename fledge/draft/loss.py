@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.draft.position_weights import averaging_weights, dynamic_weights, fixed_weights
@@ -31,6 +32,7 @@ from fledge.target.record import TeacherSummary
 
 # Memory for one chunk's matrices: large enough for full-speed products, small beside the activations.
 CHUNK_BYTES = {"cpu": 26 * 2**20, "cuda": 512 * 2**20}
+FULL = 64  # a chunk's products have a multiple of so many rows
 Kind = Literal["kl", "lk"]
 Average = Literal["sequence", "token"]
 PositionWeights = Literal["fixed", "dynamic"]
@@ -184,12 +186,13 @@ class _FusedLoss(torch.autograd.Function):
         sums = _Sums(states, head_weight, len(pairs.place), wants_grad)
         rows = _kl_rows if settings.kind == "kl" else _lk_rows
         for places, part in chunks(alignment, draft_ids, t2d, teacher):
-            chunk = teacher.read(alignment.positions[places], draft_ids, t2d)
+            positions = alignment.positions[places]
+            chunk = teacher.read(_filled(positions), draft_ids, t2d)
             place = pairs.place[part]
             own = place - places.start
             weight = weights[pairs.step[part], place] * chunk.covered[own]
             rows(sums, part, pairs.state[part], own, chunk, weight, settings)
-            sums.covered += chunk.covered.sum()
+            sums.covered += chunk.covered[: len(positions)].sum()
         if wants_grad:
             ctx.save_for_backward(sums.grad_states, sums.grad_weight)
         ctx.head_dtype = head_weight.dtype
@@ -238,36 +241,50 @@ def _kl_rows(
 
         block   q | p          (m + C, D)
     """
-    dtype, weight = sums.states.dtype, sums.weight
-    num_pairs, (num_positions, draft_vocab) = len(state), teacher.probs.shape
-    h = sums.states[state]  # (m, H)
+    dtype, weight, num_pairs = sums.states.dtype, sums.weight, len(state)
+    rows = sums.states[_filled(state)]  # (m', H)
+    num_rows, (num_positions, draft_vocab) = len(rows), teacher.logits.shape
     if dtype == torch.float32:
-        z = q = product(h, weight)
+        z = q = product(rows, weight)
         p = teacher.probs
     else:  # bf16: the kernel of softmax computes in fp32 and rounds its result
-        z = torch.mm(h, weight.T, out=sums.room("logits", num_pairs, draft_vocab, dtype=dtype))
-        block = sums.room("block", num_pairs + num_positions, draft_vocab, dtype=dtype)
-        q, p = block[:num_pairs], block[num_pairs:].copy_(teacher.probs)
+        block = sums.room("block", num_rows + num_positions, draft_vocab, dtype=dtype)
+        z = q = torch.mm(rows, weight.T, out=block[:num_rows])
+        p = teacher.write_probs(block[num_rows:])
+    h = rows[:num_pairs]
     taught = product(p, weight.T).float()[own]  # (m, H)
-    highest, covered = z.amax(-1), teacher.covered[own]
-    sums.hits[part] = _is_top(z, highest, teacher.argmax[own]) & covered
+    highest, covered = z[:num_pairs].amax(-1), teacher.covered[own]
+    sums.hits[part] = _is_top(z[:num_pairs], highest, teacher.argmax[own]) & covered
     torch.softmax(z, -1, out=q)
-    lse = highest.float() - q.amax(-1).float().log()
+    lse = highest.float() - q[:num_pairs].amax(-1).float().log()
     losses = lse - (taught * h).sum(-1)
     sums.total += (losses * weights).sum()
     sums.losses[part] = losses * covered
     if not sums.wants_grad:
-        sums.overlaps[part] = _overlap(q, teacher, own)
+        sums.overlaps[part] = _overlap(q[:num_pairs], teacher, own)
         return
-    grads = product(q, weight.T).float().sub_(taught).mul_(weights[:, None])
+    grads = product(q, weight.T)[:num_pairs].float().sub_(taught).mul_(weights[:, None])
     sums.grad_states[state] = grads.to(dtype)
     right = h * weights[:, None]  # (m, H) fp32
     of_positions = torch.zeros(num_positions, right.shape[1], device=right.device).index_add_(0, own, right)
+    right = F.pad(right, (0, 0, 0, num_rows - num_pairs))
     if dtype == torch.float32:
         sums.grad_weight.addmm_(q.T, right)
         sums.grad_weight.addmm_(p.T, of_positions, alpha=-1)
     else:
-        sums.grad_weight += block.T @ torch.cat((right, -of_positions)).to(dtype)
+        made = torch.mm(
+            block.T, torch.cat((right, -of_positions)).to(dtype), out=sums.room("weight", *weight.shape, dtype=dtype)
+        )
+        for total, some in zip(sums.grad_weight.split(512), made.split(512), strict=True):
+            total += some  # in parts: of all at once, a copy in fp32 would be made
+
+
+def _filled(index: Tensor) -> Tensor:
+    """(m,) -> (m',) the next multiple of FULL, zeros behind: products of few different shapes.
+
+    The library behind a CPU's products keeps what it made for every shape it has met.
+    """
+    return F.pad(index, (0, -len(index) % FULL))
 
 
 def _is_top(z: Tensor, highest: Tensor, wanted: Tensor) -> Tensor:
@@ -317,24 +334,33 @@ def _overlap(q: Tensor, teacher: "TeacherChunk", own: Tensor) -> Tensor:
 class TeacherChunk:
     """The target at C positions, restricted to the draft vocabulary."""
 
-    probs: Tensor  # (C, D) fp32, sums to 1
+    logits: Tensor  # (C, D) of the draft vocabulary, as the target's head made them
     argmax: Tensor  # (C,) index into the draft vocabulary of the target's argmax; meaningless where not covered
     covered: Tensor  # (C,) bool: the target's argmax is a draft token
-    inside: Tensor  # (C, D) fp32 logits of the draft vocabulary
     logsumexp: Callable[[], Tensor]  # (C,) of all logits
 
     @classmethod
     def of(
-        cls, inside: Tensor, argmax: Tensor, logsumexp: Callable[[], Tensor], draft_ids: Tensor, t2d: Tensor
+        cls, logits: Tensor, argmax: Tensor, logsumexp: Callable[[], Tensor], draft_ids: Tensor, t2d: Tensor
     ) -> "TeacherChunk":
-        """inside (C, D) logits of the draft vocabulary; argmax (C,) target ids."""
-        inside = inside.float()
-        return cls(inside.softmax(-1), torch.searchsorted(draft_ids, argmax), t2d[argmax], inside, logsumexp)
+        """logits (C, D) of the draft vocabulary; argmax (C,) target ids."""
+        return cls(logits, torch.searchsorted(draft_ids, argmax), t2d[argmax], logsumexp)
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """(C, D) fp32, sums to 1."""
+        return self.logits.float().softmax(-1)
+
+    def write_probs(self, out: Tensor) -> Tensor:
+        """`probs` into out (C, D), rounded to its dtype."""
+        if out.dtype == self.logits.dtype:
+            return torch.softmax(self.logits, -1, out=out)
+        return out.copy_(self.probs)
 
     @cached_property
     def mass(self) -> Tensor:
         """(C,) share of the full distribution inside the draft vocabulary."""
-        return torch.exp(self.inside.logsumexp(-1) - self.logsumexp())
+        return torch.exp(self.logits.float().logsumexp(-1) - self.logsumexp())
 
 
 def pairs_per_chunk(draft_vocab_size: int, vocab_size: int, device_type: str, *, short: bool) -> int:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fledge.draft.batch import Batch
-from fledge.draft.depth import RandomDepth
+from fledge.draft.depth import RandomDepth, num_rows, unrolled
 from fledge.draft.model import DraftModel
 from fledge.draft.products import linear
 from fledge.draft.runs import Run, runs_of
@@ -64,7 +64,8 @@ class Alignment:
     row_index: Tensor  # (K, P) int64 index into rows of row p - 1 - k; -1 where that is not trained
     asked: Tensor  # (K, P) bool: row p - 1 - k is in p's document. What a draw of depths leaves of it is `trained`
     share: Tensor  # (K,) probability of an asked row to be trained
-    runs: tuple[tuple[Run, ...], ...]  # K: the rows unrolled at each step, a prefix of `rows`, as contiguous runs
+    runs: tuple[tuple[Run, ...], ...]  # K: the rows unrolled at each step, a prefix of `rows`, as contiguous runs;
+    #                                    the last few may be there to fill up and are not trained
     last_row: Tensor  # (S,) int64 last row of each active row's document
     pairs: Pairs
 
@@ -101,19 +102,20 @@ def align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = None) -> Ali
     active[wanted[inside]] = True
     whole = runs_of(active, batch.lengths)
     if depth is None:
-        runs, share = [whole] * ttt_steps, [1.0] * ttt_steps
+        runs, share = (whole,) * ttt_steps, [1.0] * ttt_steps
+        num_trained = torch.full((ttt_steps,), len(row))
     else:
         sample_ids = dict(zip((stops - lengths).tolist(), batch.sample_ids, strict=True))
         pieces = depth.pieces(whole, sample_ids, ttt_steps)
-        runs = [tuple(run for run, steps in pieces if steps > number) for number in range(ttt_steps)]
-        share = depth.expected(ttt_steps)
+        runs, share = unrolled(pieces, ttt_steps), depth.expected(ttt_steps)
+        num_trained = torch.tensor(num_rows(pieces, ttt_steps))
 
     rows = torch.cat([torch.arange(run.start, run.stop) for run in runs[0]] or [row[:0]])
     index_of = torch.full_like(row, -1)
     index_of[rows] = torch.arange(len(rows))
     alive = torch.tensor([sum(run.stop - run.start for run in step_runs) for step_runs in runs])
     index = torch.where(inside, index_of[wanted.clamp_min(0)], -1)
-    row_index = torch.where(index < alive[:, None], index, -1)
+    row_index = torch.where(index < num_trained[:, None], index, -1)
     place, step = (row_index >= 0).T.nonzero().T
     pairs = Pairs(
         place=place.to(device), step=step.to(device),
@@ -127,7 +129,7 @@ def align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = None) -> Ali
         row_index=row_index.to(device),
         asked=inside.to(device),
         share=torch.tensor(share, device=device),
-        runs=tuple(runs),
+        runs=runs,
         last_row=last_row[rows].to(device),
         pairs=pairs,
     )

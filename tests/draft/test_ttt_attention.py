@@ -169,7 +169,9 @@ def test_products_in_bf16_are_near_fp32(later: int, window: int | None):
     coarse = [tensor.detach().requires_grad_() for tensor in rough]
     original = products._beside
     try:  # control: the second part of the log-sum-exp and of delta is left out
-        products._beside = lambda states, number: original(states, number.bfloat16().float())
+        products._beside = lambda states, number=None: original(
+            states, None if number is None else number.bfloat16().float()
+        )
         worse = results(coarse)
     finally:
         products._beside = original
