@@ -4,7 +4,7 @@
     python benchmarks/ablation.py --model SMOLLM2_DIR --states states --steps 1000 --seeds 0 1 2 --out work
 
 Every run sees the same records in the same order for its seed, the same number of steps and learning rate, and the
-same evaluation: greedy decoding of the first questions of mt_bench, humaneval, gsm8k and alpaca (first turns;
+same evaluation: greedy chains of four on the first questions of mt_bench, humaneval, gsm8k and alpaca (first turns;
 FLEDGE_BENCH_DIR or --bench-dir has them; they are never trained on). Finished runs are kept and not repeated. Recipes:
 
     ours        what `fledge train` does by default
@@ -12,11 +12,13 @@ FLEDGE_BENCH_DIR or --bench-dir has them; they are never trained on). Finished r
                 trained, one position past its end is), KL, 0.8 ** k, sum over rows divided by batch * longest sequence,
                 weights started at random but for lm_head, AdamW for everything
     common-loss the same loss and optimizer from our start: tells the start's share from the loss's
+    depths      ours with depths at random (--depth_survival 0.8)
     adamw, lk, dynamic, token    ours with one thing changed
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 from pathlib import Path
@@ -25,9 +27,10 @@ from typing import Any
 import torch
 
 from fledge import provenance
+from fledge.bench.doctor import Ward, trial, walk
 from fledge.bench.prompts import load_questions
 from fledge.data.tokenize import ChatTemplate
-from fledge.decoding.generate import generate_speculative
+from fledge.decoding.batches import generate_batch
 from fledge.decoding.records import Sampling, TreeShape
 from fledge.draft import ttt
 from fledge.draft.batch import Batch
@@ -42,7 +45,8 @@ from fledge.train.trainer import DraftTrainer
 
 TASKS = ("mt_bench", "humaneval", "gsm8k", "alpaca")
 FLAGS = {
-    "ours": (),
+    "ours": ("--depth_survival", "1"),
+    "depths": ("--depth_survival", "0.8"),
     "adamw": ("--matrix_optim", "same"),
     "common": ("--loss_average", "token", "--matrix_optim", "same"),
     "common-loss": ("--loss_average", "token", "--matrix_optim", "same"),
@@ -68,7 +72,6 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="named sets or question files")
     parser.add_argument("--questions", type=int, default=10, help="of each task")
     parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--tree", type=int, nargs=3, default=[8, 4, 1], help="total tokens, depth, top-k")
     parser.add_argument("--out", type=Path, required=True, help="folder of the heads and results")
     args = parser.parse_args()
     results: dict[str, dict[int, dict[str, float]]] = {}
@@ -161,24 +164,51 @@ def head_only(draft: DraftModel, target_head: torch.Tensor, _taps: torch.Tensor)
     draft.warm_start_head(target_head)
 
 
-@torch.no_grad()
 def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Tau of each task, pooled over its questions, and their mean."""
-    target = Target.from_pretrained(args.model)
-    template = ChatTemplate.from_pretrained(args.model)
-    draft = load_draft(folder, target.embedding_weight)
+    """Tau of each task, pooled over its questions, and their mean.
+
+    At temperature 0 the text does not depend on the head: the target answers once, and a decode with chains is a walk
+    over what chains begun at each token would have accepted (`fledge.bench.doctor`; a test compares with decoding).
+    """
     found = {}
-    for task in args.tasks:
-        tokens = forwards = 0
-        for question in load_questions(task, bench_dir=args.bench_dir, end=args.questions):
-            prompt = template.prompt_ids([{"role": "user", "content": question.turns[0]}])
-            made = generate_speculative(
-                target, draft, prompt, tree=TreeShape(*args.tree), max_new_tokens=args.max_new_tokens,
-                sampling=Sampling(),
-            )  # fmt: skip
-            tokens, forwards = tokens + len(made.token_ids) - 1, forwards + made.num_forwards
-        found[Path(task).stem] = tokens / max(forwards, 1)
+    with torch.inference_mode():
+        for task, ward in answers(args).items():
+            draft = load_draft(folder, ward.target.embedding_weight)
+            found[Path(task).stem] = tau(draft, ward)
     return {**found, "mean": statistics.mean(found.values())}
+
+
+@functools.cache
+def _answers(model: str, tasks: tuple[str, ...], bench_dir: Path | None, end: int, most: int, kept: Path) -> dict:
+    target, template = Target.from_pretrained(model), ChatTemplate.from_pretrained(model)
+    wards = {}
+    for task in tasks:
+        questions = load_questions(task, bench_dir=bench_dir, end=end)
+        prompts = [template.prompt_ids([{"role": "user", "content": question.turns[0]}]) for question in questions]
+        file = kept / f"answers-{Path(task).stem}-{end}-{most}.json"
+        if not file.is_file():
+            made = generate_batch(target, None, prompts, tree=TreeShape(1, 0, 1), max_new_tokens=most,
+                                  sampling=Sampling(), batch_size=8, engine="static")  # fmt: skip
+            provenance.write_json(file, [one.token_ids for one in made])
+        wards[task] = Ward(target, prompts, most, answers=json.loads(file.read_text()))
+    return wards
+
+
+def answers(args: argparse.Namespace) -> dict[str, Ward]:
+    """The target's greedy answers to each task's questions, with their states; the tokens are kept in --out."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    return _answers(args.model, tuple(args.tasks), args.bench_dir, args.questions, args.max_new_tokens, args.out)
+
+
+def tau(draft: DraftModel, ward: Ward) -> float:
+    """Tokens per target forward of greedy chains, pooled over the answers; the prompt's forward does not count."""
+    columns = torch.tensor([ward.target.tap_layers.index(layer) for layer in draft.config.tap_layers])
+    emitted = rounds = 0
+    for record, prompt_length in zip(ward.records, ward.prompt_lengths, strict=True):
+        lengths, _ = trial(draft, record, columns)
+        tokens = len(record) - prompt_length
+        emitted, rounds = emitted + tokens - 1, rounds + len(walk(lengths.tolist(), tokens))
+    return emitted / max(rounds, 1)
 
 
 def table(results: dict[str, dict[int, dict[str, float]]]) -> str:

@@ -98,14 +98,20 @@ class Diagnosis:
 class Ward:
     """The target's greedy answers to a few prompts, with the states of every layer a reading may tap."""
 
-    def __init__(self, target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        """`target` taps every layer that any reading names."""
+    def __init__(
+        self, target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+        answers: Sequence[Sequence[int]] | None = None,
+    ) -> None:  # fmt: skip
+        """`target` taps every layer that any reading names. `answers`: its greedy ones, where they are known."""
         self.target = target
         self.records: list[TargetRecord] = []
         self.prompt_lengths: list[int] = []
         source = LiveSource(target)
         for index, prompt in enumerate(prompts):
-            answer = generate_plain(target, prompt, max_new_tokens=max_new_tokens, sampling=Sampling()).token_ids
+            if answers is None:
+                answer = generate_plain(target, prompt, max_new_tokens=max_new_tokens, sampling=Sampling()).token_ids
+            else:
+                answer = list(answers[index])
             if len(answer) < CHAIN + 2:
                 continue
             ids = torch.tensor([*prompt, *answer])
