@@ -13,6 +13,8 @@ prefilled in groups of similar length, and finished rows are replaced once an ei
 copies the cache, so not at every single one).
 """
 
+import functools
+import inspect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -151,8 +153,8 @@ class BatchDecoder:
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """Logits (B, V) of the last position."""
         out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
+            **{cache_argument(self.model): cache},
         )  # fmt: skip
         return out.logits[:, -1].float()
 
@@ -194,6 +196,16 @@ class BatchDecoder:
         masks = [(part.mask[:, None, :, None], rows) for part, rows in kept]
         mask = _stack(masks, widths)[:, 0, :, 0]
         return _Part([part.jobs[row] for part, rows in kept for row in rows], cache, mask)
+
+
+def cache_argument(model: torch.nn.Module) -> str:
+    """What this model's forward calls its cache: `past_key_values`, from transformers 5.24 on `cache`."""
+    return _cache_argument(type(model))
+
+
+@functools.cache
+def _cache_argument(kind: Any) -> str:
+    return "cache" if "cache" in inspect.signature(getattr(kind, "forward", None)).parameters else "past_key_values"
 
 
 def _stack(pieces: Sequence[tuple[Tensor, list[int]]], widths: Sequence[int]) -> Tensor:

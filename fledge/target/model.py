@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fledge.data.batch_decoder import cache_argument
 from fledge.data.vision import Vision, has_vision, load_vision
 from fledge.errors import UserError, refuse_missing_folder
 from fledge.target.linear import head_logits
@@ -163,8 +164,8 @@ class Target:
                 input_ids=input_ids,
                 position_ids=position_ids,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 use_cache=past_key_values is not None,
+                **{cache_argument(self.model.base_model): past_key_values},
                 **self._as_the_model_wants(model_inputs),
             )
             collected = self._taps
