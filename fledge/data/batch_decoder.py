@@ -13,7 +13,6 @@ prefilled in groups of similar length, and finished rows are replaced once an ei
 copies the cache, so not at every single one).
 """
 
-import functools
 import inspect
 import random
 from collections.abc import Sequence
@@ -198,14 +197,10 @@ class BatchDecoder:
         return _Part([part.jobs[row] for part, rows in kept for row in rows], cache, mask)
 
 
-def cache_argument(model: torch.nn.Module) -> str:
+def cache_argument(model: Any) -> str:
     """What this model's forward calls its cache: `past_key_values`, from transformers 5.24 on `cache`."""
-    return _cache_argument(type(model))
-
-
-@functools.cache
-def _cache_argument(kind: Any) -> str:
-    return "cache" if "cache" in inspect.signature(getattr(kind, "forward", None)).parameters else "past_key_values"
+    parameters = inspect.signature(getattr(model, "forward", model)).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def _stack(pieces: Sequence[tuple[Tensor, list[int]]], widths: Sequence[int]) -> Tensor:
