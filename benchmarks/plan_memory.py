@@ -2,13 +2,15 @@
 
     python benchmarks/plan_memory.py --rows 512 2048
 
-SmolLM2 shapes on CPU, one document with every row supervised, TTT 7, AdamW for all weights (with Muon the moments are
-the smaller ones that tests/test_plan.py counts). `allocated` is the peak of the tensors' bytes within a step, as a
-GPU's allocator counts them: the plan is to be within 15 % of it, else this ends with status 1. `growth` is that of the
-process, moments included, with what the C heap leaves unused between the tensors; it is told, not judged.
+SmolLM2 shapes on CPU, one document with every row supervised, TTT 7 to full depth and to depths at random, AdamW for
+all weights (with Muon the moments are the smaller ones that tests/test_plan.py counts). `allocated` is the peak of the
+tensors' bytes within a step, as a GPU's allocator counts them: the plan is to be within 15 % of it, else this ends with
+status 1. `growth` is that of the process, moments included, with what the C heap leaves unused between the tensors; it
+is told, not judged.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from fledge.train.memory import step_memory
 
 WORKER = Path(__file__).with_name("train_step_worker.py")
 WITHIN = 0.15
+TRAINERS = {"fledge": 1.0, "fledge-depths": train_step_worker.SURVIVAL}
 SMOLLM2 = DraftConfig(
     hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
     vocab_size=49152, draft_vocab_size=8192, tap_layers=(2, 15, 27),
@@ -38,29 +41,33 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     missed = False
-    for dtype in args.dtype:
-        for rows in args.rows:
-            step = step_memory(SMOLLM2, rows=rows, bf16=dtype == "bfloat16", device_type="cpu", muon=False)
-            always = step.weights + step.batch
-            with tempfile.TemporaryDirectory() as folder:
-                documents = Path(folder) / "documents.json"
-                documents.write_text(json.dumps([{"ids": list(range(rows)), "mask": [1] * rows}]))
-                found = allocated(documents, dtype, args.threads)
-                grown = growth(documents, dtype, args.threads)
-            ratio = (step.peak - always - step.moments) / found
-            missed |= abs(ratio - 1) > WITHIN
-            print(
-                f"{dtype:8} {rows:5} rows: planned {(step.peak - always - step.moments) / 2**20:4.0f} MiB, allocated "
-                f"{found / 2**20:4.0f} ({ratio:.2f}); with moments: planned {(step.peak - always) / 2**20:4.0f}, "
-                f"growth {grown / 2**20:4.0f} ({(step.peak - always) / grown:.2f})"
-            )
+    for trainer, dtype, rows in itertools.product(TRAINERS, args.dtype, args.rows):
+        step = step_memory(
+            SMOLLM2, rows=rows, bf16=dtype == "bfloat16", device_type="cpu", muon=False, survival=TRAINERS[trainer]
+        )
+        always = step.weights + step.batch
+        with tempfile.TemporaryDirectory() as folder:
+            documents = Path(folder) / "documents.json"
+            documents.write_text(json.dumps([{"ids": list(range(rows)), "mask": [1] * rows}]))
+            found = allocated(trainer, documents, dtype, args.threads)
+            grown = growth(trainer, documents, dtype, args.threads)
+        whole = step.peak - always  # weights and batch are there before a step
+        planned = whole - step.moments
+        missed |= abs(planned / found - 1) > WITHIN
+        print(
+            f"{trainer:13} {dtype:8} {rows:5} rows: planned {planned / 2**20:4.0f} MiB, allocated {found / 2**20:4.0f} "
+            f"({planned / found:.2f}); with moments: planned {whole / 2**20:4.0f}, growth {grown / 2**20:4.0f} "
+            f"({whole / grown:.2f})"
+        )
     sys.exit(int(missed))
 
 
-def allocated(documents: Path, dtype: str, threads: int) -> int:
+def allocated(trainer: str, documents: Path, dtype: str, threads: int) -> int:
     """Bytes of tensors at the peak of a step, above what was there before it (weights, moments, batch)."""
     torch.set_num_threads(threads)
-    args = argparse.Namespace(shape="smollm2", dtype=dtype, device="cpu", ttt_steps=7, documents=documents)
+    args = argparse.Namespace(
+        trainer=trainer, shape="smollm2", dtype=dtype, device="cpu", ttt_steps=7, documents=documents
+    )
     step = train_step_worker.fledge(args, train_step_worker.documents(args))
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -75,9 +82,9 @@ def allocated(documents: Path, dtype: str, threads: int) -> int:
     return peak
 
 
-def growth(documents: Path, dtype: str, threads: int) -> float:
+def growth(trainer: str, documents: Path, dtype: str, threads: int) -> float:
     """Bytes by which a process of its own grows over two steps."""
-    words = [sys.executable, str(WORKER), "fledge", "--documents", str(documents), "--dtype", dtype, "--steps", "1",
+    words = [sys.executable, str(WORKER), trainer, "--documents", str(documents), "--dtype", dtype, "--steps", "1",
              "--threads", str(threads)]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])["growth_mib"] * 2**20

@@ -48,6 +48,8 @@ class PlanArgs:
     """Passes over the data."""
     ttt_steps: int = 7
     """Draft steps unrolled per position."""
+    depth_survival: float = 1.0
+    """Share of the positions that go on from one TTT step to the next, as in `fledge train`."""
     draft_vocab_size: int = 32_000
     """Target tokens the draft may propose. 0: all."""
     draft_type: str = "eagle3"
@@ -123,6 +125,7 @@ def estimate(args: PlanArgs) -> dict[str, Any]:
         return step_memory(
             draft, rows=rows, active_rows=active, ttt_steps=args.ttt_steps, bf16=not args.fp32,
             recompute=args.activation_checkpointing, state_bytes=target.bytes_per_number, device_type=device_type,
+            survival=args.depth_survival,
         )  # fmt: skip
 
     def sides(rows: int, length: int) -> dict[str, dict[str, float]]:
@@ -141,8 +144,10 @@ def estimate(args: PlanArgs) -> dict[str, Any]:
     rows = args.per_device_train_batch_size * args.model_max_length
     needed = sides(rows, args.model_max_length)
     steps = math.ceil(work.conversations / args.per_device_train_batch_size / args.num_gpus)
-    per_row = flop_per_step(draft, rows=round(mean), active_rows=min(round(mean), round(mean * share) + args.ttt_steps),
-                            taught=round(mean * share), ttt_steps=args.ttt_steps)  # fmt: skip
+    per_row = flop_per_step(
+        draft, rows=round(mean), active_rows=min(round(mean), round(mean * share) + args.ttt_steps),
+        taught=round(mean * share), ttt_steps=args.ttt_steps, survival=args.depth_survival,
+    )  # fmt: skip
     train_flop = per_row * work.conversations * args.num_train_epochs
     target_flop = 2.0 * target.active * work.tokens
     speed = tflops * 1e12 * args.num_gpus * 3600
