@@ -5,8 +5,8 @@
 Several pairs are run one after the other in forks, so that imports are paid once; how each ended is printed. As a
 script it resumes what lies in OUTPUT_DIR, trains, and leaves `rank-N.pt` with the last weights and the losses.
 Keys: samples (how many), untrainable (one more, which teaches nothing), die_at (step), die_rank, die_after_s: that rank
-kills itself so long after that step, in its first life only; file_bytes: no file may grow beyond; the rest are
-TrainerArguments.
+kills itself so long after that step, in its first life only; file_bytes: no file may grow beyond; survival: of depths
+at random; the rest are TrainerArguments.
 """
 
 import json
@@ -48,7 +48,7 @@ def samples(num: int, *, seed: int = 0) -> list[Sample]:
 
 
 def make_trainer(
-    folder: Path, data: list[Sample], *, average="sequence", eval_data=None, rank=None, **overrides
+    folder: Path, data: list[Sample], *, average="sequence", eval_data=None, rank=None, survival=1.0, **overrides
 ) -> DraftTrainer:
     target = tiny_target("qwen3")
     torch.manual_seed(0)
@@ -63,7 +63,10 @@ def make_trainer(
         **overrides,
     }  # fmt: skip
     args = TrainerArguments(**settings)
-    module = TTTModule(draft, target.head, STEPS, LossSettings(average=average), TargetHead.of(target).rows)
+    module = TTTModule(
+        draft, target.head, STEPS, LossSettings(average=average), TargetHead.of(target).rows, survival=survival,
+        seed=args.seed,
+    )  # fmt: skip
     return DraftTrainer(
         module, args, to_record=LiveSource(target).record, train_dataset=data, eval_dataset=eval_data,
         save_dtype=torch.float32,

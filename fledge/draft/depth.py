@@ -31,7 +31,7 @@ from fledge.draft.runs import Run
 
 SMALLEST_PIECE = 32  # rows
 PIECES_OF_A_RUN = 16  # at most; more would cost attention more calls than they even out
-FULL = 32  # rows of a step: multiples of so many; a CPU's library keeps half a MiB of every shape of product it has met
+FULL = 64  # rows of a step: multiples of so many; a CPU's library keeps half a MiB of every shape of product it has met
 
 
 @dataclass(frozen=True)

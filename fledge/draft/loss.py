@@ -33,6 +33,7 @@ from fledge.target.record import TeacherSummary
 # Memory for one chunk's matrices: large enough for full-speed products, small beside the activations.
 CHUNK_BYTES = {"cpu": 26 * 2**20, "cuda": 512 * 2**20}
 FULL = 64  # a chunk's products have a multiple of so many rows
+PART = 1024  # rows of the head whose 16-bit gradients are there at a time
 Kind = Literal["kl", "lk"]
 Average = Literal["sequence", "token"]
 PositionWeights = Literal["fixed", "dynamic"]
@@ -272,11 +273,10 @@ def _kl_rows(
         sums.grad_weight.addmm_(q.T, right)
         sums.grad_weight.addmm_(p.T, of_positions, alpha=-1)
     else:
-        made = torch.mm(
-            block.T, torch.cat((right, -of_positions)).to(dtype), out=sums.room("weight", *weight.shape, dtype=dtype)
-        )
-        for total, some in zip(sums.grad_weight.split(512), made.split(512), strict=True):
-            total += some  # in parts: of all at once, a copy in fp32 would be made
+        right = torch.cat((right, -of_positions)).to(dtype)
+        for total, columns in zip(sums.grad_weight.split(PART), block.split(PART, dim=1), strict=True):
+            made = sums.room("weight", *total.shape, dtype=dtype)
+            total += torch.mm(columns.T, right, out=made)  # adding makes an fp32 copy of the part
 
 
 def _filled(index: Tensor) -> Tensor:

@@ -56,9 +56,10 @@ def two_ranks(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory) -> Path:
-    """Ten steps of one process: of two sequences, of one, and of two with Muon."""
+    """Ten steps of one process: of two sequences, of one, of two with Muon, of two to depths at random."""
     folder = tmp_path_factory.mktemp("one")
-    runs = {"one": {}, "alone": {"per_device_train_batch_size": 1}, "muon": {"matrix_optim": "muon"}}
+    runs = {"one": {}, "alone": {"per_device_train_batch_size": 1}, "muon": {"matrix_optim": "muon"},
+            "depths": {"survival": 0.6}}  # fmt: skip
     launch([SCRIPT, *(word for name, changes in runs.items() for word in (folder / name, settings(**changes)))])
     return folder
 
@@ -71,6 +72,15 @@ def test_two_processes_take_the_steps_of_one(two_ranks, one_process):
     torch.testing.assert_close(first["losses"], one["losses"], rtol=1e-5, atol=1e-5)
     control = outcome(one_process / "alone")  # half the data per step ends elsewhere
     assert distance(control["weights"], one["weights"]) > 1e-3
+
+
+def test_two_processes_draw_the_depths_of_one(one_process, tmp_path):
+    """A document's depth depends on its id, the seed and the step: not on the process that holds it."""
+    launch([SCRIPT, tmp_path, settings(per_device_train_batch_size=1, survival=0.6)], ranks=2)
+    two, one = outcome(tmp_path), outcome(one_process / "depths")
+    assert distance(two["weights"], one["weights"]) < 2e-5
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=1e-5)
+    assert distance(one["weights"], outcome(one_process / "one")["weights"]) > 1e-3  # control: other depths
 
 
 def test_two_processes_take_the_same_steps_with_muon(one_process, tmp_path):
@@ -141,8 +151,9 @@ def test_a_killed_rank_is_restarted_and_resumes_exactly(two_ranks, tmp_path):
 
 
 def test_killed_at_random_moments_equals_uninterrupted(tmp_path):
-    """SIGKILL a random time after a random step, thrice in one run: losses and weights to the last bit."""
-    chance, saving = random.Random(), {**SAVING, "save_steps": 2, "save_total_limit": 2, "max_steps": 12}
+    """SIGKILL a random time after a random step, thrice in one run with depths at random: equal to the last bit."""
+    chance = random.Random()
+    saving = {**SAVING, "save_steps": 2, "save_total_limit": 2, "max_steps": 12, "survival": 0.6}
     moments = [(chance.randint(low, low + 2), chance.uniform(0, 0.1)) for low in (1, 4, 7)]
     pairs = [tmp_path / "whole", settings(**saving)]
     for step, after_s in moments:
