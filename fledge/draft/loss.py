@@ -160,7 +160,7 @@ def read_confidence(
     """(K, P) probability the draft gives the target's choice: a pass of its own over the head, forward only."""
     found = torch.zeros(alignment.row_index.shape, device=states.device)
     weight, pairs = head_weight.to(states.dtype), alignment.pairs
-    for places, part in chunks(alignment, draft_ids, t2d, teacher):
+    for places, part in chunks(alignment, draft_ids, t2d, teacher, 2):
         chunk = teacher.read(alignment.positions[places], draft_ids, t2d)
         place, step = pairs.place[part], pairs.step[part]
         own = place - places.start
@@ -171,10 +171,12 @@ def read_confidence(
     return found
 
 
-def chunks(alignment: Alignment, draft_ids: Tensor, t2d: Tensor, teacher: Teacher) -> Iterator[tuple[slice, slice]]:
-    """Positions and pairs whose matrices are there at a time."""
+def chunks(
+    alignment: Alignment, draft_ids: Tensor, t2d: Tensor, teacher: Teacher, matrices: int = 1
+) -> Iterator[tuple[slice, slice]]:
+    """Positions and pairs whose matrices are there at a time; `matrices`: how many (m, D) ones in fp32."""
     most = pairs_per_chunk(len(draft_ids), len(t2d), t2d.device.type, short=teacher.is_short)
-    return alignment.pairs.chunks(most)
+    return alignment.pairs.chunks(max(1, most // matrices))
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -186,7 +188,8 @@ class _FusedLoss(torch.autograd.Function):
         pairs = alignment.pairs
         sums = _Sums(states, head_weight, len(pairs.place), wants_grad)
         rows = _kl_rows if settings.kind == "kl" else _lk_rows
-        for places, part in chunks(alignment, draft_ids, t2d, teacher):
+        matrices = 6 if settings.kind == "lk" else 1 if wants_grad else 3
+        for places, part in chunks(alignment, draft_ids, t2d, teacher, matrices):
             positions = alignment.positions[places]
             chunk = teacher.read(_filled(positions), draft_ids, t2d)
             place = pairs.place[part]
