@@ -75,6 +75,7 @@ def step_memory(
     short = config.draft_vocab_size < config.vocab_size  # records come with the teacher's summary
     per_chunk = pairs_per_chunk(config.draft_vocab_size, config.vocab_size, device_type, short=short)
     chunk = min(per_chunk, num_pairs) * pair_bytes(config.draft_vocab_size, config.vocab_size, short=short)
+    chunk = chunk * element // 4
     state_grads = element * num_pairs * size
     return StepMemory(
         weights=4 * total,
