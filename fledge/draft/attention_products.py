@@ -28,7 +28,7 @@ from fledge.draft.runs import Run
 # N rows of all documents, S query rows, h = g * r query heads, g key heads, d head_dim; s queries and n keys of a chunk
 
 ROWS = 128  # queries of a chunk
-FULL = 64  # of which, and of keys, a chunk has a multiple
+FULL = 128  # of which, and of keys, a chunk has a multiple
 EXTRA = 8  # columns beside a head's own: two are used, and products like widths that are multiples of eight
 
 
