@@ -5,8 +5,13 @@
 
 All layers of the draft but its attention work row by row, and the attention knows the documents (ttt_attention.py),
 so packed documents give exactly what each would give alone.
+
+On a CPU a document of zeros lies at the end, which fills the batch up to a multiple of 64 rows and lends its own to the
+rows that are trained (`fledge.draft.ttt.align`). It teaches nothing. The library behind bf16 products keeps half a MiB
+for every shape it has met, and conversations have all lengths (docs/log.md, "A leak of shapes").
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +35,7 @@ class Batch:
     lengths: tuple[int, ...]
     sample_ids: tuple[str, ...]
     summary: TeacherSummary | None = None  # of all rows, or not known of some
+    filler: int = 0  # rows of the last document, when it is there to fill up
 
     @property
     def num_documents(self) -> int:
@@ -41,11 +47,24 @@ class Batch:
             for name in ("input_ids", "loss_mask", "position_ids", "tap_hidden", "last_hidden")
         }
         summary = None if self.summary is None else self.summary.to(device)
-        return Batch(**moved, lengths=self.lengths, sample_ids=self.sample_ids, summary=summary)
+        return dataclasses.replace(self, **moved, summary=summary)
 
 
-def pack(records: Sequence[TargetRecord]) -> Batch:
-    """Concatenate records. Positions restart with every document, as each record states them."""
+def fill_for(device: torch.device) -> int:
+    """What `pack` is told to fill up to on this device."""
+    return 64 if device.type == "cpu" else 1
+
+
+def pack(records: Sequence[TargetRecord], *, fill: int = 1) -> Batch:
+    """Concatenate records. Positions restart with every document, as each record states them.
+
+    With `fill` above 1 a document of zeros follows: of so many rows that all together are a multiple, and of at least
+    `fill` rows.
+    """
+    filler = 0
+    if fill > 1:
+        filler = fill - sum(map(len, records)) % fill + fill
+        records = [*records, _zeros(filler, records[0])]
     positions = [record.position_ids for record in records]
     axes = max((len(p) for p in positions if p.dim() == 2), default=0)
     if axes:  # text-only rows beside rows with images
@@ -59,4 +78,19 @@ def pack(records: Sequence[TargetRecord]) -> Batch:
         lengths=tuple(len(record) for record in records),
         sample_ids=tuple(record.sample_id for record in records),
         summary=TeacherSummary.cat([record.summary for record in records]),
+        filler=filler,
+    )
+
+
+def _zeros(length: int, like: TargetRecord) -> TargetRecord:
+    """A record of zeros; it has a summary, so as not to be the one that lacks it."""
+    numbers = like.input_ids.new_zeros(length)
+    return TargetRecord(
+        sample_id="",
+        input_ids=numbers,
+        loss_mask=numbers.bool(),
+        position_ids=torch.arange(length, device=numbers.device),
+        tap_hidden=like.tap_hidden.new_zeros((length, *like.tap_hidden.shape[1:])),
+        last_hidden=like.last_hidden.new_zeros((length, *like.last_hidden.shape[1:])),
+        summary=TeacherSummary(numbers, torch.zeros(length, device=numbers.device)),
     )

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fledge.draft.batch import Batch
-from fledge.draft.depth import RandomDepth, num_rows, unrolled
+from fledge.draft.depth import FULL, RandomDepth, num_rows, unrolled
 from fledge.draft.model import DraftModel
 from fledge.draft.products import linear
 from fledge.draft.runs import Run, runs_of
@@ -100,13 +100,13 @@ def align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = None) -> Ali
     inside = wanted >= first_row[positions]
     active = torch.zeros_like(supervised)
     active[wanted[inside]] = True
-    whole = runs_of(active, batch.lengths)
+    whole, spare = runs_of(active, batch.lengths), spare_rows(batch, int(active.sum()))
     if depth is None:
-        runs, share = (whole,) * ttt_steps, [1.0] * ttt_steps
+        runs, share = (whole + spare,) * ttt_steps, [1.0] * ttt_steps
         num_trained = torch.full((ttt_steps,), len(row))
     else:
         sample_ids = dict(zip((stops - lengths).tolist(), batch.sample_ids, strict=True))
-        pieces = depth.pieces(whole, sample_ids, ttt_steps)
+        pieces = [*depth.pieces(whole, sample_ids, ttt_steps), *((run, 1) for run in spare)]
         runs, share = unrolled(pieces, ttt_steps), depth.expected(ttt_steps)
         num_trained = torch.tensor(num_rows(pieces, ttt_steps))
 
@@ -133,6 +133,12 @@ def align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = None) -> Ali
         last_row=last_row[rows].to(device),
         pairs=pairs,
     )
+
+
+def spare_rows(batch: Batch, num_rows: int) -> tuple[Run, ...]:
+    """Rows of the filler that bring so many active rows to a multiple of FULL; they are unrolled and not trained."""
+    first, number = len(batch.loss_mask) - batch.filler, min(-num_rows % FULL, batch.filler)
+    return (Run(first, first, first + number),) if number else ()
 
 
 def unroll(

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from fledge.draft.batch import Batch, pack
+from fledge.draft.batch import Batch, fill_for, pack
 from fledge.draft.checkpoint import WEIGHTS, read_tensors, save_draft
 from fledge.draft.loss import LossOutput
 from fledge.draft.low_rank import FACTORS, WHOLE, LowRankHead, factors, merged
@@ -91,7 +91,8 @@ class DraftTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _prepare_inputs(self, inputs: list[Any]) -> Batch:  # type: ignore[override]
-        return pack([self._record(item) for item in inputs]).to(self.args.device)
+        device = self.args.device
+        return pack([self._record(item) for item in inputs], fill=fill_for(device)).to(device)
 
     def _record(self, item: Any) -> TargetRecord:
         """A sample's record; a damaged one is named."""
@@ -117,7 +118,7 @@ class DraftTrainer(Trainer):
         anchor = (torch.zeros((), device=self.args.device, requires_grad=True),) if self.is_deepspeed_enabled else ()
         output: LossOutput = model(inputs, *anchor, draw=self.state.global_step)
         self.window.add(output)
-        self._window_tokens += len(inputs.input_ids)
+        self._window_tokens += len(inputs.input_ids) - inputs.filler
         ranks = self.accelerator.num_processes  # gradients are averaged over ranks, the loss is a sum over them
         loss = output.loss * ranks / num_items_in_batch.clamp_min(1)
         return (loss, output) if return_outputs else loss

@@ -19,6 +19,7 @@ from ttt_reference import (
 )
 
 from fledge.draft.batch import Batch, pack
+from fledge.draft.depth import RandomDepth
 from fledge.draft.loss import LossSettings, Teacher, dense_loss, ttt_loss
 from fledge.draft.low_rank import LowRankHead
 from fledge.draft.model import DraftModel
@@ -363,3 +364,28 @@ def test_module_asks_the_whole_head_only_without_summaries():
     wrong = dataclasses.replace(told[0].summary, argmax=told[0].summary.argmax * 0 + int((~draft.t2d).nonzero()[0]))
     lied = module(pack([dataclasses.replace(told[0], summary=wrong), *told[1:]])).loss
     assert abs((lied - short).item()) > 1e-2  # control: the summary is what counts
+
+
+@pytest.mark.parametrize("survival", [1.0, 0.6])
+@pytest.mark.parametrize("eagle31", [False, True], ids=["eagle3", "eagle3.1"])
+def test_a_filler_changes_shapes_alone(survival: float, eagle31: bool, monkeypatch):
+    """All rows and all unrolled rows are multiples; loss, gradients and counts are those without the filler."""
+    monkeypatch.setattr("fledge.draft.ttt.FULL", 5)
+    draft, records = make_draft(eagle31=eagle31), RECORDS["packed"] + RECORDS["two turns"]
+    depth = RandomDepth(survival, (0, 1)) if survival < 1 else None
+    found = []
+    for batch in (pack(records), pack(records, fill=5)):
+        alignment = align(batch, STEPS, depth)
+        states = unroll(draft, batch, alignment, STEPS)
+        teacher = Teacher(last_hidden=batch.last_hidden, head=teacher_head)
+        ids = torch.arange(DRAFT_VOCAB) + draft.d2t
+        output = ttt_loss(states, draft.lm_head.weight, teacher, ids, draft.t2d, alignment, LossSettings())
+        grads = torch.autograd.grad(output.loss, list(draft.parameters()))
+        found.append((batch, alignment, output, grads))
+    (plain, bare, wanted, grads), (filled, alignment, output, filled_grads) = found
+    assert len(plain.input_ids) % 5 and bare.alive[0] % 5 and not plain.filler  # control: without it they are not
+    assert len(filled.input_ids) % 5 == alignment.alive[0] % 5 == 0 and filled.filler >= 5
+    for name in output._fields:
+        torch.testing.assert_close(getattr(output, name), getattr(wanted, name), msg=name)
+    for ours, theirs in zip(filled_grads, grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
