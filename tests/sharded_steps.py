@@ -17,6 +17,7 @@ from fledge.draft.loss import LossSettings
 from fledge.draft.model import DraftModel
 from fledge.target.live import LiveSource
 from fledge.train.module import TTTModule
+from fledge.train.run import leave
 
 
 def main(path: str) -> None:
@@ -46,8 +47,7 @@ def main(path: str) -> None:
     whole = {name: p.full_tensor() if world > 1 else p for name, p in module.named_parameters()}  # type: ignore
     if rank == 0:
         torch.save({name: weight.detach().clone() for name, weight in whole.items()}, path)
-    if world > 1:
-        dist.destroy_process_group()
+    leave(torch.device("cpu"))
 
 
 if __name__ == "__main__":

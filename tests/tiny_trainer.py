@@ -113,7 +113,7 @@ def main(folder: Path, settings: dict) -> None:
     trainer.train(resume_from_checkpoint=find_checkpoint(folder, "auto"))
     weights = {name: weight.cpu().clone() for name, weight in trainer.gathered_weights().items()}
     torch.save({"weights": weights, "losses": losses(trainer)}, folder / f"rank-{rank}.pt")
-    leave(trainer)
+    leave(trainer.args.device)
 
 
 def one_by_one(pairs: list[tuple[Path, dict]]) -> None:

@@ -4,12 +4,14 @@ Puts the stages together: source -> draft vocabulary -> draft -> Trainer -> fina
 """
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 from transformers import set_seed
@@ -39,6 +41,8 @@ __all__ = ["TrainArgs", "parse_args", "train"]
 
 DEFAULT_DRAFT_VOCAB = 32_000
 STARTING_SAMPLES = 8  # whose states set the scale of a fresh head
+
+_goodbyes: list = []  # what `leave` keeps
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def train(args: TrainArgs) -> None:
     if evaluation is not None and args.evaluation.eval_decode_load_best:
         evaluation.make_best_final()
     finish(trainer, args, source, result.metrics)
-    leave(trainer)
+    leave(args.trainer.device)
 
 
 def open_source(args: TrainArgs) -> Source:
@@ -276,11 +280,19 @@ def finish(trainer: DraftTrainer, args: TrainArgs, source: Source, metrics: dict
     print(json.dumps({"output_dir": str(output_dir), **metrics}))
 
 
-def leave(trainer: DraftTrainer) -> None:
-    """Wait for the other ranks before the processes end: one that is still talking to a finished one would abort."""
-    if trainer.accelerator.num_processes > 1:
-        trainer.accelerator.wait_for_everyone()
-        torch.distributed.destroy_process_group()
+def leave(device: torch.device) -> None:
+    """Wait for the other ranks before the processes end: one that is still talking to a finished one would abort.
+
+    A thread of gloo's frees each finished operation and waits for the interpreter to free its tensors: a process that
+    meanwhile frees its groups hangs, one that meanwhile ends aborts (torch 2.13, `ProcessGroupGloo::runLoop`). So the
+    last operation is never freed, and earlier ones get the interpreter while this thread sleeps.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        goodbye = dist.all_reduce(torch.zeros(1, device=device), async_op=True)
+        goodbye.wait()
+        _goodbyes.append(goodbye)
+        time.sleep(0.1)
+        dist.destroy_process_group()
 
 
 def _padded(counts: Tensor, size: int) -> Tensor:

@@ -100,6 +100,10 @@ def test_sharded_steps_equal_whole_ones(tmp_path):
     assert distance(torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")) < 2e-6
 
 
+def test_ranks_leave_without_hanging_or_aborting():
+    launch([SCRIPT.with_name("leaving.py"), 10])
+
+
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no deepspeed here (docs/scaling.md)")
 
 
