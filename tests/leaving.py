@@ -1,4 +1,4 @@
-"""Two gloo ranks that train a DDP model and `leave`, in forks, COUNT times: a rank that hangs or aborts fails the script.
+"""Two gloo ranks that train a DDP model and `leave`, in forks, COUNT times: a rank that hangs or aborts is an error.
 
     python tests/leaving.py COUNT [barrier]
 
