@@ -7,13 +7,13 @@ Every run sees the same records in the same order for its seed, the same number 
 same evaluation: greedy chains of four on the first questions of mt_bench, humaneval, gsm8k and alpaca (first turns;
 FLEDGE_BENCH_DIR or --bench-dir has them; they are never trained on). Finished runs are kept and not repeated. Recipes:
 
-    ours        what `fledge train` does by default
+    ours        what `fledge train` does by default: TTT to depths drawn at random
+    full        ours to full depth (--depth_survival 1), as all below
     common      what most public trainers do: the loss mask not shifted (the first drafted token of an answer is never
                 trained, one position past its end is), KL, 0.8 ** k, sum over rows divided by batch * longest sequence,
                 weights started at random but for lm_head, AdamW for everything
     common-loss the same loss and optimizer from our start: tells the start's share from the loss's
-    depths      ours with depths at random (--depth_survival 0.8)
-    adamw, lk, dynamic, token    ours with one thing changed
+    adamw, lk, dynamic, token    full with one thing changed
 """
 
 import argparse
@@ -44,15 +44,16 @@ from fledge.train.arguments import TrainArgs, parse_args
 from fledge.train.trainer import DraftTrainer
 
 TASKS = ("mt_bench", "humaneval", "gsm8k", "alpaca")
-FLAGS = {
-    "ours": ("--depth_survival", "1"),
-    "depths": ("--depth_survival", "0.8"),
-    "adamw": ("--matrix_optim", "same"),
-    "common": ("--loss_average", "token", "--matrix_optim", "same"),
-    "common-loss": ("--loss_average", "token", "--matrix_optim", "same"),
-    "lk": ("--loss_type", "lk"),
-    "dynamic": ("--position_weights", "dynamic"),
-    "token": ("--loss_average", "token"),
+FULL = ("--depth_survival", "1")
+FLAGS: dict[str, tuple[str, ...]] = {
+    "ours": (),
+    "full": FULL,
+    "adamw": (*FULL, "--matrix_optim", "same"),
+    "common": (*FULL, "--loss_average", "token", "--matrix_optim", "same"),
+    "common-loss": (*FULL, "--loss_average", "token", "--matrix_optim", "same"),
+    "lk": (*FULL, "--loss_type", "lk"),
+    "dynamic": (*FULL, "--position_weights", "dynamic"),
+    "token": (*FULL, "--loss_average", "token"),
 }
 
 

@@ -48,7 +48,7 @@ class PlanArgs:
     """Passes over the data."""
     ttt_steps: int = 7
     """Draft steps unrolled per position."""
-    depth_survival: float = 1.0
+    depth_survival: float = 0.8
     """Share of the positions that go on from one TTT step to the next, as in `fledge train`."""
     draft_vocab_size: int = 32_000
     """Target tokens the draft may propose. 0: all."""

@@ -31,7 +31,7 @@ from fledge.target.record import TeacherSummary
 # D draft vocab, V target vocab
 
 # Memory for one chunk's matrices: large enough for full-speed products, small beside the activations.
-CHUNK_BYTES = {"cpu": 26 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 41 * 2**19, "cuda": 512 * 2**20}
 FULL = 64  # a chunk's products have a multiple of so many rows
 PART = 1024  # rows of the head whose 16-bit gradients are there at a time
 Kind = Literal["kl", "lk"]
@@ -175,7 +175,8 @@ def chunks(
     alignment: Alignment, draft_ids: Tensor, t2d: Tensor, teacher: Teacher, matrices: int = 1
 ) -> Iterator[tuple[slice, slice]]:
     """Positions and pairs whose matrices are there at a time; `matrices`: how many (m, D) ones in fp32."""
-    most = pairs_per_chunk(len(draft_ids), len(t2d), t2d.device.type, short=teacher.is_short)
+    steps = max(1, round(len(alignment.pairs.place) / max(1, len(alignment.positions))))
+    most = pairs_per_chunk(len(draft_ids), len(t2d), t2d.device.type, steps=steps, short=teacher.is_short)
     return alignment.pairs.chunks(max(1, most // matrices))
 
 
@@ -366,18 +367,19 @@ class TeacherChunk:
         return torch.exp(self.logits.float().logsumexp(-1) - self.logsumexp())
 
 
-def pairs_per_chunk(draft_vocab_size: int, vocab_size: int, device_type: str, *, short: bool) -> int:
-    """Pairs whose matrices fit CHUNK_BYTES, with those of their positions, taken to be a fourth as many.
+def pairs_per_chunk(draft_vocab_size: int, vocab_size: int, device_type: str, *, steps: int, short: bool) -> int:
+    """Pairs whose matrices fit CHUNK_BYTES, with those of their positions, each with so many steps.
 
     short: the teacher's logits are those of the draft vocabulary alone.
     """
-    most = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // pair_bytes(draft_vocab_size, vocab_size, short=short)
+    budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
+    most = budget // pair_bytes(draft_vocab_size, vocab_size, steps=steps, short=short)
     return most // 64 * 64 if most >= 64 else max(16, most)
 
 
-def pair_bytes(draft_vocab_size: int, vocab_size: int, *, short: bool) -> int:
-    """What one pair of a chunk takes, in fp32: its distribution, and a fourth of its position's teacher."""
-    return 4 * draft_vocab_size + (3 * 4 * draft_vocab_size + (0 if short else 4 * vocab_size)) // 4
+def pair_bytes(draft_vocab_size: int, vocab_size: int, *, steps: int, short: bool) -> int:
+    """What one pair of a chunk takes, in fp32: its distribution, and its part of its position's teacher."""
+    return 4 * draft_vocab_size + (3 * 4 * draft_vocab_size + (0 if short else 4 * vocab_size)) // steps
 
 
 def dense_loss(

@@ -70,7 +70,8 @@ class DraftArguments:
     step_decay: float = _flag(0.8, "Fixed weight of TTT step k is step_decay ** k.")
     depth_survival: float | None = _flag(
         None, "Share of the positions that go on from one TTT step to the next, drawn at random; their loss counts so "
-        "much more, so that the expected gradient is that of all. 1: all, to full depth. Empty: 1."
+        "much more, so that the expected gradient is that of all. 1: all, to full depth. Empty: 0.8; 1 with "
+        "--position_weights dynamic."
     )  # fmt: skip
     loss_average: Literal["sequence", "token"] = _flag("sequence", "Mean within sequences first, or over all tokens.")
     target_dtype: str = _flag("auto", "dtype of the live target: auto, bfloat16, float16 or float32.")
@@ -154,6 +155,7 @@ class TrainArgs:
         return {key: value for part in parts for key, value in part.items()}
 
 
+DEPTH_SURVIVAL = 0.8  # a better head in the same time than 1: docs/log.md, "Our recipe beside ..., 40 questions a set"
 GROUPS = (DataArguments, DraftArguments, EvaluationArguments, TrainerArguments)
 
 
@@ -174,7 +176,7 @@ def parse_args(_args_class: type, argv: Sequence[str], *, prog: str, description
     if not any(word.replace("-", "_").startswith("__output_dir") for word in words):  # the library has a default
         raise UserError("--output_dir is needed: the folder for the head, its checkpoints and its provenance.")
     if draft.depth_survival is None:
-        draft.depth_survival = 1.0
+        draft.depth_survival = 1.0 if draft.position_weights == "dynamic" else DEPTH_SURVIVAL
     if not 0 < draft.depth_survival <= 1:
         raise UserError(f"--depth_survival {draft.depth_survival} must be above 0 and at most 1.")
     if draft.depth_survival < 1 and draft.position_weights == "dynamic":

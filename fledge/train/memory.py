@@ -61,7 +61,8 @@ def step_memory(
     """One forward, backward and optimizer step over `rows` tokens, `active_rows` of which are trained (None: all), to
     depths drawn with `survival`."""
     active = rows if active_rows is None else active_rows
-    num_pairs = round(active * sum(survival**step for step in range(ttt_steps)))  # rows over all steps
+    steps = sum(survival**step for step in range(ttt_steps))
+    num_pairs = round(active * steps)  # rows over all steps
     element = 2 if bf16 else 4
     size, taps = config.hidden_size, len(config.tap_layers)
     parameters = num_parameters(config)
@@ -73,9 +74,9 @@ def step_memory(
     if recompute:  # one step at a time is there in full
         activations += element * active * kept_elements(config)
     short = config.draft_vocab_size < config.vocab_size  # records come with the teacher's summary
-    per_chunk = pairs_per_chunk(config.draft_vocab_size, config.vocab_size, device_type, short=short)
-    chunk = min(per_chunk, num_pairs) * pair_bytes(config.draft_vocab_size, config.vocab_size, short=short)
-    chunk = chunk * element // 4
+    sizes = config.draft_vocab_size, config.vocab_size
+    per_chunk = pairs_per_chunk(*sizes, device_type, steps=round(steps), short=short)
+    chunk = min(per_chunk, num_pairs) * pair_bytes(*sizes, steps=round(steps), short=short) * element // 4
     state_grads = element * num_pairs * size
     return StepMemory(
         weights=4 * total,

@@ -3,6 +3,7 @@
 import pytest
 
 from fledge.errors import UserError
+from fledge.plan import PlanArgs
 from fledge.train.arguments import TrainArgs, parse_args
 
 
@@ -32,6 +33,16 @@ def test_dashes_and_underscores_are_the_same(tmp_path):
 def test_unknown_flag_names_the_nearest(tmp_path):
     with pytest.raises(UserError, match="unknown flag '--ttt_stepz'.*'ttt_steps'"):
         parse("--output_dir", str(tmp_path), "--ttt_stepz", "5")
+
+
+def test_depths_are_drawn_at_random_where_the_loss_allows_it(tmp_path):
+    """By default; `fledge plan` counts what `fledge train` does."""
+    planned = PlanArgs(target_model_name_or_path="T").depth_survival
+    assert parse("--output_dir", str(tmp_path)).draft.depth_survival == planned < 1
+    assert parse("--output_dir", str(tmp_path), "--position_weights", "dynamic").draft.depth_survival == 1
+    assert parse("--output_dir", str(tmp_path), "--depth_survival", "1").draft.depth_survival == 1
+    with pytest.raises(UserError, match="--depth_survival 1 with it"):
+        parse("--output_dir", str(tmp_path), "--position_weights", "dynamic", "--depth_survival", "0.8")
 
 
 def test_recipe_below_flags(tmp_path):
