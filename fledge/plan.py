@@ -105,9 +105,11 @@ def estimate(args: PlanArgs) -> dict[str, Any]:
     from transformers import AutoConfig
 
     from fledge.draft.config import derive
+    from fledge.draft.depth import check_survival
     from fledge.target.record import default_tap_layers
     from fledge.train.memory import flop_per_step, num_parameters, step_memory
 
+    check_survival(args.depth_survival)
     device_memory, tflops, device_type = hardware(args)
     config = AutoConfig.from_pretrained(args.target_model_name_or_path)
     text = config.get_text_config()

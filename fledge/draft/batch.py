@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fledge.draft.products import FULL
 from fledge.target.record import TargetRecord, TeacherSummary
 
 # N rows of all documents, A taps, H hidden
@@ -52,7 +53,7 @@ class Batch:
 
 def fill_for(device: torch.device) -> int:
     """What `pack` is told to fill up to on this device."""
-    return 64 if device.type == "cpu" else 1
+    return FULL if device.type == "cpu" else 1
 
 
 def pack(records: Sequence[TargetRecord], *, fill: int = 1) -> Batch:

@@ -15,7 +15,7 @@ first: the rows of every step are a prefix.
                                                       step 2  . .   . .
                                                       step 3  . .
 
-What is unrolled at a step is filled up to a multiple of 32 rows with rows that could go on.
+What is unrolled at a step is filled up to a multiple of 64 rows with rows that could go on.
 
 A document's draws depend on its id, the seed and the step: not on the other documents, nor on who holds them.
 """
@@ -27,11 +27,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fledge.draft.products import FULL
 from fledge.draft.runs import Run
+from fledge.errors import UserError
 
 SMALLEST_PIECE = 32  # rows
 PIECES_OF_A_RUN = 16  # at most; more would cost attention more calls than they even out
-FULL = 64  # rows of a step: multiples of so many; a CPU's library keeps half a MiB of every shape of product it has met
+
+
+def check_survival(survival: float) -> None:
+    """UserError for what is no probability to go on."""
+    if not 0 < survival <= 1:
+        raise UserError(f"--depth_survival {survival} must be above 0 and at most 1.")
 
 
 @dataclass(frozen=True)

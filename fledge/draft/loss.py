@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.draft.position_weights import averaging_weights, dynamic_weights, fixed_weights
-from fledge.draft.products import product
+from fledge.draft.products import FULL, product
 from fledge.draft.ttt import Alignment
 from fledge.target.record import TeacherSummary
 
@@ -32,7 +32,6 @@ from fledge.target.record import TeacherSummary
 
 # Memory for one chunk's matrices: large enough for full-speed products, small beside the activations.
 CHUNK_BYTES = {"cpu": 41 * 2**19, "cuda": 512 * 2**20}
-FULL = 64  # a chunk's products have a multiple of so many rows
 PART = 1024  # rows of the head whose 16-bit gradients are there at a time
 Kind = Literal["kl", "lk"]
 Average = Literal["sequence", "token"]
@@ -374,7 +373,7 @@ def pairs_per_chunk(draft_vocab_size: int, vocab_size: int, device_type: str, *,
     """
     budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
     most = budget // pair_bytes(draft_vocab_size, vocab_size, steps=steps, short=short)
-    return most // 64 * 64 if most >= 64 else max(16, most)
+    return most // FULL * FULL if most >= FULL else max(16, most)
 
 
 def pair_bytes(draft_vocab_size: int, vocab_size: int, *, steps: int, short: bool) -> int:

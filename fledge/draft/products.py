@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FULL = 64  # rows: a CPU's library keeps half a MiB for every shape it has met, so callers fill up to multiples of this
+
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left (R, X) @ right (C, X).T -> (R, C), without gradient; views may be transposed."""

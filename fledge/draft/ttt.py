@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fledge.draft.batch import Batch
-from fledge.draft.depth import FULL, RandomDepth, num_rows, unrolled
+from fledge.draft.depth import RandomDepth, num_rows, unrolled
 from fledge.draft.model import DraftModel
-from fledge.draft.products import linear
+from fledge.draft.products import FULL, linear
 from fledge.draft.runs import Run, runs_of
 from fledge.draft.ttt_attention import ttt_attention
 

@@ -14,6 +14,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from fledge.config import field_names, read_recipe
+from fledge.draft.depth import check_survival
 from fledge.draft.loss import LossSettings
 from fledge.errors import UserError, nearest
 
@@ -177,8 +178,7 @@ def parse_args(_args_class: type, argv: Sequence[str], *, prog: str, description
         raise UserError("--output_dir is needed: the folder for the head, its checkpoints and its provenance.")
     if draft.depth_survival is None:
         draft.depth_survival = 1.0 if draft.position_weights == "dynamic" else DEPTH_SURVIVAL
-    if not 0 < draft.depth_survival <= 1:
-        raise UserError(f"--depth_survival {draft.depth_survival} must be above 0 and at most 1.")
+    check_survival(draft.depth_survival)
     if draft.depth_survival < 1 and draft.position_weights == "dynamic":
         raise UserError("--position_weights dynamic weighs a step by all later ones, which --depth_survival below 1 "
                         "leaves out: give --depth_survival 1 with it.")  # fmt: skip

@@ -288,8 +288,10 @@ def leave(device: torch.device) -> None:
     last operation is never freed, and earlier ones get the interpreter while this thread sleeps.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
-        goodbye = dist.all_reduce(torch.zeros(1, device=device), async_op=True)
+        word = torch.zeros(1, device=device)
+        goodbye = dist.all_reduce(word, async_op=True)
         goodbye.wait()
+        word.item()  # on a GPU this is what waits
         _goodbyes.append(goodbye)
         time.sleep(0.1)
         dist.destroy_process_group()
