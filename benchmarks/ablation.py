@@ -8,12 +8,13 @@ same evaluation: greedy chains of four on the first questions of mt_bench, human
 FLEDGE_BENCH_DIR or --bench-dir has them; they are never trained on). Finished runs are kept and not repeated. Recipes:
 
     ours        what `fledge train` does by default: TTT to depths drawn at random
+    ours-dynamic  ours with --position_weights dynamic
     full        ours to full depth (--depth_survival 1), as all below
     common      what most public trainers do: the loss mask not shifted (the first drafted token of an answer is never
                 trained, one position past its end is), KL, 0.8 ** k, sum over rows divided by batch * longest sequence,
                 weights started at random but for lm_head, AdamW for everything
     common-loss the same loss and optimizer from our start: tells the start's share from the loss's
-    adamw, lk, dynamic, token    full with one thing changed
+    adamw, lk, dynamic, token, eagle3.1, rank    full with one thing changed (rank: lm_head as factors of rank 128)
 """
 
 import argparse
@@ -47,6 +48,7 @@ TASKS = ("mt_bench", "humaneval", "gsm8k", "alpaca")
 FULL = ("--depth_survival", "1")
 FLAGS: dict[str, tuple[str, ...]] = {
     "ours": (),
+    "ours-dynamic": ("--position_weights", "dynamic"),
     "full": FULL,
     "adamw": (*FULL, "--matrix_optim", "same"),
     "common": (*FULL, "--loss_average", "token", "--matrix_optim", "same"),
@@ -54,6 +56,8 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "lk": (*FULL, "--loss_type", "lk"),
     "dynamic": (*FULL, "--position_weights", "dynamic"),
     "token": (*FULL, "--loss_average", "token"),
+    "eagle3.1": (*FULL, "--draft_type", "eagle3.1"),
+    "rank": (*FULL, "--head_rank", "128"),
 }
 
 

@@ -11,7 +11,8 @@ weights are that part, as a share of the whole:
     s = 1  1  1    w = 1  .67 .33            a sure draft: depth counts
 
 They are taken per row and from this batch alone, without gradient: nothing to keep, to synchronise or to resume. Steps
-a row is not trained at are passed over. `floor` keeps late steps alive while the draft knows nothing.
+a row is not asked at are passed over; those that a draw of depths leaves out are taken to be as sure as the row's last
+one before. `floor` keeps late steps alive while the draft knows nothing.
 """
 
 import torch
@@ -44,16 +45,27 @@ def fixed_weights(alignment: Alignment, step_decay: float) -> Tensor:
 
 def dynamic_weights(alignment: Alignment, confidence: Tensor, floor: float) -> Tensor:
     """(K, P) from the draft's probability of the target's choice, (K, P), 0 where that is no draft token."""
-    trained = alignment.trained
-    on_rows = confidence.new_zeros((len(trained), len(alignment.rows)))
-    valid = torch.zeros_like(on_rows, dtype=torch.bool)
-    steps = torch.arange(len(trained), device=trained.device)[:, None].expand_as(trained)
-    place = (steps[trained], alignment.row_index[trained])
-    on_rows[place], valid[place] = confidence[trained], True
-    smoothed = torch.where(valid, floor + (1 - floor) * on_rows, 1.0)
-    reach = smoothed.cumprod(0) * valid  # (K, S)
+    num_steps, num_rows = len(alignment.row_index), max(1, len(alignment.rows))
+    index = rows_of_pairs(alignment)  # (K, P)
+    steps = torch.arange(num_steps, device=index.device)[:, None].expand_as(index)
+
+    def on_rows(chosen: Tensor, values: Tensor) -> Tensor:
+        """(K, P) -> (K, S), zero where nothing is chosen."""
+        return values.new_zeros((num_steps, num_rows)).index_put((steps[chosen], index[chosen]), values[chosen])
+
+    asked, trained = (on_rows(chosen, chosen) for chosen in (alignment.asked, alignment.trained))
+    sure = floor + (1 - floor) * on_rows(alignment.trained, confidence)
+    for step in range(1, num_steps):
+        sure[step] = torch.where(trained[step], sure[step], sure[step - 1])
+    reach = torch.where(asked, sure, 1.0).cumprod(0) * asked
     tail = reach.flip(0).cumsum(0).flip(0)
     share = tail / tail[0].clamp_min(1e-9)
-    weights = torch.zeros_like(confidence)
-    weights[trained] = share[place]
-    return weights
+    return torch.where(alignment.trained, share[steps, index], 0.0)
+
+
+def rows_of_pairs(alignment: Alignment) -> Tensor:
+    """(K, P) index into the rows of row p - 1 - k, trained or left out by a draw of depths; 0 where it is not asked."""
+    place = alignment.rows.new_zeros(int(alignment.rows.max()) + 1 if len(alignment.rows) else 1)
+    place[alignment.rows] = torch.arange(len(alignment.rows), device=place.device)
+    steps = torch.arange(len(alignment.asked), device=place.device)[:, None]
+    return place[torch.where(alignment.asked, alignment.positions - 1 - steps, 0)]

@@ -81,7 +81,7 @@ def train(args: TrainArgs) -> None:
     draft = make_draft(config, args.draft, source, args.trainer.seed)
     module = TTTModule(
         draft, source.teacher_head, args.draft.ttt_steps, args.draft.loss_settings(), source.teacher_rows,
-        survival=args.draft.depth_survival or 1.0, seed=args.trainer.seed,
+        survival=args.draft.depth_survival, seed=args.trainer.seed,
     )  # fmt: skip
     trainer = DraftTrainer(
         module, args.trainer, to_record=source.to_record, train_dataset=source.train, eval_dataset=source.eval,

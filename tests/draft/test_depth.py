@@ -1,6 +1,7 @@
 """Depths at random: the draw itself, and that what is left is right in every draw and whole in expectation."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from fledge.draft import depth
 from fledge.draft.batch import pack
 from fledge.draft.depth import RandomDepth, cut
 from fledge.draft.loss import LossSettings, Teacher, dense_loss, ttt_loss
+from fledge.draft.position_weights import dynamic_weights
 from fledge.draft.runs import Run
 from fledge.draft.ttt import align, unroll
 from fledge.train.module import TTTModule
@@ -104,8 +106,9 @@ def test_rows_that_stop_change_nothing_for_the_others(small_pieces, eagle31, win
 
 @pytest.mark.parametrize("kind", ["kl", "lk"])
 @pytest.mark.parametrize("average", ["sequence", "token"])
-def test_fused_equals_dense_in_every_draw(small_pieces, kind, average):
-    draft, settings = make_draft(), LossSettings(kind=kind, average=average)
+@pytest.mark.parametrize("positions", ["fixed", "dynamic"])
+def test_fused_equals_dense_in_every_draw(small_pieces, kind, average, positions):
+    draft, settings = make_draft(), LossSettings(kind=kind, average=average, position_weights=positions)
     for draw in range(3):
         drawn = RandomDepth(0.6, (0, draw))
         found = loss_of(draft, RECORDS["packed"], drawn, settings).loss
@@ -136,10 +139,47 @@ def test_loss_and_gradient_are_the_full_ones_in_expectation(small_pieces, averag
     assert abs(draws[:, 0].mean() - unweighted) > 10 * error[0]
 
 
-def test_packed_equals_separate(small_pieces):
+def test_dynamic_weights_take_what_is_left_out_to_be_as_sure_as_before(small_pieces):
+    """Row by row: the last step drawn stands for those left out. Steps that were never asked stay passed over."""
+    batch = pack(RECORDS["packed"] + RECORDS["two turns"])
+    whole = align(batch, STEPS)
+    torch.manual_seed(0)
+    confidence, left_out = torch.rand(whole.row_index.shape), 0
+    for draw in range(5):
+        some = align(batch, STEPS, RandomDepth(0.6, (0, draw)))
+        found = dynamic_weights(some, torch.where(some.trained, confidence, 0), 0.5)
+        assert not found[~some.trained].any()
+        for row in some.rows.tolist():
+            taught = {step: int(p) for step in range(STEPS) for p in range(len(some.positions))
+                      if some.asked[step, p] and some.positions[p] - 1 - step == row}  # fmt: skip
+            left = {step: p for step, p in taught.items() if some.trained[step, p]}
+            sure = {step: 0.5 + 0.5 * float(confidence[step, p]) for step, p in left.items()}
+            values = [sure.get(step, sure[max(left)]) for step in taught] if left else []
+            reach = [math.prod(values[: index + 1]) for index in range(len(values))]
+            for index, (step, p) in enumerate(taught.items()):
+                if step in left:
+                    assert float(found[step, p]) == pytest.approx(sum(reach[index:]) / sum(reach))
+            left_out += len(taught) - len(left)
+    assert left_out > 50
+
+
+def test_dynamic_weights_of_an_even_draft_do_not_depend_on_the_draw(small_pieces):
+    """Without what is left out (control) they would be too small."""
+    batch = pack([make_record(24, "ppp" + "a" * 21, 11)])
+    whole, some = align(batch, STEPS), align(batch, STEPS, RandomDepth(0.6, (0, 3)))
+    confidence = torch.full(whole.row_index.shape, 0.4)
+    wanted, found = (dynamic_weights(alignment, confidence, 0.5) for alignment in (whole, some))
+    torch.testing.assert_close(found[some.trained], wanted[some.trained])
+    passed_over = dynamic_weights(dataclasses.replace(some, asked=some.trained), confidence, 0.5)
+    assert (passed_over[1:][some.trained[1:]] < 0.9 * wanted[1:][some.trained[1:]]).any()
+
+
+@pytest.mark.parametrize("positions", ["fixed", "dynamic"])
+def test_packed_equals_separate(small_pieces, positions):
     draft, records, drawn = make_draft(), RECORDS["packed"] + RECORDS["two turns"], RandomDepth(0.6, (0, 7))
-    packed = loss_of(draft, records, drawn)
-    separate = [loss_of(draft, [record], drawn) for record in records]
+    settings = LossSettings(position_weights=positions)
+    packed = loss_of(draft, records, drawn, settings)
+    separate = [loss_of(draft, [record], drawn, settings) for record in records]
     torch.testing.assert_close(packed.loss, sum(one.loss for one in separate))
     for name in ("trained", "hits", "prefix_hits"):
         assert torch.equal(getattr(packed, name), sum(getattr(one, name) for one in separate)), name

@@ -35,14 +35,12 @@ def test_unknown_flag_names_the_nearest(tmp_path):
         parse("--output_dir", str(tmp_path), "--ttt_stepz", "5")
 
 
-def test_depths_are_drawn_at_random_where_the_loss_allows_it(tmp_path):
-    """By default; `fledge plan` counts what `fledge train` does."""
+def test_depths_are_drawn_at_random_by_default(tmp_path):
+    """`fledge plan` counts what `fledge train` does."""
     planned = PlanArgs(target_model_name_or_path="T").depth_survival
     assert parse("--output_dir", str(tmp_path)).draft.depth_survival == planned < 1
-    assert parse("--output_dir", str(tmp_path), "--position_weights", "dynamic").draft.depth_survival == 1
-    assert parse("--output_dir", str(tmp_path), "--depth_survival", "1").draft.depth_survival == 1
-    with pytest.raises(UserError, match="--depth_survival 1 with it"):
-        parse("--output_dir", str(tmp_path), "--position_weights", "dynamic", "--depth_survival", "0.8")
+    with pytest.raises(UserError, match="--depth_survival 1.5 must be"):
+        parse("--output_dir", str(tmp_path), "--depth_survival", "1.5")
 
 
 def test_recipe_below_flags(tmp_path):
