@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="named sets or question files")
     parser.add_argument("--questions", type=int, default=10, help="of each task")
     parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the answers; finished heads are only judged")
     parser.add_argument("--out", type=Path, required=True, help="folder of the heads and results")
     args = parser.parse_args()
     results: dict[str, dict[int, dict[str, float]]] = {}
@@ -86,18 +87,25 @@ def main() -> None:
             print(table(results), flush=True)
     config = {**{key: str(value) for key, value in vars(args).items()}, "model": Path(args.model).name}
     config |= {"states": Path(args.states).name, "out": args.out.name, "bench_dir": None}
-    provenance.write(args.out / "ablation.json", config, command="python benchmarks/ablation.py", results=results)
-    (args.out / "ablation.md").write_text(table(results), encoding="utf-8")
+    name = f"ablation{drawn_at(args.temperature)}"
+    provenance.write(args.out / f"{name}.json", config, command="python benchmarks/ablation.py", results=results)
+    (args.out / f"{name}.md").write_text(table(results), encoding="utf-8")
 
 
 def one_run(recipe: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
     """Train and evaluate, or read what an earlier call found."""
     folder = args.out / f"{recipe}-{seed}"
-    kept = folder / "tau.json"
+    kept = folder / f"tau{drawn_at(args.temperature)}.json"
     if not kept.is_file():
-        train(recipe, seed, folder, args)
+        if not (folder / "model.safetensors").is_file():
+            train(recipe, seed, folder, args)
         provenance.write_json(kept, evaluate(folder, args))
     return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def drawn_at(temperature: float) -> str:
+    """Part of the names of what sampled answers give."""
+    return f"-t{temperature:g}" if temperature else ""
 
 
 def train(recipe: str, seed: int, folder: Path, args: argparse.Namespace) -> None:
@@ -172,8 +180,9 @@ def head_only(draft: DraftModel, target_head: torch.Tensor, _taps: torch.Tensor)
 def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Tau of each task, pooled over its questions, and their mean.
 
-    At temperature 0 the text does not depend on the head: the target answers once, and a decode with chains is a walk
-    over what chains begun at each token would have accepted (`fledge.bench.doctor`; a test compares with decoding).
+    The text does not depend on the head: the target answers once, and a decode with chains is a walk over what chains
+    begun at each token would have accepted (`fledge.bench.doctor`; a test compares with decoding). Chains hold the
+    draft's likeliest tokens at every temperature, so sampled answers give the tau of sampling in the same way.
     """
     found = {}
     with torch.inference_mode():
@@ -184,16 +193,18 @@ def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, float]:
 
 
 @functools.cache
-def _answers(model: str, tasks: tuple[str, ...], bench_dir: Path | None, end: int, most: int, kept: Path) -> dict:
+def _answers(
+    model: str, tasks: tuple[str, ...], bench_dir: Path | None, end: int, most: int, temperature: float, kept: Path
+) -> dict:
     target, template = Target.from_pretrained(model), ChatTemplate.from_pretrained(model)
     wards = {}
     for task in tasks:
         questions = load_questions(task, bench_dir=bench_dir, end=end)
         prompts = [template.prompt_ids([{"role": "user", "content": question.turns[0]}]) for question in questions]
-        file = kept / f"answers-{Path(task).stem}-{end}-{most}.json"
+        file = kept / f"answers-{Path(task).stem}-{end}-{most}{drawn_at(temperature)}.json"
         if not file.is_file():
             made = generate_batch(target, None, prompts, tree=TreeShape(1, 0, 1), max_new_tokens=most,
-                                  sampling=Sampling(), batch_size=8, engine="static")  # fmt: skip
+                                  sampling=Sampling(temperature, seed=0), batch_size=8, engine="static")  # fmt: skip
             provenance.write_json(file, [one.token_ids for one in made])
         wards[task] = Ward(target, prompts, most, answers=json.loads(file.read_text()))
     return wards
@@ -202,7 +213,9 @@ def _answers(model: str, tasks: tuple[str, ...], bench_dir: Path | None, end: in
 def answers(args: argparse.Namespace) -> dict[str, Ward]:
     """The target's greedy answers to each task's questions, with their states; the tokens are kept in --out."""
     args.out.mkdir(parents=True, exist_ok=True)
-    return _answers(args.model, tuple(args.tasks), args.bench_dir, args.questions, args.max_new_tokens, args.out)
+    return _answers(
+        args.model, tuple(args.tasks), args.bench_dir, args.questions, args.max_new_tokens, args.temperature, args.out
+    )
 
 
 def tau(draft: DraftModel, ward: Ward) -> float:

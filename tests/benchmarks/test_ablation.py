@@ -72,3 +72,13 @@ def test_a_tiny_ablation_runs_and_leaves_everything_as_it_was(ablation, tmp_path
     heads = [torch.load(tmp_path / "out" / f"{name}-0" / "checkpoint-2" / "optimizer.pt") for name in results]
     moments = [next(one["exp_avg"] for one in head["state"].values() if "exp_avg" in one) for head in heads]
     assert moments[0].shape != moments[1].shape  # of ours, AdamW has no matrix but lm_head; of the common recipe, all
+
+    trained = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*/*")}
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--temperature", "1"])
+    ablation.main()
+    sampled = json.loads((tmp_path / "out" / "ablation-t1.json").read_text())["results"]
+    assert set(sampled["ours"]["0"]) == {"questions", "mean"}
+    assert (tmp_path / "out" / "answers-questions-10-8-t1.json").read_text() != (
+        tmp_path / "out" / "answers-questions-10-8.json"
+    ).read_text()
+    assert {file: file.stat().st_mtime_ns for file in trained} == trained  # heads are judged, not trained again
