@@ -3,9 +3,12 @@
 import math
 
 import torch
+from torch import Tensor
 
 from fledge.draft.config import DraftConfig
 from fledge.draft.model import DraftModel
+from fledge.draft.position_weights import dynamic_weights
+from fledge.draft.ttt import Alignment
 from fledge.target.quirks import LogitQuirks
 from fledge.target.record import TargetRecord
 
@@ -88,3 +91,12 @@ def reference_states(draft: DraftModel, record: TargetRecord) -> list[torch.Tens
         states.append(out)
         hidden = draft.norm(out) if draft.config.norm_output else out
     return states
+
+
+def dynamic_by_position(alignment: Alignment, confidence: Tensor, floor: float) -> Tensor:
+    """Dynamic weights of all pairs, (K, P) like the confidence; 0 where nothing is trained."""
+    pairs = alignment.pairs
+    place = (pairs.step, pairs.place)
+    return torch.zeros_like(confidence).index_put(
+        place, dynamic_weights(confidence[place], pairs.row, pairs.step, pairs.asked, floor)
+    )

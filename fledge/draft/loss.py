@@ -1,19 +1,22 @@
-"""The TTT loss: head, teacher and gradient in one pass over chunks of teacher positions.
+"""The TTT loss: head, teacher and gradient in one pass over chunks of rows, each with all its steps.
 
     loss = sum_k step_weight_k * mean_rows( -sum_v p(v) log q_k(v) )
 
 p is the target's softmax restricted to the draft vocabulary; a position counts only where the target's own argmax is a
-draft token. The teacher depends on the position alone, so each chunk computes its logits once and serves all K steps:
-those of the draft vocabulary where the record says what the rest would (`TeacherSummary`), else all V. Logits of the
-draft are turned into their gradient in place and multiplied out before the next chunk, so neither [N, V] teacher logits
-nor K x [N, D] draft logits ever exist, and the backward is two multiplications by the incoming gradient.
+draft token. The teacher depends on the position alone, so a chunk computes its positions' logits once for all K steps
+(those that two chunks share, K - 1, twice): of the draft vocabulary where the record says what the rest would
+(`TeacherSummary`), else all V. As a chunk has all steps of its rows, weights that depend on how sure the draft is need
+no pass of their own. Logits of the draft are turned into their gradient in place and multiplied out before the next
+chunk, so neither [N, V] teacher logits nor K x [N, D] draft logits ever exist, and the backward is two multiplications
+by the incoming gradient.
 
 `dense_loss` is the slow twin: whole matrices and autograd.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -22,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fledge.draft.position_weights import averaging_weights, dynamic_weights, fixed_weights
+from fledge.draft.position_weights import averaging_weights, dynamic_weights
 from fledge.draft.products import FULL, product
 from fledge.draft.ttt import Alignment
 from fledge.target.record import TeacherSummary
@@ -36,6 +39,8 @@ PART = 1024  # rows of the head whose 16-bit gradients are there at a time
 Kind = Literal["kl", "lk"]
 Average = Literal["sequence", "token"]
 PositionWeights = Literal["fixed", "dynamic"]
+Weigh = Callable[[Callable[[], Tensor]], Tensor]
+"""(m,) weights of a chunk's pairs, from the draft's (m,) probability of the target's choice if that is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +121,8 @@ def ttt_loss(
     if torch.is_autocast_enabled(device_type):
         flat = flat.to(torch.get_autocast_dtype(device_type))
     with torch.autocast(device_type, enabled=False):  # dtypes are chosen here: states' for the head, fp32 for the rest
-        confidence = None
-        if settings.position_weights == "dynamic":
-            confidence = read_confidence(flat, head_weight, teacher, draft_ids, t2d, alignment)
-        weights = row_weights(alignment, settings, confidence)
         results = _FusedLoss.apply(
-            flat, head_weight, teacher, draft_ids, t2d, alignment, settings, weights, torch.is_grad_enabled()
+            flat, head_weight, teacher, draft_ids, t2d, alignment, settings, torch.is_grad_enabled()
         )
     loss, losses, hits, overlaps, covered = results
     pairs, num_steps = alignment.pairs, len(alignment.row_index)
@@ -143,60 +144,43 @@ def ttt_loss(
     )
 
 
-def row_weights(alignment: Alignment, settings: LossSettings, confidence: Tensor | None = None) -> Tensor:
-    """(K, P) weight of position p's row at step k: the step's weight over the rows it is averaged with."""
-    averaging = averaging_weights(alignment, settings.average)
-    if settings.position_weights == "fixed":
-        return averaging * fixed_weights(alignment, settings.step_decay)
-    assert confidence is not None
-    return averaging * dynamic_weights(alignment, confidence, settings.dynamic_floor)
+class PairWeights:
+    """How much each pair counts: the average it is part of, and its step's weight, fixed or dynamic."""
 
+    def __init__(self, alignment: Alignment, settings: LossSettings) -> None:
+        self.pairs, self.settings = alignment.pairs, settings
+        self.known = averaging_weights(alignment, settings.average)  # (M,)
+        if settings.position_weights == "fixed":
+            self.known = self.known * settings.step_decay**self.pairs.step
 
-@torch.no_grad()
-def read_confidence(
-    states: Tensor, head_weight: Tensor, teacher: Teacher, draft_ids: Tensor, t2d: Tensor, alignment: Alignment
-) -> Tensor:
-    """(K, P) probability the draft gives the target's choice: a pass of its own over the head, forward only."""
-    found = torch.zeros(alignment.row_index.shape, device=states.device)
-    weight, pairs = head_weight.to(states.dtype), alignment.pairs
-    for places, part in chunks(alignment, draft_ids, t2d, teacher, 2):
-        chunk = teacher.read(alignment.positions[places], draft_ids, t2d)
-        place, step = pairs.place[part], pairs.step[part]
-        own = place - places.start
-        z = (states[pairs.state[part]] @ weight.T).float()
-        choice = chunk.argmax.clamp(max=len(draft_ids) - 1)[own, None]
-        chosen = (z.gather(1, choice)[:, 0] - z.logsumexp(-1)).exp()
-        found[step, place] = chosen * chunk.covered[own]
-    return found
-
-
-def chunks(
-    alignment: Alignment, draft_ids: Tensor, t2d: Tensor, teacher: Teacher, matrices: int = 1
-) -> Iterator[tuple[slice, slice]]:
-    """Positions and pairs whose matrices are there at a time; `matrices`: how many (m, D) ones in fp32."""
-    steps = max(1, round(len(alignment.pairs.place) / max(1, len(alignment.positions))))
-    most = pairs_per_chunk(len(draft_ids), len(t2d), t2d.device.type, steps=steps, short=teacher.is_short)
-    return alignment.pairs.chunks(max(1, most // matrices))
+    def of(self, rows: slice, part: slice, confidence: Callable[[], Tensor]) -> Tensor:
+        """(m,) weights of the pairs `part`, which are all those of `rows`; confidence: see `dynamic_weights`."""
+        if self.settings.position_weights == "fixed":
+            return self.known[part]
+        row, asked = self.pairs.row[part] - rows.start, self.pairs.asked[:, rows]
+        floor = self.settings.dynamic_floor
+        return self.known[part] * dynamic_weights(confidence(), row, self.pairs.step[part], asked, floor)
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, states: Tensor, head_weight: Tensor, teacher: Teacher, draft_ids: Tensor, t2d: Tensor,
-        alignment: Alignment, settings: LossSettings, weights: Tensor, wants_grad: bool,
+        alignment: Alignment, settings: LossSettings, wants_grad: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        pairs = alignment.pairs
+        pairs, weights = alignment.pairs, PairWeights(alignment, settings)
         sums = _Sums(states, head_weight, len(pairs.place), wants_grad)
         rows = _kl_rows if settings.kind == "kl" else _lk_rows
-        matrices = 6 if settings.kind == "lk" else 1 if wants_grad else 3
-        for places, part in chunks(alignment, draft_ids, t2d, teacher, matrices):
-            positions = alignment.positions[places]
-            chunk = teacher.read(_filled(positions), draft_ids, t2d)
-            place = pairs.place[part]
-            own = place - places.start
-            weight = weights[pairs.step[part], place] * chunk.covered[own]
-            rows(sums, part, pairs.state[part], own, chunk, weight, settings)
-            sums.covered += chunk.covered[: len(positions)].sum()
+        steps = max(1, round(len(pairs.place) / max(1, len(alignment.positions))))
+        most = pairs_per_chunk(len(draft_ids), len(t2d), states.device.type, steps=steps, short=teacher.is_short)
+        most = max(1, most // (6 if settings.kind == "lk" else 1 if wants_grad else 3))
+        for chunk in pairs.chunks(most, len(alignment.positions)):
+            positions = alignment.positions[chunk.places]
+            taught = teacher.read(_filled(positions), draft_ids, t2d)
+            own = pairs.place[chunk.pairs] - chunk.places.start
+            weigh = functools.partial(weights.of, chunk.rows, chunk.pairs)
+            rows(sums, chunk.pairs, pairs.state[chunk.pairs], own, taught, weigh, settings)
+            sums.covered += taught.covered[chunk.seen : len(positions)].sum()
         if wants_grad:
             ctx.save_for_backward(sums.grad_states, sums.grad_weight)
         ctx.head_dtype = head_weight.dtype
@@ -208,7 +192,7 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         grad_states, grad_weight = ctx.saved_tensors
         # In place: these are read once. A second backward through the same loss is refused by autograd's version check.
-        return grad_states.mul_(grads[0]), grad_weight.mul_(grads[0]).to(ctx.head_dtype), *[None] * 7
+        return grad_states.mul_(grads[0]), grad_weight.mul_(grads[0]).to(ctx.head_dtype), *[None] * 6
 
 
 class _Sums:
@@ -235,7 +219,7 @@ class _Sums:
 
 
 def _kl_rows(
-    sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "TeacherChunk", weights: Tensor, _: LossSettings
+    sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "TeacherChunk", weigh: Weigh, _: LossSettings
 ) -> None:
     """Cross-entropy of a chunk's m pairs; `state` (m,) their rows of the states, `own` (m,) their rows of the teacher.
 
@@ -262,6 +246,7 @@ def _kl_rows(
     torch.softmax(z, -1, out=q)
     lse = highest.float() - q[:num_pairs].amax(-1).float().log()
     losses = lse - (taught * h).sum(-1)
+    weights = weigh(lambda: _chosen(q[:num_pairs], teacher, own)) * covered
     sums.total += (losses * weights).sum()
     sums.losses[part] = losses * covered
     if not sums.wants_grad:
@@ -302,7 +287,7 @@ def _is_top(z: Tensor, highest: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _lk_rows(
-    sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "TeacherChunk", weights: Tensor,
+    sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "TeacherChunk", weigh: Weigh,
     settings: LossSettings,
 ) -> None:  # fmt: skip
     """LK-hybrid of a chunk's m pairs; TV = 1 - sum min(p, q), so only entries with q < p move it."""
@@ -314,6 +299,7 @@ def _lk_rows(
     sums.hits[part] = (z.argmax(-1) == teacher.argmax[own]) & covered
     cross_entropy = lse[:, 0] - (p * z).sum(-1)
     q = z.sub_(lse).exp_()
+    weights = weigh(lambda: _chosen(q, teacher, own)) * covered
     tv = 1 - torch.minimum(p, q).sum(-1)
     share = torch.exp(-settings.lk_eta * (1 - tv))
     loss = share * (cross_entropy + torch.special.xlogy(p, p).sum(-1)) + (1 - share) * tv
@@ -326,6 +312,12 @@ def _lk_rows(
         grad = (share[:, None] * (q - p) + (1 - share)[:, None] * grad_tv).mul_(weights[:, None]).to(h.dtype)
         sums.grad_states[state] = grad @ weight
         sums.grad_weight += grad.T @ h
+
+
+def _chosen(q: Tensor, teacher: "TeacherChunk", own: Tensor) -> Tensor:
+    """(m,) probability the draft gives the target's choice, 0 where that is no draft token."""
+    choice = teacher.argmax.clamp(max=q.shape[-1] - 1)[own, None]
+    return q.gather(1, choice)[:, 0].float() * teacher.covered[own]
 
 
 def _overlap(q: Tensor, teacher: "TeacherChunk", own: Tensor) -> Tensor:
@@ -392,22 +384,16 @@ def dense_loss(
 ) -> Tensor:
     """The same loss from whole matrices, all V logits of the target among them, by autograd; for tests."""
     chunk = dataclasses.replace(teacher, summary=None).read(alignment.positions, draft_ids, t2d)
-    confidence = None
-    if settings.position_weights == "dynamic":
-        rows = alignment.row_index.clamp_min(0)
-        q = torch.stack([(states[k][rows[k]] @ head_weight.T).float().softmax(-1) for k in range(len(states))])
-        choice = chunk.argmax.clamp(max=len(draft_ids) - 1).expand(len(states), -1)
-        confidence = q.gather(-1, choice[..., None])[..., 0].detach() * chunk.covered
-    weights = row_weights(alignment, settings, confidence) * chunk.covered
-    total = states[0].new_zeros(())
-    for step in range(len(states)):
-        asked = alignment.trained[step].nonzero()[:, 0]
-        log_q = (states[step][alignment.row_index[step, asked]] @ head_weight.T).float().log_softmax(-1)
-        p = chunk.probs[asked]
-        loss = -(p * log_q).sum(-1)
-        if settings.kind == "lk":
-            overlap = torch.minimum(p, log_q.exp()).sum(-1)
-            share = torch.exp(-settings.lk_eta * overlap.detach())
-            loss = share * (loss + torch.special.xlogy(p, p).sum(-1)) + (1 - share) * (1 - overlap)
-        total = total + (loss * weights[step, asked]).sum()
-    return total
+    pairs, flat = alignment.pairs, torch.cat(list(states))
+    log_q = (flat[pairs.state] @ head_weight.T).float().log_softmax(-1)  # (M, D)
+    p, covered = chunk.probs[pairs.place], chunk.covered[pairs.place]
+    choice = chunk.argmax.clamp(max=len(draft_ids) - 1)[pairs.place, None]
+    confidence = log_q.detach().exp().gather(1, choice)[:, 0] * covered
+    everything = slice(0, len(pairs.ends)), slice(0, len(p))
+    weights = PairWeights(alignment, settings).of(*everything, lambda: confidence) * covered
+    loss = -(p * log_q).sum(-1)
+    if settings.kind == "lk":
+        overlap = torch.minimum(p, log_q.exp()).sum(-1)
+        share = torch.exp(-settings.lk_eta * overlap.detach())
+        loss = share * (loss + torch.special.xlogy(p, p).sum(-1)) + (1 - share) * (1 - overlap)
+    return (loss * weights).sum()

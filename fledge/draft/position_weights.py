@@ -20,52 +20,34 @@ from torch import Tensor
 
 from fledge.draft.ttt import Alignment
 
-# K TTT steps, P taught positions, S active rows
+# K TTT steps, P taught positions, M pairs of a step and a position, m those of n rows
 
 
 def averaging_weights(alignment: Alignment, average: str) -> Tensor:
-    """(K, P) one over the rows position p's row is averaged with at step k, or 1 for a plain sum; 0 where untrained.
+    """(M,) one over the rows that a pair's row is averaged with at its step, or 1 for a plain sum.
 
-    Rows that a draw of depths leaves out are averaged with all the same, and those it leaves stand for them.
+    Rows that a draw of depths leaves out are averaged with all the same, and those it leaves stand for them: 1 / share.
     """
-    weights = alignment.trained / alignment.share[:, None]
-    if average == "token" or not weights.numel():
+    pairs, asked = alignment.pairs, alignment.asked.float()
+    weights = 1 / alignment.share[pairs.step]
+    if average == "token" or not len(weights):
         return weights
-    asked = alignment.asked.float()
     per_document = asked.new_zeros((len(asked), int(alignment.document[-1]) + 1))
     per_document.index_add_(1, alignment.document, asked)
-    return weights / per_document[:, alignment.document].clamp_min(1)
+    return weights / per_document[pairs.step, alignment.document[pairs.place]]
 
 
-def fixed_weights(alignment: Alignment, step_decay: float) -> Tensor:
-    """(K, 1) decay ** k."""
-    steps = torch.arange(len(alignment.trained), device=alignment.trained.device, dtype=torch.float32)
-    return (step_decay**steps)[:, None]
+def dynamic_weights(confidence: Tensor, row: Tensor, step: Tensor, asked: Tensor, floor: float) -> Tensor:
+    """(m,) weights of all pairs of n rows.
 
-
-def dynamic_weights(alignment: Alignment, confidence: Tensor, floor: float) -> Tensor:
-    """(K, P) from the draft's probability of the target's choice, (K, P), 0 where that is no draft token."""
-    num_steps, num_rows = len(alignment.row_index), max(1, len(alignment.rows))
-    index = rows_of_pairs(alignment)  # (K, P)
-    steps = torch.arange(num_steps, device=index.device)[:, None].expand_as(index)
-
-    def on_rows(chosen: Tensor, values: Tensor) -> Tensor:
-        """(K, P) -> (K, S), zero where nothing is chosen."""
-        return values.new_zeros((num_steps, num_rows)).index_put((steps[chosen], index[chosen]), values[chosen])
-
-    asked, trained = (on_rows(chosen, chosen) for chosen in (alignment.asked, alignment.trained))
-    sure = floor + (1 - floor) * on_rows(alignment.trained, confidence)
-    for step in range(1, num_steps):
-        sure[step] = torch.where(trained[step], sure[step], sure[step - 1])
+    confidence (m,): the draft's probability of the target's choice, 0 where that is no draft token. row, step (m,) of
+    the pairs. asked (K, n) bool: where the rows would learn, drawn or not.
+    """
+    sure = torch.full(asked.shape, floor, device=confidence.device)
+    sure[step, row] += (1 - floor) * confidence.float()
+    drawn = torch.zeros_like(asked).index_put((step, row), asked.new_ones(()))
+    for k in range(1, len(asked)):
+        sure[k] = torch.where(drawn[k], sure[k], sure[k - 1])
     reach = torch.where(asked, sure, 1.0).cumprod(0) * asked
     tail = reach.flip(0).cumsum(0).flip(0)
-    share = tail / tail[0].clamp_min(1e-9)
-    return torch.where(alignment.trained, share[steps, index], 0.0)
-
-
-def rows_of_pairs(alignment: Alignment) -> Tensor:
-    """(K, P) index into the rows of row p - 1 - k, trained or left out by a draw of depths; 0 where it is not asked."""
-    place = alignment.rows.new_zeros(int(alignment.rows.max()) + 1 if len(alignment.rows) else 1)
-    place[alignment.rows] = torch.arange(len(alignment.rows), device=place.device)
-    steps = torch.arange(len(alignment.asked), device=place.device)[:, None]
-    return place[torch.where(alignment.asked, alignment.positions - 1 - steps, 0)]
+    return (tail / tail[0].clamp_min(1e-9))[step, row]

@@ -21,8 +21,10 @@ trained.
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -33,25 +35,43 @@ from fledge.draft.products import FULL, linear
 from fledge.draft.runs import Run, runs_of
 from fledge.draft.ttt_attention import ttt_attention
 
-# N rows of all documents, P taught positions, S active rows, K TTT steps, M pairs, H hidden
+# N rows of all documents, P taught positions, S active rows, R of them that learn, K TTT steps, M pairs, H hidden
+
+
+class Chunk(NamedTuple):
+    """Consecutive rows with all that they learn."""
+
+    rows: slice  # of the R rows that learn
+    pairs: slice  # of the M pairs
+    places: slice  # of the P positions: those of the pairs, and what lies between
+    seen: int  # how many of these positions earlier chunks have had
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """All that is learned: M pairs of a taught position and a TTT step, in the order of the positions."""
+    """All that is learned: M pairs of a TTT step and a taught position, by row and then by step."""
 
     place: Tensor  # (M,) int64 index into the positions
     step: Tensor  # (M,) int64
     state: Tensor  # (M,) int64 row of the states of all steps, end to end
-    ends: Sequence[int]  # P numbers: pairs of the positions up to each, itself included
+    row: Tensor  # (M,) int64 0 .. R - 1, ascending
+    asked: Tensor  # (K, R) bool: a taught position asks the row at this step; a draw may leave it out nevertheless
+    ends: Sequence[int]  # R numbers: pairs of the rows up to each, itself included
+    lowest: Sequence[int]  # R places, of each row's first pair
+    highest: Sequence[int]  # R places, of each row's last pair
 
-    def chunks(self, most: int) -> Iterator[tuple[slice, slice]]:
-        """Consecutive positions with at most so many pairs together (at least one position), and their pairs."""
-        begin = first = 0
-        while begin < len(self.ends):
-            end = max(begin + 1, bisect_right(self.ends, first + most))
-            yield slice(begin, end), slice(first, self.ends[end - 1])
-            begin, first = end, self.ends[end - 1]
+    def chunks(self, most: int, num_positions: int) -> Iterator[Chunk]:
+        """Chunks with at most so many pairs (at least one row); together they have every pair and every position."""
+        if not self.ends and num_positions:
+            yield Chunk(slice(0, 0), slice(0, 0), slice(0, num_positions), 0)
+        row = first = seen = 0
+        while row < len(self.ends):
+            end = max(row + 1, bisect_right(self.ends, first + most))
+            last = self.ends[end - 1]
+            begin = min(seen, *self.lowest[row:end])
+            stop = num_positions if end == len(self.ends) else 1 + max(self.highest[row:end])
+            yield Chunk(slice(row, end), slice(first, last), slice(begin, stop), seen - begin)
+            row, first, seen = end, last, max(seen, stop)
 
 
 @dataclass(frozen=True)
@@ -116,12 +136,6 @@ def align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = None) -> Ali
     alive = torch.tensor([sum(run.stop - run.start for run in step_runs) for step_runs in runs])
     index = torch.where(inside, index_of[wanted.clamp_min(0)], -1)
     row_index = torch.where(index < num_trained[:, None], index, -1)
-    place, step = (row_index >= 0).T.nonzero().T
-    pairs = Pairs(
-        place=place.to(device), step=step.to(device),
-        state=(row_index[step, place] + (alive.cumsum(0) - alive)[step]).to(device),
-        ends=(row_index >= 0).sum(0).cumsum(0).tolist(),
-    )  # fmt: skip
     return Alignment(
         positions=positions.to(device),
         document=document[positions].to(device),
@@ -131,7 +145,31 @@ def align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = None) -> Ali
         share=torch.tensor(share, device=device),
         runs=runs,
         last_row=last_row[rows].to(device),
-        pairs=pairs,
+        pairs=make_pairs(row_index, wanted, inside, alive, device),
+    )
+
+
+def make_pairs(row_index: Tensor, wanted: Tensor, inside: Tensor, alive: Tensor, device: torch.device) -> Pairs:
+    """row_index, wanted, inside (K, P) as in `align`, alive (K,) rows unrolled at each step: all on the CPU."""
+    num_steps, num_positions = row_index.shape
+    step, place = (row_index >= 0).nonzero().T
+    row, row_of_pair, number = wanted[step, place].unique(return_inverse=True, return_counts=True)
+    order = (row_of_pair * num_steps + step).argsort()
+    step, place, row_of_pair = step[order], place[order], row_of_pair[order]
+    ends = number.cumsum(0)
+    asked = torch.zeros(num_steps, len(row) + 1, dtype=torch.bool)
+    column = torch.searchsorted(row, wanted)  # of rows that a draw leaves out altogether: another's, or behind the last
+    same = inside & (F.pad(row, (0, 1), value=-1)[column] == wanted)
+    asked[torch.arange(num_steps)[:, None].expand_as(wanted)[same], column[same]] = True
+    return Pairs(
+        place=place.to(device),
+        step=step.to(device),
+        state=(row_index[step, place] + (alive.cumsum(0) - alive)[step]).to(device),
+        row=row_of_pair.to(device),
+        asked=asked[:, :-1].to(device),
+        ends=ends.tolist(),
+        lowest=place[ends - number].tolist(),
+        highest=place[ends - 1].tolist(),
     )
 
 

@@ -5,13 +5,21 @@ import math
 
 import pytest
 import torch
-from ttt_reference import HEAD, RECORDS, STEPS, make_draft, make_record, reference_states, teacher_head
+from ttt_reference import (
+    HEAD,
+    RECORDS,
+    STEPS,
+    dynamic_by_position,
+    make_draft,
+    make_record,
+    reference_states,
+    teacher_head,
+)
 
 from fledge.draft import depth
 from fledge.draft.batch import pack
 from fledge.draft.depth import RandomDepth, cut
 from fledge.draft.loss import LossSettings, Teacher, dense_loss, ttt_loss
-from fledge.draft.position_weights import dynamic_weights
 from fledge.draft.runs import Run
 from fledge.draft.ttt import align, unroll
 from fledge.train.module import TTTModule
@@ -147,7 +155,7 @@ def test_dynamic_weights_take_what_is_left_out_to_be_as_sure_as_before(small_pie
     confidence, left_out = torch.rand(whole.row_index.shape), 0
     for draw in range(5):
         some = align(batch, STEPS, RandomDepth(0.6, (0, draw)))
-        found = dynamic_weights(some, torch.where(some.trained, confidence, 0), 0.5)
+        found = dynamic_by_position(some, confidence, 0.5)
         assert not found[~some.trained].any()
         for row in some.rows.tolist():
             taught = {step: int(p) for step in range(STEPS) for p in range(len(some.positions))
@@ -168,9 +176,11 @@ def test_dynamic_weights_of_an_even_draft_do_not_depend_on_the_draw(small_pieces
     batch = pack([make_record(24, "ppp" + "a" * 21, 11)])
     whole, some = align(batch, STEPS), align(batch, STEPS, RandomDepth(0.6, (0, 3)))
     confidence = torch.full(whole.row_index.shape, 0.4)
-    wanted, found = (dynamic_weights(alignment, confidence, 0.5) for alignment in (whole, some))
+    wanted, found = (dynamic_by_position(alignment, confidence, 0.5) for alignment in (whole, some))
     torch.testing.assert_close(found[some.trained], wanted[some.trained])
-    passed_over = dynamic_weights(dataclasses.replace(some, asked=some.trained), confidence, 0.5)
+    drawn = torch.zeros_like(some.pairs.asked).index_put((some.pairs.step, some.pairs.row), torch.tensor(True))
+    forgotten = dataclasses.replace(some, pairs=dataclasses.replace(some.pairs, asked=drawn))
+    passed_over = dynamic_by_position(forgotten, confidence, 0.5)
     assert (passed_over[1:][some.trained[1:]] < 0.9 * wanted[1:][some.trained[1:]]).any()
 
 

@@ -12,6 +12,7 @@ from ttt_reference import (
     SIZE,
     STEPS,
     VOCAB,
+    dynamic_by_position,
     make_draft,
     make_record,
     reference_states,
@@ -23,7 +24,6 @@ from fledge.draft.depth import RandomDepth
 from fledge.draft.loss import LossSettings, Teacher, dense_loss, ttt_loss
 from fledge.draft.low_rank import LowRankHead
 from fledge.draft.model import DraftModel
-from fledge.draft.position_weights import dynamic_weights
 from fledge.draft.ttt import align, unroll
 from fledge.target.head import TargetHead
 from fledge.target.quirks import LogitQuirks
@@ -222,14 +222,14 @@ def test_dynamic_weights_are_the_share_of_the_expected_length():
         row = int(alignment.row_index[2, -1])  # a row that is trained at all three steps
         for step, value in enumerate(row_confidence):
             confidence[step][alignment.row_index[step] == row] = value
-        found = dynamic_weights(alignment, confidence, floor)
+        found = dynamic_by_position(alignment, confidence, floor)
         return [float(found[step][alignment.row_index[step] == row]) for step in range(3)]
 
     assert weights([1, 1, 1], 0.0) == pytest.approx([1, 2 / 3, 1 / 3])
     assert weights([0, 0, 0], 0.5) == pytest.approx([1, 0.375 / 0.875, 0.125 / 0.875])
     assert weights([1, 0, 1], 0.0) == pytest.approx([1, 0, 0])
     prompted = align(pack([make_record(8, "pppaaaaa", 1)]), 3)
-    found = dynamic_weights(prompted, torch.zeros(prompted.row_index.shape), 0.5)
+    found = dynamic_by_position(prompted, torch.zeros(prompted.row_index.shape), 0.5)
     assert prompted.trained[:, 0].tolist() == [True, True, True] and prompted.rows[prompted.row_index[2, 0]] == 0
     assert float(found[2, 0]) == 1.0  # row 0 is trained at step 2 alone: steps it is not trained at are passed over
 
