@@ -7,14 +7,15 @@ Every run sees the same records in the same order for its seed, the same number 
 same evaluation: greedy chains of four on the first questions of mt_bench, humaneval, gsm8k and alpaca (first turns;
 FLEDGE_BENCH_DIR or --bench-dir has them; they are never trained on). Finished runs are kept and not repeated. Recipes:
 
-    ours        what `fledge train` does by default: TTT to depths drawn at random
-    ours-dynamic  ours with --position_weights dynamic
-    full        ours to full depth (--depth_survival 1), as all below
+    ours        what `fledge train` does by default: dynamic position weights, TTT to depths drawn at random
+    fixed, full, shallow, lk, token, adamw, eagle3.1, rank    ours with one thing changed: position weights 0.8 ** k;
+                full depth; --depth_survival 0.6; the LK-hybrid; one mean over all tokens; AdamW for everything; an
+                EAGLE-3.1 head; lm_head as factors of rank 128
+    full-fixed  to full depth with weights 0.8 ** k, as the next two
     common      what most public trainers do: the loss mask not shifted (the first drafted token of an answer is never
                 trained, one position past its end is), KL, 0.8 ** k, sum over rows divided by batch * longest sequence,
                 weights started at random but for lm_head, AdamW for everything
     common-loss the same loss and optimizer from our start: tells the start's share from the loss's
-    adamw, lk, dynamic, token, eagle3.1, rank    full with one thing changed (rank: lm_head as factors of rank 128)
 """
 
 import argparse
@@ -45,19 +46,21 @@ from fledge.train.arguments import TrainArgs, parse_args
 from fledge.train.trainer import DraftTrainer
 
 TASKS = ("mt_bench", "humaneval", "gsm8k", "alpaca")
-FULL = ("--depth_survival", "1")
+FULL, FIXED = ("--depth_survival", "1"), ("--position_weights", "fixed")
+COMMON = (*FULL, *FIXED, "--loss_average", "token", "--matrix_optim", "same")
 FLAGS: dict[str, tuple[str, ...]] = {
     "ours": (),
-    "ours-dynamic": ("--position_weights", "dynamic"),
+    "fixed": FIXED,
     "full": FULL,
-    "adamw": (*FULL, "--matrix_optim", "same"),
-    "common": (*FULL, "--loss_average", "token", "--matrix_optim", "same"),
-    "common-loss": (*FULL, "--loss_average", "token", "--matrix_optim", "same"),
-    "lk": (*FULL, "--loss_type", "lk"),
-    "dynamic": (*FULL, "--position_weights", "dynamic"),
-    "token": (*FULL, "--loss_average", "token"),
-    "eagle3.1": (*FULL, "--draft_type", "eagle3.1"),
-    "rank": (*FULL, "--head_rank", "128"),
+    "shallow": ("--depth_survival", "0.6"),
+    "lk": ("--loss_type", "lk"),
+    "token": ("--loss_average", "token"),
+    "adamw": ("--matrix_optim", "same"),
+    "eagle3.1": ("--draft_type", "eagle3.1"),
+    "rank": ("--head_rank", "128"),
+    "full-fixed": (*FULL, *FIXED),
+    "common": COMMON,
+    "common-loss": COMMON,
 }
 
 

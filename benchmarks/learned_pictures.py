@@ -121,8 +121,8 @@ def train_head(folder: Path, data: Path, epochs: int) -> None:
         "--target_model_name_or_path", str(folder / "target"), "--train_data_path", str(data), "--output_dir",
         str(folder / "head"), "--num_train_epochs", str(epochs), "--per_device_train_batch_size", "8", "--ttt_steps",
         "5", "--draft_vocab_size", "0", "--learning_rate", "2e-3", "--bf16", "False", "--save_strategy", "no",
-        "--use_cpu", "True", "--depth_survival", "1", "--logging_steps", "100", "--save_dtype", "float32",
-        "--disable_tqdm", "True",
+        "--use_cpu", "True", "--depth_survival", "1", "--position_weights", "fixed", "--logging_steps", "100",
+        "--save_dtype", "float32", "--disable_tqdm", "True",
     ]  # fmt: skip
     training.train(parse_args(TrainArgs, flags, prog="train", description=""))
 

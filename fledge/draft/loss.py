@@ -49,8 +49,8 @@ class LossSettings:
 
     kind: Kind = "kl"
     """kl: cross-entropy to the target. lk: lambda * KL + (1 - lambda) * TV with lambda = exp(-eta * acceptance)."""
-    position_weights: PositionWeights = "fixed"
-    """fixed: step_decay ** k. dynamic: the share of a row's expected accept length that lies at step k or deeper."""
+    position_weights: PositionWeights = "dynamic"
+    """dynamic: the share of a row's expected accept length that lies at step k or deeper. fixed: step_decay ** k."""
     step_decay: float = 0.8
     """Fixed weight of TTT step k is step_decay ** k."""
     dynamic_floor: float = 0.5

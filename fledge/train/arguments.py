@@ -66,7 +66,7 @@ class DraftArguments:
     ttt_steps: int = _flag(7, "Draft steps unrolled per position (training-time test).")
     loss_type: Literal["kl", "lk"] = _flag("kl", "kl: cross-entropy to the target. lk: the LK-hybrid of KL and TV.")
     position_weights: Literal["fixed", "dynamic"] = _flag(
-        "fixed", "fixed: step_decay ** k. dynamic: what a step adds to the expected accept length, by the draft itself."
+        "dynamic", "dynamic: what a step adds to the accept length that the draft expects. fixed: step_decay ** k."
     )
     step_decay: float = _flag(0.8, "Fixed weight of TTT step k is step_decay ** k.")
     depth_survival: float = _flag(  # 0.8: docs/log.md, "Our recipe beside the common one, 40 questions a set"

@@ -130,7 +130,8 @@ def test_fused_equals_dense_in_every_draw(small_pieces, kind, average, positions
 @pytest.mark.parametrize("average", ["sequence", "token"])
 def test_loss_and_gradient_are_the_full_ones_in_expectation(small_pieces, average):
     """The mean over draws lies within its own error of full depth; unweighted it does not (control)."""
-    draft, records, settings = make_draft(), [make_record(24, "ppp" + "a" * 21, 11)], LossSettings(average=average)
+    draft, records = make_draft(), [make_record(24, "ppp" + "a" * 21, 11)]
+    settings = LossSettings(average=average, position_weights="fixed")
     parameters = list(draft.parameters())
 
     def vector(drawn):

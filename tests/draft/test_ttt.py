@@ -1,10 +1,12 @@
 """TTT unrolling and loss against eagle3's definition, written out row by row, and against decoding with a cache."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from ttt_reference import (
     DRAFT_VOCAB,
     HEAD,
@@ -21,7 +23,7 @@ from ttt_reference import (
 
 from fledge.draft.batch import Batch, pack
 from fledge.draft.depth import RandomDepth
-from fledge.draft.loss import LossSettings, Teacher, dense_loss, ttt_loss
+from fledge.draft.loss import LossSettings, PositionWeights, Teacher, dense_loss, ttt_loss
 from fledge.draft.low_rank import LowRankHead
 from fledge.draft.model import DraftModel
 from fledge.draft.ttt import align, unroll
@@ -56,36 +58,47 @@ def run_loss(draft: DraftModel, batch: Batch, settings: LossSettings, *, short: 
 # -- the definition, row by row ----------------------------------------------------------------------------------------
 
 
-def reference_loss(draft: DraftModel, records: list[TargetRecord], *, shift: int = 1) -> torch.Tensor:
+def reference_loss(
+    draft: DraftModel, records: list[TargetRecord], *, shift: int = 1, positions: PositionWeights = "dynamic"
+) -> Tensor:
     """Mean per sequence and step, summed over sequences. shift = 0 is the unshifted mask of other trainers."""
     total = torch.zeros(())
     inside = torch.arange(DRAFT_VOCAB) + draft.d2t
     for record in records:
         states, mask, length = reference_states(draft, record), record.loss_mask, len(record)
+        losses: dict[int, dict[int, tuple[Tensor | float, float]]] = {}  # row -> step -> loss, how sure the draft is
+        count = [0] * STEPS
         for step, hidden in enumerate(states):
-            losses, count = [], 0
             for t in range(length):
                 p = t + 1 + step
                 if p + 1 >= length or not (mask[p - 1 + shift] and mask[p + shift] and (shift or mask[t])):
                     continue
-                count += 1
+                count[step] += 1
                 target_logits = teacher_head(record.last_hidden[p])
+                losses.setdefault(t, {})[step] = (0.0, 0.0)
                 if not draft.t2d[target_logits.argmax()]:
                     continue
                 p_draft = target_logits[inside].softmax(-1)
-                losses.append(-(p_draft * draft.lm_head(draft.norm(hidden[t])).log_softmax(-1)).sum())
-            if losses:
-                total = total + 0.8**step * torch.stack(losses).sum() / count
+                log_q = draft.lm_head(draft.norm(hidden[t])).log_softmax(-1)
+                sure = float(log_q.detach()[inside == target_logits.argmax()].exp())
+                losses[t][step] = -(p_draft * log_q).sum(), sure
+        for of_row in losses.values():
+            sures = [0.5 + 0.5 * sure for _, sure in of_row.values()]
+            reach = [math.prod(sures[: n + 1]) for n in range(len(sures))]
+            for n, (step, (loss, _)) in enumerate(of_row.items()):
+                weight = 0.8**step if positions == "fixed" else sum(reach[n:]) / sum(reach)
+                total = total + weight * loss / count[step]
     return total
 
 
 @pytest.mark.parametrize("eagle31", [False, True], ids=["eagle3", "eagle3.1"])
 @pytest.mark.parametrize("case", RECORDS)
-def test_loss_and_gradients_equal_the_definition(case: str, eagle31: bool):
+@pytest.mark.parametrize("positions", ["fixed", "dynamic"])
+def test_loss_and_gradients_equal_the_definition(case: str, eagle31: bool, positions: PositionWeights):
     draft = make_draft(eagle31=eagle31)
     parameters = list(draft.parameters())
-    found, dense = run_loss(draft, pack(RECORDS[case]), LossSettings())
-    wanted = reference_loss(draft, RECORDS[case])
+    found, dense = run_loss(draft, pack(RECORDS[case]), LossSettings(position_weights=positions))
+    wanted = reference_loss(draft, RECORDS[case], positions=positions)
     torch.testing.assert_close(found.loss, wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(dense, wanted, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(
