@@ -81,7 +81,7 @@ def quickstart(args: QuickstartArgs) -> None:
         "train", "--target_model_name_or_path", target, "--train_data_path", str(answers),
         "--train_hidden_path", str(work / "states"), *held_out, *template, *taps,
         "--output_dir", str(head), "--draft_vocab_size", str(args.draft_vocab_size), "--model_max_length", "512",
-        "--ttt_steps", "3", "--depth_survival", "1", "--position_weights", "fixed",  # three steps leave little to choose
+        "--ttt_steps", "3", "--depth_survival", "1", "--position_weights", "fixed",  # three are few
         "--num_train_epochs", str(args.epochs), "--logging_steps", "20", "--save_strategy", "epoch",
     )  # fmt: skip
 
