@@ -1,10 +1,10 @@
 """How deep rows are unrolled: all of them to the last TTT step, or each to a depth drawn at random.
 
-The loss of step k counts 0.8 ** k, yet step k costs as much as step 0. With `survival` s a row goes on from one step to
-the next with probability s, and what is learned at step k is weighted by 1 / s ** k: every row's gradient is right in
-expectation, and K steps cost 1 + s + .. + s ** (K - 1) of one. At s = 0.8 all weights are 1 and seven steps cost 3.95.
-A row's later steps read its own keys and those of step 0, which every row has, so the rows that stop change nothing for
-those that go on.
+The loss of step k counts 0.8 ** k or less, yet step k costs as much as step 0. With `survival` s a row goes on from one
+step to the next with probability s, and what is learned at step k is weighted by 1 / s ** k: every row's gradient is
+right in expectation, and K steps cost 1 + s + .. + s ** (K - 1) of one: 3.95 of 7 at s = 0.8. (Weights that depend on
+how sure the draft is at later steps, `position_weights`, have to guess what is left out.) A row's later steps read its
+own keys and those of step 0, which every row has, so the rows that stop change nothing for those that go on.
 
 Rows stop in pieces of neighbours, so that their attention stays a few blocks, and pieces lie by depth, the deepest
 first: the rows of every step are a prefix.
