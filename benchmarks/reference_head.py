@@ -43,8 +43,8 @@ TUNED_ON = 8  # questions at least
 COUNTED = ("records", "tokens", "supervised")  # of a store's manifest
 SETTINGS = (
     "draft_type", "draft_vocab_size", "ttt_steps", "depth_survival", "position_weights", "loss_type", "optim",
-    "learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length",
-    "num_train_epochs", "seed",
+    "learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "model_max_length", "num_train_epochs", "seed",
 )  # fmt: skip
 
 

@@ -8,8 +8,8 @@ backward, clipping and AdamW over all documents, each trainer with its own code 
 
 - fledge         documents packed into one row; as in every store, the argmax and logsumexp of the target's logits come
                  with the states, so that a step multiplies the draft vocabulary's rows of the target's head only;
-- fledge-depths  the same with rows unrolled to depths drawn at random (--depth_survival 0.8): the expected gradient of
-                 `fledge`, at 3.95 of its 7 TTT steps;
+- fledge-depths  the same with rows unrolled to depths drawn at random (--depth_survival 0.8, as by default): 3.95 of
+                 the 7 TTT steps of `fledge`;
 - specforge      one document after the other, gradients added up, as its batch size of 1 does; sdpa attention; the
                  Triton loss replaced by the package's own eager reference, since Triton needs a GPU;
 - specforge-compact  the same with its `compact_teacher` option, which spares memory;
