@@ -228,8 +228,9 @@ def test_the_script_stops_its_servers_on_a_signal(fake_vllm, port, tmp_path, sig
     }  # fmt: skip
     script = REPOSITORY / "scripts" / "speculative" / "run_vllm_server.sh"
     process = subprocess.Popen(
-        ["bash", str(script), "--some-vllm-flag"], env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    )
+        ["bash", str(script), "--some-vllm-flag"], env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background inherits "ignore"
+    )  # fmt: skip
     assert process.stderr is not None
     seen = ""
     while "Ctrl-C stops all" not in seen:
