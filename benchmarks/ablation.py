@@ -214,7 +214,7 @@ def _answers(
 
 
 def answers(args: argparse.Namespace) -> dict[str, Ward]:
-    """The target's greedy answers to each task's questions, with their states; the tokens are kept in --out."""
+    """The target's answers to each task's questions, with their states; the tokens are kept in --out."""
     args.out.mkdir(parents=True, exist_ok=True)
     return _answers(
         args.model, tuple(args.tasks), args.bench_dir, args.questions, args.max_new_tokens, args.temperature, args.out

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fledge.draft.config import DraftConfig
+from fledge.draft.loss import PositionWeights
 from fledge.draft.model import DraftModel
 from fledge.draft.position_weights import dynamic_weights
 from fledge.draft.ttt import Alignment
@@ -91,6 +92,39 @@ def reference_states(draft: DraftModel, record: TargetRecord) -> list[torch.Tens
         states.append(out)
         hidden = draft.norm(out) if draft.config.norm_output else out
     return states
+
+
+def reference_loss(
+    draft: DraftModel, records: list[TargetRecord], *, shift: int = 1, positions: PositionWeights = "dynamic"
+) -> Tensor:
+    """Mean per sequence and step, summed over sequences. shift = 0 is the unshifted mask of other trainers."""
+    total = torch.zeros(())
+    inside = torch.arange(DRAFT_VOCAB) + draft.d2t
+    for record in records:
+        states, mask, length = reference_states(draft, record), record.loss_mask, len(record)
+        losses: dict[int, dict[int, tuple[Tensor | float, float]]] = {}  # row -> step -> loss, how sure the draft is
+        count = [0] * STEPS
+        for step, hidden in enumerate(states):
+            for t in range(length):
+                p = t + 1 + step
+                if p + 1 >= length or not (mask[p - 1 + shift] and mask[p + shift] and (shift or mask[t])):
+                    continue
+                count[step] += 1
+                target_logits = teacher_head(record.last_hidden[p])
+                losses.setdefault(t, {})[step] = (0.0, 0.0)
+                if not draft.t2d[target_logits.argmax()]:
+                    continue
+                p_draft = target_logits[inside].softmax(-1)
+                log_q = draft.lm_head(draft.norm(hidden[t])).log_softmax(-1)
+                sure = float(log_q.detach()[inside == target_logits.argmax()].exp())
+                losses[t][step] = -(p_draft * log_q).sum(), sure
+        for of_row in losses.values():
+            sures = [0.5 + 0.5 * sure for _, sure in of_row.values()]
+            reach = [math.prod(sures[: n + 1]) for n in range(len(sures))]
+            for n, (step, (loss, _)) in enumerate(of_row.items()):
+                weight = 0.8**step if positions == "fixed" else sum(reach[n:]) / sum(reach)
+                total = total + weight * loss / count[step]
+    return total
 
 
 def dynamic_by_position(alignment: Alignment, confidence: Tensor, floor: float) -> Tensor:

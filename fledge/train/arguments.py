@@ -68,7 +68,7 @@ class DraftArguments:
     position_weights: Literal["fixed", "dynamic"] = _flag(
         "dynamic", "dynamic: what a step adds to the accept length that the draft expects. fixed: step_decay ** k."
     )
-    step_decay: float = _flag(0.8, "Fixed weight of TTT step k is step_decay ** k.")
+    step_decay: float | None = _flag(None, "Fixed weight of TTT step k is step_decay ** k. Empty: 0.8.")
     depth_survival: float = _flag(  # 0.8: docs/log.md, "Our recipe beside the common one, 40 questions a set"
         0.8, "Share of the positions that go on from one TTT step to the next, drawn at random; their loss counts so "
         "much more, so that the expected gradient is that of all. 1: all, to full depth."
@@ -81,7 +81,7 @@ class DraftArguments:
 
     def loss_settings(self) -> LossSettings:
         return LossSettings(
-            kind=self.loss_type, position_weights=self.position_weights, step_decay=self.step_decay,
+            kind=self.loss_type, position_weights=self.position_weights, step_decay=self.step_decay or 0.8,
             average=self.loss_average,
         )  # fmt: skip
 
@@ -175,6 +175,10 @@ def parse_args(_args_class: type, argv: Sequence[str], *, prog: str, description
     if not any(word.replace("-", "_").startswith("__output_dir") for word in words):  # the library has a default
         raise UserError("--output_dir is needed: the folder for the head, its checkpoints and its provenance.")
     check_survival(draft.depth_survival)
+    if draft.step_decay is not None and draft.position_weights != "fixed":
+        raise UserError(f"--step_decay {draft.step_decay} is of fixed weights: give --position_weights fixed with it.")
+    if draft.step_decay is not None and draft.step_decay <= 0:
+        raise UserError(f"--step_decay {draft.step_decay} must be above 0.")
     if draft.sliding_window is not None and draft.sliding_window <= draft.ttt_steps:
         raise UserError(f"--sliding_window {draft.sliding_window} must be larger than --ttt_steps {draft.ttt_steps}.")
     return TrainArgs(data=data, draft=draft, evaluation=evaluation, trainer=trainer)

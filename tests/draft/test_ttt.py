@@ -1,12 +1,10 @@
 """TTT unrolling and loss against eagle3's definition, written out row by row, and against decoding with a cache."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from ttt_reference import (
     DRAFT_VOCAB,
     HEAD,
@@ -17,6 +15,7 @@ from ttt_reference import (
     dynamic_by_position,
     make_draft,
     make_record,
+    reference_loss,
     reference_states,
     teacher_head,
 )
@@ -29,7 +28,7 @@ from fledge.draft.model import DraftModel
 from fledge.draft.ttt import align, unroll
 from fledge.target.head import TargetHead
 from fledge.target.quirks import LogitQuirks
-from fledge.target.record import TargetRecord, TeacherSummary
+from fledge.target.record import TeacherSummary
 from fledge.train.module import TTTModule
 
 
@@ -56,39 +55,6 @@ def run_loss(draft: DraftModel, batch: Batch, settings: LossSettings, *, short: 
 
 
 # -- the definition, row by row ----------------------------------------------------------------------------------------
-
-
-def reference_loss(
-    draft: DraftModel, records: list[TargetRecord], *, shift: int = 1, positions: PositionWeights = "dynamic"
-) -> Tensor:
-    """Mean per sequence and step, summed over sequences. shift = 0 is the unshifted mask of other trainers."""
-    total = torch.zeros(())
-    inside = torch.arange(DRAFT_VOCAB) + draft.d2t
-    for record in records:
-        states, mask, length = reference_states(draft, record), record.loss_mask, len(record)
-        losses: dict[int, dict[int, tuple[Tensor | float, float]]] = {}  # row -> step -> loss, how sure the draft is
-        count = [0] * STEPS
-        for step, hidden in enumerate(states):
-            for t in range(length):
-                p = t + 1 + step
-                if p + 1 >= length or not (mask[p - 1 + shift] and mask[p + shift] and (shift or mask[t])):
-                    continue
-                count[step] += 1
-                target_logits = teacher_head(record.last_hidden[p])
-                losses.setdefault(t, {})[step] = (0.0, 0.0)
-                if not draft.t2d[target_logits.argmax()]:
-                    continue
-                p_draft = target_logits[inside].softmax(-1)
-                log_q = draft.lm_head(draft.norm(hidden[t])).log_softmax(-1)
-                sure = float(log_q.detach()[inside == target_logits.argmax()].exp())
-                losses[t][step] = -(p_draft * log_q).sum(), sure
-        for of_row in losses.values():
-            sures = [0.5 + 0.5 * sure for _, sure in of_row.values()]
-            reach = [math.prod(sures[: n + 1]) for n in range(len(sures))]
-            for n, (step, (loss, _)) in enumerate(of_row.items()):
-                weight = 0.8**step if positions == "fixed" else sum(reach[n:]) / sum(reach)
-                total = total + weight * loss / count[step]
-    return total
 
 
 @pytest.mark.parametrize("eagle31", [False, True], ids=["eagle3", "eagle3.1"])

@@ -43,6 +43,16 @@ def test_depths_are_drawn_at_random_by_default(tmp_path):
         parse("--output_dir", str(tmp_path), "--depth_survival", "1.5")
 
 
+def test_a_decay_is_of_fixed_weights(tmp_path):
+    fixed = ("--output_dir", str(tmp_path), "--position_weights", "fixed")
+    assert parse(*fixed).draft.loss_settings().step_decay == 0.8
+    assert parse(*fixed, "--step_decay", "0.9").draft.loss_settings().step_decay == 0.9
+    with pytest.raises(UserError, match="give --position_weights fixed with it"):
+        parse("--output_dir", str(tmp_path), "--step_decay", "0.9")
+    with pytest.raises(UserError, match="must be above 0"):
+        parse(*fixed, "--step_decay", "0")
+
+
 def test_recipe_below_flags(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("ttt_steps: 4\ntrain_data_path: [a, b]\nbf16: false\nlearning_rate: 0.002\n")
@@ -66,9 +76,12 @@ def test_resolved_config_repeats_the_run(tmp_path):
     """What is written beside a head can be fed back as a recipe."""
     import yaml
 
-    first = parse("--output_dir", str(tmp_path), "--ttt_steps", "5", "--train_data_path", "x", "--step_decay", "0.9")
+    first = parse("--output_dir", str(tmp_path), "--ttt_steps", "5", "--train_data_path", "x", "--step_decay", "0.9",
+                  "--position_weights", "fixed")  # fmt: skip
     own = {
-        k: v for k, v in first.resolved().items() if k in ("ttt_steps", "train_data_path", "step_decay", "tap_layers")
+        k: v
+        for k, v in first.resolved().items()
+        if k in ("ttt_steps", "train_data_path", "position_weights", "step_decay", "tap_layers")
     }
     recipe = tmp_path / "again.yaml"
     recipe.write_text(yaml.safe_dump({k: v for k, v in own.items() if v not in (None, [])}))
