@@ -8,11 +8,12 @@ round reads them again in front of its own chain, in one forward.
     a b c       |         | x y z       ->   state again at a b c, waiting x y
     a b c       | x y     | u v         ->   all kept: state at a b c x y u v, nothing waits
 
-Waiting tokens cost rows; past `MOST_WAITING` they get a forward of their own. Knows the target and the library's cache.
+Waiting tokens cost rows; past `MOST_WAITING` they get a forward of their own. Every sequence has a state of its own and
+is read by itself. Knows the target and the library's cache.
 """
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +22,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from fledge.decoding.tree import Tree
+from fledge.decoding.accept import Accepted
+from fledge.decoding.verifier import Lengths, ModelInputs
+from fledge.drafters.tree import Trees
 from fledge.errors import UserError
 from fledge.target.model import Target
 from fledge.target.record import TargetOutput
@@ -38,12 +41,13 @@ def _new_cache(target: Target) -> Any:
     return DynamicCache(config=target.text_config)
 
 
-class ChainVerifier:
+class RunningStateVerifier:
     """`Verifier` for such targets: the same methods, trees of one branch."""
 
     chains_only = True
+    one_by_one = True
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, batch: int) -> None:
         self._target = weakref.ref(target)
         try:
             one_token = torch.zeros(1, 1, dtype=torch.int64, device=target.device)
@@ -53,11 +57,7 @@ class ChainVerifier:
                 f"{target.name}: its layers keep a running state in a cache of their own kind, which fledge cannot "
                 f"roll back ({error}). It can be trained for, not decoded here."
             ) from None
-        self._cache: Any = None
-        self._waiting: list[int] = []
-        self._chain: list[int] = []  # of the round under way
-        self._before: list[dict[str, Any]] = []
-        self._length = 0  # tokens the state holds
+        self._states: list[RunningState | None] = [None] * batch
 
     @property
     def target(self) -> Target:
@@ -66,64 +66,90 @@ class ChainVerifier:
         return target
 
     @contextmanager
-    def session(self, num_rows: int) -> Iterator[None]:
-        """One generation; the library's cache grows by itself."""
-        self._cache, self._waiting, self._chain, self._length = _new_cache(self.target), [], [], 0
-        try:
+    def running(self) -> Iterator[None]:
+        with torch.inference_mode():
             yield
-        finally:
-            self._cache, self._before = None, []
+
+    def reserve(self, capacity: int) -> None:
+        """The library's cache grows by itself."""
+
+    def move(self, source: int, goal: int) -> None:
+        self._states[goal], self._states[source] = self._states[source], None
 
     def prefill(
-        self, prompt_ids: Tensor, *, taps: bool, positions: Tensor | None = None,
-        model_inputs: Mapping[str, Tensor] | None = None,
+        self, slots: slice, prompts: Tensor, *, taps: bool, positions: Tensor | None = None,
+        model_inputs: ModelInputs | None = None,
     ) -> TargetOutput:  # fmt: skip
-        """All prompt tokens (P,). Shapes (1, P, ..)."""
         if positions is not None or model_inputs:
             raise UserError(
                 f"{self.target.name}: pictures in the prompt are not supported for targets whose layers keep a running "
                 f"state. Ask with text alone."
             )
-        output = self._forward(prompt_ids, taps)
-        self._length = len(prompt_ids)
+        assert len(prompts) == 1, "prompts of running states are read one by one"
+        state = self._states[slots.start] = RunningState(_new_cache(self.target))
+        return state.read(self.target, prompts[0], taps)
+
+    def verify(self, trees: Trees, lengths: Lengths, num_keys: int, *, taps: bool) -> TargetOutput:
+        nodes = torch.arange(trees.num_nodes, device=trees.parents.device)
+        assert (trees.parents == (nodes - 1).clamp_min(0)).all(), "a tree of several branches"
+        outputs = [self._state(slot).verify(self.target, chain, taps) for slot, chain in enumerate(trees.token_ids)]
+        tapped = [output.tap_hidden for output in outputs if output.tap_hidden is not None]
+        return TargetOutput(torch.cat([output.last_hidden for output in outputs]), torch.cat(tapped) if tapped else None)
+
+    def keep(self, lengths: Lengths, accepted: Accepted) -> None:
+        for slot, count in enumerate(accepted.num_accepted.tolist()):
+            self._state(slot).keep(count)
+
+    def _state(self, slot: int) -> "RunningState":
+        state = self._states[slot]
+        assert state is not None, f"{slot=} holds no sequence"
+        return state
+
+
+class RunningState:
+    """The state of one sequence, and the tokens that wait to enter it."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self._length = 0  # tokens the state holds
+        self._waiting: list[int] = []
+        self._chain: list[int] = []  # of the round under way
+        self._before: list[dict[str, Any]] = []
+
+    def read(self, target: Target, token_ids: Tensor, taps: bool) -> TargetOutput:
+        """Tokens (S,) enter the state for good."""
+        output = self._forward(target, token_ids, taps)
+        self._length += len(token_ids)
         return output
 
-    def verify(self, tree: Tree, num_levels: int, *, taps: bool) -> TargetOutput:
-        """All nodes of a chain (N,). Shapes (1, N, ..)."""
-        assert len(tree) == 1 or tree.parents.tolist() == [0, *range(len(tree) - 1)], "a tree of several branches"
-        device = tree.token_ids.device
+    def verify(self, target: Target, chain: Tensor, taps: bool) -> TargetOutput:
+        """A chain (N,) behind what the state holds and the tokens that wait. Shapes (1, N, ..)."""
         if len(self._waiting) > MOST_WAITING:
-            self._forward(torch.tensor(self._waiting, device=device), taps=False)
-            self._length += len(self._waiting)
+            self.read(target, torch.tensor(self._waiting, device=chain.device), taps=False)
             self._waiting = []
-        self._chain = tree.token_ids.tolist()
+        self._chain = chain.tolist()
         if len(self._chain) > 1:
-            self._before = self._copy_state()
-        token_ids = torch.tensor([*self._waiting, *self._chain], device=device)
-        output = self._forward(token_ids, taps)
+            self._before = self._copied()
         first = len(self._waiting)
+        output = self._forward(target, torch.tensor([*self._waiting, *self._chain], device=chain.device), taps)
         tapped = None if output.tap_hidden is None else output.tap_hidden[:, first:]
         return TargetOutput(output.last_hidden[:, first:], tapped)
 
-    def keep(self, rows: list[int]) -> None:
+    def keep(self, count: int) -> None:
         """Commit the accepted beginning of the chain."""
-        if len(rows) == len(self._chain):
-            self._length += len(self._waiting) + len(self._chain)
+        if count == len(self._chain):
+            self._length += len(self._waiting) + count
             self._waiting = []
         else:
             self._put_back(self._before)
-            self._waiting += self._chain[: len(rows)]
+            self._waiting += self._chain[:count]
         self._chain = []
 
-    # -- the running state ---------------------------------------------------------------------------------------------
-
-    def _forward(self, token_ids: Tensor, taps: bool) -> TargetOutput:
+    def _forward(self, target: Target, token_ids: Tensor, taps: bool) -> TargetOutput:
         position_ids = torch.arange(self._length, self._length + len(token_ids), device=token_ids.device)
-        return self.target.forward(
-            token_ids[None], position_ids=position_ids[None], past_key_values=self._cache, taps=taps
-        )
+        return target.forward(token_ids[None], position_ids=position_ids[None], past_key_values=self._cache, taps=taps)
 
-    def _copy_state(self) -> list[dict[str, Any]]:
+    def _copied(self) -> list[dict[str, Any]]:
         """What a forward will change: running states are copied, keys and values are never written in place."""
         copies = []
         for layer in self._cache.layers:
