@@ -82,9 +82,9 @@ class DecodingArgs:
     adaptive: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Draft only as deep and as wide as it pays, or not at all; the tree flags are then the most that is drafted. Costs
     come from the profile that --tune wrote."""
-    engine: Literal["auto", "dynamic", "static"] = "auto"
-    """static: fixed shapes, captured into CUDA graphs on a GPU. dynamic: shapes as they come, every kind of target.
-    auto: static on a GPU wherever it can be. Both sides are decoded by the same one."""
+    shapes: Literal["auto", "exact", "fixed"] = "auto"
+    """fixed: rounds of fixed shapes, captured into CUDA graphs on a GPU. exact: shapes as they come, every kind of
+    target. auto: fixed on a GPU wherever it can be. Both sides are decoded in the same ones."""
     seed: int = 42
     """Seed of the sampled answers and of the bootstrap."""
 
@@ -183,8 +183,8 @@ class BenchArgs:
         if self.decoding.adaptive and (self.model.mode not in ("both", "eagle") or self.tuning.tune):
             flag = "--tune" if self.tuning.tune else f"--mode {self.model.mode}"
             raise UserError(f"--adaptive adapts the trees of speculative decoding; {flag} has none to adapt. Drop one.")
-        if self.server.backend == "server" and (self.decoding.adaptive or self.decoding.engine != "auto"):
-            flag = "--adaptive" if self.decoding.adaptive else "--engine"
+        if self.server.backend == "server" and (self.decoding.adaptive or self.decoding.shapes != "auto"):
+            flag = "--adaptive" if self.decoding.adaptive else "--shapes"
             raise UserError(f"{flag} is about decoding in this process; a server decodes its own way. Drop {flag}.")
         numbers = {
             "--max-new-token": (self.decoding.max_new_token, 1),

@@ -18,8 +18,8 @@ from fledge.bench.prompts import Question, load_questions
 from fledge.bench.report import write_report
 from fledge.bench.rows import Results, Row, code_fingerprint, folder_fingerprint, open_results, row_key
 from fledge.console import progress, say, show_table, warn
-from fledge.decoding.records import TreeShape
 from fledge.decoding.tree_profile import profile_path, resolve_tree, write_profile
+from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 from fledge.workers import run_jobs
 
@@ -231,7 +231,7 @@ def settings_of(args: BenchArgs, tree: dict[str, int], placement: Placement) -> 
         **{key: value for key in ("max_pixels", "min_pixels") if (value := getattr(args.model, key)) is not None},
         **{
             key: getattr(args.decoding, key)
-            for key in ("temperature", "top_p", "sample_top_k", "max_new_token", "seed", "adaptive", "engine")
+            for key in ("temperature", "top_p", "sample_top_k", "max_new_token", "seed", "adaptive", "shapes")
         },
         "tree": tree,
         "placement": dataclasses.asdict(placement),

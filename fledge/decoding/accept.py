@@ -38,6 +38,12 @@ class Accepted:
     num_accepted: Tensor  # (B,) nodes of the path, root included, which is also the number of tokens
 
 
+def one_node(device: torch.device) -> Accepted:
+    """What a round of plain decoding accepts: the root."""
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    return Accepted(zero, zero, zero[0] + 1)
+
+
 def accept(
     trees: Trees, logits: Tensor, samplings: Sequence[Sampling], seeds: Tensor, lengths: Tensor, num_slots: int, *,
     lazily: bool,

@@ -103,9 +103,9 @@ class Masks:
         positions = lengths[:, None] + trees.levels
         keys = rows.expand(len(lengths), -1).scatter(1, nodes, positions)
         return self._by_kind(
-            lambda kind: full
-            if kind.reaches_back(num_keys - 1)
-            else self._additive(seen & kind.visible(positions, keys))
+            lambda kind: (
+                full if kind.reaches_back(num_keys - 1) else self._additive(seen & kind.visible(positions, keys))
+            )
         )
 
     def _additive(self, visible: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from fledge.decoding.accept import Accepted
-from fledge.decoding.verifier import Lengths, ModelInputs
+from fledge.decoding.verifier import AttentionVerifier, Lengths, ModelInputs, Verifier
 from fledge.drafters.tree import Trees
 from fledge.errors import UserError
 from fledge.target.model import Target
@@ -39,6 +39,13 @@ def keeps_running_state(target: Target) -> bool:
 
 def _new_cache(target: Target) -> Any:
     return DynamicCache(config=target.text_config)
+
+
+def verifier_of(target: Target, batch: int, capacity: int) -> Verifier:
+    """The verifier that this target needs, with room for sequences of `capacity` rows."""
+    if keeps_running_state(target):
+        return RunningStateVerifier(target, batch)
+    return AttentionVerifier(target, batch, capacity)
 
 
 class RunningStateVerifier:
@@ -94,7 +101,9 @@ class RunningStateVerifier:
         assert (trees.parents == (nodes - 1).clamp_min(0)).all(), "a tree of several branches"
         outputs = [self._state(slot).verify(self.target, chain, taps) for slot, chain in enumerate(trees.token_ids)]
         tapped = [output.tap_hidden for output in outputs if output.tap_hidden is not None]
-        return TargetOutput(torch.cat([output.last_hidden for output in outputs]), torch.cat(tapped) if tapped else None)
+        return TargetOutput(
+            torch.cat([output.last_hidden for output in outputs]), torch.cat(tapped) if tapped else None
+        )
 
     def keep(self, lengths: Lengths, accepted: Accepted) -> None:
         for slot, count in enumerate(accepted.num_accepted.tolist()):

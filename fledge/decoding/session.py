@@ -21,11 +21,10 @@ from torch import Tensor
 
 from fledge.decoding.capture import Captured, Timer, run_parts
 from fledge.decoding.noise import seed_word
-from fledge.decoding.records import Generation, RoundTrace, Sampling
+from fledge.decoding.records import RoundTrace, Sampling
 from fledge.decoding.requests import Request, RequestState, check_request
 from fledge.decoding.round import Round, Shapes
-from fledge.decoding.running_state import RunningStateVerifier, keeps_running_state
-from fledge.decoding.verifier import AttentionVerifier, Verifier
+from fledge.decoding.running_state import verifier_of
 from fledge.drafters.base import Budget
 from fledge.drafters.registry import Drafter, proposer_of
 from fledge.drafters.tree import TreeShape
@@ -63,15 +62,12 @@ class Session:
 
     def __post_init__(self) -> None:
         target, batch, capacity = self.target, self.batch_size, in_buckets(self.capacity)
-        running_state = keeps_running_state(target)
-        verifier: Verifier = (
-            RunningStateVerifier(target, batch) if running_state else AttentionVerifier(target, batch, 0)
-        )
+        verifier = verifier_of(target, batch, 0)
         proposer = proposer_of(self.drafter, self.tree, batch, 0) if self.drafter is not None else None
         if verifier.chains_only and proposer is not None and self.tree.top_k > 1:
             raise UserError(
-                f"{target.name}: its layers keep a running state, which can follow a chain of drafts but no tree. Use a "
-                f"chain: --top-k 1 (found {self.tree.top_k})."
+                f"{target.name}: its layers keep a running state, which can follow a chain of drafts but no tree. "
+                f"Use a chain: --top-k 1 (found {self.tree.top_k})."
             )
         self.round = Round(target, verifier, proposer, batch)
         self._set_stops()
@@ -268,7 +264,7 @@ class Session:
         return [len(s.request.prompt_ids) + len(s.token_ids) - 1 for s in self._slots if s is not None]
 
     def _drop_finished(self) -> None:
-        """Finished sequences leave. With exact shapes the last ones move into their slots, so that none is in between."""
+        """Finished sequences leave. With exact shapes the last ones move into their slots, so that no gap is left."""
         for slot, state in enumerate(self._slots):
             if state is not None and (state.finished or state.cancelled):
                 self._slots[slot] = None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from fledge import provenance
 from fledge.console import say, warn
-from fledge.decoding.records import TreeShape
+from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 
 NAME = "tree_profile.json"

@@ -72,4 +72,3 @@ class Proposer(Protocol):
     def move(self, source: int, goal: int) -> None:
         """The sequence of slot `source` goes on in slot `goal`, whose own has ended."""
         ...
-
