@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from fledge.decoding.generate import Sampling, generate_plain
+from fledge.decoding.generate import Sampling, generate
 from fledge.decoding.tree import Tree, ancestors_of
 from fledge.decoding.verifying import verifier_of
 from fledge.target.model import Target
@@ -46,7 +46,7 @@ def measure(options: argparse.Namespace, dtype: str) -> dict:
     prompts = [target.tokenizer(text)["input_ids"] for text in PROMPTS]
     ways: dict[str, Callable[[list[int]], list[int]]] = {
         "plain": lambda ids: (
-            generate_plain(target, ids, max_new_tokens=new_tokens, sampling=Sampling(), eos_token_ids=()).token_ids
+            generate(target, None, ids, max_new_tokens=new_tokens, sampling=Sampling(), eos_token_ids=()).token_ids
         ),
         "generate, dynamic cache": lambda ids: library(target, ids, new_tokens),
         "generate, static cache": lambda ids: library(target, ids, new_tokens, cache_implementation="static"),

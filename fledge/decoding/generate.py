@@ -8,6 +8,7 @@ fixed on a GPU wherever that is possible.
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -77,7 +78,8 @@ def generate_batch(
     shapes: ShapePolicy = "auto",
 ) -> list[Generation]:
     """The answers to all prompts, in their order, `batch_size` at a time (None: all); a finished one makes room for the
-    next. `on_tokens(prompt's index, new tokens)` as they appear."""
+    next. `on_tokens(prompt's index, new tokens)` as they appear. With a seed, prompt i draws as it does alone with the
+    seed plus i."""
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1.")
     if not prompts:
@@ -86,8 +88,10 @@ def generate_batch(
     def told(index: int) -> OnTokens | None:
         return None if on_tokens is None else lambda new: on_tokens(index, new)
 
+    laws = seeded(sampling or Sampling(), len(prompts))
     requests = [
-        Request(prompt, max_new_tokens, sampling or Sampling(), told(index)) for index, prompt in enumerate(prompts)
+        Request(prompt, max_new_tokens, law, told(index))
+        for index, (prompt, law) in enumerate(zip(prompts, laws, strict=True))
     ]
     session = open_session(
         target, drafter, requests, tree=tree, eos_token_ids=eos_token_ids, batch_size=batch_size, shapes=shapes
@@ -109,7 +113,8 @@ def stream(
     shapes: ShapePolicy = "auto",
 ) -> Iterator[list[list[int]]]:
     """Per round, the new tokens of every prompt; an empty list for those without. Closing the iterator cancels."""
-    requests = [Request(prompt, max_new_tokens, sampling or Sampling()) for prompt in prompts]
+    laws = seeded(sampling or Sampling(), len(prompts))
+    requests = [Request(prompt, max_new_tokens, law) for prompt, law in zip(prompts, laws, strict=True)]
     session = open_session(target, drafter, requests, tree=tree, eos_token_ids=eos_token_ids, shapes=shapes)
     states: list[RequestState] = [session.add(request) for request in requests]
     try:
@@ -120,6 +125,12 @@ def stream(
     finally:
         for state in states:
             session.cancel(state)
+
+
+def seeded(sampling: Sampling, number: int) -> list[Sampling]:
+    """The sampling of every prompt of a batch: prompt i draws as `generate` does with the seed plus i."""
+    seed = sampling.seed
+    return [sampling if seed is None else replace(sampling, seed=seed + index) for index in range(number)]
 
 
 def open_session(

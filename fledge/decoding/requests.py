@@ -3,6 +3,7 @@
 Everything is checked before anything runs, so every way to decode refuses the same things in the same words.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -41,6 +42,7 @@ class RequestState:
         self._accepted: list[int] = []
         self._rounds: list[RoundTrace] = []
         self._phases_s = dict.fromkeys(PHASES, 0.0)
+        self._last = 0.0  # when its latest tokens appeared
 
     @property
     def room(self) -> int:
@@ -52,13 +54,17 @@ class RequestState:
 
     def started(self, tokens: list[int], seconds: float) -> list[int]:
         """The prompt was read and gave the first token."""
-        self._phases_s["prefill"] = seconds
+        self._phases_s["prefill"], self._last = seconds, time.perf_counter()
         return self._emit(tokens)
 
     def emitted(self, tokens: list[int], phases_s: Mapping[str, float], trace: RoundTrace | None = None) -> list[int]:
-        """A round gave these tokens, already cut at the stop and at the limit, in so many seconds."""
+        """A round gave these tokens, already cut at the stop and at the limit; its parts took so many seconds. What they
+        leave of the time since the last tokens is the host's: `other`."""
+        now = time.perf_counter()
         for name, seconds in phases_s.items():
             self._phases_s[name] += seconds
+        self._phases_s["other"] += max(now - self._last - sum(phases_s.values()), 0.0)
+        self._last = now
         if trace is not None:
             self._rounds.append(trace)
         if self.drafts:

@@ -89,7 +89,7 @@ class Session:
         if self.fixed and self._laws() - {request.sampling.law}:
             raise UserError("requests of one captured session share temperature, top_p and top_k.")
         state = RequestState(request, check_request(self.target, request), self.stop_token_ids)
-        state.drafts, state.drafted_depth = self.round.proposer is not None, self.round.num_slots - 1
+        state.drafts, state.drafted_depth = self.drafter is not None, self.round.num_slots - 1
         self.waiting.append(state)
         return state
 

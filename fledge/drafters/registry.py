@@ -45,4 +45,7 @@ def tap_layers_of(name: str | Path) -> tuple[int, ...] | None:
 
 def proposer_of(drafter: Drafter, shape: TreeShape, batch: int, capacity: int) -> Proposer | None:
     """The drafter at work on `batch` sequences; None where the shape leaves nothing to draft."""
-    return PROPOSERS[type(drafter)](drafter, shape, batch, capacity) if shape.levels else None
+    if not shape.levels:
+        return None
+    known = next(kind for kind in type(drafter).__mro__ if kind in PROPOSERS)
+    return PROPOSERS[known](drafter, shape, batch, capacity)

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from fledge.data.tokenize import ChatTemplate
-from fledge.decoding.generate import generate_plain, generate_speculative
+from fledge.decoding.generate import generate
 from fledge.decoding.records import Sampling, TreeShape
 from fledge.draft.checkpoint import load_draft
 from fledge.draft.model import DraftModel
@@ -118,7 +118,7 @@ class Ours:
 
     def answers(self) -> list[list[int]]:
         return [
-            generate_plain(self.target, prompt.ids, max_new_tokens=NEW_TOKENS, sampling=Sampling(), eos_token_ids=(),
+            generate(self.target, None, prompt.ids, max_new_tokens=NEW_TOKENS, sampling=Sampling(), eos_token_ids=(),
                            model_inputs=prompt.model_inputs).token_ids
             for prompt in self.prompts
         ]  # fmt: skip
@@ -127,7 +127,7 @@ class Ours:
         """How many rounds kept at least so many drafts. Drafts past the limit count, as they do in vLLM."""
         counts = [0] * (DRAFTS + 1)
         for prompt in self.prompts:
-            found = generate_speculative(
+            found = generate(
                 self.target, draft, prompt.ids, tree=TreeShape(DRAFTS + 1, DRAFTS - 1, 1), eos_token_ids=(),
                 max_new_tokens=NEW_TOKENS + DRAFTS + 1, sampling=Sampling(), model_inputs=prompt.model_inputs,
             )  # fmt: skip

@@ -8,7 +8,7 @@ from tiny import HYBRIDS, VOCAB, ScriptedDraft, prompt, tiny_draft, tiny_model, 
 
 from fledge.decoding import chains
 from fledge.decoding.chains import ChainVerifier, keeps_running_state
-from fledge.decoding.generate import Sampling, TreeShape, generate_plain, generate_speculative
+from fledge.decoding.generate import Sampling, TreeShape, generate
 from fledge.decoding.verifying import Verifier, verifier_of
 from fledge.errors import UserError
 from fledge.target.model import Target
@@ -21,7 +21,7 @@ OPTIONS = {"max_new_tokens": NEW, "sampling": Sampling(), "eos_token_ids": ()}
 
 @functools.cache
 def plain(name: str, length: int) -> list[int]:
-    return generate_plain(tiny_target(name), prompt(length), **OPTIONS).token_ids
+    return generate(tiny_target(name), None, prompt(length), **OPTIONS).token_ids
 
 
 def heads(name: str, ids: list[int]) -> list:
@@ -40,7 +40,7 @@ def test_chains_are_plain(name):
         for chain in CHAINS:
             length = (1, 20, 5)[turn % 3]
             head = heads(name, prompt(length))[kind]
-            found = generate_speculative(target, head, prompt(length), tree=chain, **OPTIONS)
+            found = generate(target, head, prompt(length), tree=chain, **OPTIONS)
             assert found.token_ids == plain(name, length), (length, chain)
             taken |= set(found.accepted)
             turn += 1
@@ -60,7 +60,7 @@ def test_plain_is_the_librarys_generate(name):
 def test_waiting_tokens_get_a_forward_of_their_own(waiting, monkeypatch):
     monkeypatch.setattr(chains, "MOST_WAITING", waiting)
     name, ids = "qwen3_next", prompt(5)
-    found = generate_speculative(tiny_target(name), heads(name, ids)[2], ids, tree=CHAINS[0], **OPTIONS)
+    found = generate(tiny_target(name), heads(name, ids)[2], ids, tree=CHAINS[0], **OPTIONS)
     assert found.token_ids == plain(name, 5)
 
 
@@ -68,14 +68,14 @@ def test_a_state_that_is_not_put_back_shows(monkeypatch):
     """Control: a wrong state does not merely cost acceptance, it changes the output."""
     monkeypatch.setattr(ChainVerifier, "_put_back", lambda self, copies: None)
     name, ids = "qwen3_next", prompt(5)
-    found = generate_speculative(tiny_target(name), heads(name, ids)[2], ids, tree=CHAINS[0], **OPTIONS)
+    found = generate(tiny_target(name), heads(name, ids)[2], ids, tree=CHAINS[0], **OPTIONS)
     assert found.token_ids != plain(name, 5)
 
 
 def test_trees_are_refused_and_other_targets_keep_them():
     target = tiny_target("qwen3_next")
     with pytest.raises(UserError, match="running state.*--top-k 1"):
-        generate_speculative(target, tiny_draft(target), prompt(5), tree=TreeShape(8, 2, 3), **OPTIONS)
+        generate(target, tiny_draft(target), prompt(5), tree=TreeShape(8, 2, 3), **OPTIONS)
     assert not keeps_running_state(tiny_target("llama")) and isinstance(verifier_of(tiny_target("llama")), Verifier)
 
 
@@ -85,4 +85,4 @@ def test_a_cache_of_another_kind_is_refused(monkeypatch):
     monkeypatch.setitem(HYBRIDS, "minimax", ("MiniMaxConfig", differs))
     target = Target(tiny_model("minimax"), tap_layers=(1, 2, 3), name="tiny-minimax")
     with pytest.raises(UserError, match="a cache of their own kind"):
-        generate_plain(target, prompt(5), **OPTIONS)
+        generate(target, None, prompt(5), **OPTIONS)

@@ -8,7 +8,7 @@ from tiny_vlm import MULTIMODAL_ROPE, NAMES, image_prompt, tiny_vlm
 from fledge.data.samples import Prompt
 from fledge.decoding import generate, verifying
 from fledge.decoding.batches import choose_engine, generate_batch
-from fledge.decoding.generate import Sampling, TreeShape, generate_plain, generate_speculative
+from fledge.decoding.generate import Sampling, TreeShape, generate
 from fledge.decoding.tree import Tree, ancestors_of
 from fledge.decoding.verifying import Verifier
 from fledge.draft.rope import LAYOUTS
@@ -151,8 +151,7 @@ def test_plain_is_the_librarys_generate(name, two_pictures):
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None,
         **prompt.model_inputs,
     )  # fmt: skip
-    found = generate_plain(
-        target, prompt.ids, max_new_tokens=NEW, sampling=GREEDY, eos_token_ids=(), model_inputs=prompt.model_inputs
+    found = generate(target, None, prompt.ids, max_new_tokens=NEW, sampling=GREEDY, eos_token_ids=(), model_inputs=prompt.model_inputs
     )
     assert found.token_ids == theirs[0, len(prompt.ids) :].tolist()
     assert len(set(found.token_ids)) > 2, "a repeated token would prove little"
@@ -165,10 +164,10 @@ def test_speculative_is_plain(name, two_pictures, monkeypatch):
     turn = 0
     for prompt in (two_pictures(name), Prompt([5, 9, 33]), two_pictures(name, seed=3)):
         options = {"max_new_tokens": NEW, "sampling": GREEDY, "eos_token_ids": (), "model_inputs": prompt.model_inputs}
-        expected = generate_plain(target, prompt.ids, **options).token_ids
+        expected = generate(target, None, prompt.ids, **options).token_ids
         for kind in ("random", "adversarial"):
             head = tiny_draft(target, kind, eagle31=turn % 2 == 1)
-            found = generate_speculative(target, head, prompt.ids, tree=TREES[turn % 3], **options)
+            found = generate(target, head, prompt.ids, tree=TREES[turn % 3], **options)
             assert found.token_ids == expected, (kind, turn)
             turn += 1
 
@@ -186,7 +185,7 @@ def test_the_drafter_uses_the_targets_positions(name, two_pictures, monkeypatch)
 
     monkeypatch.setattr(generate, "Drafter", spy)
     options = {"max_new_tokens": NEW, "sampling": GREEDY, "eos_token_ids": (), "model_inputs": prompt.model_inputs}
-    found = generate_speculative(target, tiny_draft(target), prompt.ids, tree=TREES[0], **options)
+    found = generate(target, tiny_draft(target), prompt.ids, tree=TREES[0], **options)
     ids = torch.tensor(prompt.ids + found.token_ids)
     inputs = dict(prompt.model_inputs)
     if "mm_token_type_ids" in inputs:

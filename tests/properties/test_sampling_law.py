@@ -14,7 +14,7 @@ from tiny import tiny_draft, tiny_model
 from fledge.decoding import generate
 from fledge.decoding.accept import accept, accepted_nodes, choose, distribution
 from fledge.decoding.batches import generate_batch
-from fledge.decoding.generate import Sampling, TreeShape, generate_plain, generate_speculative
+from fledge.decoding.generate import Sampling, TreeShape, generate
 from fledge.decoding.static_round import Round
 from fledge.target.model import Target
 
@@ -67,7 +67,7 @@ def speculative_sequences(setting: str) -> list[tuple[int, ...]]:
     head.warm_start_head(target.head_weight)
     found, accepted = [], 0
     for seed in range(DRAWS):
-        generation = generate_speculative(
+        generation = generate(
             target, head, IDS, tree=TreeShape(6, 1, 3), max_new_tokens=LENGTH, eos_token_ids=(),
             sampling=Sampling(*SETTINGS[setting], seed=seed),
         )  # fmt: skip
@@ -134,8 +134,7 @@ def test_plain_sampling_follows_the_targets_law():
     target, setting = small_target(), SETTINGS["T=1"]
     found = [
         tuple(
-            generate_plain(
-                target, IDS, max_new_tokens=LENGTH, eos_token_ids=(), sampling=Sampling(*setting, seed=seed)
+            generate(target, None, IDS, max_new_tokens=LENGTH, eos_token_ids=(), sampling=Sampling(*setting, seed=seed)
             ).token_ids
         )
         for seed in range(DRAWS)

@@ -156,7 +156,7 @@ class DraftCache:
         config, weight = draft.config, draft.fc.weight
         size: Any = (2, batch, config.num_key_value_heads, 0, config.head_dim)
         self._block = torch.zeros(size, dtype=weight.dtype, device=weight.device)
-        self._rows = torch.zeros(0, dtype=torch.int64, device=weight.device)
+        self.rows = torch.zeros(0, dtype=torch.int64, device=weight.device)  # (B, S) that the next step writes
         self._num_keys = 0
 
     @property
@@ -179,12 +179,12 @@ class DraftCache:
 
     def open(self, rows: Tensor, num_keys: int) -> None:
         """The next step writes these rows (B, S) and reads the first `num_keys`."""
-        self._rows, self._num_keys = rows, num_keys
+        self.rows, self._num_keys = rows, num_keys
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, g, S, d); returns the rows read (B, g, K, d)."""
-        batch = len(self._rows)
-        index = self._rows[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        batch = len(self.rows)
+        index = self.rows[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         for block, states in zip(self._block, (keys, values), strict=True):
             block[:batch].scatter_(2, index, states)
         read = self._block[:, :batch, :, : self._num_keys]
