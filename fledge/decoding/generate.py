@@ -16,7 +16,7 @@ from torch import Tensor
 from fledge.decoding.records import Generation, RoundTrace, Sampling
 from fledge.decoding.requests import OnTokens, Request, RequestState, check_request
 from fledge.decoding.running_state import keeps_running_state
-from fledge.decoding.session import Session, in_buckets
+from fledge.decoding.session import Session, in_buckets, rows_ahead
 from fledge.draft.model import DraftModel
 from fledge.drafters.registry import Drafter
 from fledge.drafters.tree import TreeShape
@@ -158,7 +158,7 @@ def open_session(
     tree = tree or TreeShape()
     stops = frozenset(target.eos_token_ids if eos_token_ids is None else eos_token_ids)
     needed = max(len(request.prompt_ids) + check_request(target, request) for request in requests)
-    num_rows = in_buckets(needed) + in_buckets(tree.total_token * (tree.levels + 1)) if fixed else 0
+    num_rows = in_buckets(needed) + in_buckets(rows_ahead(tree)) if fixed else 0
     law = requests[0].sampling.law if fixed else None
     kept = _sessions.setdefault(target, OrderedDict())
     key = (id(drafter), tree if drafter is not None else None, batch, stops, fixed, law)
@@ -169,6 +169,7 @@ def open_session(
             kept.popitem(last=False)
         session = Session(target, drafter, tree, batch, num_rows, fixed, stops)
     session.budget = budget
+    session.prepare(max(len(request.prompt_ids) for request in requests), needed)
     kept[key] = session
     return session
 

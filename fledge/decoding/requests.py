@@ -58,8 +58,8 @@ class RequestState:
         return self._emit(tokens)
 
     def emitted(self, tokens: list[int], phases_s: Mapping[str, float], trace: RoundTrace | None = None) -> list[int]:
-        """A round gave these tokens, already cut at the stop and at the limit; its parts took so many seconds. What they
-        leave of the time since the last tokens is the host's: `other`."""
+        """A round gave these tokens, already cut at the stop and at the limit, and its parts took so many seconds. What
+        they leave of the time since the last tokens is the host's: `other`."""
         now = time.perf_counter()
         for name, seconds in phases_s.items():
             self._phases_s[name] += seconds

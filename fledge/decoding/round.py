@@ -226,6 +226,11 @@ class Round:
         if self.proposer is not None:
             self.proposer.move(source, goal)
 
+    def release(self, slot: int) -> None:
+        """The sequence of this slot has left. With fixed shapes the slot is computed all the same: as a short one."""
+        self.state.lengths[slot] = self.state.num_new[slot] = 1
+        self.state.done[slot] = True
+
     def forget(self) -> None:
         """A state as after prompts of one token: something to rehearse with."""
         one = torch.ones_like(self.state.lengths)

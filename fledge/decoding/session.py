@@ -111,6 +111,21 @@ class Session:
     def idle(self) -> bool:
         return not self.waiting and self.num_live == 0
 
+    def prepare(self, first: int, last: int) -> None:
+        """Capture the buckets of sequences that grow from `first` to `last` rows, before anybody looks at the clock;
+        the first few of them, if they are many. The session must be idle."""
+        if self._captured is None:
+            return
+        assert self.idle, "preparing makes up a state"
+        self.round.forget()
+        buckets = range(self._bucket(first), self._bucket(last) + 1, BUCKET)
+        with self.round.verifier.running():
+            for bucket in buckets[:PREPARED]:
+                self._captured.prepare(bucket)
+
+    def _bucket(self, longest: int) -> int:
+        return min(in_buckets(longest + self.round.rows_ahead), self.capacity)
+
     @torch.inference_mode()
     def step(self) -> list[tuple[RequestState, list[int]]]:
         """Let requests join, run a round, and return the new tokens of every request that has some."""
@@ -194,7 +209,7 @@ class Session:
         timer = Timer(self.target.device)
         longest = max(self._lengths()) + len(self._flights) * self.round.num_slots
         if self.fixed:
-            bucket = min(in_buckets(longest + self.round.rows_ahead), self.capacity)
+            bucket = self._bucket(longest)
             if self._captured is not None:
                 self._captured.prepare(bucket)
                 timer.lap("begin")
@@ -268,6 +283,7 @@ class Session:
         for slot, state in enumerate(self._slots):
             if state is not None and (state.finished or state.cancelled):
                 self._slots[slot] = None
+                self.round.release(slot)
         if self.fixed:
             return
         live = [slot for slot, state in enumerate(self._slots) if state is not None]
@@ -294,6 +310,11 @@ class Session:
     def _laws(self) -> set[Sampling]:
         states = [*self.waiting, *(state for state in self._slots if state is not None)]
         return {state.request.sampling.law for state in states}
+
+
+def rows_ahead(tree: TreeShape) -> int:
+    """At least `Round.rows_ahead` of any drafter."""
+    return max(tree.total_token, tree.levels + 1, min(tree.top_k, tree.total_token) * tree.levels)
 
 
 def in_buckets(num_rows: int) -> int:

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from fledge.decoding.drafting import Drafter, candidate_levels
 from tiny import prompt, tiny_draft, tiny_target
 
 from fledge.data.samples import Prompt
 from fledge.decoding import tune
-from fledge.decoding.drafting import Drafter, candidate_levels
 from fledge.decoding.records import TreeShape
 from fledge.decoding.tree_profile import TreeProfile, profile_path, read_profile, resolve_tree, write_profile
 from fledge.decoding.tune import MAX_LEVELS, Costs, best_by_nodes, continuation_ranks, expected_tau

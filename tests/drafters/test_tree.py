@@ -61,7 +61,7 @@ def candidates(generator: torch.Generator):
 
 
 def slow_tree(scores, tokens, parents, num_drafted: int) -> dict[tuple[int, ...], int]:
-    """Path of every kept node -> its number, by the definition: the best scores, an earlier candidate before a later."""
+    """Path of every kept node -> its number, by the definition: best scores first, earlier candidates before later."""
     kept = sorted(sorted(range(len(scores)), key=lambda index: (-scores[index], index))[:num_drafted])
     paths: dict[int, tuple[int, ...]] = {-1: ()}
     for index in kept:

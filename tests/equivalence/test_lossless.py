@@ -29,7 +29,8 @@ HEADS = ("random", "zero", "adversarial", "every third token wrong")
 
 @functools.cache
 def plain(name: str, length: int, new: int = NEW) -> Generation:
-    return generate(tiny_target(name), None, prompt(length), max_new_tokens=new, sampling=GREEDY, eos_token_ids=(), trace=True
+    return generate(
+        tiny_target(name), None, prompt(length), max_new_tokens=new, sampling=GREEDY, eos_token_ids=(), trace=True
     )
 
 
@@ -148,9 +149,7 @@ def test_eos_cuts_mid_tree(position):
     first = answer.index(answer[position])
     stops = (127 if 127 not in answer else 126, answer[position])
     arguments = dict(max_new_tokens=30, sampling=GREEDY, eos_token_ids=stops, trace=True)
-    found = generate(
-        target, ScriptedDraft(target, ids + answer), ids, tree=TreeShape(60, 5, 10), **arguments
-    )
+    found = generate(target, ScriptedDraft(target, ids + answer), ids, tree=TreeShape(60, 5, 10), **arguments)
     alone = generate(target, None, ids, **arguments)
     assert found.token_ids == alone.token_ids == answer[: first + 1]
     assert found.finish_reason == alone.finish_reason == "stop"
@@ -193,9 +192,7 @@ def test_streams_what_it_returns():
 
 def test_phases_add_up():
     target = tiny_target("llama")
-    found = generate(
-        target, tiny_draft(target), prompt(8), tree=TreeShape(), max_new_tokens=12, sampling=GREEDY
-    )
+    found = generate(target, tiny_draft(target), prompt(8), tree=TreeShape(), max_new_tokens=12, sampling=GREEDY)
     assert list(found.phases_s) == ["prefill", "draft", "verify", "accept", "other"]
     assert found.ttft_s == found.phases_s["prefill"] and min(found.phases_s.values()) > 0
     assert found.decode_s == pytest.approx(sum(found.phases_s.values()) - found.ttft_s)
