@@ -26,9 +26,10 @@ from fledge.bench.prompts import dataset_label
 from fledge.data.samples import Prompt
 from fledge.decoding.adaptive import Pace
 from fledge.decoding.generate import generate
-from fledge.decoding.records import Generation, Sampling, TreeShape
+from fledge.decoding.records import Generation, Sampling
 from fledge.decoding.tune import measure_costs
 from fledge.draft.model import DraftModel
+from fledge.drafters.tree import TreeShape
 from fledge.target.model import Target
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

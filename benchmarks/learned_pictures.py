@@ -104,7 +104,8 @@ def answer(target: Target, data: Path, seeds: range, task: Task) -> dict[str, in
     for row, seed in zip(rows, seeds, strict=True):
         image, caption = draw(seed, task)
         prompt = prompt_for(template, image)
-        found = generate(target, None, prompt.ids, max_new_tokens=40, sampling=Sampling(), model_inputs=prompt.model_inputs
+        found = generate(
+            target, None, prompt.ids, max_new_tokens=40, sampling=Sampling(), model_inputs=prompt.model_inputs
         )
         said = " ".join(target.tokenizer.convert_ids_to_tokens(found.token_ids, skip_special_tokens=True))
         row["messages"][1]["content"] = said

@@ -240,7 +240,7 @@ def verify_time(target: Target, tokens: list[int], nodes: int) -> float:
 def draft_times(target: Target, draft: DraftModel, tokens: list[int], width: int) -> Iterator[tuple[int, float]]:
     """Seconds to follow three new tokens and grow a tree, for every number of levels."""
     device, length = target.device, len(tokens) - 1
-    shape = TreeShape(NODES[-1], MAX_LEVELS - 1, width)
+    shape = TreeShape(max(NODES[-1], MAX_LEVELS + 1), MAX_LEVELS - 1, width)
     proposer = EagleProposer(draft, shape, 1, len(tokens) + candidate_count(width, MAX_LEVELS))
     ids = torch.tensor(tokens, device=device)
     size = (len(tokens), len(draft.config.tap_layers), draft.config.hidden_size)

@@ -27,9 +27,10 @@ from fledge.bench.client import acceptance_of, metrics_between, parse_metrics
 from fledge.bench.prompts import load_questions
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.generate import generate
-from fledge.decoding.records import Sampling, TreeShape
+from fledge.decoding.records import Sampling
 from fledge.draft.checkpoint import load_draft
 from fledge.draft.config import from_json, to_json
+from fledge.drafters.tree import TreeShape
 from fledge.export.convert import ExportArgs, export_head
 from fledge.target.model import Target
 
