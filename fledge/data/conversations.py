@@ -32,8 +32,8 @@ from fledge.data.rows import Row, read_rows
 from fledge.errors import UserError
 
 __all__ = [
-    "ANSWER_MARK", "COLUMNS_HELP", "Conversation", "DataFormat", "RepeatedIds", "check_roles", "parse_row",
-    "read_conversations",
+    "ANSWER_MARK", "COLUMNS_HELP", "REPEATED_IDS_HELP", "Conversation", "DataFormat", "RepeatedIds", "check_roles",
+    "parse_row", "read_conversations",
 ]  # fmt: skip
 
 RepeatedIds = Literal["reject", "answers"]

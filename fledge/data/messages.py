@@ -58,14 +58,17 @@ def message_of(turn: Any, index: int) -> dict[str, Any]:
         if role == "assistant" and turn.get(key) is not None:
             calls = calls or tool_calls_of(turn[key], index)
     content, thought = _without_reasoning_parts(content) if role == "assistant" else (content, [])
-    message: dict[str, Any] = {"role": role, "content": _content(content, role, index, bool(calls))}
-    if reasoning := _reasoning(turn, thought, index):
+    reasoning = _reasoning(turn, thought, index) if role == "assistant" else ""
+    says_more = bool(calls or reasoning)  # an answer cut while the model was reasoning has nothing else
+    message: dict[str, Any] = {"role": role, "content": _content(content, role, index, says_more)}
+    if reasoning:
         message["reasoning_content"] = reasoning
     if calls:
         message["tool_calls"] = calls
     if role == "assistant" and not _is_trained(turn, index):
         message["train"] = False
-    return message | {key: value for key, value in turn.items() if key not in KNOWN_KEYS and value is not None}
+    known = KNOWN_KEYS if role == "assistant" else KNOWN_KEYS - set(REASONING_KEYS)
+    return message | {key: value for key, value in turn.items() if key not in known and value is not None}
 
 
 def joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -143,7 +146,7 @@ def _without_reasoning_parts(content: Any) -> tuple[Any, list[str]]:
     return others, thoughts
 
 
-def _content(content: Any, role: str, index: int, has_calls: bool) -> str | list[dict[str, Any]]:
+def _content(content: Any, role: str, index: int, says_more: bool) -> str | list[dict[str, Any]]:
     """The text of a message; lists of parts stay lists only when a part is not text."""
     if role == "tool" and _is_result(content):
         return json_text(content)
@@ -157,11 +160,11 @@ def _content(content: Any, role: str, index: int, has_calls: bool) -> str | list
         if not all(text is None or isinstance(text, str) for text in texts):
             raise Reject("unknown format", f"message {index} has a text part whose text is not a string")
         content = "".join(text or "" for text in texts)
-    if content is None and has_calls:
+    if content is None and says_more:
         content = ""
     if not isinstance(content, str):
         raise Reject("unknown format", f"message {index} ({role}) has content of type {type(content).__name__}")
-    return content if has_calls else _not_empty(content, role, index)
+    return content if says_more else _not_empty(content, role, index)
 
 
 def _is_result(content: Any) -> bool:

@@ -75,8 +75,9 @@ def _count(prompts: PromptArgs, rejects: Rejects) -> tuple[int, str]:
 
 def _read(prompts: PromptArgs, rejects: Rejects) -> Iterator[Conversation]:
     stream = read_conversations(
-        prompts.data_name_or_path, data_format=prompts.data_format, rejects=rejects, split=prompts.split
-    )
+        prompts.data_name_or_path, data_format=prompts.data_format, rejects=rejects, split=prompts.split,
+        columns=prompts.columns, repeated_ids=prompts.repeated_ids,
+    )  # fmt: skip
     for number, conversation in enumerate(stream):
         if prompts.max_samples is not None and number >= prompts.max_samples:
             return
@@ -86,7 +87,7 @@ def _read(prompts: PromptArgs, rejects: Rejects) -> Iterator[Conversation]:
 def _settings(args: RegenerateArgs, model: str, digest: str) -> dict[str, Any]:
     """What decides the content of the rows: a run is only continued with the same."""
     prompts = asdict(args.prompts)
-    names = ("data_format", "system_prompt", "deduplicate", "max_prompt_length", "tokenizer")
+    names = ("data_format", "columns", "repeated_ids", "system_prompt", "deduplicate", "max_prompt_length", "tokenizer")
     return {
         **{name: prompts[name] for name in names},
         "input_sha256": digest, **asdict(args.answers), "model": model, "engine": args.engines.engine,

@@ -18,6 +18,7 @@ UNTRACED_HELP = (
     "Rows with a field that the chat template does not render (reasoning, tool calls, tools, a system text). "
     "reject: they are rejected by name. train: they are trained without it, and counted."
 )
+UNTRACED_REASON = "untraced "  # begins the reason of a rejected row, the field follows
 ARGUMENT = "chat_template_kwargs."  # begins the name of a template argument: it changes the text, it is not in it
 Messages = Sequence[dict[str, Any]]
 Render = Callable[..., str]  # (messages, **template arguments) -> text, without a generation prompt
@@ -47,9 +48,9 @@ def refuse_untraced(names: Sequence[str], template_name: str, policy: Untraced) 
     fields = [name for name in names if not name.startswith(ARGUMENT)]
     if fields and policy == "reject":
         raise Reject(
-            f"untraced {fields[0]}",
-            f"chat template {template_name!r} does not render {', '.join(fields)}: use a template that does, remove the "
-            f"field, or train without it (--untraced train)",
+            UNTRACED_REASON + fields[0],
+            f"chat template {template_name!r} does not render {', '.join(fields)}: use a template that does, remove "
+            f"the field, or train without it (--untraced train)",
         )
 
 
