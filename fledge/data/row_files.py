@@ -108,8 +108,9 @@ def plain(value: Any) -> Any:
 
 
 def _is_picture(value: dict[str, Any]) -> bool:
-    return isinstance(value.get("bytes"), (bytes, bytearray)) or (
-        value.keys() == {"bytes", "path"} and isinstance(value["path"], str)
+    embedded, named = value.get("bytes"), value.get("path")
+    return (isinstance(embedded, (bytes, bytearray)) and bool(embedded)) or (
+        value.keys() == {"bytes", "path"} and isinstance(named, str) and bool(named)
     )
 
 

@@ -32,7 +32,7 @@ from fledge.data.samples import (
 )
 from fledge.data.spans import Messages, Unmaskable, supervised_renderings
 from fledge.data.templates import read_template
-from fledge.data.traces import Untraced, refuse_untraced, untraced
+from fledge.data.traces import Untraced, reasoning_name, refuse_untraced, untraced, with_reasoning_as
 from fledge.data.vision import Vision, load_vision
 from fledge.data.vocab import vocab_size_of
 from fledge.errors import UserError, refuse_missing_folder
@@ -73,6 +73,7 @@ class ChatTemplate:
         self.vocab_size = vocab_size_of(tokenizer)
         self._end_tokens = _control_tokens(tokenizer)
         self._checked = 0
+        self._reasoning_name = reasoning_name(self.text)
         self._only_parts = vision is not None and self._reads_only_parts()
         self.end_of_turn = self._end_of_turn()
         self.stop_token_ids = self._stop_token_ids(tuple(eos_token_ids))
@@ -227,7 +228,8 @@ class ChatTemplate:
         return lost
 
     def _as_template_wants(self, messages: Messages) -> list[dict[str, Any]]:
-        """Pictures as bare marks (their content is no business of a template), text as parts where it must be."""
+        """Reasoning under the template's key, pictures as bare marks, text as parts where it must be."""
+        messages = with_reasoning_as(messages, self._reasoning_name)
         if self.vision is None:
             return list(messages)
         wanted = []

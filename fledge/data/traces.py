@@ -3,7 +3,7 @@
 A template reads what its author thought of: many ignore reasoning, tool calls or tools, some the system message, and
 say nothing. The head would then learn from a text that the target never saw. So each field is taken away once and the
 conversation is rendered again: when the text stays the same, the field is not in it. Plain conversations, whose
-contents are found in the text, cost one search per message.
+contents stand in the text one behind the other, cost one search per message.
 """
 
 import re
@@ -32,11 +32,12 @@ def untraced(messages: Messages, kwargs: Mapping[str, Any], render: Render, temp
         ARGUMENT + name for name in kwargs if name != "tools" and not re.search(rf"\b{re.escape(name)}\b", template)
     ]
     text = render(shown, **kwargs)
+    all_there = _in_order(text, shown)
     for index, message in enumerate(shown):
         for name in ("reasoning_content", "tool_calls"):
             if message.get(name) and _without(shown[: index + 1], index, {name: None}, kwargs, render):
                 lost.append(name)
-        if not _contains(text, message["content"]) and _without(shown, index, {"content": ""}, kwargs, render):
+        if message["content"] and not all_there and _without(shown, index, {"content": ""}, kwargs, render):
             lost.append("system" if message["role"] == "system" else f"content of {message['role']}")
     if kwargs.get("tools") and _same(render, text, shown, {k: v for k, v in kwargs.items() if k != "tools"}):
         lost.append("tools")
@@ -59,6 +60,19 @@ def reasoning_name(template: str) -> str:
     return next((name for name in REASONING_KEYS if reads_key(template, name)), REASONING_KEYS[0])
 
 
+def with_reasoning_as(messages: Messages, name: str) -> list[dict[str, Any]]:
+    """The messages with their reasoning under the key that a template reads."""
+    ours = REASONING_KEYS[0]
+    if name == ours or not any(ours in message for message in messages):
+        return list(messages)
+    return [
+        {**{key: value for key, value in message.items() if key != ours}, name: message[ours]}
+        if ours in message
+        else message
+        for message in messages
+    ]
+
+
 def reads_key(template: str, name: str) -> bool:
     """Whether a template reads this key of something: `.name`, `['name']`, `get("name")` or `'name' in`."""
     return re.search(rf"\.{name}\b|['\"]{name}['\"]", template) is not None
@@ -77,8 +91,14 @@ def _same(render: Render, text: str, messages: Messages, kwargs: Mapping[str, An
         return False
 
 
-def _contains(text: str, content: Any) -> bool:
-    """Whether a content is in the text as it is; an empty one always is, parts are searched one by one."""
-    if isinstance(content, list):
-        return all(_contains(text, part.get("text") or "") for part in content)
-    return content.strip() in text
+def _in_order(text: str, messages: Messages) -> bool:
+    """Whether the contents of all messages are in the text as they are, one behind the other."""
+    position = 0
+    for message in messages:
+        content = message["content"]
+        for piece in [part.get("text") or "" for part in content] if isinstance(content, list) else [content]:
+            position = text.find(piece.strip(), position)
+            if position < 0:
+                return False
+            position += len(piece.strip())
+    return True

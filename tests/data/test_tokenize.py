@@ -281,6 +281,42 @@ def test_token_ids_need_no_template(make_tokenizer):
 
 
 @pytest.mark.parametrize(
+    "meta",
+    [
+        {"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1]},
+        {"input_ids": [[5, 6, 7, 8]], "loss_mask": [[0, 0, 1, 1]], "attention_mask": [[1, 1, 1, 1]]},
+        {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
+        {
+            "input_ids": [9, 5, 6, 7, 8, 9],
+            "labels": [-100, -100, -100, 7, 8, -100],
+            "attention_mask": [0, 1, 1, 1, 1, 0],
+        },
+        {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "loss_mask": [False, False, True, True]},
+    ],
+)
+def test_rows_that_other_programs_tokenised(make_tokenizer, meta):
+    """SpecForge saves tensors of a batch of one, speculators a loss mask, transformers labels and padding."""
+    sample = ChatTemplate(make_tokenizer()).encode(Conversation("c", (), meta))
+    assert sample.input_ids.tolist() == [5, 6, 7, 8] and sample.loss_mask.tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("meta", "detail"),
+    [
+        ({"labels": [-100, 7, 8]}, "4 token ids but 3 entries of labels"),
+        ({"labels": [6, 7, 8, -100]}, "label 6 at 0 is neither its token 5 nor -100"),
+        ({"loss_mask": [0, 0, 2, 1]}, "loss_mask holds 2"),
+        ({"loss_mask": [0, 0, 0, 1], "labels": [-100, -100, 7, 8]}, "supervise different tokens"),
+        ({"loss_mask": [0, 0, 1, 1], "attention_mask": [1, 0, 1, 1]}, "attention_mask is 0 between tokens"),
+    ],
+)
+def test_rows_whose_masks_make_no_sense(make_tokenizer, meta, detail):
+    """Shifted labels would train every token as the one behind it."""
+    with pytest.raises(Reject, match=detail):
+        ChatTemplate(make_tokenizer()).encode(Conversation("c", (), {"input_ids": [5, 6, 7, 8], **meta}))
+
+
+@pytest.mark.parametrize(
     ("meta", "reason", "detail"),
     [
         ({"input_ids": [1, 2], "loss_mask": [1]}, "bad token ids", "2 token ids but 1 entries"),
