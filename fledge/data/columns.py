@@ -160,6 +160,8 @@ def _of_question(row: Mapping[str, Any], question: str) -> tuple[list[Any], set[
     history = row.get("history") if question == "instruction" else None
     used = {question, *({answer} if answer else ()), *({"history"} if history else ())}
     turns: list[Any] = []
+    if history and not isinstance(history, (list, tuple)):
+        raise Reject("unknown format", f"history is a list, found {type(history).__name__}")
     for pair in history or ():
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise Reject("unknown format", "history is a list of [question, answer]")

@@ -87,7 +87,7 @@ def _read(prompts: PromptArgs, rejects: Rejects) -> Iterator[Conversation]:
 def _settings(args: RegenerateArgs, model: str, digest: str) -> dict[str, Any]:
     """What decides the content of the rows: a run is only continued with the same."""
     prompts = asdict(args.prompts)
-    names = ("data_format", "columns", "repeated_ids", "system_prompt", "deduplicate", "max_prompt_length", "tokenizer")
+    names = ("data_format", "system_prompt", "deduplicate", "max_prompt_length", "tokenizer")
     return {
         **{name: prompts[name] for name in names},
         "input_sha256": digest, **asdict(args.answers), "model": model, "engine": args.engines.engine,

@@ -137,9 +137,9 @@ def sample_from_token_ids(conversation: Conversation, vocab_size: int) -> Sample
         return None
     else:
         raise Reject("bad token ids", "token ids need prompt_token_ids, loss_mask or labels beside them")
-    wrong = next((t for t in ids if not isinstance(t, int) or isinstance(t, bool) or not 0 <= t < vocab_size), None)
-    if wrong is not None:
-        raise Reject("bad token ids", f"token id {wrong!r} is outside this tokenizer's vocabulary of {vocab_size}")
+    for id in ids:
+        if not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < vocab_size:
+            raise Reject("bad token ids", f"token id {id!r} is outside this tokenizer's vocabulary of {vocab_size}")
     return Sample(conversation.id, torch.tensor(ids, dtype=torch.int64), torch.tensor(flags, dtype=torch.bool))
 
 

@@ -38,7 +38,8 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
     tools = []
     for index, tool in enumerate(value):
         tool = decoded(tool, f"tool {index}")
-        if not isinstance(tool, dict) or not isinstance(tool.get("function", tool).get("name", ""), str):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name", ""), str):
             raise Reject("unknown tools", f"tool {index} is not an object that describes a function")
         tools.append(tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool})
     return tools

@@ -229,6 +229,8 @@ def test_embedded_pictures():
         ({"messages": "[{", "id": 1}, "not JSON", "messages is a text"),
         ({"messages": [user()], "tools": "{"}, "not JSON", "tools is a text"),
         ({"messages": [user()], "tools": [1]}, "unknown tools", "tool 0"),
+        ({"messages": [user()], "tools": {"function": None}}, "unknown tools", "tool 0"),
+        ({"instruction": "x", "history": True}, "unknown format", "history is a list, found bool"),
         ({"messages": [user()], "chat_template_kwargs": "[]"}, "unknown format", "is an object, found list"),
         ({"messages": [user(), assistant(weight=0.5)]}, "unknown weight", "weight=0.5"),
         ({"messages": [user(), assistant(reasoning=["x"])]}, "unknown format", "found list"),

@@ -327,6 +327,7 @@ def test_rows_whose_masks_make_no_sense(make_tokenizer, meta, detail):
             "9999 is outside this tokenizer's vocabulary",
         ),
         ({"prompt_token_ids": [1], "token_ids": ["a"]}, "bad token ids", "'a'"),
+        ({"prompt_token_ids": [1], "token_ids": [None]}, "bad token ids", "None"),
         ({}, "bad token ids", "loss_mask or labels"),
     ],
 )
