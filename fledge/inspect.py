@@ -13,7 +13,8 @@ from typing import Annotated
 import tyro
 
 from fledge.console import say
-from fledge.data.conversations import DataFormat
+from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
+from fledge.data.traces import UNTRACED_HELP, Untraced
 from fledge.errors import UserError
 
 
@@ -43,8 +44,11 @@ class InspectArgs:
     """Format of the rows."""
     data_split: str = "train"
     """Split of a hub data set."""
+    columns: Annotated[tuple[str, ...], tyro.conf.arg(help=COLUMNS_HELP)] = ()
+    repeated_ids: Annotated[RepeatedIds, tyro.conf.arg(help=REPEATED_IDS_HELP)] = "reject"
+    untraced: Annotated[Untraced, tyro.conf.arg(help=UNTRACED_HELP)] = "reject"
     sample: int = 0
-    """Which sample to print, counted from 0."""
+    """Which sample to print first, counted from 0; two more follow it."""
     max_reject_share: float = 0.05
     """Stop when a larger share of rows is rejected."""
     num_proc: int = 1
@@ -74,7 +78,7 @@ def inspect(args: InspectArgs) -> None:
 def inspect_data(args: InspectArgs) -> None:
     """Tokenise the data with the target's template and print what training would see."""
     from fledge.data.dataset import TokenizedData
-    from fledge.data.inspect import figures, show
+    from fledge.data.inspect import SAMPLES_SHOWN, figures, show
     from fledge.data.rows import check_source
     from fledge.data.tokenize import ChatTemplate
     from fledge.provenance import write_json
@@ -85,15 +89,17 @@ def inspect_data(args: InspectArgs) -> None:
     template = ChatTemplate.from_pretrained(
         args.target, args.chat_template_type, enable_thinking=args.enable_thinking,
         trust_remote_code=args.trust_remote_code, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
+        untraced=args.untraced,
     )  # fmt: skip
     data = TokenizedData.from_path(
         args.path, template, max_length=args.model_max_length, data_format=args.data_format, split=args.data_split,
-        max_reject_share=args.max_reject_share, num_proc=args.num_proc,
+        max_reject_share=args.max_reject_share, num_proc=args.num_proc, columns=args.columns,
+        repeated_ids=args.repeated_ids,
     )  # fmt: skip
     if not 0 <= args.sample < len(data):
         raise UserError(f"--sample {args.sample}: the data has samples 0 to {len(data) - 1}.")
-    document = figures(data, args.path, args.data_format, args.data_split)
-    show(document, data[args.sample], template)
+    document = figures(data, args.path, args.data_format, args.data_split, args.columns, args.repeated_ids)
+    show(document, [data[index] for index in range(len(data))[args.sample :][:SAMPLES_SHOWN]], template)
     if args.json is not None:
         write_json(args.json, document)
         say(f"figures written to {args.json}")

@@ -32,6 +32,8 @@ class PlanArgs:
     """The target: only its config is read."""
     data: list[str] | None = None
     """Conversations; tokens are counted on a sample with the target's tokenizer. None: give num_tokens."""
+    columns: tuple[str, ...] = ()
+    """Columns under other names, as OURS=YOURS; see `fledge train --help`."""
     num_tokens: int | None = None
     """Tokens of the data set instead of data."""
     supervised_share: float = 0.7
@@ -258,11 +260,13 @@ def count(args: PlanArgs) -> Work:
     from fledge.data.rejects import Rejects
     from fledge.data.tokenize import ChatTemplate
 
-    template = ChatTemplate.from_pretrained(args.target_model_name_or_path, args.chat_template_type or None)
+    template = ChatTemplate.from_pretrained(
+        args.target_model_name_or_path, args.chat_template_type or None, untraced="train"
+    )
     chance, seen = random.Random(0), 0
     chosen: list[Conversation] = []
     for path in args.data:
-        for conversation in read_conversations(path, rejects=Rejects()):
+        for conversation in read_conversations(path, rejects=Rejects(), columns=args.columns):
             seen += 1
             if len(chosen) < args.sample:
                 chosen.append(conversation)

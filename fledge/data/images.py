@@ -139,8 +139,12 @@ def source_of_value(value: Any) -> str:
     """A picture as a column of a data set holds it, as a source."""
     if isinstance(value, str) and value:
         return value
-    if isinstance(value, dict) and (value.get("bytes") or value.get("path")):
-        return _data_url(value["bytes"]) if value.get("bytes") else str(value["path"])
+    if isinstance(value, dict) and isinstance(value.get("bytes"), str) and value["bytes"]:  # base64, in JSON
+        return value["bytes"] if value["bytes"].startswith("data:") else f"data:image/png;base64,{value['bytes']}"
+    if isinstance(value, dict) and isinstance(value.get("bytes"), (bytes, bytearray)) and value["bytes"]:
+        return _data_url(value["bytes"])
+    if isinstance(value, dict) and isinstance(value.get("path"), str) and value["path"]:
+        return value["path"]
     if isinstance(value, Image.Image):
         buffer = io.BytesIO()
         value.save(buffer, "PNG")

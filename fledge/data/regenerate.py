@@ -75,8 +75,9 @@ def _count(prompts: PromptArgs, rejects: Rejects) -> tuple[int, str]:
 
 def _read(prompts: PromptArgs, rejects: Rejects) -> Iterator[Conversation]:
     stream = read_conversations(
-        prompts.data_name_or_path, data_format=prompts.data_format, rejects=rejects, split=prompts.split
-    )
+        prompts.data_name_or_path, data_format=prompts.data_format, rejects=rejects, split=prompts.split,
+        columns=prompts.columns, repeated_ids=prompts.repeated_ids,
+    )  # fmt: skip
     for number, conversation in enumerate(stream):
         if prompts.max_samples is not None and number >= prompts.max_samples:
             return

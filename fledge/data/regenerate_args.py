@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from fledge.data.conversations import DataFormat
+import tyro
+
+from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
 from fledge.data.rejects import MAX_REJECT_SHARE
 
 
@@ -16,6 +18,8 @@ class PromptArgs:
     """sharegpt (`conversations`), ultrachat or OpenAI `messages`; auto looks at each row. Output follows it."""
     split: str = "train"
     """Split of a hub data set."""
+    columns: Annotated[tuple[str, ...], tyro.conf.arg(help=COLUMNS_HELP)] = ()
+    repeated_ids: Annotated[RepeatedIds, tyro.conf.arg(help=REPEATED_IDS_HELP)] = "reject"
     max_samples: int | None = None
     """Use only the first so many conversations."""
     system_prompt: str | None = None

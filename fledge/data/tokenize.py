@@ -32,7 +32,9 @@ from fledge.data.samples import (
 )
 from fledge.data.spans import Messages, Unmaskable, supervised_renderings
 from fledge.data.templates import read_template
+from fledge.data.traces import Untraced, reasoning_name, refuse_untraced, untraced, with_reasoning_as
 from fledge.data.vision import Vision, load_vision
+from fledge.data.vocab import vocab_size_of
 from fledge.errors import UserError, refuse_missing_folder
 
 CHECKED_ROWS = 64  # rows with token ids whose text is compared with their answer, per process
@@ -53,7 +55,7 @@ class ChatTemplate:
 
     def __init__(
         self, tokenizer: Any, name: str | None = None, *, eos_token_ids: Sequence[int] = (),
-        enable_thinking: bool | None = None, vision: Vision | None = None,
+        enable_thinking: bool | None = None, vision: Vision | None = None, untraced: Untraced = "reject",
     ) -> None:  # fmt: skip
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
@@ -65,11 +67,13 @@ class ChatTemplate:
         self.name = name or "own"
         self.text = read_template(name, tokenizer) if name else own_template(tokenizer, vision)
         self.enable_thinking = enable_thinking
+        self.untraced = untraced
         pictures = f"\0{vision.fingerprint}" if vision else ""
         self.fingerprint = hashlib.sha256(f"{self.text}\0{enable_thinking}{pictures}".encode()).hexdigest()
-        self.vocab_size = len(tokenizer)
+        self.vocab_size = vocab_size_of(tokenizer)
         self._end_tokens = _control_tokens(tokenizer)
         self._checked = 0
+        self._reasoning_name = reasoning_name(self.text)
         self._only_parts = vision is not None and self._reads_only_parts()
         self.end_of_turn = self._end_of_turn()
         self.stop_token_ids = self._stop_token_ids(tuple(eos_token_ids))
@@ -78,6 +82,7 @@ class ChatTemplate:
     def from_pretrained(
         cls, name_or_path: str, name: str | None = None, *, enable_thinking: bool | None = None,
         trust_remote_code: bool = False, min_pixels: int | None = None, max_pixels: int | None = None,
+        untraced: Untraced = "reject",
     ) -> "ChatTemplate":  # fmt: skip
         """Tokenizer (or processor), template and eos ids of a target folder or hub name, without its weights."""
         vision = load_vision(
@@ -86,7 +91,7 @@ class ChatTemplate:
         tokenizer = vision.tokenizer if vision else load_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
         return cls(
             tokenizer, name or None, eos_token_ids=model_eos_token_ids(name_or_path), enable_thinking=enable_thinking,
-            vision=vision,
+            vision=vision, untraced=untraced,
         )  # fmt: skip
 
     # ---- text ----------------------------------------------------------------------------------------------------
@@ -141,6 +146,7 @@ class ChatTemplate:
         """`samples` for many, tokenised in one batch; a conversation that fails gives its Reject instead."""
         results: list[list[Sample] | Reject] = []
         pending: list[tuple[int, Text]] = []  # result index, what to tokenise
+        lost: dict[int, tuple[str, ...]] = {}  # result index, fields that the template did not render
         for conversation in conversations:
             results.append([])
             try:
@@ -148,6 +154,7 @@ class ChatTemplate:
                 if ready is not None:
                     results[-1] = [ready]
                     continue
+                lost[len(results) - 1] = self._untraced(conversation)
                 pending += [(len(results) - 1, text) for text in self._texts(conversation)]
             except Reject as reject:
                 results[-1] = reject
@@ -155,7 +162,8 @@ class ChatTemplate:
         for (index, text), encoding in zip(pending, encodings, strict=True):
             samples = results[index]
             assert isinstance(samples, list)
-            samples.append(text.sample(encoding))
+            sample = text.sample(encoding)
+            samples.append(sample if samples or not lost[index] else replace(sample, untraced=lost[index]))
         return [fit_all(result, max_length, min_supervised) for result in results]
 
     def verify(self) -> None:
@@ -212,8 +220,16 @@ class ChatTemplate:
             texts.append(Text(id, expanded.text, spans, marks, expanded.token_ids))
         return texts
 
+    def _untraced(self, conversation: Conversation) -> tuple[str, ...]:
+        """The fields of a conversation that its text does not show; a Reject where that is not wanted."""
+        kwargs = _template_kwargs(conversation)
+        lost = untraced(conversation.messages, kwargs, self.render, self.text)
+        refuse_untraced(lost, self.name, self.untraced)
+        return lost
+
     def _as_template_wants(self, messages: Messages) -> list[dict[str, Any]]:
-        """Pictures as bare marks (their content is no business of a template), text as parts where it must be."""
+        """Reasoning under the template's key, pictures as bare marks, text as parts where it must be."""
+        messages = with_reasoning_as(messages, self._reasoning_name)
         if self.vision is None:
             return list(messages)
         wanted = []
@@ -252,12 +268,7 @@ class ChatTemplate:
         if not any(message["role"] == "assistant" for message in conversation.messages):
             raise Reject("no answer", "it has no assistant message; answer it first with `fledge regenerate`")
         self._refuse_pictures(conversation.messages)
-        for index, message in enumerate(conversation.messages):
-            if message.get("tool_calls") and self.name != "own":
-                raise Reject(
-                    "tool calls", f"message {index} calls tools, which the named template {self.name!r} cannot write"
-                )
-        kwargs = _template_kwargs(conversation.meta)
+        kwargs = _template_kwargs(conversation)
         messages = _with_finish_reason(conversation)
 
         def render(messages: Messages, add_generation_prompt: bool) -> str:
@@ -275,7 +286,7 @@ class ChatTemplate:
         try:
             encoded = self.tokenizer.apply_chat_template(
                 self._as_template_wants(conversation.messages), chat_template=self.text, return_dict=True,
-                return_assistant_tokens_mask=True, **_template_kwargs(conversation.meta),
+                return_assistant_tokens_mask=True, **_template_kwargs(conversation),
             )  # fmt: skip
         except Exception as error:
             raise Reject("refused by the template", f"template {self.name!r}: {error}") from None
@@ -381,12 +392,10 @@ def _with_finish_reason(conversation: Conversation) -> list[dict[str, Any]]:
     return messages
 
 
-def _template_kwargs(meta: dict[str, Any]) -> dict[str, Any]:
+def _template_kwargs(conversation: Conversation) -> dict[str, Any]:
     """What a row says about its own rendering: `tools` and `chat_template_kwargs` (enable_thinking and the like)."""
-    kwargs = dict(meta.get("chat_template_kwargs") or {})
-    if isinstance(meta.get("tools"), list):
-        kwargs["tools"] = meta["tools"]
-    return kwargs
+    tools = {"tools": conversation.tools} if conversation.tools else {}
+    return {**conversation.template_kwargs, **tools}
 
 
 def _control_tokens(tokenizer: Any) -> tuple[str, ...]:

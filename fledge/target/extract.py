@@ -13,15 +13,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+import tyro
 
 from fledge import provenance
 from fledge.console import Bar, progress, say, show_table, warn
-from fledge.data.conversations import DataFormat
+from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
 from fledge.data.dataset import TokenizedData
 from fledge.data.tokenize import ChatTemplate, Sample
+from fledge.data.traces import UNTRACED_HELP, Untraced
 from fledge.errors import UserError
 from fledge.target import tensor_parallel
 from fledge.target.head import TargetEnds, TargetHead
@@ -54,6 +56,9 @@ class ExtractArgs:
     """Named chat template that overrides the tokenizer's own."""
     data_format: DataFormat = "auto"
     """Format of the rows."""
+    columns: Annotated[tuple[str, ...], tyro.conf.arg(help=COLUMNS_HELP)] = ()
+    repeated_ids: Annotated[RepeatedIds, tyro.conf.arg(help=REPEATED_IDS_HELP)] = "reject"
+    untraced: Annotated[Untraced, tyro.conf.arg(help=UNTRACED_HELP)] = "reject"
     max_samples: int | None = None
     """Only the first so many samples."""
     max_reject_share: float = 0.05
@@ -195,7 +200,8 @@ class Samples:
         parts = [
             TokenizedData.from_path(
                 path, template, max_length=args.model_max_length, data_format=args.data_format,
-                max_reject_share=args.max_reject_share, num_proc=args.num_proc,
+                max_reject_share=args.max_reject_share, num_proc=args.num_proc, columns=args.columns,
+                repeated_ids=args.repeated_ids,
             )
             for path in args.dataset_path
         ]  # fmt: skip
@@ -276,8 +282,9 @@ def load_target(args: ExtractArgs) -> Target:
 def open_loaded(args: ExtractArgs, target: Target, head: TargetHead, producer: Producer) -> OpenTarget:
     """A loaded target with its template and the identity of its states."""
     template = ChatTemplate(
-        target.tokenizer, args.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision
-    )
+        target.tokenizer, args.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision,
+        untraced=args.untraced,
+    )  # fmt: skip
     identity = identity_of(target, head, template, args)
     return OpenTarget(template, identity, head, producer, target.device.type == "cuda")
 

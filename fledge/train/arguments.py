@@ -14,6 +14,8 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from fledge.config import field_names, read_recipe
+from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, RepeatedIds
+from fledge.data.traces import UNTRACED_HELP, Untraced
 from fledge.draft.depth import check_survival
 from fledge.draft.loss import LossSettings
 from fledge.errors import UserError, nearest
@@ -40,6 +42,9 @@ class DataArguments:
     train_hidden_path: list[str] = _flag([], "Stored hidden states to train on (made by `fledge extract`).")
     eval_hidden_path: list[str] = _flag([], "Stored hidden states to evaluate on.")
     data_format: str = _flag("auto", "auto, sharegpt, ultrachat or messages.")
+    columns: list[str] = _flag([], COLUMNS_HELP)
+    repeated_ids: RepeatedIds = _flag("reject", REPEATED_IDS_HELP)
+    untraced: Untraced = _flag("reject", UNTRACED_HELP)
     chat_template_type: str | None = _flag(None, "Named chat template that overrides the tokenizer's own.")
     model_max_length: int = _flag(2048, "Longest sample in tokens; longer ones are cut and counted.")
     eval_fraction: float = _flag(0.0, "Share of the conversations held out for evaluation when no eval data is given.")

@@ -139,7 +139,8 @@ def live_source(args: TrainArgs) -> Source:
         tap_layers=args.draft.tap_layers or None, min_pixels=data.min_pixels, max_pixels=data.max_pixels,
     )  # fmt: skip
     template = ChatTemplate(
-        target.tokenizer, data.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision
+        target.tokenizer, data.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision,
+        untraced=data.untraced,
     )  # fmt: skip
     train_data, held_out, counts, always = conversations(data, template, target.vocab_size)
     return Source(
@@ -197,7 +198,8 @@ def count_supervised(parts: Sequence[TokenizedData], vocab_size: int) -> tuple[T
 def tokenize(path: str, template: ChatTemplate, data: DataArguments) -> TokenizedData:
     return TokenizedData.from_path(
         path, template, max_length=data.model_max_length, data_format=data.data_format,  # type: ignore[arg-type]
-        max_reject_share=data.max_reject_share, num_proc=data.num_proc or 1,
+        max_reject_share=data.max_reject_share, num_proc=data.num_proc or 1, columns=data.columns,
+        repeated_ids=data.repeated_ids,
     )  # fmt: skip
 
 

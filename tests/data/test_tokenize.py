@@ -281,17 +281,54 @@ def test_token_ids_need_no_template(make_tokenizer):
 
 
 @pytest.mark.parametrize(
+    "meta",
+    [
+        {"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1]},
+        {"input_ids": [[5, 6, 7, 8]], "loss_mask": [[0, 0, 1, 1]], "attention_mask": [[1, 1, 1, 1]]},
+        {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
+        {
+            "input_ids": [9, 5, 6, 7, 8, 9],
+            "labels": [-100, -100, -100, 7, 8, -100],
+            "attention_mask": [0, 1, 1, 1, 1, 0],
+        },
+        {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "loss_mask": [False, False, True, True]},
+    ],
+)
+def test_rows_that_other_programs_tokenised(make_tokenizer, meta):
+    """SpecForge saves tensors of a batch of one, speculators a loss mask, transformers labels and padding."""
+    sample = ChatTemplate(make_tokenizer()).encode(Conversation("c", (), meta))
+    assert sample.input_ids.tolist() == [5, 6, 7, 8] and sample.loss_mask.tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("meta", "detail"),
+    [
+        ({"labels": [-100, 7, 8]}, "4 token ids but 3 entries of labels"),
+        ({"labels": [6, 7, 8, -100]}, "label 6 at 0 is neither its token 5 nor -100"),
+        ({"loss_mask": [0, 0, 2, 1]}, "loss_mask holds 2"),
+        ({"loss_mask": [0, 0, 0, 1], "labels": [-100, -100, 7, 8]}, "supervise different tokens"),
+        ({"loss_mask": [0, 0, 1, 1], "attention_mask": [1, 0, 1, 1]}, "attention_mask is 0 between tokens"),
+    ],
+)
+def test_rows_whose_masks_make_no_sense(make_tokenizer, meta, detail):
+    """Shifted labels would train every token as the one behind it."""
+    with pytest.raises(Reject, match=detail):
+        ChatTemplate(make_tokenizer()).encode(Conversation("c", (), {"input_ids": [5, 6, 7, 8], **meta}))
+
+
+@pytest.mark.parametrize(
     ("meta", "reason", "detail"),
     [
         ({"input_ids": [1, 2], "loss_mask": [1]}, "bad token ids", "2 token ids but 1 entries"),
-        ({"input_ids": [1, 2]}, "bad token ids", "prompt_token_ids or loss_mask"),
+        ({"input_ids": [1, 2]}, "bad token ids", "loss_mask or labels"),
         (
             {"prompt_token_ids": [1], "token_ids": [9999]},
             "bad token ids",
             "9999 is outside this tokenizer's vocabulary",
         ),
         ({"prompt_token_ids": [1], "token_ids": ["a"]}, "bad token ids", "'a'"),
-        ({}, "bad token ids", "prompt_token_ids or loss_mask"),
+        ({"prompt_token_ids": [1], "token_ids": [None]}, "bad token ids", "None"),
+        ({}, "bad token ids", "loss_mask or labels"),
     ],
 )
 def test_bad_token_ids(make_tokenizer, meta, reason, detail):
@@ -320,7 +357,7 @@ def test_prompts_without_answers_and_images_are_rejected(make_tokenizer, talk):
 
 def test_a_named_template_does_not_lose_tool_calls_in_silence(make_tokenizer, talk):
     call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}
-    with pytest.raises(Reject, match="tool calls: message 1 .* named template 'chatml'"):
+    with pytest.raises(Reject, match="untraced tool_calls: chat template 'chatml' does not render tool_calls"):
         ChatTemplate(make_tokenizer(), "chatml").encode(conversation([*talk("a"), call]))
 
 
