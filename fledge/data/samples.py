@@ -119,6 +119,12 @@ def token_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, in
     return mask
 
 
+def last_run(mask: Tensor) -> Tensor:
+    """The mask of the last run of supervised tokens: the last turn of a sequence."""
+    begins = mask & ~torch.cat([mask.new_zeros(1), mask[:-1]])
+    return mask & (begins.int().cumsum(0) == begins.sum())
+
+
 def sample_from_token_ids(conversation: Conversation, vocab_size: int) -> Sample | None:
     """A row that already has its ids: prompt_token_ids + token_ids, or input_ids with loss_mask or labels.
 

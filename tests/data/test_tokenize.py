@@ -53,7 +53,6 @@ def named(make_tokenizer):
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_every_named_template_masks_exactly_the_answers(named, talk, name, file, control, system):
     template = named(name, control)
-    template.verify()
     end = END_OF_TURN.get(file, "<|im_end|>")
     lead = "<|channel|>final<|message|>" if file == "gpt_oss" else " " if file == "mistral" else ""
     samples = template.samples(conversation(talk("One?", WORDS, "Two?", "Yes.", system=system)))
@@ -92,13 +91,6 @@ def test_a_mask_off_by_one_would_be_caught(make_tokenizer, talk, shift):
     assert supervised(template, sample) == "Hello<|im_end|>"
     shifted = Sample("c", sample.input_ids, sample.loss_mask.roll(shift))
     assert supervised(template, shifted) != "Hello<|im_end|>"
-
-
-def test_verify_catches_a_mask_off_by_one(make_tokenizer, monkeypatch):
-    template = ChatTemplate(make_tokenizer())
-    monkeypatch.setattr("fledge.data.samples.token_mask", lambda offsets, spans: ~token_mask(offsets, spans))
-    with pytest.raises(UserError, match="for the answer 'first answer'"):
-        template.verify()
 
 
 PLAIN_TEXT = (
@@ -213,9 +205,9 @@ def test_gpt_oss_thoughts_are_supervised_on_their_channel(named, talk):
     )
 
 
-OPENS_A_THOUGHT = (
+LEAVES_THE_PROMPT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
 )
 WITH_MARKERS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -225,18 +217,15 @@ WITH_MARKERS = (
 )
 
 
-def test_a_template_that_cannot_be_masked_is_refused_with_what_was_found(make_tokenizer, talk):
-    template = ChatTemplate(make_tokenizer(template=OPENS_A_THOUGHT))
-    with pytest.raises(Reject, match="cannot be masked.*turn 1: the prompt renders as .*<think>"):
+def test_a_row_that_cannot_be_masked_is_rejected_with_what_was_found(make_tokenizer, talk):
+    template = ChatTemplate(make_tokenizer(template=LEAVES_THE_PROMPT))
+    with pytest.raises(Reject, match="cannot be masked.*turn 1: the prompt renders as .*model.*--chat-template-type"):
         template.encode(conversation(talk("a", "b")))
-    with pytest.raises(UserError, match="cannot be masked.*--chat-template-type"):
-        template.verify()
 
 
 def test_generation_markers_are_believed(make_tokenizer, talk):
     tokenizer = make_tokenizer(template=WITH_MARKERS)
     template = ChatTemplate(tokenizer, eos_token_ids=[tokenizer.convert_tokens_to_ids("<|im_end|>")])
-    template.verify()
     assert runs(template, template.encode(conversation(talk("a", "b", "c", "d")))) == ["b<|im_end|>", "d<|im_end|>"]
 
 
@@ -378,13 +367,6 @@ def test_the_models_eos_wins_over_the_tokenizers(make_tokenizer):
     assert ChatTemplate(wrong, eos_token_ids=[end, 3]).stop_token_ids == (3, end)
 
 
-def test_an_end_of_turn_at_which_the_model_does_not_stop_is_warned_of(make_tokenizer, capsys):
-    ChatTemplate(make_tokenizer(), eos_token_ids=[3]).verify()
-    assert "'<|im_end|>', where the model does not stop" in capsys.readouterr().err
-    ChatTemplate(make_tokenizer(template=PLAIN_TEXT), eos_token_ids=[3]).verify()
-    assert "ends no turn with a control token" in capsys.readouterr().err
-
-
 def test_a_tokenizer_without_a_template_asks_for_one(make_tokenizer):
     with pytest.raises(UserError, match="no .*chat template. Name one with --chat-template-type"):
         ChatTemplate(make_tokenizer(template=None))
@@ -414,7 +396,6 @@ def test_rejects_survive_the_way_between_processes():
 def test_smollm2_as_it_answered(smollm2_dir, shared_data, talk):
     """Rows vLLM generated: the mask has the tokens vLLM counted, up to re-tokenising text (9 of 10 to the token)."""
     template = ChatTemplate.from_pretrained(str(smollm2_dir))
-    template.verify()
     assert template.stop_token_ids == (2,)
     lines = (shared_data / "smollm2_regen.jsonl").read_text().splitlines()[:200]
     exact = 0
