@@ -57,13 +57,14 @@ class Renderer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(  # (texts, spans), whatever its annotation says
                 conversations=[self._as_template_wants(messages)], chat_template=self.text,
                 return_assistant_tokens_mask=True, **self.tokenizer.special_tokens_map, **self._switched(kwargs),
             )  # fmt: skip
         except Exception as error:  # jinja and the template's own raise_exception: any type, any text
             raise self._refused(error) from None
-        return texts[0], tuple((start, end) for start, end in spans[0])
+        (text,), (spans,) = rendered
+        return text, tuple((start, end) for start, end in spans)
 
     # ---- inside --------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
-"""What is supervised under the stock templates of public models, piece by piece, as their targets would have written it.
+"""What is supervised under the stock templates of public models, as their targets would have written it.
 
-Every expectation is written by hand from the model's documented format: the words, the control tokens among them and the
-token at which the model stops. The tokenizer is one token per byte plus the control tokens of the family, so no merge
-hides a border. `|` separates the supervised pieces of a conversation, those of samples of their own at the end.
+The expectations (`chat_templates/expected.yaml`) follow the models' documented formats, not our code: the words, the
+control tokens among them, and the token at which the model stops. The tokenizer has one token per byte and the control
+tokens of the family, so no merge hides a border. Turns that become samples of their own come last.
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+import fledge
 from fledge.data.conversations import parse_row
 from fledge.data.rejects import Reject
 from fledge.data.rows import Row
 from fledge.data.tokenize import ChatTemplate
 
-TEMPLATES = Path(__file__).parent / "chat_templates"
+FOLDERS = (Path(__file__).parent / "chat_templates", Path(fledge.__file__).parent / "data" / "templates")
 
 
 @dataclass(frozen=True)
@@ -90,3 +92,91 @@ COHERE = Family(
     ("<|END_OF_TURN_TOKEN|>",), bos="<BOS_TOKEN>",
 )  # fmt: skip
 MINIMAX = Family(("]~!b[", "]~b]", "[e~["), ("[e~[",), words=("<think>", "</think>"))
+
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "c"}}, "required": ["city"]}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "w", "parameters": CITY}}]
+OFF = {"enable_thinking": False, "thinking": False}
+
+
+def ask(question: str, answer: str, **fields: object) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **fields}]
+
+
+TWO_TURNS = [*ask("1?", "A."), *ask("2?", "B.")]
+ROWS = {
+    "plain": {"messages": ask("Hi", "Six.")},
+    "system": {"messages": [{"role": "system", "content": "Be brief."}, *ask("Hi", "Six.")]},
+    "turns": {"messages": TWO_TURNS},
+    "tools": {"tools": TOOLS, "messages": [
+        *ask("Cold?", "", tool_calls=[CALL]),
+        {"role": "tool", "content": "-3", "tool_call_id": "abcdefghi", "name": "weather"},
+        {"role": "assistant", "content": "Yes."}]},
+    "thought": {"messages": [
+        *ask("1?", "A.", reasoning_content="Ha."), *ask("2?", "B.", reasoning_content="Hb.")]},
+    "in content": {"messages": ask("Hi", "<think>\nHm.\n</think>\n\nSix.")},
+    "off": {"messages": TWO_TURNS, "chat_template_kwargs": OFF},
+    "empty": {"messages": ask("Hi", "<think>\n\n</think>\n\nSix.")},
+    "cut": {"messages": ask("Hi", "Six."), "finish_reason": "length"},
+    "cut thought": {"messages": ask("Hi", "", reasoning_content="Hm."), "finish_reason": "length"},
+}  # fmt: skip
+FAMILIES = {
+    "qwen2_5": CHATML, "qwen3": CHATML, "qwen3_instruct_2507": CHATML, "qwen3_thinking_2507": CHATML,
+    "qwen3_5": CHATML, "qwen3_8": CHATML, "llama3_1": LLAMA3, "llama4": LLAMA4, "gpt_oss": HARMONY, "gemma2": GEMMA,
+    "gemma3": GEMMA, "gemma4": GEMMA4, "gemma4_large": GEMMA4, "glm4_5": GLM, "deepseek": DEEPSEEK,
+    "deepseek_v3_1": DEEPSEEK, "deepseek_r1": DEEPSEEK, "deepseek_r1_distill": DEEPSEEK, "mistral_v1": MISTRAL,
+    "mistral_v3_tekken": MISTRAL, "mistral_small": MISTRAL, "hunyuan_dense": HUNYUAN, "hunyuan_moe": HUNYUAN_MOE,
+    "phi3": PHI3, "phi4": PHI4, "phi4_mini": PHI3, "phi4_reasoning": PHI4, "granite3": GRANITE, "granite4": GRANITE,
+    "lfm2": LFM, "command_r7b": COHERE, "minimax_m2": MINIMAX, "smollm3": CHATML, "nemotron3_nano": CHATML,
+}  # fmt: skip
+EXPECTED: dict[str, dict[str, str]] = yaml.safe_load((FOLDERS[0] / "expected.yaml").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def stock(make_tokenizer):
+    """stock(name): the template over a tokenizer of its family."""
+    made: dict[str, ChatTemplate] = {}
+
+    def make(name: str) -> ChatTemplate:
+        if name not in made:
+            family = FAMILIES[name]
+            path = next(folder / f"{name}.jinja" for folder in FOLDERS if (folder / f"{name}.jinja").is_file())
+            tokenizer = make_tokenizer(family.control, path.read_text("utf-8"), eos=family.eos, words=family.words)
+            if family.bos:
+                tokenizer.bos_token = family.bos
+            made[name] = ChatTemplate(tokenizer, eos_token_ids=tokenizer.convert_tokens_to_ids(list(family.stops)))
+        return made[name]
+
+    return make
+
+
+def pieces(template: ChatTemplate, row: dict) -> str:
+    """The supervised pieces of a row, or why it is rejected."""
+    try:
+        samples = template.samples(parse_row(Row("data.jsonl:1", "row", row)))
+    except Reject as reject:
+        return f"REJECT {reject}"
+    found = []
+    for sample in samples:
+        edges = np.flatnonzero(np.diff(np.r_[0, sample.loss_mask.numpy().astype(int), 0])).reshape(-1, 2)
+        found += [template.tokenizer.decode(sample.input_ids[begin:end]) for begin, end in edges]
+    return " | ".join(found)
+
+
+@pytest.mark.parametrize(("name", "column"), [(name, column) for name, cells in EXPECTED.items() for column in cells])
+def test_what_is_supervised(stock, name, column):
+    """Once the first control token behind an answer was its end (LFM2, Cohere), GLM's answers had none, Qwen3.5's began
+    with `</think>`, R1's and Nemotron's were refused, and arguments in a string were encoded twice."""
+    wanted, found = EXPECTED[name][column], pieces(stock(name), ROWS[column])
+    assert found.startswith(wanted) if wanted.startswith("REJECT") else found == wanted
+
+
+def test_every_cell_is_filled():
+    assert set(EXPECTED) == set(FAMILIES) and all(set(cells) == set(ROWS) for cells in EXPECTED.values())
+
+
+def test_the_table_can_fail(make_tokenizer):
+    """The negative control: a wrong stop token takes LFM2's end of turn away, and what was right is not found."""
+    text = (FOLDERS[0] / "lfm2.jinja").read_text("utf-8")
+    wrong = ChatTemplate(make_tokenizer(LFM.control, text, eos="<|tool_call_end|>"))
+    assert pieces(wrong, ROWS["tools"]) != EXPECTED["lfm2"]["tools"]
