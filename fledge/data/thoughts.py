@@ -36,9 +36,10 @@ def thought_of(message: dict[str, Any]) -> str:
     """The reasoning of a message: its own field, or what its content holds before the end of a thought."""
     if reasoning := message.get("reasoning_content"):
         return str(reasoning).strip()
-    content = _content(message)
-    close = CLOSE.search(content)
-    return BEGINNING.sub("", content[: close.start()], count=1).strip() if close else ""
+    if not _is_closed(message):
+        return ""
+    thought = CLOSE.split(_content(message), maxsplit=1)[0]
+    return BEGINNING.sub("", thought, count=1).strip()
 
 
 def continue_prompt(prompt: str, text: str, message: dict[str, Any]) -> tuple[str, int] | None:
@@ -77,7 +78,8 @@ def end_of_thought(message: dict[str, Any], text: str, start: int) -> int | None
 
 def _is_closed(message: dict[str, Any]) -> bool:
     """Whether the content itself holds the end of a thought."""
-    return CLOSE.search(_content(message)) is not None
+    content = _content(message)
+    return any(mark in content for mark in MARKS.values())  # many times faster than the pattern
 
 
 def _behind_filler(prompt: str, text: str, message: dict[str, Any], is_open: bool) -> tuple[str, int]:
@@ -86,17 +88,18 @@ def _behind_filler(prompt: str, text: str, message: dict[str, Any], is_open: boo
     A thought in the content that the template does not read (Qwen3.8, or one cut before its end) stands behind the
     filler; it takes the filler's place.
     """
-    start, thought = len(prompt), thought_of(message)
+    start = len(prompt)
     filler = (REST_OF_EMPTY if is_open else EMPTY).match(text, start)
     if filler is None:  # an empty thought of the row that the template leaves out, but for its line breaks
-        blank = _is_closed(message) and not thought
+        blank = _is_closed(message) and not thought_of(message)
         return text, start + (_num_blanks(text[start:]) if blank else 0)
     if is_open and (empty := EMPTY.match(text, filler.end())):
         return text[: filler.end()] + text[empty.end() :], filler.end()
     if beginning := BEGINNING.match(text, filler.end()):
         own = _behind_break(prompt, text, beginning.end())
         return prompt + (text[own:] if is_open else text[start : filler.start(1)] + text[filler.end() :]), start
-    return text, start if thought or (_is_closed(message) and not is_open) else filler.end()
+    own_thought = thought_of(message) or (_is_closed(message) and not is_open)
+    return text, start if own_thought else filler.end()
 
 
 def _written_thought(message: dict[str, Any], asked: re.Match[str]) -> str:

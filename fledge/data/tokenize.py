@@ -283,9 +283,10 @@ class ChatTemplate:
         if eos_token_ids or eos is None:
             return tuple(sorted(set(eos_token_ids)))
         try:
-            return () if eos in self.prompt_ids(PROBE[:1]) else (eos,)
+            opening = self.render(PROBE[:1], True).removeprefix(self.render(PROBE[:1]))
         except Reject:
             return (eos,)
+        return () if self.tokenizer.eos_token in opening else (eos,)
 
 
 def own_template(tokenizer: Any, vision: Vision | None = None) -> str:

@@ -115,7 +115,7 @@ ROWS = {
     "thought": {"messages": [
         *ask("1?", "A.", reasoning_content="Ha."), *ask("2?", "B.", reasoning_content="Hb.")]},
     "in content": {"messages": ask("Hi", "<think>\nHm.\n</think>\n\nSix.")},
-    "off": {"messages": TWO_TURNS, "chat_template_kwargs": OFF},
+    "thinking off": {"messages": TWO_TURNS, "chat_template_kwargs": OFF},
     "empty": {"messages": ask("Hi", "<think>\n\n</think>\n\nSix.")},
     "cut": {"messages": ask("Hi", "Six."), "finish_reason": "length"},
     "cut thought": {"messages": ask("Hi", "", reasoning_content="Hm."), "finish_reason": "length"},
@@ -180,3 +180,15 @@ def test_the_table_can_fail(make_tokenizer):
     text = (FOLDERS[0] / "lfm2.jinja").read_text("utf-8")
     wrong = ChatTemplate(make_tokenizer(LFM.control, text, eos="<|tool_call_end|>"))
     assert pieces(wrong, ROWS["tools"]) != EXPECTED["lfm2"]["tools"]
+
+
+@pytest.mark.parametrize("name", ["command_r7b", "lfm2", "gemma3", "llama3_1", "mistral_small", "qwen3"])
+def test_the_tokenizers_eos_ends_turns_where_the_model_states_none(make_tokenizer, name):
+    """It once was passed over when it also ends the user's turns, and <|END_RESPONSE|> was Cohere's end of turn."""
+    family, text = FAMILIES[name], (FOLDERS[0] / f"{name}.jinja").read_text("utf-8")
+    ends = {"gemma3": "<end_of_turn>", "llama3_1": "<|eot_id|>", "command_r7b": "<|END_OF_TURN_TOKEN|>",
+            "mistral_small": "</s>"}  # fmt: skip
+    tokenizer = make_tokenizer(family.control, text, eos=ends.get(name, "<|im_end|>"), words=family.words)
+    if family.bos:
+        tokenizer.bos_token = family.bos
+    assert pieces(ChatTemplate(tokenizer), ROWS["system"]) == EXPECTED[name]["system"]

@@ -98,7 +98,7 @@ def test_a_template_that_wants_parts_gets_parts():
         Conversation("c", ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}))
     )
     assert template.tokenizer.decode(sample.input_ids).startswith("<|im_start|>user\nHi<|im_end|>")
-    template._only_parts = False
+    template.renderer.only_parts = False
     assert "Hi" not in template.render([{"role": "user", "content": "Hi"}])
 
 
