@@ -10,6 +10,7 @@ from typing import Any
 
 from fledge.data.rejects import Reject
 from fledge.data.tool_calls import ArgumentsForm, with_arguments
+from fledge.data.traces import reasoning_name, with_reasoning_as
 from fledge.data.vision import Vision
 
 THINKING_SWITCHES = ("enable_thinking", "thinking", "reasoning")  # Qwen and most others; DeepSeek, Granite; Cohere
@@ -35,6 +36,7 @@ class Renderer:
         self.tokenizer, self.text, self.name = tokenizer, text, name
         self.enable_thinking = enable_thinking
         self._with_pictures = vision is not None
+        self._reasoning_name = reasoning_name(text)
         self._arguments: ArgumentsForm | None = None  # found when a row first calls a tool
         self.only_parts = self._with_pictures and self._reads_only_parts()
 
@@ -87,7 +89,8 @@ class Renderer:
         return {**kwargs, **dict.fromkeys(THINKING_SWITCHES, self.enable_thinking)}
 
     def _as_template_wants(self, messages: Messages) -> list[dict[str, Any]]:
-        """Tool calls in the form the template reads; pictures as bare marks, text as parts where it must be."""
+        """Reasoning and tool calls as the template reads them; pictures as marks, text as parts where it must be."""
+        messages = with_reasoning_as(messages, self._reasoning_name)
         if any(message.get("tool_calls") for message in messages):
             if self._arguments is None:
                 self._arguments = self._form_of_calls()
