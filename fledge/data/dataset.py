@@ -141,10 +141,8 @@ class TokenizedData(Sequence[Sample]):
         for name, count in data.report.untraced.items():
             warn(f"{path_or_name}: chat template {template.name!r} does not render {name}, which {count} rows have.")
         if data.report.without_stop == data.report.samples:
-            warn(
-                f"{path_or_name}: no answer ends with a token at which the target stops generating "
-                f"({', '.join(map(repr, template.stop_tokens)) or 'none is known'}): the draft never learns to stop."
-            )
+            stops = ", ".join(map(repr, template.stop_tokens)) or "none is known"
+            warn(f"{path_or_name}: no answer ends with a token at which the target stops ({stops}).")
         data._temporary = temporary
         return data
 
@@ -297,7 +295,7 @@ def _write_samples(
                         truncated.append(sample.truncated)
                         cut.append(sample.num_cut)
                         report.supervised += int(sample.loss_mask.sum())
-                        report.without_stop += not (sample.truncated or ends_with_stop(sample, template.stop_token_ids))
+                        report.without_stop += not (sample.truncated or sample.ends_with(template.stop_token_ids))
                         report.split_turns += TURN_MARK in sample.id
                         for name in sample.untraced:
                             report.untraced[name] = report.untraced.get(name, 0) + 1
@@ -378,11 +376,6 @@ def _unpack(packed: Packed) -> list[list[Sample] | Reject]:
         ]
         for result in packed
     ]  # fmt: skip
-
-
-def ends_with_stop(sample: Sample, stop_token_ids: Sequence[int]) -> bool:
-    """Whether the last supervised token is one at which the target stops generating."""
-    return sample.input_ids[sample.loss_mask][-1:].tolist() in [[id] for id in stop_token_ids]
 
 
 def hash_share(id: str, seed: int) -> float:

@@ -44,6 +44,10 @@ class Sample:
     untraced: tuple[str, ...] = ()  # fields of its row that the template did not render; on the row's first sample
     model_inputs: dict[str, Tensor] = field(default_factory=dict)  # pixels and the like, once somebody loaded them
 
+    def ends_with(self, token_ids: Sequence[int]) -> bool:
+        """Whether the last supervised token is one of these: those at which the target stops, say."""
+        return self.input_ids[self.loss_mask][-1:].tolist() in [[id] for id in token_ids]
+
 
 @dataclass(frozen=True)
 class Prompt:
