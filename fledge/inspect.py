@@ -38,6 +38,8 @@ class InspectArgs:
     """Named chat template instead of the tokenizer's own (qwen3, hunyuan, llama3, gemma, gpt_oss, chatml ...)."""
     enable_thinking: bool | None = None
     """Passed to templates that know thinking modes; use what the data was generated with."""
+    train_last_turn_only: bool = False
+    """Supervise only the last answer of each conversation, as `train` and `extract` do with the same flag."""
     model_max_length: int | None = None
     """Cut samples to this many tokens. None keeps them whole."""
     data_format: DataFormat = "auto"
@@ -89,7 +91,7 @@ def inspect_data(args: InspectArgs) -> None:
     template = ChatTemplate.from_pretrained(
         args.target, args.chat_template_type, enable_thinking=args.enable_thinking,
         trust_remote_code=args.trust_remote_code, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
-        untraced=args.untraced,
+        last_turn_only=args.train_last_turn_only, untraced=args.untraced,
     )  # fmt: skip
     data = TokenizedData.from_path(
         args.path, template, max_length=args.model_max_length, data_format=args.data_format, split=args.data_split,

@@ -55,6 +55,7 @@ class Report:
     tokens: int = 0
     supervised: int = 0
     supervised_cut: int = 0
+    without_stop: int = 0  # samples, not truncated, that end with no token at which the target stops
 
     def line(self) -> str:
         """One line for the log."""
@@ -99,7 +100,6 @@ class TokenizedData(Sequence[Sample]):
         `cache_dir` None keeps the result for this process only; hub data sets, whose content cannot be hashed before it
         is read, are never reused.
         """
-        template.verify()
         settings = {
             "layout": LAYOUT, "template": template.fingerprint, "tokenizer": tokenizer_digest(template),
             "stop_token_ids": template.stop_token_ids, "max_length": max_length, "min_supervised": min_supervised,
@@ -140,6 +140,9 @@ class TokenizedData(Sequence[Sample]):
             warn(f"{path_or_name}: {sum(data.report.rejected.values())} rows rejected.{where}")
         for name, count in data.report.untraced.items():
             warn(f"{path_or_name}: chat template {template.name!r} does not render {name}, which {count} rows have.")
+        if data.report.without_stop == data.report.samples:
+            stops = ", ".join(map(repr, template.stop_tokens)) or "none is known"
+            warn(f"{path_or_name}: no answer ends with a token at which the target stops ({stops}).")
         data._temporary = temporary
         return data
 
@@ -292,6 +295,7 @@ def _write_samples(
                         truncated.append(sample.truncated)
                         cut.append(sample.num_cut)
                         report.supervised += int(sample.loss_mask.sum())
+                        report.without_stop += not (sample.truncated or sample.ends_with(template.stop_token_ids))
                         report.split_turns += TURN_MARK in sample.id
                         for name in sample.untraced:
                             report.untraced[name] = report.untraced.get(name, 0) + 1

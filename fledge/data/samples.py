@@ -44,6 +44,10 @@ class Sample:
     untraced: tuple[str, ...] = ()  # fields of its row that the template did not render; on the row's first sample
     model_inputs: dict[str, Tensor] = field(default_factory=dict)  # pixels and the like, once somebody loaded them
 
+    def ends_with(self, token_ids: Sequence[int]) -> bool:
+        """Whether the last supervised token is one of these: those at which the target stops, say."""
+        return self.input_ids[self.loss_mask][-1:].tolist() in [[id] for id in token_ids]
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -117,6 +121,12 @@ def token_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, in
     for first, last in spans:
         mask |= (starts >= first) & (ends <= last) & (starts < last)
     return mask
+
+
+def last_run(mask: Tensor) -> Tensor:
+    """The mask of the last run of supervised tokens: the last turn of a sequence."""
+    begins = mask & ~torch.cat([mask.new_zeros(1), mask[:-1]])
+    return mask & (begins.int().cumsum(0) == begins.sum())
 
 
 def sample_from_token_ids(conversation: Conversation, vocab_size: int) -> Sample | None:

@@ -204,7 +204,10 @@ def open_engine(args: "ExtractArgs") -> "OpenTarget":
     target = EngineTarget.open(
         args.model_name, args.server or (), dtype=args.dtype, tap_layers=args.tap_layers, revision=args.revision
     )
-    template = ChatTemplate.from_pretrained(args.model_name, args.chat_template_type or None, untraced=args.untraced)
+    template = ChatTemplate.from_pretrained(
+        args.model_name, args.chat_template_type or None, untraced=args.untraced,
+        last_turn_only=args.train_last_turn_only,
+    )  # fmt: skip
     identity = target.identity(
         template, max_length=args.model_max_length, tap_storage=args.tap_storage, last_storage=args.last_storage,
         revision=args.revision,

@@ -54,6 +54,8 @@ class ExtractArgs:
     """Longest sample in tokens; longer ones are cut and counted."""
     chat_template_type: str | None = None
     """Named chat template that overrides the tokenizer's own."""
+    train_last_turn_only: bool = False
+    """Supervise only the last answer of each conversation. Part of the store's identity."""
     data_format: DataFormat = "auto"
     """Format of the rows."""
     columns: Annotated[tuple[str, ...], tyro.conf.arg(help=COLUMNS_HELP)] = ()
@@ -283,7 +285,7 @@ def open_loaded(args: ExtractArgs, target: Target, head: TargetHead, producer: P
     """A loaded target with its template and the identity of its states."""
     template = ChatTemplate(
         target.tokenizer, args.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision,
-        untraced=args.untraced,
+        last_turn_only=args.train_last_turn_only, untraced=args.untraced,
     )  # fmt: skip
     identity = identity_of(target, head, template, args)
     return OpenTarget(template, identity, head, producer, target.device.type == "cuda")

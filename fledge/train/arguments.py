@@ -46,6 +46,7 @@ class DataArguments:
     repeated_ids: RepeatedIds = _flag("reject", REPEATED_IDS_HELP)
     untraced: Untraced = _flag("reject", UNTRACED_HELP)
     chat_template_type: str | None = _flag(None, "Named chat template that overrides the tokenizer's own.")
+    train_last_turn_only: bool = _flag(False, "Supervise only the last answer of each conversation.")
     model_max_length: int = _flag(2048, "Longest sample in tokens; longer ones are cut and counted.")
     eval_fraction: float = _flag(0.0, "Share of the conversations held out for evaluation when no eval data is given.")
     max_samples: int | None = _flag(None, "Use only the first so many samples.")

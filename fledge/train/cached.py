@@ -43,7 +43,7 @@ def cached_source(args: TrainArgs) -> Source:
         )
     template = ChatTemplate.from_pretrained(
         data.target_model_name_or_path, data.chat_template_type or None, min_pixels=data.min_pixels,
-        max_pixels=data.max_pixels, untraced=data.untraced,
+        max_pixels=data.max_pixels, last_turn_only=data.train_last_turn_only, untraced=data.untraced,
     )  # fmt: skip
     parts, held_out = tokenise_all(data, template)
     train_ids = [id for part in parts for id in part.ids][: data.max_samples]

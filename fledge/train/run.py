@@ -140,7 +140,7 @@ def live_source(args: TrainArgs) -> Source:
     )  # fmt: skip
     template = ChatTemplate(
         target.tokenizer, data.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision,
-        untraced=data.untraced,
+        last_turn_only=data.train_last_turn_only, untraced=data.untraced,
     )  # fmt: skip
     train_data, held_out, counts, always = conversations(data, template, target.vocab_size)
     return Source(

@@ -54,7 +54,9 @@ def served_source(args: TrainArgs) -> Source:
         )
     name, taps = str(data.target_model_name_or_path), args.draft.tap_layers or None
     target = EngineTarget.open(name, data.server, dtype=args.draft.target_dtype, tap_layers=taps)
-    template = ChatTemplate.from_pretrained(name, data.chat_template_type or None, untraced=data.untraced)
+    template = ChatTemplate.from_pretrained(
+        name, data.chat_template_type or None, last_turn_only=data.train_last_turn_only, untraced=data.untraced,
+    )  # fmt: skip
     head = target.ends.head.to(args.trainer.device)
     samples, held_out, counts, always = conversations(data, template, head.weight.shape[0])
     say(f"the target runs on {', '.join(target.source.servers)}; here are its embedding, final norm and head")

@@ -105,6 +105,8 @@ def check_flags(args: TrainArgs, identity: Identity, folder: Path) -> None:
     found = target_differs(data.target_model_name_or_path, identity) if data.target_model_name_or_path else []
     if data.chat_template_type and data.chat_template_type != identity.template:
         found.append(f"chat template {identity.template!r}, not {data.chat_template_type!r}")
+    if data.train_last_turn_only and not identity.last_turn_only:
+        found.append("all turns supervised, not the last alone (--train_last_turn_only)")
     if draft.target_dtype not in ("auto", identity.dtype):
         found.append(f"dtype {identity.dtype}, not {draft.target_dtype}")
     if draft.tap_layers and list(draft.tap_layers) != identity.tap_layers:

@@ -45,10 +45,13 @@ class Identity:
     stop_token_ids: list[int]
     special_token_ids: list[int]
     backend: str = "hf"
+    last_turn_only: bool = False  # the template's fingerprint says so, too
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(canonical(dataclasses.asdict(self))).hexdigest()
+        fields = dataclasses.asdict(self)
+        del fields["last_turn_only"]  # shards written before the field existed keep their digest
+        return hashlib.sha256(canonical(fields)).hexdigest()
 
     def differences(self, other: "Identity", ignore: Sequence[str] = ()) -> list[str]:
         """`field: mine, not theirs` for every field in which the two differ."""
