@@ -197,7 +197,7 @@ def count_supervised(parts: Sequence[TokenizedData], vocab_size: int) -> tuple[T
 
 def tokenize(path: str, template: ChatTemplate, data: DataArguments) -> TokenizedData:
     return TokenizedData.from_path(
-        path, template, max_length=data.model_max_length, data_format=data.data_format,  # type: ignore[arg-type]
+        path, template, max_length=data.model_max_length, data_format=data.data_format,
         max_reject_share=data.max_reject_share, num_proc=data.num_proc or 1, columns=data.columns,
         repeated_ids=data.repeated_ids,
     )  # fmt: skip
