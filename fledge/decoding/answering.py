@@ -84,8 +84,8 @@ class Answerer:
 
         from fledge.decoding.adaptive import Pace
         from fledge.decoding.tree_profile import profile_path, read_profile
-        from fledge.draft.checkpoint import load_draft
-        from fledge.draft.config import from_json
+        from fledge.draft.checkpoint import bind_head
+        from fledge.draft.head import read_head
         from fledge.target.model import Target
 
         sampling = args.sampling
@@ -97,13 +97,13 @@ class Answerer:
             if args.draft is None:
                 raise UserError("--adaptive adapts the draft tree; give the head with --draft.")
             self.pace = Pace.from_profile(read_profile(profile_path(str(args.draft), None)), self.tree)
-        taps = from_json(args.draft / "config.json").tap_layers if args.draft else None
+        head = read_head(args.draft) if args.draft else None  # before the target: a bad head costs no loading
         dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
         self.target = Target.from_pretrained(
-            args.target, dtype=dtype, device=args.device, tap_layers=taps, min_pixels=args.min_pixels,
-            max_pixels=args.max_pixels,
+            args.target, dtype=dtype, device=args.device, tap_layers=head.config.tap_layers if head else None,
+            min_pixels=args.min_pixels, max_pixels=args.max_pixels,
         )  # fmt: skip
-        self.draft = load_draft(args.draft, self.target.embedding_weight) if args.draft else None
+        self.draft = bind_head(head, self.target.embedding_weight, args.draft) if head and args.draft else None
         self.stops = self.target.eos_token_ids
 
     def template(self) -> ChatTemplate:
