@@ -31,6 +31,7 @@ from fledge.data.images import ImageRef, picture_state
 from fledge.data.rejects import MAX_REJECT_SHARE, Reject, Rejects
 from fledge.data.rows import content_hash, count_rows, is_local
 from fledge.data.samples import MIN_SUPERVISED, TURN_MARK, Drop, Sample, conversation_id
+from fledge.data.sealed import verify_sealed
 from fledge.data.tokenize import ChatTemplate
 from fledge.data.vocab import control_ids, count_tokens
 from fledge.errors import UserError
@@ -100,6 +101,8 @@ class TokenizedData(Sequence[Sample]):
         `cache_dir` None keeps the result for this process only; hub data sets, whose content cannot be hashed before it
         is read, are never reused.
         """
+        if is_local(path_or_name):
+            verify_sealed(Path(path_or_name).expanduser())
         settings = {
             "layout": LAYOUT, "template": template.fingerprint, "tokenizer": tokenizer_digest(template),
             "stop_token_ids": template.stop_token_ids, "max_length": max_length, "min_supervised": min_supervised,
