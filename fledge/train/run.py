@@ -30,6 +30,7 @@ from fledge.target.live import LiveSource
 from fledge.target.model import Target
 from fledge.target.record import TargetRecord
 from fledge.train.arguments import DataArguments, DraftArguments, TrainArgs, TrainerArguments, parse_args
+from fledge.train.continuation import check_resumable, check_same_inputs
 from fledge.train.evaluate import decoding_callback
 from fledge.train.module import HeadRows, TTTModule
 from fledge.train.records import warn_of_shared
@@ -63,6 +64,7 @@ class Source:
     device: torch.device
     target: Target | None = None  # where it lives in this process
     teacher_rows: HeadRows | None = None  # where records have summaries: the head of some tokens only
+    states_digest: str = ""  # of stored states
 
 
 def train(args: TrainArgs) -> None:
@@ -72,12 +74,15 @@ def train(args: TrainArgs) -> None:
     """
     output_dir = Path(str(args.trainer.output_dir))
     checkpoint = find_checkpoint(output_dir, args.trainer.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_resumable(Path(checkpoint))
     set_seed(args.trainer.seed)
     source = open_source(args)
     config = draft_config(args.draft, source)
     _resolve(args, config)
     if args.trainer.should_save:
         check_same_run(output_dir, args.resolved(), checkpoint is not None)
+        check_same_inputs(output_dir, source, resuming=checkpoint is not None)
     draft = make_draft(config, args.draft, source, args.trainer.seed)
     module = TTTModule(
         draft, source.teacher_head, args.draft.ttt_steps, args.draft.loss_settings(), source.teacher_rows,
@@ -118,7 +123,13 @@ def target_for_evaluation(args: TrainArgs, source: Source) -> Target:
         )
     say(f"loading {name} for the evaluation by decoding")
     dtype = source.head_weight.dtype if args.draft.target_dtype == "auto" else args.draft.target_dtype
-    return Target.from_pretrained(name, dtype=dtype, device=args.trainer.device, tap_layers=source.tap_layers)
+    target = Target.from_pretrained(name, dtype=dtype, device=args.trainer.device, tap_layers=source.tap_layers)
+    if not torch.equal(target.embedding_weight.to(source.embedding), source.embedding):
+        raise UserError(
+            f"{name}: its embedding is not that of the target whose states are trained on ({source.target_name}). Give "
+            f"the same target, or leave --eval_decode_steps out."
+        )
+    return target
 
 
 def live_source(args: TrainArgs) -> Source:

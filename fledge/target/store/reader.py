@@ -57,6 +57,11 @@ class HiddenStore(Sequence[TargetRecord]):
         """id -> what the record was made from."""
         return {id: planned for id, (_, planned) in Plan.read(self.folder).place.items()}
 
+    def checksums(self, indices: Sequence[int]) -> np.ndarray:
+        """The stored checksum of each of these records."""
+        places = (self._locate(int(index)) for index in indices)
+        return np.array([self.shards[shard].crcs[row] for shard, row in places], dtype=np.int64)
+
     def counts(self, indices: Sequence[int] | None = None) -> Tensor:
         """How often each token id is supervised, in all records (from the shards' tables) or in some. (V,) int64."""
         total = torch.zeros(self.identity.vocab_size, dtype=torch.int64)

@@ -168,7 +168,7 @@ class ShardReader:
                 f"{path}: made with another target, template, dtype or other settings than the manifest beside it "
                 f"states. Put the right manifest back, or extract into a new folder."
             )
-        self.offsets, self._crcs = self.read("offsets").tolist(), self.read("record_crc").tolist()
+        self.offsets, self.crcs = self.read("offsets").tolist(), self.read("record_crc").tolist()
         self._last_offsets = self.read("last_offsets").tolist() if "last_offsets" in self._slots else self.offsets
         if len(self.offsets) != entry.records + 1 or self.offsets[-1] != entry.tokens:
             raise UserError(f"{path}: {len(self.offsets) - 1} records, the manifest says {entry.records}. {DAMAGED}")
@@ -201,7 +201,7 @@ class ShardReader:
         begin, end = self.offsets[index], self.offsets[index + 1]
         parts = {name: self.read(name, begin, end) for name in PER_TOKEN if name in self._slots}
         parts["last_hidden"] = self.read("last_hidden", self._last_offsets[index], self._last_offsets[index + 1])
-        if record_crc(parts) != self._crcs[index]:
+        if record_crc(parts) != self.crcs[index]:
             raise UserError(f"{self.path}: the checksum of record {self.ids[index]!r} does not match. {DAMAGED}")
         return self._as_record(self.ids[index], parts, max_length)
 
