@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fledge.errors import UserError, nearest
+from fledge.parsing import parse_json
 from fledge.target.linear import head_linear
 from fledge.target.model import Target, auto_class
 from fledge.target.quirks import LogitQuirks, logit_quirks
@@ -25,6 +27,14 @@ from fledge.target.quirks import LogitQuirks, logit_quirks
 # V target vocab, H hidden
 
 ENTRY = "fledge"
+
+
+class HeadFacts(msgspec.Struct):
+    """What `TargetHead.save` writes beside the tensors."""
+
+    identity: str
+    quirks: LogitQuirks
+    keys: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,18 +97,24 @@ class TargetHead:
     @classmethod
     def load(cls, path: Path, device: torch.device, identity: str) -> "TargetHead":
         """Read what `save` wrote, for the store whose identity it is."""
-        with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {}).get(ENTRY, "{}"))
-        if facts.get("identity") != identity:
+        try:
+            with safe_open(path, "pt") as file:
+                facts = parse_json((file.metadata() or {}).get(ENTRY, "{}"), HeadFacts, str(path))
+            tensors = load_file(path, device=str(device))
+        except SafetensorError as error:
+            raise UserError(
+                f"{path}: not a complete safetensors file ({error}). Delete it and run the same `fledge extract` "
+                f"again: only this file is made anew."
+            ) from None
+        if facts.identity != identity:
             raise UserError(
                 f"{path}: belongs to another target or other settings than the manifest beside it. Put the right "
                 f"manifest back, or extract into a new folder."
             )
-        tensors = load_file(path, device=str(device))
         return cls(
             embedding=tensors["embedding"], weight=tensors.get("head", tensors["embedding"]),
-            bias=tensors.get("head_bias"), quirks=LogitQuirks(**facts["quirks"]),
-            keys=tuple(facts["keys"]),
+            bias=tensors.get("head_bias"), quirks=facts.quirks,
+            keys=tuple(facts.keys),
         )  # fmt: skip
 
     def _tensors(self) -> dict[str, Tensor]:
