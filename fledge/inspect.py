@@ -4,18 +4,19 @@ A folder whose manifest.json says hidden_store holds stored hidden states, a fol
 everything else is data (regenerated answers have a manifest, too).
 """
 
-import json
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 import tyro
 
 from fledge.console import say
 from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
 from fledge.data.traces import UNTRACED_HELP, Untraced
 from fledge.errors import UserError
+from fledge.parsing import read_python_json
 from fledge.ranges import Count, Natural, Share
 
 
@@ -66,11 +67,17 @@ class InspectArgs:
     """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
 
 
+class Manifest(msgspec.Struct):
+    """What a folder with a manifest.json is; others' manifests say nothing of the kind."""
+
+    kind: Any = None
+
+
 def inspect(args: InspectArgs) -> None:
     """Show what is in a data set (as training will see it), a store of hidden states or a draft head."""
     folder = Path(args.path).expanduser()
     manifest = folder / "manifest.json"
-    if manifest.is_file() and _read_json(manifest).get("kind") == "hidden_store":
+    if manifest.is_file() and read_python_json(manifest, Manifest).kind == "hidden_store":
         _call("fledge.target.store.inspect", "inspect_store", args, "stored hidden states")
     elif (folder / "config.json").is_file():
         _call("fledge.bench.inspect_head", "inspect_head", args, "draft heads")
@@ -117,13 +124,3 @@ def _call(module: str, function: str, args: InspectArgs, what: str) -> None:
             raise
         raise UserError(f"{args.path}: this version of fledge cannot inspect {what} ({module} is missing).") from None
     inspect_it(args)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}). Write it again.") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(document).__name__}.")
-    return document

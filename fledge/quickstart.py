@@ -6,7 +6,6 @@ skipped when it is started again. The default target, SmolLM2-135M-Instruct, com
 """
 
 import importlib.util
-import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -126,7 +125,9 @@ def heading(text: str) -> None:
 
 def conclude(report: Path, head: Path, seconds: float) -> None:
     """tau, the speed-up and whether outputs were identical, from the benchmark's summary."""
-    summary = json.loads((report / "summary.json").read_text(encoding="utf-8"))
+    from fledge.export.summary import read_summary
+
+    summary = read_summary(report / "summary.json")
     console.print()
     for line in closing_lines(summary):
         console.print(line, style="bold", markup=False)
