@@ -1,5 +1,7 @@
 """The command line's edge: which errors are one line, with which status, and which keep their traceback."""
 
+import io
+import re
 import sys
 import types
 
@@ -85,7 +87,6 @@ BROKEN_RECIPES = {
 @pytest.mark.parametrize("content", BROKEN_RECIPES, ids=lambda content: repr(content[:20]))
 @pytest.mark.parametrize("name", ["train", "plan"])
 def test_a_broken_recipe_is_one_line(name, content, tmp_path, capfd):
-    import re
 
     (tmp_path / "r.yaml").write_bytes(content)
     assert run_command(name, ["--config", str(tmp_path / "r.yaml")]) == 2
@@ -120,3 +121,44 @@ def test_trackers_that_are_there_are_accepted(tmp_path, monkeypatch):
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", lambda: object())
     assert reported("wandb", tmp_path) == ["wandb"]
     assert reported("none", tmp_path) == []
+
+
+class Latin1:
+    """stdin with a byte that is not UTF-8."""
+
+    def read(self) -> str:
+        return b"caf\xe9".decode()
+
+    def isatty(self) -> bool:
+        return False
+
+    def readline(self) -> str:
+        return self.read()
+
+
+@pytest.mark.parametrize("reader", ["decode", "chat"])
+def test_standard_input_that_is_not_utf8_is_one_line(reader, monkeypatch):
+    from fledge.decoding.chat import next_turn
+    from fledge.decoding.command import _standard_input
+
+    read = {"decode": _standard_input, "chat": next_turn}[reader]
+    monkeypatch.setattr("sys.stdin", Latin1())
+    with pytest.raises(UserError, match="stdin is not UTF-8"):
+        read()
+    monkeypatch.setattr("sys.stdin", io.StringIO("café\n"))
+    assert read().strip() == "café"  # negative control
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--train_data_path", "/nowhere/x.jsonl"], "/nowhere/x.jsonl: no such file or folder"),
+    (["--draft_model_config_path", "BAD"], "bad.json: not valid JSON|bad.json:1: not valid JSON"),
+    (["--init_from", "/nowhere"], "/nowhere/config.json: no such file"),
+])  # fmt: skip
+def test_what_train_is_to_read_is_looked_at_before_the_target(flags, message, tmp_path, capfd):
+    """The target named here does not exist: an error about it would mean that it was opened first."""
+    (tmp_path / "bad.json").write_bytes(b"\xff{")
+    flags = [str(tmp_path / "bad.json") if word == "BAD" else word for word in flags]
+    target = ["--target_model_name_or_path", "/no/target", "--output_dir", str(tmp_path / "out")]
+    assert run_command("train", [*target, *flags]) == 1
+
+    assert re.search(message, " ".join(capfd.readouterr().err.split()))

@@ -91,10 +91,10 @@ class TokenizedData(Sequence[Sample]):
             self._offsets, self._truncated, self._cut = (np.load(folder / f"{name}.npy") for name in ARRAYS)
             self._tokens = _memory_map(folder / "tokens.bin", np.int32)
             self._mask = _memory_map(folder / "mask.bin", np.bool_)
+            self._images = ImageTable(folder) if template.vision else None
         except (OSError, EOFError, ValueError) as error:
             raise UserError(f"{folder}: the tokenised data cannot be read ({error}). {AGAIN}") from None
         self._ids = read_json(folder / "ids.json", list[str], hint=AGAIN, largest=LARGEST_IDS)
-        self._images = ImageTable(folder) if template.vision else None
         sizes = (len(self._offsets) - 1, len(self._truncated), len(self._cut))
         if set(sizes) != {len(self._ids)} or not self._offsets[-1] == len(self._tokens) == len(self._mask):
             raise UserError(f"{folder}: the tokenised data is incomplete. {AGAIN}")

@@ -52,6 +52,8 @@ def next_turn() -> str | None:
             text = input("> " if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
             return None
+        except UnicodeDecodeError as error:
+            raise UserError(f"what was read from stdin is not {error.encoding.upper()} ({error}).") from None
         if text in ("/exit", "/quit"):
             return None
         if text:

@@ -72,7 +72,7 @@ def decode_several(args: DecodeArgs, answerer: Answerer, prompts: list[Prompt]) 
 
 def prompts_of(args: DecodeArgs, answerer: Answerer) -> list[Prompt]:
     """Token ids of the prompts, and the pixels of their pictures."""
-    texts = [sys.stdin.read() if text == "-" else text for text in args.prompt]
+    texts = [_standard_input() if text == "-" else text for text in args.prompt]
     if args.raw:
         if args.system is not None or args.image:
             flag = "--image" if args.image else "--system"
@@ -83,6 +83,13 @@ def prompts_of(args: DecodeArgs, answerer: Answerer) -> list[Prompt]:
     pictures = [{"type": "image", "image": source} for source in args.image]
     contents: list[Any] = [[*pictures, {"type": "text", "text": text}] if pictures else text for text in texts]
     return [rendered(template, [*messages, {"role": "user", "content": content}]) for content in contents]
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt -: what was read from stdin is not {error.encoding.upper()} ({error}).") from None
 
 
 def show_comparison(found: Generation, plain: Generation, sampling: Sampling) -> None:

@@ -16,7 +16,7 @@ from fledge.draft.config import DraftConfig
 from fledge.errors import UserError
 from fledge.export.layouts import LAYOUTS
 from fledge.export.summary import read_summary
-from fledge.parsing import convert, read_python_json
+from fledge.parsing import convert, decode_text, read_bytes, read_python_json
 
 CARD = "README.md"
 HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -176,7 +176,7 @@ def _notes(notes: Path | None) -> str:
         return ""
     if not notes.is_file():
         raise UserError(f"--notes {notes}: no such file.")
-    return notes.read_text(encoding="utf-8").strip()
+    return decode_text(read_bytes(notes), f"--notes {notes}").strip()
 
 
 def _licence_note(licence: Licence, target: str) -> str:

@@ -19,9 +19,11 @@ from transformers import set_seed
 from fledge import provenance
 from fledge.console import say, show_table, warn
 from fledge.data.dataset import TokenizedData
+from fledge.data.rows import check_source
 from fledge.data.tokenize import ChatTemplate
 from fledge.data.vocab import build_vocab
 from fledge.draft.config import DraftConfig, derive, read_overrides, to_json
+from fledge.draft.foreign import read_config
 from fledge.draft.low_rank import LowRankHead
 from fledge.draft.model import DraftModel
 from fledge.errors import UserError
@@ -76,6 +78,7 @@ def train(args: TrainArgs) -> None:
     checkpoint = find_checkpoint(output_dir, args.trainer.resume_from_checkpoint)
     if checkpoint is not None:
         check_resumable(Path(checkpoint))
+    check_paths(args)
     set_seed(args.trainer.seed)
     source = open_source(args)
     config = draft_config(args.draft, source)
@@ -101,6 +104,16 @@ def train(args: TrainArgs) -> None:
         evaluation.make_best_final()
     finish(trainer, args, source, result.metrics)
     leave(args.trainer.device)
+
+
+def check_paths(args: TrainArgs) -> None:
+    """Look at what the flags name before a target is loaded, which may take minutes."""
+    for path in (*args.data.train_data_path, *args.data.eval_data_path):
+        check_source(path)
+    if args.draft.draft_model_config_path:
+        read_overrides(Path(args.draft.draft_model_config_path))
+    if args.draft.init_from:
+        read_config(Path(args.draft.init_from))
 
 
 def open_source(args: TrainArgs) -> Source:
