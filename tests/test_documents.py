@@ -13,6 +13,8 @@ from fledge.bench.compare import read_summary
 from fledge.bench.prompts import read_question_file
 from fledge.bench.rows import read_rows
 from fledge.data.dataset import ARRAYS, TokenizedData
+from fledge.data.image_table import FILE, ImageTable
+from fledge.data.images import ImageRef
 from fledge.decoding.tree_profile import read_profile
 from fledge.errors import UserError
 from fledge.export.card import TrainerState, TrainingRun, _json_or_empty
@@ -141,3 +143,15 @@ def test_damaged_tokenised_data_is_one_line(name, content, tokens):
     (tokens / name).write_bytes(content)
     with pytest.raises(UserError, match="Delete this folder and run again"):
         TokenizedData(tokens, NoPictures())  # type: ignore[arg-type]
+
+
+def test_a_damaged_table_of_pictures_is_one_line(tmp_path):
+    picture = ImageRef("a.png", "0" * 8, 4, 4, 1, 5)
+    with ImageTable.writer(tmp_path, True) as table:
+        table.add([picture])
+    assert ImageTable(tmp_path)[0] == (picture,)  # negative control
+    content = (tmp_path / FILE).read_bytes()
+    for damaged in (content.replace(b'"a.png"', b"1234567"), content.replace(b"[", b"{")):
+        (tmp_path / FILE).write_bytes(damaged)
+        with pytest.raises(UserError, match=r"images.jsonl \(sample 0\).*Delete this folder"):
+            ImageTable(tmp_path)[0]

@@ -14,7 +14,9 @@ from typing import IO
 import numpy as np
 
 from fledge.data.images import ImageRef
+from fledge.parsing import parse_json
 
+Fields = tuple[str, str, int, int, int, int]  # of an ImageRef
 FILE, OFFSETS = "images.jsonl", "image_offsets.npy"
 
 
@@ -23,12 +25,14 @@ class ImageTable:
 
     def __init__(self, folder: Path) -> None:
         self._offsets = np.load(folder / OFFSETS)
-        path = folder / FILE
+        path = self._file = folder / FILE
         self._bytes = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
 
     def __getitem__(self, row: int) -> tuple[ImageRef, ...]:
         begin, end = int(self._offsets[row]), int(self._offsets[row + 1])
-        return tuple(ImageRef(*json.loads(line)) for line in self._bytes[begin:end].tobytes().splitlines())
+        lines = self._bytes[begin:end].tobytes().splitlines()
+        where, again = f"{self._file} (sample {row})", "Delete this folder and run again."
+        return tuple(ImageRef(*parse_json(line, Fields, where, hint=again)) for line in lines)
 
     @staticmethod
     @contextmanager
