@@ -11,13 +11,24 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import IO
 
+import msgspec
 import numpy as np
 
 from fledge.data.images import ImageRef
 from fledge.parsing import parse_json
 
-Fields = tuple[str, str, int, int, int, int]  # of an ImageRef
 FILE, OFFSETS = "images.jsonl", "image_offsets.npy"
+
+
+class Line(msgspec.Struct, array_like=True):
+    """An ImageRef as a line of the table has it."""
+
+    source: str
+    digest: str
+    width: int
+    height: int
+    begin: int
+    end: int
 
 
 class ImageTable:
@@ -32,7 +43,7 @@ class ImageTable:
         begin, end = int(self._offsets[row]), int(self._offsets[row + 1])
         lines = self._bytes[begin:end].tobytes().splitlines()
         where, again = f"{self._file} (sample {row})", "Delete this folder and run again."
-        return tuple(ImageRef(*parse_json(line, Fields, where, hint=again)) for line in lines)
+        return tuple(ImageRef(*msgspec.structs.astuple(parse_json(line, Line, where, hint=again))) for line in lines)
 
     @staticmethod
     @contextmanager
