@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,7 @@ class _Reader:
                 f"{self._name}: its files hold no tensor {names[0]!r}{nearest(names[0], self._files)}. Name the head's "
                 f"with --lm_head_key."
             )
-        with safe_open(self._files[key], "pt") as file:
+        with opened(self._files[key]) as file:
             tensor = file.get_tensor(key)
         return tensor.to(self._dtype) if self._dtype is not None else tensor
 
@@ -232,11 +233,21 @@ def _tensor_files(name_or_path: str, revision: str | None) -> dict[str, Path]:
     return dict(_names_in(folder))
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file of the target; a cut or damaged one is a user error."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error}). Copy or download it again.") from None
+
+
 def _names_in(folder: Path) -> Iterator[tuple[str, Path]]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder}: no safetensors files there. Save the target with save_pretrained.")
     for path in files:
-        with safe_open(path, "pt") as file:
+        with opened(path) as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
                 yield key, path

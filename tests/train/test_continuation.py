@@ -9,6 +9,8 @@ from saved_target import save_target, write_conversations
 
 from fledge.errors import UserError
 from fledge.target.extract import ExtractArgs, extract
+from fledge.target.head import TargetEnds
+from fledge.target.store.reader import HiddenStore
 from fledge.train import run
 from fledge.train.arguments import TrainArgs, parse_args
 from fledge.train.continuation import check_resumable, weights_digest
@@ -128,3 +130,22 @@ def test_a_target_with_other_weights_than_the_store_is_refused(work, tmp_path):
     shutil.copytree(work / "target-1", tmp_path / "target")
     with pytest.raises(UserError, match="the weights of embedding and head differ"):
         stored_source(same)
+
+
+def test_a_store_that_is_replaced_while_it_is_read_is_noticed(work, tmp_path):
+    """The same data by another target: files of the same names and sizes."""
+    put(work, tmp_path)
+    stored = HiddenStore(tmp_path / "store")
+    stored[0]  # negative control
+    put(work, tmp_path, target=1)
+    with pytest.raises(UserError, match="the checksum of record .* does not match"):
+        stored[0]
+
+
+def test_a_cut_file_of_the_target_is_one_line(work, tmp_path):
+    put(work, tmp_path)
+    TargetEnds.from_files(str(tmp_path / "target"))  # negative control
+    path = tmp_path / "target" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"model\.safetensors: not a complete safetensors file"):
+        TargetEnds.from_files(str(tmp_path / "target"))
