@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 STAGES = ("data", "target", "draft", "decoding", "train", "export", "bench")
-RIM = {"config", "errors", "console", "parsing", "provenance", "workers"}
+RIM = {"config", "errors", "console", "parsing", "provenance", "ranges", "workers"}
 PACKAGE = Path(__file__).parent.parent / "fledge"
 
 

@@ -24,8 +24,8 @@ from fledge.decoding.records import Generation, RoundTrace, Sampling, TreeShape
 from fledge.decoding.tree import root_only
 from fledge.decoding.tree_profile import profile_path, read_profile
 from fledge.decoding.verifying import verifier_of
-from fledge.draft.checkpoint import load_draft
-from fledge.draft.config import from_json
+from fledge.draft.checkpoint import bind_head
+from fledge.draft.head import read_head
 from fledge.errors import UserError
 from fledge.target.model import Target
 
@@ -80,15 +80,16 @@ class EngineSpec:
     def load(self) -> "LocalEngine":
         """Load target, head and template."""
         pace = Pace.from_profile(read_profile(Path(self.profile)), self.tree) if self.profile else None
+        head = read_head(Path(self.head)) if self.head else None  # before the target: a bad head costs no loading
         target = Target.from_pretrained(
             self.target,
             dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
-            tap_layers=tap_layers_of(self.head) if self.head else None,
+            tap_layers=head.config.tap_layers if head else None,
             max_pixels=self.max_pixels,
             min_pixels=self.min_pixels,
             **self.placement(),
         )
-        draft = load_draft(self.head, target.embedding_weight) if self.head else None
+        draft = bind_head(head, target.embedding_weight, Path(self.head)) if head and self.head else None
         return LocalEngine(self, target, draft, self._template(target), pace)
 
     def _template(self, target: Target) -> ChatTemplate:
@@ -105,11 +106,6 @@ class EngineSpec:
         limit = self.max_gpu_memory
         memory = {gpu: limit or torch.cuda.get_device_properties(gpu).total_memory for gpu in range(self.num_gpus)}
         return {"device_map": "auto", "max_memory": memory}
-
-
-def tap_layers_of(head: str) -> tuple[int, ...]:
-    """The target layers a head was trained on."""
-    return tuple(from_json(Path(head) / "config.json").tap_layers)
 
 
 def refused_path(one: RoundTrace) -> list[int]:

@@ -20,6 +20,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,13 +32,18 @@ from fledge.data.images import ImageRef, picture_state
 from fledge.data.rejects import MAX_REJECT_SHARE, Reject, Rejects
 from fledge.data.rows import content_hash, count_rows, is_local
 from fledge.data.samples import MIN_SUPERVISED, TURN_MARK, Drop, Sample, conversation_id
+from fledge.data.sealed import verify_sealed
 from fledge.data.tokenize import ChatTemplate
 from fledge.data.vocab import control_ids, count_tokens
 from fledge.errors import UserError
+from fledge.parsing import read_json
 from fledge.provenance import write_json
 
 LAYOUT = 2  # raise it when samples would come out differently
 BATCH = 256
+ARRAYS = ("offsets", "truncated", "cut")
+LARGEST_IDS = 16 << 30  # bytes; ours, and as long as the data has rows
+AGAIN = "Delete this folder and run again."
 
 
 @dataclass
@@ -70,22 +76,30 @@ class Report:
         return ", ".join(parts)
 
 
+class ReportFile(msgspec.Struct):
+    """report.json, as far as it is read again."""
+
+    report: Report
+
+
 class TokenizedData(Sequence[Sample]):
     """Samples of a data path, in the order of its rows. A slice of it made by `split` or `select` is one, too."""
 
     def __init__(self, folder: Path, template: ChatTemplate, indices: np.ndarray | None = None) -> None:
         self.folder, self.template = folder, template
-        self._offsets = np.load(folder / "offsets.npy")
-        self._truncated = np.load(folder / "truncated.npy")
-        self._cut = np.load(folder / "cut.npy")
-        self._ids: list[str] = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
-        self._tokens = _memory_map(folder / "tokens.bin", np.int32)
-        self._mask = _memory_map(folder / "mask.bin", np.bool_)
-        self._images = ImageTable(folder) if template.vision else None
-        if len(self._offsets) != len(self._ids) + 1 or self._offsets[-1] != len(self._tokens):
-            raise UserError(f"{folder}: the tokenised data is incomplete. Delete this folder and run again.")
+        try:
+            self._offsets, self._truncated, self._cut = (np.load(folder / f"{name}.npy") for name in ARRAYS)
+            self._tokens = _memory_map(folder / "tokens.bin", np.int32)
+            self._mask = _memory_map(folder / "mask.bin", np.bool_)
+            self._images = ImageTable(folder) if template.vision else None
+        except (OSError, EOFError, ValueError) as error:
+            raise UserError(f"{folder}: the tokenised data cannot be read ({error}). {AGAIN}") from None
+        self._ids = read_json(folder / "ids.json", list[str], hint=AGAIN, largest=LARGEST_IDS)
+        sizes = (len(self._offsets) - 1, len(self._truncated), len(self._cut))
+        if set(sizes) != {len(self._ids)} or not self._offsets[-1] == len(self._tokens) == len(self._mask):
+            raise UserError(f"{folder}: the tokenised data is incomplete. {AGAIN}")
         self.indices = np.arange(len(self._ids)) if indices is None else indices
-        self.report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8"))["report"])
+        self.report = read_json(folder / "report.json", ReportFile, hint=AGAIN).report
         self._temporary: tempfile.TemporaryDirectory | None = None
 
     @classmethod
@@ -100,6 +114,8 @@ class TokenizedData(Sequence[Sample]):
         `cache_dir` None keeps the result for this process only; hub data sets, whose content cannot be hashed before it
         is read, are never reused.
         """
+        if is_local(path_or_name):
+            verify_sealed(Path(path_or_name).expanduser())
         settings = {
             "layout": LAYOUT, "template": template.fingerprint, "tokenizer": tokenizer_digest(template),
             "stop_token_ids": template.stop_token_ids, "max_length": max_length, "min_supervised": min_supervised,

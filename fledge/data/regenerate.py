@@ -45,11 +45,6 @@ def regenerate(args: RegenerateArgs) -> None:
 
 async def _regenerate(args: RegenerateArgs) -> None:
     TemperatureMixture.parse(args.answers.temperature)
-    if args.answers.max_tokens < 1 or not 0 < args.answers.top_p <= 1:
-        raise UserError(
-            f"--max-tokens is {args.answers.max_tokens} and --top-p {args.answers.top_p}; the first must be at least "
-            "1, the second in (0, 1]."
-        )
     input_rejects = Rejects(max_share=args.prompts.max_reject_share)
     total, digest = _count(args.prompts, input_rejects)
     async with _engine(args) as engine:

@@ -4,6 +4,7 @@ No generator has a state here, so a row draws the same in a resumed run, on anot
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 from fledge.errors import UserError
@@ -34,10 +35,10 @@ class TemperatureMixture:
             raise UserError(
                 f"--temperature {text!r}: not a temperature and not a mixture. Write 0.7 or 0.0:0.3,0.7:0.7."
             ) from None
-        if abs(sum(shares) - 1) > 1e-6 or min(shares) < 0 or min(temperatures) < 0:
+        if not all(0 <= number < math.inf for number in (*temperatures, *shares)) or abs(sum(shares) - 1) > 1e-6:
             raise UserError(
-                f"--temperature {text!r}: the shares add up to {sum(shares):g}. They must add up to 1, and nothing "
-                "may be negative."
+                f"--temperature {text!r}: the shares add up to {sum(shares):g}. They must add up to 1, and every "
+                "number must be finite and not negative."
             )
         return cls(temperatures, shares)
 

@@ -25,6 +25,7 @@ from fledge.data.dataset import TokenizedData
 from fledge.data.tokenize import ChatTemplate, Sample
 from fledge.data.traces import UNTRACED_HELP, Untraced
 from fledge.errors import UserError
+from fledge.ranges import Count, Natural, Positive, Share
 from fledge.target import tensor_parallel
 from fledge.target.head import TargetEnds, TargetHead
 from fledge.target.live import BatchedSource, LiveSource
@@ -50,7 +51,7 @@ class ExtractArgs:
     """hf: the target in this process. vllm: a vLLM server that extracts hidden states (see docs/formats.md)."""
     server: list[str] | None = None
     """With --target-backend vllm: base URLs of the servers, e.g. http://localhost:8000."""
-    model_max_length: int = 2048
+    model_max_length: Count = 2048
     """Longest sample in tokens; longer ones are cut and counted."""
     chat_template_type: str | None = None
     """Named chat template that overrides the tokenizer's own."""
@@ -61,23 +62,23 @@ class ExtractArgs:
     columns: Annotated[tuple[str, ...], tyro.conf.arg(help=COLUMNS_HELP)] = ()
     repeated_ids: Annotated[RepeatedIds, tyro.conf.arg(help=REPEATED_IDS_HELP)] = "reject"
     untraced: Annotated[Untraced, tyro.conf.arg(help=UNTRACED_HELP)] = "reject"
-    max_samples: int | None = None
+    max_samples: Count | None = None
     """Only the first so many samples."""
-    max_reject_share: float = 0.05
+    max_reject_share: Share = 0.05
     """Stop when more than this share of the rows is unusable."""
-    num_proc: int = 1
+    num_proc: Count = 1
     """Processes for tokenisation; threads that read pictures ahead of the target."""
-    max_pixels: int | None = None
+    max_pixels: Count | None = None
     """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
-    min_pixels: int | None = None
+    min_pixels: Count | None = None
     """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
     revision: str | None = None
     """Revision of a target on the hub."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """dtype the target runs in, and of the stored states. auto: as the checkpoint says."""
-    tap_layers: list[int] | None = None
+    tap_layers: list[Natural] | None = None
     """Decoder layers whose inputs are stored. None: 2, N // 2, N - 3."""
-    batch_tokens: int = 0
+    batch_tokens: Natural = 0
     """Most tokens of a forward pass, padding included; samples of similar length share one. 0: one sample per pass, and
     states equal to online training's bit for bit (with batches: to rounding)."""
     attn_implementation: str | None = None
@@ -90,11 +91,11 @@ class ExtractArgs:
     """fp8 halves the taps' size: one scale per row and tap."""
     last_storage: LastStorage = "all"
     """supervised keeps the last state only where the assistant wrote: nothing else teaches."""
-    shard_mb: float = 256
+    shard_mb: Positive = 256
     """Size of a shard; at most one shard of work is lost when the run is killed."""
-    num_workers: int = 1
+    num_workers: Count = 1
     """Processes, each with its own copy of the target, spread over GPUs and nodes by Ray."""
-    gpus_per_worker: int = 1
+    gpus_per_worker: Natural = 1
     """GPUs of each worker (0: CPU). More than one needs --device-map auto."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from fledge.console import say, warn
 from fledge.errors import UserError
+from fledge.parsing import read_json
 from fledge.provenance import write_json
 
 CONFIG = "train_config.json"
@@ -63,7 +64,7 @@ def check_same_run(output_dir: Path, resolved: dict[str, Any], resuming: bool) -
     """Write the resolved config beside the run, or compare it with the run being continued."""
     path = output_dir / CONFIG
     if resuming and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path, dict[str, Any], hint="Start over with --resume_from_checkpoint False.")
         plain = json.loads(json.dumps(resolved, default=str))
         for key, value in plain.items():
             if key not in FREE and key in before and before[key] != value:

@@ -113,7 +113,7 @@ def test_folders_of_other_stages_are_recognised(inspect, tmp_path):
     (tmp_path / "store" / "manifest.json").write_text('{"kind": "something"}')
     assert "no data files in this folder" in inspect(str(tmp_path / "store"))[1]
     (tmp_path / "store" / "manifest.json").write_text("{")
-    assert "manifest.json: not valid JSON" in inspect(str(tmp_path / "store"))[1]
+    assert "manifest.json:1: not valid JSON" in inspect(str(tmp_path / "store"))[1]
 
 
 @pytest.mark.parametrize(

@@ -101,13 +101,8 @@ def test_sampling_says_that_draws_differ(folders, capsys):
     [
         (("--draft", "/nowhere"), "/nowhere/config.json: no such file"),
         (("--raw", "--system", "w9"), "--system has no place"),
-        (("--depth", -1), "depth >= 0"),
-        (("--top-p", 2), "top_p=2.0"),
-        (("--max-new-tokens", 0), "max_new_tokens=0"),
-        (("--max-new-tokens", 0, "--engine", "static"), "max_new_tokens=0"),
         (("w30", "--batch-size", 2, "--engine", "dynamic"), "--engine dynamic decodes one prompt at a time"),
         (("w30", "--image", "a.png"), "--image belongs to one prompt; --prompt has 2"),
-        (("--batch-size", 0), "--batch-size is 0"),
     ],
 )
 def test_what_cannot_be_is_one_line(folders, capsys, words, message):

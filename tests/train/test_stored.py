@@ -9,7 +9,7 @@ import pytest
 import torch
 from saved_target import save_target, write_conversations
 
-from fledge.draft.checkpoint import WEIGHTS, read_tensors
+from fledge.draft.head import WEIGHTS, read_tensors
 from fledge.errors import UserError
 from fledge.target.extract import ExtractArgs, extract
 from fledge.target.head import TargetEnds, TargetHead
