@@ -6,7 +6,7 @@ A text that was encoded twice would train the head on quotes and backslashes, so
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -16,7 +16,6 @@ from fledge.data.rejects import Reject
 ArgumentsForm = Literal["mapping", "string"]
 Messages = Sequence[dict[str, Any]]
 ARGUMENT_KEYS = ("arguments", "parameters", "args")
-PROBE_NAME, PROBE_VALUE = "probe_city", "Oslo"
 
 
 def decoded(value: Any, what: str) -> Any:
@@ -62,25 +61,6 @@ def with_arguments(messages: Messages, form: ArgumentsForm) -> list[dict[str, An
         else message
         for message in messages
     ]
-
-
-def arguments_form(render: Callable[[list[dict[str, Any]]], str]) -> ArgumentsForm:
-    """The form a template wants, found by rendering a call with a mapping.
-
-    A template that joins the arguments to its text fails on a mapping; one that prints them shows Python's spelling
-    ({'city': ...}). Both want a string. All others write JSON or fields themselves and want the mapping.
-    """
-    function = {"name": "probe", "arguments": {PROBE_NAME: PROBE_VALUE}}
-    call = {"type": "function", "function": function, "id": "a1b2c3d4e"}  # Mistral wants nine letters and digits
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-    ]
-    try:
-        text = render(messages)
-    except Reject:
-        return "string"
-    return "string" if repr({PROBE_NAME: PROBE_VALUE}) in text else "mapping"
 
 
 def _call(call: Any, index: int) -> dict[str, Any]:
