@@ -303,7 +303,7 @@ def test_the_documented_script(server, tmp_path):
 class InstantEngine:
     """Answers at once: what is left is the client's own memory."""
 
-    model, concurrency = "instant", 64
+    model, concurrency, template = "instant", 64, None
 
     def __init__(self) -> None:
         self.errors: Counter[str] = Counter()
@@ -344,6 +344,6 @@ def test_a_named_template_is_for_the_engine_in_this_process():
     )  # fmt: skip
     with pytest.raises(UserError, match="--chat-template-type chatml is for --engine transformers"):
         _engine(args)
-    with_template, without = (_settings(replace(args, engines=EngineArgs(chat_template_type=name)), "m", "d")
+    with_template, without = (_settings(replace(args, engines=EngineArgs(chat_template_type=name)), "m", "d", None)
                               for name in ("chatml", None))  # fmt: skip
     assert with_template["chat_template_type"] == "chatml" and "chat_template_type" not in without
