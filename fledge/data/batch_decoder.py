@@ -239,7 +239,7 @@ def repetition_penalised(logits: Tensor, jobs: Sequence[Job]) -> Tensor:
     for job in (jobs[row] for row in rows):
         if job.seen is None:
             job.seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            job.seen[job.prompt_ids] = True
+            job.seen[[*job.prompt_ids, *job.output_ids]] = True
         job.seen[job.output_ids[-1:]] = True
     seen = torch.stack([jobs[row].seen for row in rows])  # type: ignore[misc]  # set just above
     penalty = torch.tensor([[jobs[row].extra.repetition_penalty] for row in rows], device=logits.device)

@@ -73,11 +73,11 @@ def _check_answers(answers: AnswerArgs, samples: int) -> None:
             f"--max-tokens is {answers.max_tokens} and --top-p {answers.top_p}; the first must be at least "
             "1, the second in (0, 1]."
         )
-    extra = _flags(answers)
-    if (extra.top_k or 0) < 0 or not 0 <= (extra.min_p or 0) <= 1 or (extra.repetition_penalty or 1) <= 0:
+    top_k, min_p, penalty = answers.top_k, answers.min_p, answers.repetition_penalty
+    if not ((top_k is None or top_k >= 0) and (min_p is None or 0 <= min_p <= 1) and (penalty is None or penalty > 0)):
         raise UserError(
-            f"--top-k is {extra.top_k}, --min-p {extra.min_p}, --repetition-penalty {extra.repetition_penalty}; the "
-            "first must be at least 0, the second in [0, 1], the third above 0."
+            f"--top-k is {top_k}, --min-p {min_p}, --repetition-penalty {penalty}; the first must be at least 0, the "
+            "second in [0, 1], the third above 0."
         )
     if samples < 1 or (samples > 1 and not any(mixture.temperatures)):
         raise UserError(

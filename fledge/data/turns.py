@@ -240,10 +240,10 @@ def _known_template(prompts: PromptArgs, answers: AnswerArgs, model: str) -> "Ch
 
     from fledge.data.tokenize import ChatTemplate
 
+    if answers.thinking == "default" and prompts.max_prompt_length is None:
+        return None
     if prompts.tokenizer or prompts.max_prompt_length is not None:
         return ChatTemplate.from_pretrained(prompts.tokenizer or model)
-    if answers.thinking == "default":
-        return None
     try:  # only from this machine: a server's model may bear any name
         return ChatTemplate(AutoTokenizer.from_pretrained(model, local_files_only=True))
     except Exception:  # not here, or not to be read: the library's types vary
