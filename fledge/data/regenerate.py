@@ -55,6 +55,8 @@ async def _regenerate(args: RegenerateArgs) -> None:
         return
     async with _engine(args) as engine:
         asked = read_generation_config(args.prompts.tokenizer or engine.model)
+        if args.engines.engine == "transformers":
+            asked = asked or {}  # without one, nothing is asked for; a server's model may have one elsewhere
         extra = resolve_extra(_flags(args.answers), asked or {})
         for sentence in describe(extra, asked, temperature=args.answers.temperature, top_p=args.answers.top_p):
             say(sentence)

@@ -132,7 +132,7 @@ def transformers_probabilities(logits: torch.Tensor, jobs: list[Job]) -> torch.T
 def test_a_repetition_penalty_counts_every_token_of_its_own_row():
     """Against one forward per token: rows that join and leave keep their own tokens apart."""
     model, extra = tiny_model("llama"), ExtraSampling(repetition_penalty=1.5)
-    jobs = [Job([5, 6 + i], 12, 0.0, 1.0, 0, extra=extra if i % 2 else ExtraSampling()) for i in range(7)]
+    jobs = [Job([5, 6 + i], 8, 0.0, 1.0, 0, extra=extra if i % 2 else ExtraSampling()) for i in range(4)]
     decode(model, jobs, batch_size=3)
     for job in jobs:
         ids = list(job.prompt_ids)
@@ -142,4 +142,4 @@ def test_a_repetition_penalty_counts_every_token_of_its_own_row():
                 logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1].float()
             assert int(penalty(torch.tensor([ids]), logits).argmax()) == token
             ids.append(token)
-    assert jobs[1].output_ids != greedy_alone(model, jobs[1].prompt_ids, 12)  # the penalty matters here
+    assert jobs[1].output_ids != greedy_alone(model, jobs[1].prompt_ids, 8)  # the penalty matters here

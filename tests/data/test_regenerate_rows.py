@@ -7,7 +7,6 @@ from fakes.openai_server import FakeServer, ServerThread, answer_to
 from regenerating import prompts, rejects_of, rows_of, run, write
 
 from fledge.data.conversations import read_conversations
-from fledge.data.regenerate_args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
 from fledge.data.rejects import Rejects
 from fledge.data.samples import conversation_id
 from fledge.errors import UserError
@@ -144,8 +143,8 @@ def test_another_call_ends_the_conversation(start, tmp_path):
 
 
 def test_an_answer_without_the_call_goes_on_with_the_next_question(start, tmp_path):
-    server = start()
-    (row,) = run(tool_rows(tmp_path, ("user", "And then?")), tmp_path / "out", server.url)
+    data, prompt = tool_rows(tmp_path, ("user", "And then?")), {"data_format": "messages"}
+    (row,) = run(data, tmp_path / "out", start().url, prompt=prompt)
     contents = [message["content"] for message in row["messages"]]
     assert contents == ["Oslo?", answer_to("Oslo?"), "And then?", answer_to("And then?")]
     assert "turns_left_out" not in row
@@ -276,5 +275,3 @@ def test_sampling_out_of_range_is_refused(tmp_path, flags):
     data = prompts(tmp_path / "in.jsonl", "one")
     with pytest.raises(UserError, match="--top-k is .* --min-p .* --repetition-penalty"):
         run(data, tmp_path / "out", "127.0.0.1:9", answer=flags)
-    assert RegenerateArgs(prompts=PromptArgs(data_name_or_path="x"), output_dir=tmp_path, answers=AnswerArgs(),
-                          engines=EngineArgs())  # fmt: skip
