@@ -138,8 +138,8 @@ def test_calls_in_the_text_become_tool_calls():
 
 
 def test_template_variables_tools_and_extra_sampling_reach_the_model(tiny_dir, make_tokenizer, tmp_path):
-    """The engine in this process rendered neither tools nor the row's template variables, and sampled without the
-    repetition penalty of generation_config."""
+    """The engine in this process rendered neither tools nor the row's template variables, and sampled without what
+    generation_config asks for."""
     template = (
         "{% if tools %}<tool_call> {{ tools[0].function.name }}\n{% endif %}{{ effort }}"
         "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
@@ -153,13 +153,14 @@ def test_template_variables_tools_and_extra_sampling_reach_the_model(tiny_dir, m
         async with LocalEngine(str(folder), batch_size=2, device="cpu") as engine:
             plain = Request(messages, 12, 0.0, 1.0, 0)
             told = replace(plain, chat_template_kwargs={"effort": "high"}, tools=tools)
-            penalised = replace(plain, extra=ExtraSampling(repetition_penalty=50.0))
-            return [await engine.answer(request) for request in (plain, told, penalised)], engine.template.tokenizer
+            wild = replace(plain, temperature=50.0)
+            tamed = replace(wild, extra=ExtraSampling(top_k=1))
+            return [await engine.answer(each) for each in (plain, told, wild, tamed)], engine.template.tokenizer
 
-    (plain, told, penalised), tokenizer = asyncio.run(ask())
+    (plain, told, wild, tamed), tokenizer = asyncio.run(ask())
     assert tokenizer.decode(plain.prompt_ids) == "hi:"
     assert tokenizer.decode(told.prompt_ids) == "<tool_call> weather\nhighhi:"
-    assert len(set(penalised.output_ids)) == len(penalised.output_ids) and penalised.output_ids != plain.output_ids
+    assert tamed.output_ids == plain.output_ids != wild.output_ids
 
 
 def test_tools_of_a_template_whose_calls_are_not_read_are_refused(tiny_dir):

@@ -34,7 +34,7 @@ OTHERS = {  # the switches of families whose templates are not among the named o
         + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     "tools": (
-        "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson + '\n' }}{% endfor %}<|im_end|>\n{% endif %}"
+        "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
         "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} {{ c.function.arguments }}</tool_call>"
         "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
