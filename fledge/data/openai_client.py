@@ -22,7 +22,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
@@ -42,6 +42,9 @@ from fledge.data.engine import Answer, Request
 from fledge.data.image_urls import has_images, with_data_urls
 from fledge.data.rejects import Reject
 from fledge.errors import UserError
+
+if TYPE_CHECKING:
+    from fledge.data.tokenize import ChatTemplate
 
 MAX_EMPTY_ANSWERS = 3
 MAX_RATE_LIMITS = 200
@@ -86,6 +89,8 @@ class Patience:
 
 class OpenAIClient:
     """An `Engine` over several endpoints that serve the same model."""
+
+    template: "ChatTemplate | None" = None  # the servers render the prompts
 
     def __init__(
         self,

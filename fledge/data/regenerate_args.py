@@ -8,7 +8,7 @@ import tyro
 
 from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
 from fledge.data.rejects import MAX_REJECT_SHARE
-from fledge.ranges import Count, NotNegative, Port, Positive, PositiveShare, Seed, Share
+from fledge.ranges import Count, Natural, NotNegative, Port, Positive, PositiveShare, Seed, Share
 
 
 @dataclass(kw_only=True)
@@ -23,6 +23,8 @@ class PromptArgs:
     repeated_ids: Annotated[RepeatedIds, tyro.conf.arg(help=REPEATED_IDS_HELP)] = "reject"
     max_samples: Count | None = None
     """Use only the first so many conversations."""
+    samples_per_prompt: Count = 1
+    """Answers to every conversation, each with draws of its own; their rows are named ID#answer1, ID#answer2, ..."""
     system_prompt: str | None = None
     """System message for conversations that have none."""
     deduplicate: bool = False
@@ -30,7 +32,8 @@ class PromptArgs:
     max_prompt_length: Count | None = None
     """Longest prompt in tokens of the tokenizer; a longer first turn rejects its row, a longer later turn ends it."""
     tokenizer: str | None = None
-    """Folder or hub name of the tokenizer that --max-prompt-length counts with. None: that of the model."""
+    """Folder or hub name of the target, where the name the servers use is neither: --max-prompt-length counts with its
+    tokenizer, --thinking follows its chat template, its generation_config is obeyed."""
     max_reject_share: Share = MAX_REJECT_SHARE
     """Fail when more than this share of the rows could not be read or answered (chosen drops not counted)."""
 
@@ -43,12 +46,20 @@ class AnswerArgs:
     """One temperature, or a mixture drawn per row: "0.0:0.3,0.7:0.7" is 30 % greedy, 70 % at 0.7."""
     top_p: PositiveShare = 1.0
     """Nucleus of the sampled answers."""
+    top_k: Natural | None = None
+    """Sample from so many likeliest tokens, 0 from all. None: what the target's generation_config asks for."""
+    min_p: Share | None = None
+    """Least probability of a sampled token, relative to the likeliest. None: as generation_config asks."""
+    repetition_penalty: Positive | None = None
+    """Divisor of the logits of tokens that prompt or answer hold already. None: as generation_config asks."""
     seed: Seed = 42
     """Draws of every row follow from this and the row's id."""
     thinking: Literal["default", "on", "off", "both"] = "default"
-    """`enable_thinking` of the chat template; both: drawn per row, half and half. default: not set."""
+    """The chat template's own switch (enable_thinking, thinking, reasoning_effort); both: drawn per row, half and half.
+    default: not set, or as the row's chat_template_kwargs say."""
     truncated: Literal["keep", "drop"] = "keep"
-    """Rows whose answer was cut at the limit (finish_reason length): kept, or listed as rejects. Counted either way."""
+    """Rows whose answer was cut at the limit (finish_reason length), while reasoning too: kept, or listed as rejects.
+    Counted either way."""
 
 
 @dataclass(kw_only=True)

@@ -75,7 +75,7 @@ class Prompt:
 
 def conversation_id(sample_id: str) -> str:
     """The conversation a sample came from (a split-off turn and a further answer carry marks in their ids)."""
-    return re.sub(rf"{ANSWER_MARK}\d+$", "", sample_id.partition(TURN_MARK)[0])
+    return re.sub(rf"({ANSWER_MARK}\d+)+$", "", sample_id.partition(TURN_MARK)[0])
 
 
 @dataclass(frozen=True)
