@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import fledge
-from fledge.console import console
+from fledge.console import console, show_error
 from fledge.errors import UserError, nearest
 
 
@@ -74,7 +74,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     except (UserError, OSError) as error:
         if os.environ.get("FLEDGE_TRACEBACK"):
             raise
-        console.print(f"error: {' '.join(str(error).split())}", style="bold red", markup=False)
+        show_error(str(error))
         return 1
     except KeyboardInterrupt:
         console.print("interrupted", style="bold red")

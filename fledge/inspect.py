@@ -14,6 +14,7 @@ import tyro
 
 from fledge.console import say
 from fledge.data.conversations import DataFormat
+from fledge.data.image_urls import AllowImageUrls, allow_image_urls
 from fledge.errors import UserError
 
 
@@ -57,10 +58,12 @@ class InspectArgs:
     """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
     min_pixels: int | None = None
     """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
+    allow_image_urls: AllowImageUrls = False
 
 
 def inspect(args: InspectArgs) -> None:
     """Show what is in a data set (as training will see it), a store of hidden states or a draft head."""
+    allow_image_urls(args.allow_image_urls)
     folder = Path(args.path).expanduser()
     manifest = folder / "manifest.json"
     if manifest.is_file() and _read_json(manifest).get("kind") == "hidden_store":

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fledge.data.image_urls import AllowImageUrls
 from fledge.errors import UserError
 
 Mode = Literal["both", "eagle", "baseline", "aa"]
@@ -42,6 +43,7 @@ class ModelArgs:
     """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
     min_pixels: int | None = None
     """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
+    allow_image_urls: AllowImageUrls = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from fledge import provenance
 from fledge.console import Bar, progress, say, warn
 from fledge.data.conversations import Conversation, read_conversations
 from fledge.data.engine import Engine
+from fledge.data.image_urls import allow_image_urls
 from fledge.data.journal import Journal
 from fledge.data.regenerate_args import PromptArgs, RegenerateArgs
 from fledge.data.rejects import Reject, Rejects
@@ -44,6 +45,7 @@ def regenerate(args: RegenerateArgs) -> None:
 
 
 async def _regenerate(args: RegenerateArgs) -> None:
+    allow_image_urls(args.prompts.allow_image_urls)
     TemperatureMixture.parse(args.answers.temperature)
     if args.answers.max_tokens < 1 or not 0 < args.answers.top_p <= 1:
         raise UserError(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from fledge.data.conversations import DataFormat
+from fledge.data.image_urls import AllowImageUrls
 from fledge.data.rejects import MAX_REJECT_SHARE
 
 
@@ -26,6 +27,7 @@ class PromptArgs:
     """Longest prompt in tokens of the tokenizer; a longer first turn rejects its row, a longer later turn ends it."""
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer that --max-prompt-length counts with. None: that of the model."""
+    allow_image_urls: AllowImageUrls = False
     max_reject_share: float = MAX_REJECT_SHARE
     """Fail when more than this share of the rows could not be read or answered (chosen drops not counted)."""
 
