@@ -171,8 +171,8 @@ async def model_of(client: Client, url: str) -> str:
         return await served_model(client, url)
     except ServerError as error:
         raise UserError(
-            f"{url}: no OpenAI-compatible server there ({error}). Start one, for instance with `fledge serve`, or leave "
-            f"out its URL to have it started."
+            f"{url}: no OpenAI-compatible server there ({error}). Start one, for instance with `fledge serve`, or "
+            f"leave out its URL to have it started."
         ) from None
 
 

@@ -7,6 +7,7 @@ Knows nothing of what the replies mean: `replies.py` does.
 """
 
 import asyncio
+import errno
 import ipaddress
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -125,7 +126,7 @@ class Client:
         family, kind, protocol, _, place = found
         address = ipaddress.ip_address(place[0].partition("%")[0])
         if self._may_connect is not None and not self._may_connect(address):
-            raise PermissionError(f"{address} is no public address")
+            raise PermissionError(errno.EACCES, f"{address} is no public address")
         return socket.socket(family, kind, protocol)
 
 
@@ -194,9 +195,9 @@ def is_public(address: Address) -> bool:
 
 
 def base_url(text: str) -> str:
-    """`host:port`, `http://host:port` and `http://host:port/v1` as a URL without the last; UserError when it is none."""
-    text = text.strip().rstrip("/").removesuffix("/v1")
-    url = text if "://" in text else f"http://{text}"
+    """`host:port`, `http://host:port` and the same with `/v1` as a URL without it; UserError when it is none."""
+    text = text.strip()
+    url = (text if "://" in text else f"http://{text}").rstrip("/").removesuffix("/v1")
     try:
         parsed = URL(url)
         good = parsed.scheme in ("http", "https") and parsed.host and parsed.port and not parsed.query_string

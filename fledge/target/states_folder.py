@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from fledge.servers.client import ServerError
+from fledge.servers.client import ServerError, one_line
 
 SERVER_FOLDER = Path("/dev/shm/fledge")  # also in the command that `fledge extract --target-backend vllm` prints
 LOCK_TIMEOUT_S = 300.0
@@ -65,9 +65,7 @@ def _inside(named: str, request_id: str, folder: Path) -> Path:
             f"(its shared_storage_path) with --server-folder",
         )
     if path.suffix != ".safetensors" or request_id not in path.name:
-        raise ServerError(
-            "wrong path", f"the server names {named[:200]!r}, which is not the file of request {request_id}"
-        )
+        raise ServerError("wrong path", f"the server names {named[:200]!r}, no file of our request {request_id}")
     return path
 
 
@@ -112,9 +110,7 @@ def _checked(path: Path, content: bytes, token_ids: Sequence[int], num_layers: i
         saved = load(content)
         states, ids = saved["hidden_states"], saved["token_ids"]
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise ServerError(
-            "wrong states", f"{path}: no file of hidden states ({' '.join(str(error).split())[:200]})"
-        ) from None
+        raise ServerError("wrong states", f"{path}: no file of hidden states ({one_line(error)})") from None
     if ids.dtype not in (torch.int32, torch.int64) or ids.tolist() != list(token_ids):
         raise ServerError("wrong states", f"{path}: states of other tokens than asked for")
     wanted = (len(token_ids), num_layers, hidden_size)

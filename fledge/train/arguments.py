@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from fledge.data.image_urls import ALLOW_HELP
 from fledge.config import field_names, read_recipe
+from fledge.data.image_urls import ALLOW_HELP
 from fledge.draft.depth import check_survival
 from fledge.draft.loss import LossSettings
 from fledge.errors import UserError, nearest
