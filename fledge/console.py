@@ -55,7 +55,7 @@ class _RichBar:
         self._bars, self._task = bars, task
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
-        fields: dict[str, Any] = {} if note is None else {"note": redact(note)}
+        fields: dict[str, Any] = {} if note is None else {"note": note}
         self._bars.update(self._task, advance=steps, **fields)
 
 

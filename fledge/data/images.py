@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from fledge.data.image_urls import (
     IMAGE_TYPES,
@@ -26,6 +26,8 @@ from fledge.data.image_urls import (
 )
 from fledge.data.rejects import Reject
 from fledge.errors import UserError
+
+EpsImagePlugin.gs_binary = False  # `datasets` decodes whatever its files hold: PostScript must start no program
 
 MARK = "<image>"  # LLaVA's spelling: the mark in the text, the file in the row
 

@@ -3,11 +3,12 @@
 import asyncio
 import base64
 import io
+import os
 import shutil
 
 import pytest
 from fakes.hostile_server import always, forever, http, serving
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from fledge.data import image_urls
 from fledge.data.image_urls import allow_image_urls, open_image, read_image, with_data_urls
@@ -94,7 +95,9 @@ def test_named_formats_are_opened(kind):
 def test_postscript_under_a_pictures_name_starts_nothing(tmp_path, monkeypatch):
     """A file called x.png with PostScript inside was handed to Ghostscript."""
     started = []
-    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *a, **k: started.append(a) or Image.new("RGB", (9, 9)).im)
+    monkeypatch.setattr(
+        "PIL.EpsImagePlugin.Ghostscript", lambda *a, **k: started.append(a) or Image.new("RGB", (9, 9)).im
+    )
     (tmp_path / "x.png").write_bytes(POSTSCRIPT)
     inside = f"data:image/png;base64,{base64.b64encode(POSTSCRIPT).decode()}"
     for source in (str(tmp_path / "x.png"), inside):
@@ -106,6 +109,17 @@ def test_postscript_under_a_pictures_name_starts_nothing(tmp_path, monkeypatch):
     with Image.open(io.BytesIO(POSTSCRIPT)) as image:  # control: PIL by itself would
         image.load()
     assert started
+
+
+def test_nobody_starts_ghostscript(tmp_path, monkeypatch):
+    """`datasets` opens the pictures of a data set by itself, of any format."""
+    program = tmp_path / "gs"
+    program.write_text("#!/bin/sh\nexit 0\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert not EpsImagePlugin.has_ghostscript()
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # control: PIL's default would find it
+    assert EpsImagePlugin.has_ghostscript()
 
 
 def test_a_picture_of_too_many_pixels_is_rejected(monkeypatch):
