@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import fledge
-from fledge.console import console
+from fledge.console import console, show_error
 from fledge.errors import UserError, nearest
 
 # Whose own exception types speak of files, templates and the network. Errors are named where a file is read; this is
@@ -81,7 +81,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         message = one_line(error)
         if message is None or os.environ.get("FLEDGE_TRACEBACK"):
             raise
-        console.print(f"error: {message}", style="bold red", markup=False)
+        show_error(message)
         return status
     except KeyboardInterrupt:
         console.print("interrupted", style="bold red")

@@ -14,6 +14,7 @@ import tyro
 
 from fledge.console import say
 from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
+from fledge.data.image_urls import AllowImageUrls, allow_image_urls
 from fledge.data.traces import UNTRACED_HELP, Untraced
 from fledge.errors import UserError
 from fledge.parsing import read_python_json
@@ -65,6 +66,7 @@ class InspectArgs:
     """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
     min_pixels: Count | None = None
     """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
+    allow_image_urls: AllowImageUrls = False
 
 
 class Manifest(msgspec.Struct):
@@ -75,6 +77,7 @@ class Manifest(msgspec.Struct):
 
 def inspect(args: InspectArgs) -> None:
     """Show what is in a data set (as training will see it), a store of hidden states or a draft head."""
+    allow_image_urls(args.allow_image_urls)
     folder = Path(args.path).expanduser()
     manifest = folder / "manifest.json"
     if manifest.is_file() and read_python_json(manifest, Manifest).kind == "hidden_store":

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from msgspec import Meta
 
+from fledge.data.image_urls import AllowImageUrls
 from fledge.errors import UserError
 from fledge.ranges import LARGEST, Count, Natural, NotNegative, PositiveShare, Seed, check_ranges
 
@@ -45,6 +46,7 @@ class ModelArgs:
     """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
     min_pixels: Count | None = None
     """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
+    allow_image_urls: AllowImageUrls = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 Knows JSON and error texts of vLLM, SGLang, TGI and OpenAI. Knows no sockets, no retries: `openai_client.py` does.
 """
 
-import json
 import re
 import time
 from dataclasses import replace
@@ -12,6 +11,8 @@ from typing import Any, Literal
 
 from fledge.data.engine import Answer, Request
 from fledge.data.rejects import Reject
+from fledge.servers.client import ServerError
+from fledge.servers.replies import Completion, Usage, read_reply
 
 STOP_REASONS: dict[str, Literal["stop", "length"]] = {
     "stop": "stop",
@@ -42,14 +43,6 @@ PROMPT = re.compile(
 TOOLS = re.compile(r"(\d+) in the functions", re.I)  # OpenAI counts them apart from the messages
 PART_OF_PROMPT = re.compile(r"at least \d+ input tokens|passed \d+ input \w+ and requested", re.I)
 ANSWER_LIMIT = re.compile(r"at most (\d+) completion tokens|`max_new_tokens` must be <= (\d+)\. Given: \d+$", re.I)
-
-
-class Failure(Exception):
-    """An attempt that may succeed another time. `counts`: against the request's attempts."""
-
-    def __init__(self, kind: str, detail: str, *, counts: bool = True) -> None:
-        super().__init__(f"{kind}: {detail}")
-        self.kind, self.detail, self.counts = kind, detail, counts
 
 
 class ContextTooLong(Exception):
@@ -102,44 +95,26 @@ def _as_sent(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_completion(content: bytes) -> Answer:
-    """A chat completion; raises Failure when it is none, or empty."""
-    try:
-        document = json.loads(content)
-        choice, usage = document["choices"][0], document.get("usage") or {}
-        message, reason = choice["message"], choice["finish_reason"]
-        text, reasoning = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
-        if not isinstance(text, str):
-            raise TypeError(f"content is {type(text).__name__}")
-        calls = message.get("tool_calls") or None
-        prompt_ids, output_ids = document.get("prompt_token_ids"), choice.get("token_ids")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        start = content[:80].decode(errors="replace")
-        raise Failure("malformed answer", f"{type(error).__name__}: {error}; it starts {start!r}") from None
+    """A chat completion; raises ServerError when it is none, or empty, and Reject when asking again cannot help."""
+    found = read_reply(content, Completion)
+    choice, usage = found.choices[0], found.usage or Usage()
+    text, reasoning, reason = choice.message.content or "", choice.message.thoughts, choice.finish_reason
+    calls = choice.message.tool_calls or None
     if reason in ("abort", "error", None):
-        raise Failure("malformed answer", f"finish_reason {reason!r}")
+        raise ServerError("malformed answer", f"finish_reason {reason!r}")
     if reason not in STOP_REASONS:
         raise Reject(f"finish_reason {reason}", "the server ended the answer itself")
+    num_tokens = "?" if usage.completion_tokens is None else usage.completion_tokens
     if not text.strip() and not calls and not (reasoning and reason == "length"):
-        raise Failure("empty answer", f"finish_reason {reason}, {usage.get('completion_tokens', '?')} tokens")
+        raise ServerError("empty answer", f"finish_reason {reason}, {num_tokens} tokens")
+    prompt_ids, output_ids = found.prompt_token_ids, choice.token_ids
     return Answer(
         text=text, finish_reason=STOP_REASONS[reason], reasoning=reasoning or None, tool_calls=calls,
-        num_prompt_tokens=int(usage.get("prompt_tokens") or len(prompt_ids or ())),
-        num_output_tokens=int(usage.get("completion_tokens") or len(output_ids or ())),
+        num_prompt_tokens=usage.prompt_tokens or len(prompt_ids or ()),
+        num_output_tokens=usage.completion_tokens or len(output_ids or ()),
         prompt_ids=prompt_ids if prompt_ids and output_ids else None,
         output_ids=output_ids if prompt_ids and output_ids else None,
     )  # fmt: skip
-
-
-def error_text(content: bytes) -> str:
-    """The message inside an error document, or its beginning."""
-    text = content.decode(errors="replace")
-    try:
-        document = json.loads(text)
-        error = document.get("error", document)
-        text = str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError):
-        pass
-    return " ".join(text.split())[:400]
 
 
 def room(text: str) -> int | None:

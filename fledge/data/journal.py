@@ -35,6 +35,7 @@ from fledge.console import warn
 from fledge.data.sealed import JournalManifest, Sealed, check_file, read_sealed, shard_name
 from fledge.errors import UserError
 from fledge.parsing import parse_json, read_json
+from fledge.redaction import redact, redacted
 
 FORMAT = 1
 MANIFEST_EVERY_S = 10.0
@@ -76,7 +77,9 @@ class Journal:
         if shard_size < 1:
             raise UserError(f"the shard size is {shard_size}; it must be at least 1.")
         self.folder, self.total, self.shard_size, self._tally = folder, total, shard_size, tally
-        self.settings = json.loads(json.dumps({**settings, "data_shard_size": shard_size, "input_rows": total}))
+        self.settings = json.loads(
+            json.dumps(redacted({**settings, "data_shard_size": shard_size, "input_rows": total}))
+        )
         self._inner = folder / ".journal"
         self._open: dict[int, _Shard] = {}
         self._sealed: dict[int, Sealed] = {}
@@ -148,7 +151,7 @@ class Journal:
     def reject(self, index: int, row_id: str, reason: str, detail: str = "", where: str = "") -> None:
         """Row `index` gets no answer, for this reason."""
         shard = self._shard_for(index)
-        entry = {"id": row_id, "where": where, "reason": reason, "detail": detail}
+        entry = {"id": row_id, "where": where, "reason": reason, "detail": redact(detail)}
         self._append(shard, index, REJECT, json.dumps(entry, ensure_ascii=False).encode())
         shard.rejects[index] = entry
         if shard.full():

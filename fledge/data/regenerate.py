@@ -25,6 +25,7 @@ from fledge import provenance
 from fledge.console import Bar, progress, say, warn
 from fledge.data.conversations import ANSWER_MARK, Conversation, read_conversations
 from fledge.data.engine import Engine
+from fledge.data.image_urls import allow_image_urls
 from fledge.data.journal import Journal
 from fledge.data.questions import prompt_digest
 from fledge.data.regenerate_args import AnswerArgs, PromptArgs, RegenerateArgs
@@ -48,6 +49,7 @@ def regenerate(args: RegenerateArgs) -> None:
 
 
 async def _regenerate(args: RegenerateArgs) -> None:
+    allow_image_urls(args.prompts.allow_image_urls)
     _check_answers(args.answers, args.prompts.samples_per_prompt)
     input_rejects = Rejects(max_share=args.prompts.max_reject_share)
     total, digest = _count(args.prompts, input_rejects)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
+from fledge.data.image_urls import AllowImageUrls
 from fledge.data.rejects import MAX_REJECT_SHARE
 from fledge.ranges import Count, Natural, NotNegative, Port, Positive, PositiveShare, Seed, Share
 
@@ -34,6 +35,7 @@ class PromptArgs:
     tokenizer: str | None = None
     """Folder or hub name of the target, where the name the servers use is neither: --max-prompt-length counts with its
     tokenizer, --thinking follows its chat template, its generation_config is obeyed."""
+    allow_image_urls: AllowImageUrls = False
     max_reject_share: Share = MAX_REJECT_SHARE
     """Fail when more than this share of the rows could not be read or answered (chosen drops not counted)."""
 

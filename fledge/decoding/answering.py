@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from fledge.console import say, show_table
+from fledge.data.image_urls import AllowImageUrls, allow_image_urls
 from fledge.data.rejects import Reject
 from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
@@ -74,6 +75,7 @@ class ModelArgs:
     """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
     min_pixels: Count | None = None
     """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
+    allow_image_urls: AllowImageUrls = False
 
 
 class Answerer:
@@ -88,6 +90,7 @@ class Answerer:
         from fledge.draft.head import read_head
         from fledge.target.model import Target
 
+        allow_image_urls(args.allow_image_urls)
         sampling = args.sampling
         self.args = args
         self.sampling = Sampling(sampling.temperature, sampling.top_p, sampling.sample_top_k, sampling.seed)

@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +26,12 @@ from fledge import config
 from fledge.console import progress, say, show_table
 from fledge.errors import UserError
 from fledge.ranges import Count, Port, Positive
+from fledge.servers.client import Limits, ServerError, get
 
 POLL_S = 0.5
 STOP_PATIENCE_S = 20.0
 LOG_TAIL_LINES = 12
+PROBE = Limits(total_s=5.0, body_bytes=1 << 20)
 CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
 CPU_CACHE_MOST_GIB = 16
 CPU_CORES = "VLLM_CPU_OMP_THREADS_BIND"
@@ -295,11 +296,9 @@ def _wait_until_ready(servers: Sequence[Server], processes: Sequence[subprocess.
 
 
 def _answers(server: Server) -> bool:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy must not answer for localhost
     try:
-        with opener.open(f"{server.url}/health", timeout=5) as response:
-            return response.status == 200
-    except OSError:
+        return get(f"{server.url}/health", limits=PROBE).status == 200
+    except ServerError:
         return False
 
 

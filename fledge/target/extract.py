@@ -22,6 +22,7 @@ from fledge import provenance
 from fledge.console import Bar, progress, say, show_table, warn
 from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
 from fledge.data.dataset import TokenizedData
+from fledge.data.image_urls import AllowImageUrls, allow_image_urls
 from fledge.data.tokenize import ChatTemplate, Sample
 from fledge.data.traces import UNTRACED_HELP, Untraced
 from fledge.errors import UserError
@@ -31,6 +32,7 @@ from fledge.target.head import TargetEnds, TargetHead
 from fledge.target.live import BatchedSource, LiveSource
 from fledge.target.model import Target, default_device
 from fledge.target.record import TargetRecord
+from fledge.target.states_folder import SERVER_FOLDER
 from fledge.target.store.describe import describe_states
 from fledge.target.store.manifest import Identity, LastStorage, Manifest, TapStorage
 from fledge.target.store.shard import ShardBuffer
@@ -51,6 +53,9 @@ class ExtractArgs:
     """hf: the target in this process. vllm: a vLLM server that extracts hidden states (see docs/formats.md)."""
     server: list[str] | None = None
     """With --target-backend vllm: base URLs of the servers, e.g. http://localhost:8000."""
+    server_folder: Path = SERVER_FOLDER
+    """With --target-backend vllm: the folder where the servers write states (their `shared_storage_path`). Files
+    anywhere else are neither read nor removed."""
     model_max_length: Count = 2048
     """Longest sample in tokens; longer ones are cut and counted."""
     chat_template_type: str | None = None
@@ -72,6 +77,7 @@ class ExtractArgs:
     """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
     min_pixels: Count | None = None
     """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
+    allow_image_urls: AllowImageUrls = False
     revision: str | None = None
     """Revision of a target on the hub."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -259,6 +265,7 @@ class OpenTarget:
 
 def open_target(args: ExtractArgs) -> OpenTarget:
     """Load the target (hf), or its ends and a client of the server (vllm)."""
+    allow_image_urls(args.allow_image_urls)
     if args.target_backend == "vllm":
         from fledge.target.engine_states import open_engine
 

@@ -16,6 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from fledge.config import field_names, read_recipe
 from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
+from fledge.data.image_urls import ALLOW_HELP
 from fledge.data.traces import UNTRACED_HELP, Untraced
 from fledge.draft.loss import LossSettings
 from fledge.errors import UserError, nearest
@@ -31,6 +32,7 @@ from fledge.ranges import (
     Whole,
     check_ranges,
 )
+from fledge.target.states_folder import SERVER_FOLDER
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -51,6 +53,8 @@ class DataArguments:
     target_backend: Literal["hf", "vllm"] = _flag("hf", "hf: the live target in this process. vllm: on the servers "
                                                   "of --server, which extract hidden states.")  # fmt: skip
     server: list[str] = _flag([], "With --target_backend vllm: base URLs, e.g. http://localhost:8000.")
+    server_folder: str = _flag(str(SERVER_FOLDER), "With --target_backend vllm: the folder where the servers write "
+                               "states. Files anywhere else are neither read nor removed.")  # fmt: skip
     train_data_path: list[str] = _flag([], "Conversations to train on, live: files, folders or hub names.")
     eval_data_path: list[str] = _flag([], "Conversations to evaluate on. Empty: --eval_fraction of the training data.")
     train_hidden_path: list[str] = _flag([], "Stored hidden states to train on (made by `fledge extract`).")
@@ -69,6 +73,7 @@ class DataArguments:
     num_proc: Count | None = _flag(None, "Processes for tokenisation.")
     max_pixels: Count | None = _flag(None, "Vision-language targets: area to which larger pictures are reduced.")
     min_pixels: Count | None = _flag(None, "Vision-language targets: area to which smaller pictures are enlarged.")
+    allow_image_urls: bool = _flag(False, ALLOW_HELP)
 
 
 @dataclass(kw_only=True)

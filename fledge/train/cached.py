@@ -107,7 +107,10 @@ def open_target(args: TrainArgs, template: ChatTemplate, folder: Path) -> OpenTa
     }
     name, taps = str(args.data.target_model_name_or_path), args.draft.tap_layers or None
     if args.data.target_backend == "vllm":
-        served = EngineTarget.open(name, args.data.server, dtype=args.draft.target_dtype, tap_layers=taps)
+        served = EngineTarget.open(
+            name, args.data.server, dtype=args.draft.target_dtype, tap_layers=taps,
+            folder=Path(args.data.server_folder),
+        )  # fmt: skip
         return OpenTarget(template, served.identity(template, **kept), served.ends.head, served.source, False)
     target = Target.from_pretrained(name, dtype=args.draft.target_dtype, device=args.trainer.device, tap_layers=taps)
     head = TargetHead.of(target)

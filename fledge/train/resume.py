@@ -13,6 +13,7 @@ from fledge.console import say, warn
 from fledge.errors import UserError
 from fledge.parsing import read_json
 from fledge.provenance import write_json
+from fledge.redaction import redacted
 
 CONFIG = "train_config.json"
 # What may differ between a run and its continuation: where and how it is run and shown, not what is computed.
@@ -65,7 +66,7 @@ def check_same_run(output_dir: Path, resolved: dict[str, Any], resuming: bool) -
     path = output_dir / CONFIG
     if resuming and path.is_file():
         before = read_json(path, dict[str, Any], hint="Start over with --resume_from_checkpoint False.")
-        plain = json.loads(json.dumps(resolved, default=str))
+        plain = json.loads(json.dumps(redacted(resolved), default=str))
         for key, value in plain.items():
             if key not in FREE and key in before and before[key] != value:
                 raise UserError(

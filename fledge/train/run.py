@@ -19,6 +19,7 @@ from transformers import set_seed
 from fledge import provenance
 from fledge.console import say, show_table, warn
 from fledge.data.dataset import TokenizedData
+from fledge.data.image_urls import allow_image_urls
 from fledge.data.rows import check_source
 from fledge.data.tokenize import ChatTemplate
 from fledge.data.vocab import build_vocab
@@ -74,6 +75,7 @@ def train(args: TrainArgs) -> None:
 
     Ends with a head in --output_dir that fledge, vLLM and SGLang load. A run that was stopped continues where it was.
     """
+    allow_image_urls(args.data.allow_image_urls)
     output_dir = Path(str(args.trainer.output_dir))
     checkpoint = find_checkpoint(output_dir, args.trainer.resume_from_checkpoint)
     if checkpoint is not None:
