@@ -9,6 +9,8 @@ from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
+import msgspec
+
 from fledge.data.engine import Answer, Request
 from fledge.data.rejects import Reject
 from fledge.servers.client import ServerError
@@ -99,7 +101,7 @@ def parse_completion(content: bytes) -> Answer:
     found = read_reply(content, Completion)
     choice, usage = found.choices[0], found.usage or Usage()
     text, reasoning, reason = choice.message.content or "", choice.message.thoughts, choice.finish_reason
-    calls = choice.message.tool_calls or None
+    calls = msgspec.to_builtins(choice.message.tool_calls) or None
     if reason in ("abort", "error", None):
         raise ServerError("malformed answer", f"finish_reason {reason!r}")
     if reason not in STOP_REASONS:

@@ -95,6 +95,6 @@ def _signature(call: Message) -> str:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     return json.dumps([function.get("name"), arguments], sort_keys=True)

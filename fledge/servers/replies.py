@@ -25,11 +25,22 @@ class Usage(Struct):
     completion_tokens: Count | None = None
 
 
+class FunctionCall(Struct, omit_defaults=True):
+    name: Annotated[str, Meta(min_length=1, max_length=1024)]
+    arguments: str | dict[str, Any] | None = None
+
+
+class ToolCall(Struct, omit_defaults=True):
+    function: FunctionCall
+    id: str | None = None
+    type: str | None = None
+
+
 class Message(Struct):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
 
     @property
     def thoughts(self) -> str:

@@ -82,6 +82,13 @@ WHOLE_BODIES: dict[str, bytes] = {
     "token id beyond int64": json.dumps(choice(token_ids=[2**70])).encode(),
     "token ids as dict": json.dumps(choice(token_ids={"0": 1})).encode(),
     "fractional prompt token ids": json.dumps(completion(prompt_token_ids=[1.5])).encode(),
+    "tool calls as text": json.dumps(choice(message={"content": "fine", "tool_calls": "call"})).encode(),
+    "tool call without a function": json.dumps(choice(message={"content": "", "tool_calls": [{"id": "1"}]})).encode(),
+    "function as text": json.dumps(choice(message={"content": "", "tool_calls": [{"function": "f"}]})).encode(),
+    "function without a name": json.dumps(choice(message={"tool_calls": [{"function": {"name": ""}}]})).encode(),
+    "arguments as list": json.dumps(
+        choice(message={"tool_calls": [{"function": {"name": "f", "arguments": [1]}}]})
+    ).encode(),
     "error without answer": b'{"error": {"message": "oops"}}',
 }
 # name -> the bytes on the wire
