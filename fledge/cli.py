@@ -10,8 +10,12 @@ import sys
 from collections.abc import Sequence
 
 import fledge
-from fledge.console import console
+from fledge.console import console, show_error
 from fledge.errors import UserError, nearest
+
+# Whose own exception types speak of files, templates and the network. Errors are named where a file is read; this is
+# the last net for what a library reads behind our back.
+LIBRARIES = {"safetensors", "jinja2", "pyarrow", "yaml", "huggingface_hub"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,21 +69,33 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     from fledge.config import parse
 
     command = COMMANDS[name]
+    status = 2  # until the flags are known to be right
     try:
         module = importlib.import_module(command.module)
         args_class = getattr(module, command.args)
         parser = getattr(module, "parse_args", parse)  # `train` adds the Trainer's own arguments
         args = parser(args_class, argv, prog=f"fledge {name}", description=sentence(getattr(module, command.run)))
+        status = 1
         getattr(module, command.run)(args)
-    except (UserError, OSError) as error:
-        if os.environ.get("FLEDGE_TRACEBACK"):
+    except Exception as error:
+        message = one_line(error)
+        if message is None or os.environ.get("FLEDGE_TRACEBACK"):
             raise
-        console.print(f"error: {' '.join(str(error).split())}", style="bold red", markup=False)
-        return 1
+        show_error(message)
+        return status
     except KeyboardInterrupt:
         console.print("interrupted", style="bold red")
         return 130
     return 0
+
+
+def one_line(error: Exception) -> str | None:
+    """What a user is told of an error; None for one that only we can fix, which keeps its traceback."""
+    message = " ".join(str(error).split())
+    if isinstance(error, (UserError, OSError)):
+        return message
+    library = type(error).__module__.partition(".")[0]
+    return f"{type(error).__name__}: {message}" if library in LIBRARIES else None
 
 
 def sentence(function) -> str:

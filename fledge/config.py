@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from fledge.errors import UserError, nearest
+from fledge.parsing import read_yaml
+from fledge.ranges import check_ranges
 
 Args = TypeVar("Args")
+Scalar = bool | int | float | str | None
+Recipe = dict[str, Scalar | list[Scalar] | dict[str, Any]]
 
 
 def parse(args_class: type[Args], argv: Sequence[str], *, prog: str, description: str) -> Args:
@@ -21,10 +23,12 @@ def parse(args_class: type[Args], argv: Sequence[str], *, prog: str, description
     import tyro
 
     flags = _with_recipe(list(argv), field_names(args_class))
-    return tyro.cli(
+    args = tyro.cli(
         args_class, args=flags, prog=prog, description=description,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
     )  # fmt: skip
+    check_ranges(args)
+    return args
 
 
 def field_names(args_class: type) -> list[str]:
@@ -36,23 +40,16 @@ def field_names(args_class: type) -> list[str]:
     return names
 
 
-def read_recipe(path: Path, known: Sequence[str]) -> dict[str, Any]:
+def read_recipe(path: Path, known: Sequence[str]) -> Recipe:
     """A flat recipe file; unknown keys are errors."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such recipe file. Give an existing YAML file to --config.")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
-    if not isinstance(recipe, dict):
-        raise UserError(f"{path}: a recipe is a mapping of flag names to values, found {type(recipe).__name__}.")
+    recipe = read_yaml(path, Recipe, hint="A recipe is a mapping of flag names to values.")
     for key in recipe:
-        if str(key).replace("-", "_") not in known:
-            raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), known)}.")
-    return {str(key).replace("-", "_"): value for key, value in recipe.items()}
+        if key.replace("-", "_") not in known:
+            raise UserError(f"{path}: unknown key {key!r}{nearest(key, known)}.")
+    return {key.replace("-", "_"): value for key, value in recipe.items()}
 
 
-def recipe_flags(recipe: dict[str, Any]) -> list[str]:
+def recipe_flags(recipe: Recipe) -> list[str]:
     """The command-line spelling of a recipe."""
     flags: list[str] = []
     for key, value in recipe.items():

@@ -1,7 +1,7 @@
 """What fledge says on a terminal: one rich console on stderr, progress bars, tables.
 
 stdout stays free for results that programs read. Where stderr is no terminal (a log file, CI) a progress bar becomes
-one plain line every ten seconds, so that logs stay readable and never look dead.
+one plain line every ten seconds, so that logs stay readable and never look dead. Secrets are taken out of every line.
 """
 
 import time
@@ -13,18 +13,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fledge.redaction import redact
+
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 PLAIN_LINE_EVERY_S = 10.0
 
 
 def say(message: str) -> None:
     """One line of ordinary information."""
-    console.print(message, markup=False)
+    console.print(redact(message), markup=False)
 
 
 def warn(message: str) -> None:
     """Something the user should know but that does not stop the run."""
-    console.print(f"warning: {message}", style="yellow", markup=False)
+    console.print(f"warning: {redact(message)}", style="yellow", markup=False)
+
+
+def show_error(message: str) -> None:
+    """What ended the command, on one line."""
+    console.print(f"error: {redact(' '.join(message.split()))}", style="bold red", markup=False)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -33,7 +40,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
-        table.add_row(*[str(cell) for cell in row])
+        table.add_row(*[redact(str(cell)) for cell in row])
     console.print(table)
 
 

@@ -9,6 +9,8 @@ and that a file may be missing, unreadable, too large, not UTF-8 or nested too d
     read_json(folder / "report.json", Report)   # error: .../report.json: Expected `int`, got `str` - at `$.rows`
 """
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +49,26 @@ def parse_json(content: bytes | str, kind: type[Record], where: str, *, hint: st
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         place = _line_of(content, error, where)
         raise UserError(_sentence(place, f"not valid JSON ({_one_line(error)})", hint)) from None
+
+
+def read_python_json(path: Path, kind: type[Record], *, hint: str = "") -> Record:
+    """Like `read_json`, of what Python's json module may have written: NaN and Infinity are numbers there."""
+    text = decode_text(read_bytes(path, hint=hint), str(path), hint=hint)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(_sentence(f"{path}:{error.lineno}", f"not valid JSON ({error.msg})", hint)) from None
+    except (ValueError, RecursionError) as error:  # ValueError: a number of more digits than Python converts
+        raise UserError(_sentence(str(path), f"not valid JSON ({_one_line(error)})", hint)) from None
+    return convert(value, kind, str(path), hint=hint)
+
+
+def read_json_lines(path: Path, kind: type[Record], *, hint: str = "") -> Iterator[tuple[str, Record]]:
+    """(`file:line`, record) of every line of a file that is not empty."""
+    for number, line in enumerate(read_bytes(path, hint=hint).split(b"\n"), start=1):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield where, parse_json(line, kind, where, hint=hint)
 
 
 def convert(value: Any, kind: type[Record], where: str, *, hint: str = "") -> Record:

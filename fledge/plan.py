@@ -10,10 +10,11 @@ import json
 import math
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fledge.console import say, show_table, warn
 from fledge.errors import UserError, nearest
+from fledge.ranges import Count, Natural, Positive, PositiveShare, Share
 
 GIB = 2**30
 # name -> memory in GiB, dense bf16 TFLOP/s as the makers state them
@@ -32,47 +33,49 @@ class PlanArgs:
     """The target: only its config is read."""
     data: list[str] | None = None
     """Conversations; tokens are counted on a sample with the target's tokenizer. None: give num_tokens."""
-    num_tokens: int | None = None
+    columns: tuple[str, ...] = ()
+    """Columns under other names, as OURS=YOURS; see `fledge train --help`."""
+    num_tokens: Count | None = None
     """Tokens of the data set instead of data."""
-    supervised_share: float = 0.7
+    supervised_share: Share = 0.7
     """With num_tokens: share of the tokens that the assistant wrote."""
-    sample: int = 200
+    sample: Count = 200
     """Conversations that are tokenised to estimate the rest."""
     chat_template_type: str | None = None
     """Named chat template that overrides the tokenizer's own."""
-    model_max_length: int = 2048
+    model_max_length: Count = 2048
     """Longest sample in tokens."""
-    per_device_train_batch_size: int = 4
+    per_device_train_batch_size: Count = 4
     """Sequences per device and step."""
-    num_train_epochs: float = 10
+    num_train_epochs: Positive = 10
     """Passes over the data."""
-    ttt_steps: int = 7
+    ttt_steps: Count = 7
     """Draft steps unrolled per position."""
-    depth_survival: float = 0.8
+    depth_survival: PositiveShare = 0.8
     """Share of the positions that go on from one TTT step to the next, as in `fledge train`."""
-    draft_vocab_size: int = 32_000
+    draft_vocab_size: Natural = 32_000
     """Target tokens the draft may propose. 0: all."""
-    draft_type: str = "eagle3"
-    """eagle3 or eagle3.1."""
+    draft_type: Literal["eagle3", "eagle3.1"] = "eagle3"
+    """As in `fledge train`."""
     activation_checkpointing: bool = False
     """Compute TTT steps again in the backward."""
     fp32: bool = False
     """Train without bfloat16 mixed precision."""
-    tap_storage: str = "same"
-    """same or fp8, as in `fledge extract`."""
-    last_storage: str = "all"
-    """all or supervised, as in `fledge extract`."""
+    tap_storage: Literal["same", "fp8"] = "same"
+    """As in `fledge extract`."""
+    last_storage: Literal["all", "supervised"] = "all"
+    """As in `fledge extract`."""
     hardware: str | None = None
     """h200, h100, a100-80, a100-40, l40s, rtx4090, mi300x, or cpu. None: gpu_memory_gb and tflops."""
-    gpu_memory_gb: float | None = None
+    gpu_memory_gb: Positive | None = None
     """Memory of a GPU in GiB."""
-    tflops: float | None = None
+    tflops: Positive | None = None
     """Dense bf16 peak of a device, TFLOP/s."""
-    num_gpus: int = 1
+    num_gpus: Count = 1
     """Devices."""
-    train_efficiency: float = 0.35
+    train_efficiency: PositiveShare = 0.35
     """Share of the peak that training is assumed to reach."""
-    target_efficiency: float = 0.45
+    target_efficiency: PositiveShare = 0.45
     """Share of the peak that forward passes of the target are assumed to reach."""
 
 
@@ -105,11 +108,9 @@ def estimate(args: PlanArgs) -> dict[str, Any]:
     from transformers import AutoConfig
 
     from fledge.draft.config import derive
-    from fledge.draft.depth import check_survival
     from fledge.target.record import default_tap_layers
     from fledge.train.memory import flop_per_step, num_parameters, step_memory
 
-    check_survival(args.depth_survival)
     device_memory, tflops, device_type = hardware(args)
     config = AutoConfig.from_pretrained(args.target_model_name_or_path)
     text = config.get_text_config()
@@ -258,11 +259,13 @@ def count(args: PlanArgs) -> Work:
     from fledge.data.rejects import Rejects
     from fledge.data.tokenize import ChatTemplate
 
-    template = ChatTemplate.from_pretrained(args.target_model_name_or_path, args.chat_template_type or None)
+    template = ChatTemplate.from_pretrained(
+        args.target_model_name_or_path, args.chat_template_type or None, untraced="train"
+    )
     chance, seen = random.Random(0), 0
     chosen: list[Conversation] = []
     for path in args.data:
-        for conversation in read_conversations(path, rejects=Rejects()):
+        for conversation in read_conversations(path, rejects=Rejects(), columns=args.columns):
             seen += 1
             if len(chosen) < args.sample:
                 chosen.append(conversation)

@@ -1,6 +1,8 @@
-"""Where a result came from: command, versions, hardware, commit, resolved config. Written beside every output."""
+"""Where a result came from: command, versions, hardware, commit, resolved config. Written beside every output.
 
-import dataclasses
+No document keeps a secret: `collect` and `write_json` take them out (`redaction`).
+"""
+
 import importlib.metadata
 import json
 import os
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import fledge
+from fledge.redaction import redacted
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "vllm", "ray")
 
@@ -59,10 +62,8 @@ def hardware() -> dict[str, Any]:
 
 
 def collect(config: Any = None) -> dict[str, Any]:
-    """Everything above as one JSON-ready dict; `config` is a dataclass or a dict."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        config = dataclasses.asdict(config)
-    return {
+    """Everything above as one JSON-ready dict without secrets; `config` is a dataclass or a dict."""
+    facts = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": versions(),
@@ -70,6 +71,7 @@ def collect(config: Any = None) -> dict[str, Any]:
         "hardware": hardware(),
         "config": config,
     }
+    return redacted(facts)
 
 
 def write(path: Path, config: Any = None, **more: Any) -> None:
@@ -81,5 +83,7 @@ def write_json(path: Path, document: Any) -> None:
     """Write JSON under a temporary name, then rename: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    temporary.write_text(
+        json.dumps(redacted(document), indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
+    )
     os.replace(temporary, path)

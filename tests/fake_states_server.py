@@ -43,7 +43,7 @@ class FakeStatesServer:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 assert body["model"] == "tiny" and body["max_tokens"] == 1
-                path = folder / f"{self.server.server_port}-{next(counter)}.safetensors"
+                path = folder / f"cmpl-{body['request_id']}-0-{next(counter)}.safetensors"
                 lock = os.open(f"{path}.lock", os.O_CREAT | os.O_WRONLY)
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 threading.Thread(target=write, args=(path, body["prompt"], lock)).start()

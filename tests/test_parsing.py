@@ -1,5 +1,6 @@
 """Documents from outside: a typed record, or one line that names the place."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,7 +8,7 @@ import msgspec
 import pytest
 
 from fledge.errors import UserError
-from fledge.parsing import convert, parse_json, read_json, read_yaml
+from fledge.parsing import convert, parse_json, read_json, read_json_lines, read_python_json, read_yaml
 
 
 class Report(msgspec.Struct, forbid_unknown_fields=True):
@@ -84,3 +85,30 @@ def test_convert_names_the_field():
     with pytest.raises(UserError, match=r"row 3: Expected `int`, got `str` - at `\$.rows`"):
         convert({"rows": "3"}, Report, "row 3")
     assert convert({"rows": 3}, Report, str(Path("x"))) == Report(3)
+
+
+def test_json_that_python_wrote_may_hold_nan(tmp_path):
+    path = tmp_path / "state.json"
+    path.write_text('{"loss": NaN,\n "scale": Infinity}')
+    found = read_python_json(path, dict[str, float])
+    assert math.isnan(found["loss"]) and found["scale"] == math.inf
+    with pytest.raises(UserError, match="state.json:1: not valid JSON"):
+        read_json(path, dict[str, float])
+    for content, message in {
+        '{"loss": 1,\n': "state.json:2: not valid JSON",
+        '{"loss": "1"}': r"Expected `float`, got `str` - at `\$\[...\]`",
+        "[" * 100_000: "not valid JSON .*recursion",
+        '{"loss": ' + "9" * 5000 + "}": "not valid JSON .*digits",
+    }.items():
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_python_json(path, dict[str, float])
+
+
+def test_json_lines_name_their_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"rows": 1}\n\n{"rows": 2}\n')
+    assert list(read_json_lines(path, Report)) == [(f"{path}:1", Report(1)), (f"{path}:3", Report(2))]
+    path.write_text('{"rows": 1}\n\n{"rows": "2"}\n')
+    with pytest.raises(UserError, match=r"rows.jsonl:3: Expected `int`, got `str` - at `\$.rows`"):
+        list(read_json_lines(path, Report))

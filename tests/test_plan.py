@@ -101,7 +101,7 @@ def test_the_command_says_what_does_not_fit(folder, capsys):
     assert cli.run_command(words[0], roomy) == 0
     assert json.loads(capsys.readouterr().out)["warnings"] == []
     assert cli.run_command(words[0], [*roomy, "--depth-survival", "1.5"]) != 0
-    assert "--depth_survival 1.5 must be" in capsys.readouterr().err
+    assert "--depth-survival is 1.5; it must be" in capsys.readouterr().err
 
 
 def test_the_longest_sequence_is_the_longest():

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from msgspec import Meta
 
+from fledge.data.image_urls import AllowImageUrls
 from fledge.errors import UserError
+from fledge.ranges import LARGEST, Count, Natural, NotNegative, PositiveShare, Seed, check_ranges
 
+TreeNodes = Annotated[int, Meta(ge=2, le=LARGEST)]  # the root and something to verify
 Mode = Literal["both", "eagle", "baseline", "aa"]
 SIDES: dict[str, tuple[str, ...]] = {
     "both": ("baseline", "eagle"),
@@ -38,10 +42,11 @@ class ModelArgs:
     """A named chat template that overrides the tokenizer's own. None: the tokenizer's own."""
     thinking: Literal["default", "on", "off"] = "default"
     """Thinking mode of the chat template, for models that have one."""
-    max_pixels: int | None = None
+    max_pixels: Count | None = None
     """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
-    min_pixels: int | None = None
+    min_pixels: Count | None = None
     """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
+    allow_image_urls: AllowImageUrls = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,11 +58,11 @@ class PromptArgs:
     vision-language targets also textvqa, mmmu, mmstar."""
     bench_dir: Path | None = None
     """Folder with <name>/question.jsonl. None: the variable FLEDGE_BENCH_DIR, else the hub."""
-    question_begin: int | None = None
+    question_begin: Natural | None = None
     """First question of every set, counted from 0."""
-    question_end: int | None = None
+    question_end: Natural | None = None
     """Question to stop before."""
-    repeats: int = 1
+    repeats: Count = 1
     """How often every question is measured; the median over repeats is reported."""
 
 
@@ -65,19 +70,19 @@ class PromptArgs:
 class DecodingArgs:
     """How answers are generated: the same for both sides; the tree is the speculative side's."""
 
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     """0 takes the most likely token, 1 samples from the target's own distribution."""
-    top_p: float = 1.0
+    top_p: PositiveShare = 1.0
     """Sample only from the most likely tokens that hold this share of the probability."""
-    sample_top_k: int = 0
+    sample_top_k: Natural = 0
     """Sample only from this many most likely tokens; 0 for all. (--top-k is the draft tree's.)"""
-    max_new_token: Annotated[int, tyro.conf.arg(aliases=["--max-new-tokens"])] = 1024
+    max_new_token: Annotated[Count, tyro.conf.arg(aliases=["--max-new-tokens"])] = 1024
     """Longest answer per turn, in tokens."""
-    total_token: int | Literal["auto"] = 60
+    total_token: TreeNodes | Literal["auto"] = 60
     """Tree nodes the target checks per round, root included. auto: the profile that --tune wrote."""
-    depth: int = 5
+    depth: Natural = 5
     """Draft rounds after the first level of the tree."""
-    top_k: int = 10
+    top_k: Count = 10
     """Children per tree node and beam width; 1 drafts a chain."""
     adaptive: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Draft only as deep and as wide as it pays, or not at all; the tree flags are then the most that is drafted. Costs
@@ -85,7 +90,7 @@ class DecodingArgs:
     shapes: Literal["auto", "exact", "fixed"] = "auto"
     """fixed: rounds of fixed shapes, captured into CUDA graphs on a GPU. exact: shapes as they come, every kind of
     target. auto: fixed on a GPU wherever it can be. Both sides are decoded in the same ones."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of the sampled answers and of the bootstrap."""
 
 
@@ -93,11 +98,11 @@ class DecodingArgs:
 class WorkerArgs:
     """Where it runs."""
 
-    num_gpus_per_model: int = 1
+    num_gpus_per_model: Count = 1
     """GPUs one copy of the model is spread over."""
-    num_gpus_total: int = 1
+    num_gpus_total: Natural = 1
     """GPUs used in all; more than one group starts one worker per group (needs Ray). 0: CPU."""
-    num_workers: int = 1
+    num_workers: Count = 1
     """Workers on CPU (with --num-gpus-total 0); several need Ray, and slow each other down on few cores."""
     max_gpu_memory: str | None = None
     """Memory the target may take on each GPU, such as 40GiB."""
@@ -111,7 +116,7 @@ class OutputArgs:
     """Folder of results.jsonl, summary.json, report.md and report.html. None: outputs/bench/<model id>."""
     no_metrics: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only generate and write results.jsonl: no quality checks, no summary, no report."""
-    samples: int = 2
+    samples: Natural = 2
     """Answers per set shown in the report with kept and refused draft tokens coloured (generated apart, untimed)."""
     run_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Run the code the model wrote for humaneval against its unit tests, in a restricted subprocess (pass@1)."""
@@ -139,9 +144,9 @@ class ServerArgs:
     """Server with the head. None: one is started through `fledge serve`."""
     api_key_env: str | None = None
     """Environment variable that holds the servers' API key."""
-    concurrency: tuple[int, ...] = (1,)
+    concurrency: tuple[Count, ...] = (1,)
     """Requests in flight; several numbers make a sweep."""
-    num_speculative_tokens: int = 3
+    num_speculative_tokens: Count = 3
     """Chain length of a server started here."""
 
 
@@ -175,6 +180,7 @@ class BenchArgs:
 
     def check(self) -> None:
         """Refuse flags that contradict each other, before anything is loaded."""
+        check_ranges(self)
         if self.needs_head and not self.model.eagle_model_path and not self.server.eagle_url:
             raise UserError(
                 f"--mode {self.model.mode} measures a draft head but --eagle-model-path is not given. Give the head's "
@@ -186,26 +192,8 @@ class BenchArgs:
         if self.server.backend == "server" and (self.decoding.adaptive or self.decoding.shapes != "auto"):
             flag = "--adaptive" if self.decoding.adaptive else "--shapes"
             raise UserError(f"{flag} is about decoding in this process; a server decodes its own way. Drop {flag}.")
-        numbers = {
-            "--max-new-token": (self.decoding.max_new_token, 1),
-            "--depth": (self.decoding.depth, 0),
-            "--top-k": (self.decoding.top_k, 1),
-            "--repeats": (self.prompts.repeats, 1),
-            "--num-gpus-per-model": (self.workers.num_gpus_per_model, 1),
-            "--num-gpus-total": (self.workers.num_gpus_total, 0),
-            "--num-workers": (self.workers.num_workers, 1),
-            "--samples": (self.output.samples, 0),
-            "--concurrency": (min(self.server.concurrency), 1),
-        }
-        if isinstance(self.decoding.total_token, int):
-            numbers["--total-token"] = (self.decoding.total_token, 2)
-        for flag, (value, least) in numbers.items():
-            if value < least:
-                raise UserError(f"{flag} is {value}; it must be at least {least}.")
-        if self.decoding.temperature < 0:
-            raise UserError(f"--temperature is {self.decoding.temperature}; it must be 0 or more.")
-        if not 0 < self.decoding.top_p <= 1:
-            raise UserError(f"--top-p is {self.decoding.top_p}; it must be above 0 and at most 1.")
+        if not self.server.concurrency:
+            raise UserError("--concurrency was given without a number; it needs at least one.")
         total, group = self.workers.num_gpus_total, self.workers.num_gpus_per_model
         if total and total % group:
             raise UserError(

@@ -5,19 +5,23 @@ Knows HTTP and the two metric dialects (vLLM's counters, SGLang's gauge); nothin
 """
 
 import dataclasses
-import json
+import math
 import re
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
-import aiohttp
+from msgspec import UNSET
 
-from fledge.errors import UserError
+from fledge.servers.client import Client, Limits, ServerError
+from fledge.servers.replies import Chunk, Usage, error_text, read_reply
 
 DRAFTS = "vllm:spec_decode_num_drafts"
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
 PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
 SGLANG_TAU = "sglang:spec_accept_length"
+METRICS = Limits(total_s=30.0, body_bytes=16 << 20)
+LARGEST = 1e15  # of a counter; more is none
 SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)")
 
 
@@ -56,62 +60,40 @@ class Request:
         return body
 
 
-async def ask(
-    session: aiohttp.ClientSession, url: str, request: Request, messages: list[dict[str, str]], seed: int
-) -> Answer:
-    """One chat completion, streamed."""
+async def ask(client: Client, url: str, request: Request, messages: list[dict[str, str]], seed: int) -> Answer:
+    """One chat completion, streamed; a ServerError when it is none."""
     start = time.perf_counter()
     first = last = None
     pieces: list[str] = []
-    usage: dict[str, Any] | None = None
-    reason = ""
-    try:
-        async with session.post(f"{url}/v1/chat/completions", json=request.body(messages, seed)) as response:
-            if response.status != 200:
-                text = " ".join((await response.text()).split())[:300]
-                raise UserError(f"{url}: the server answered with status {response.status}: {text}")
-            async for chunk in _events(response):
-                if "error" in chunk:
-                    raise UserError(f"{url}: the server stopped an answer: {chunk['error']}")
-                usage = chunk.get("usage") or usage
-                for choice in chunk.get("choices", []):
-                    delta = choice.get("delta") or {}
-                    piece = delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning") or ""
-                    reason = choice.get("finish_reason") or reason
-                    if piece:
-                        last = time.perf_counter()
-                        first = first or last
-                        pieces.append(piece)
-    except (TimeoutError, aiohttp.ClientError, OSError) as error:
-        raise UserError(
-            f"{url}: no answer ({type(error).__name__}: {error}). Is the server running? What is measured is kept."
-        ) from None
-    if usage is None:
-        raise UserError(f"{url}: the server sent no usage report, so its tokens cannot be counted. Update the server.")
+    usage, reason = Usage(), ""
+    async with client.stream(f"{url}/v1/chat/completions", request.body(messages, seed)) as (status, lines):
+        if status != 200:
+            text = error_text(b"\n".join([line async for line in lines]))
+            raise ServerError(f"HTTP {status}", f"the server answered with status {status}: {text}")
+        async for chunk in _events(lines):
+            if chunk.error is not UNSET:
+                raise ServerError("stopped answer", f"the server stopped an answer: {error_text(bytes(chunk.error))}")
+            usage = chunk.usage or usage
+            for choice in chunk.choices or ():
+                reason = choice.finish_reason or reason
+                if choice.delta and (piece := choice.delta.content or choice.delta.thoughts):
+                    last = time.perf_counter()
+                    first = first or last
+                    pieces.append(piece)
+    if usage.completion_tokens is None:
+        raise ServerError("malformed answer", "no usage report, so its tokens cannot be counted. Update the server")
     end = time.perf_counter()
     first, last = first or end, last or end
-    return Answer("".join(pieces), int(usage["completion_tokens"]), first - start, last - first, reason)
+    return Answer("".join(pieces), usage.completion_tokens, first - start, last - first, reason)
 
 
-async def served_model(session: aiohttp.ClientSession, url: str) -> str:
-    """The name of the model a server serves."""
-    try:
-        async with session.get(f"{url}/v1/models") as response:
-            return (await response.json())["data"][0]["id"]
-    except (TimeoutError, aiohttp.ClientError, OSError, KeyError, IndexError, ValueError) as error:
-        raise UserError(
-            f"{url}: no OpenAI-compatible server there ({type(error).__name__}: {error}). Start one, for instance with "
-            f"`fledge serve`, or leave out its URL to have it started."
-        ) from None
-
-
-async def metrics(session: aiohttp.ClientSession, url: str) -> dict[str, float]:
+async def metrics(client: Client, url: str) -> dict[str, float]:
     """The server's speculative-decoding metrics; empty when it has none."""
     try:
-        async with session.get(f"{url}/metrics") as response:
-            return parse_metrics(await response.text()) if response.status == 200 else {}
-    except (TimeoutError, aiohttp.ClientError, OSError):
+        reply = await client.get(f"{url}/metrics", limits=METRICS)
+    except ServerError:
         return {}
+    return parse_metrics(reply.content.decode(errors="replace")) if reply.status == 200 else {}
 
 
 def parse_metrics(text: str) -> dict[str, float]:
@@ -127,11 +109,19 @@ def parse_metrics(text: str) -> dict[str, float]:
         if name == PER_POSITION:
             position = re.search(r'position="(\d+)"', labels)
             name = f"{name}:{position[1]}" if position else name
-        if name.startswith((DRAFTS, ACCEPTED, SGLANG_TAU)):
-            found[name] = max(found.get(name, 0.0), float(match[3])) if name == SGLANG_TAU else (
-                found.get(name, 0.0) + float(match[3])
-            )  # fmt: skip
+        if name.startswith((DRAFTS, ACCEPTED, SGLANG_TAU)) and (value := _number(match[3])) is not None:
+            before = found.get(name, 0.0)
+            found[name] = max(before, value) if name == SGLANG_TAU else before + value
     return found
+
+
+def _number(text: str) -> float | None:
+    """A counter's value; None for what is none (NaN, too large, below 0, no number)."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and 0 <= value <= LARGEST else None
 
 
 def metrics_between(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
@@ -162,9 +152,9 @@ def acceptance_of(change: dict[str, float]) -> dict[str, Any] | None:
     }
 
 
-async def _events(response: aiohttp.ClientResponse):
-    """The JSON documents of a server-sent event stream."""
-    async for line in response.content:
-        text = line.decode("utf-8").strip()
-        if text.startswith("data:") and (data := text[5:].strip()) != "[DONE]":
-            yield json.loads(data)
+async def _events(lines: AsyncIterator[bytes]) -> AsyncIterator[Chunk]:
+    """The documents of a server-sent event stream."""
+    async for line in lines:
+        data = line.removeprefix(b"data:").strip()
+        if line.startswith(b"data:") and data != b"[DONE]":
+            yield read_reply(data, Chunk)

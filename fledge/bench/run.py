@@ -18,6 +18,7 @@ from fledge.bench.prompts import Question, load_questions
 from fledge.bench.report import write_report
 from fledge.bench.rows import Results, Row, code_fingerprint, folder_fingerprint, open_results, row_key
 from fledge.console import progress, say, show_table, warn
+from fledge.data.image_urls import allow_image_urls
 from fledge.decoding.tree_profile import profile_path, resolve_tree, write_profile
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
@@ -47,6 +48,7 @@ def bench(args: BenchArgs) -> None:
     Results go to --output-dir: results.jsonl, summary.json, report.md, report.html. Interrupted runs continue.
     """
     args.check()
+    allow_image_urls(args.model.allow_image_urls)
     if args.server.backend == "server":
         from fledge.bench.server import bench_servers
 

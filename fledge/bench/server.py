@@ -13,14 +13,14 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 
 from fledge import provenance
 from fledge.bench.args import SIDES, BenchArgs
-from fledge.bench.client import Answer, Request, acceptance_of, ask, metrics, metrics_between, served_model
+from fledge.bench.client import Answer, Request, acceptance_of, ask, metrics, metrics_between
 from fledge.bench.measure import Job, turn_seed
 from fledge.bench.prompts import Question, load_questions
 from fledge.bench.report import write_report
@@ -30,10 +30,18 @@ from fledge.console import progress, say, warn
 from fledge.data.image_urls import with_data_urls
 from fledge.data.rejects import Reject
 from fledge.errors import UserError
+from fledge.redaction import redact
+from fledge.servers.client import Client, Limits, ServerError, base_url
+from fledge.servers.replies import served_model
 
 THINKING = {"default": None, "on": True, "off": False}
 START_PORT = 6100
-TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=600)
+LIMITS = Limits(total_s=3600.0, connect_s=30.0)
+# what is about one question, not about the server: a reply that is none, or a request it refuses (too long, mostly)
+OF_ONE_QUESTION = (
+    "malformed answer", "stopped answer", "reply too large", "redirect", "connection broke", "time-out",
+    "HTTP 400", "HTTP 413", "HTTP 422",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +81,22 @@ def bench_servers(args: BenchArgs) -> None:
         wanted = {row_key(level.key_fields()) for level in levels}
         rows = [row for row in results.rows if row_key(row) in wanted]
     if args.output.no_metrics:
-        say(f"{len(levels)} levels are in {args.output_dir / 'results.jsonl'} (--no-metrics: no summary, no report).")
-        return
+        say(f"{len(levels)} levels are in {results.path} (--no-metrics: no summary, no report).")
+        return refuse_failed(rows, results.path)
     sets = summarise_levels(rows, seed=args.decoding.seed, greedy=args.decoding.temperature == 0)
     write_report(args.output_dir, [], model_id=args.model_id, settings=settings, config=args, sets=sets)
+    refuse_failed(rows, results.path)
+
+
+def refuse_failed(rows: Sequence[Row], path: Path) -> None:
+    """A UserError that names the questions without an answer; called when everything is written."""
+    failed = [(row, question, why) for row in rows for question, why in row.get("failed", {}).items()]
+    if failed:
+        row, question, why = failed[0]
+        raise UserError(
+            f"{row['dataset']} question {question} ({row['side']}): {why.rstrip('.')}. In all {len(failed)} questions "
+            f"failed and are left out; `failed` in {path} lists them."
+        )
 
 
 def list_levels(args: BenchArgs) -> list[Level]:
@@ -108,7 +128,7 @@ def groups(args: BenchArgs, levels: list[Level]) -> list[list[Level]]:
 def served(args: BenchArgs, sides: set[str]) -> Iterator[dict[str, str]]:
     """URLs of the sides' servers; one without a URL is started through `fledge serve`'s engine, and stopped."""
     given = {"baseline": args.server.baseline_url, "eagle": args.server.eagle_url}
-    urls = {side: str(given[side]).rstrip("/").removesuffix("/v1") for side in sides if given[side]}
+    urls = {side: base_url(str(given[side])) for side in sides if given[side]}
     absent = sides - set(urls)
     if not absent:
         yield urls
@@ -135,25 +155,51 @@ async def measure_levels(
     args: BenchArgs, levels: Sequence[Level], urls: dict[str, str], results: Results, bar: Any
 ) -> None:
     """Run the levels one after the other, each server warmed up once."""
-    connector = aiohttp.TCPConnector(limit=0)
-    headers = authorization(args.server.api_key_env)
-    async with aiohttp.ClientSession(timeout=TIMEOUT, connector=connector, headers=headers) as session:
-        requests = {side: request_for(args, await served_model(session, url)) for side, url in urls.items()}
+    async with Client(api_key=api_key(args.server.api_key_env), limits=LIMITS) as client:
+        requests = {side: request_for(args, await model_of(client, url)) for side, url in urls.items()}
         for side in dict.fromkeys(level.side for level in levels):
-            await ask(session, urls[side], requests[side], [{"role": "user", "content": "Say hello."}], 0)
+            await warm_up(client, urls[side], requests[side])
         for level in levels:
-            row = await measure_level(session, urls[level.side], requests[level.side], level, args.decoding.seed)
+            row = await measure_level(client, urls[level.side], requests[level.side], level, args.decoding.seed)
             results.append(row)
             bar.advance(note=f"{level.dataset} {level.side}, {level.concurrency} in flight")
 
 
-def authorization(variable: str | None) -> dict[str, str]:
-    """The header with the API key; the key itself is read from the environment and never written anywhere."""
+async def model_of(client: Client, url: str) -> str:
+    """The name of the model a server serves."""
+    try:
+        return await served_model(client, url)
+    except ServerError as error:
+        raise UserError(
+            f"{url}: no OpenAI-compatible server there ({error}). Start one, for instance with `fledge serve`, or "
+            f"leave out its URL to have it started."
+        ) from None
+
+
+async def warm_up(client: Client, url: str, request: Request) -> None:
+    """One short question that is not measured."""
+    try:
+        await ask(client, url, request, [{"role": "user", "content": "Say hello."}], 0)
+    except ServerError as error:
+        refuse_lasting(url, error)
+        warn(f"{url}: the question asked to warm up failed ({error}).")
+
+
+def refuse_lasting(url: str, error: ServerError) -> None:
+    """End the run where every question would fail the same way."""
+    if error.kind not in OF_ONE_QUESTION:
+        raise UserError(
+            f"{url}: no answer ({error}). Is the server running? What is measured is kept; run the same command again."
+        ) from None
+
+
+def api_key(variable: str | None) -> str | None:
+    """The API key; it is read from the environment and never written anywhere."""
     if variable is None:
-        return {}
+        return None
     if not os.environ.get(variable):
         raise UserError(f"--api-key-env {variable}: that variable is not set. Export the server's API key in it.")
-    return {"Authorization": f"Bearer {os.environ[variable]}"}
+    return os.environ[variable]
 
 
 def request_for(args: BenchArgs, model: str) -> Request:
@@ -165,17 +211,25 @@ def request_for(args: BenchArgs, model: str) -> Request:
     )  # fmt: skip
 
 
-async def measure_level(session: aiohttp.ClientSession, url: str, request: Request, level: Level, seed: int) -> Row:
-    """All questions of a level, `concurrency` conversations at a time; a conversation's turns follow each other."""
+async def measure_level(client: Client, url: str, request: Request, level: Level, seed: int) -> Row:
+    """All questions of a level, `concurrency` conversations at a time; a conversation's turns follow each other.
+
+    A question whose reply is odd is in the row's `failed` with the reason, and in no figure.
+    """
     waiting = list(reversed(level.questions))
     done: dict[str, list[Answer]] = {}
+    failed: dict[str, str] = {}
 
     async def work() -> None:
         while waiting:
             question = waiting.pop()
-            done[question.id] = await converse(session, url, request, question, seed, level.repeat)
+            try:
+                done[question.id] = await converse(client, url, request, question, seed, level.repeat)
+            except ServerError as error:
+                refuse_lasting(url, error)
+                failed[question.id] = redact(str(error))
 
-    before = await metrics(session, url)
+    before = await metrics(client, url)
     start = time.perf_counter()
     try:
         async with asyncio.TaskGroup() as group:
@@ -184,15 +238,18 @@ async def measure_level(session: aiohttp.ClientSession, url: str, request: Reque
     except* UserError as errors:
         raise errors.exceptions[0] from None
     wall_s = time.perf_counter() - start
-    change = metrics_between(before, await metrics(session, url))
+    if not done:
+        raise UserError(f"{url}: every question failed, the first one with: {next(iter(failed.values()))}.")
+    change = metrics_between(before, await metrics(client, url))
     answers = {
-        question.id: [dataclasses.asdict(answer) for answer in done[question.id]] for question in level.questions
-    }
-    return {**level.key_fields(), "wall_s": wall_s, "metrics": change, "answers": answers}
+        question.id: [dataclasses.asdict(answer) for answer in done[question.id]]
+        for question in level.questions if question.id in done
+    }  # fmt: skip
+    return {**level.key_fields(), "wall_s": wall_s, "metrics": change, "answers": answers, "failed": failed}
 
 
 async def converse(
-    session: aiohttp.ClientSession, url: str, request: Request, question: Question, seed: int, repeat: int
+    client: Client, url: str, request: Request, question: Question, seed: int, repeat: int
 ) -> list[Answer]:
     """All turns of a question, with the model's own answers in between."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": question.system}] if question.system else []
@@ -202,7 +259,7 @@ async def converse(
             messages += await asyncio.to_thread(with_data_urls, [{"role": "user", "content": content}])
         except Reject as reject:
             raise UserError(f"{question.dataset} question {question.id}: {reject.detail}") from None
-        answer = await ask(session, url, request, messages, turn_seed(seed, question, repeat, number))
+        answer = await ask(client, url, request, messages, turn_seed(seed, question, repeat, number))
         answers.append(answer)
         messages.append({"role": "assistant", "content": answer.text})
     return answers
@@ -238,7 +295,7 @@ def level_figures(rows: Sequence[Row], *, seed: int, greedy: bool) -> dict[str, 
     elif "eagle" in sides:
         warn(f"{rows[0]['dataset']}: the server with the head reports no speculative decoding in /metrics: no tau.")
     figures["quality"] = {}
-    if len(sides) == 2:
+    if len(sides) == 2 and as_local_rows(rows):
         figures["speedup"] = speedup(as_local_rows(rows), seed=seed)
         plain, eagle = (figures[side]["throughput_tokens_per_s"] for side in sides)
         figures["throughput_ratio"] = eagle / plain
@@ -276,6 +333,8 @@ def as_local_rows(rows: Sequence[Row]) -> list[Row]:
     for repeat in sorted({row["repeat"] for row in rows}):
         plain, eagle = by_side[repeat, "baseline"], by_side[repeat, "eagle"]
         for question, turns in plain.items():
+            if question not in eagle:  # failed there
+                continue
             pairs = zip(turns, eagle[question], strict=True)
             made.append({
                 "dataset": rows[0]["dataset"], "question_id": question, "repeat": repeat,
@@ -300,7 +359,8 @@ def settings_of(args: BenchArgs) -> dict[str, Any]:
     """Everything that may change a measured figure."""
     return {
         "backend": "server", "target": args.model.base_model_path, "head": args.model.eagle_model_path,
-        "baseline_url": args.server.baseline_url, "eagle_url": args.server.eagle_url, "mode": args.model.mode,
+        "baseline_url": redact(args.server.baseline_url or "") or None,
+        "eagle_url": redact(args.server.eagle_url or "") or None, "mode": args.model.mode,
         "thinking": args.model.thinking,
         "temperature": args.decoding.temperature, "top_p": args.decoding.top_p,
         "sample_top_k": args.decoding.sample_top_k, "max_new_token": args.decoding.max_new_token,

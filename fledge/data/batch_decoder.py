@@ -24,6 +24,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from fledge.data.sampling import ExtraSampling
+
 # B rows, L cache columns, V vocabulary
 
 PREFILL_TOKENS = 2048  # padded tokens of one prefill group
@@ -41,11 +43,13 @@ class Job:
     top_p: float
     seed: int
     tag: Any = None
+    extra: ExtraSampling = ExtraSampling()
     output_ids: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
 
     def __post_init__(self) -> None:
         self.draws = random.Random(self.seed)
+        self.seen: Tensor | None = None  # (V,) bool, the tokens of prompt and answer; only with a repetition penalty
 
 
 @dataclass
@@ -162,11 +166,13 @@ class BatchDecoder:
         live = [index for index, job in enumerate(jobs) if job.finish_reason is None]
         if not live:
             return
+        alive = [jobs[index] for index in live]
         chosen = sample(
-            logits if len(live) == len(jobs) else logits[live],
-            [jobs[index].temperature for index in live],
-            [jobs[index].top_p for index in live],
-            [jobs[index].draws.random() for index in live],
+            repetition_penalised(logits if len(live) == len(jobs) else logits[live], alive),
+            [job.temperature for job in alive],
+            [job.top_p for job in alive],
+            [job.draws.random() for job in alive],
+            [job.extra for job in alive],
         )
         for index, token in zip(live, chosen, strict=True):
             job = jobs[index]
@@ -225,7 +231,29 @@ def prefill_groups(jobs: Sequence[Job]) -> list[list[Job]]:
     return groups
 
 
-def sample(logits: Tensor, temperatures: list[float], top_ps: list[float], draws: list[float]) -> list[int]:
+def repetition_penalised(logits: Tensor, jobs: Sequence[Job]) -> Tensor:
+    """(B, V) logits with every token that a row already holds made less likely, where the row asks for it."""
+    rows = [row for row, job in enumerate(jobs) if job.extra.repetition_penalty not in (None, 1.0)]
+    if not rows:
+        return logits
+    for job in (jobs[row] for row in rows):
+        if job.seen is None:
+            job.seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            job.seen[[*job.prompt_ids, *job.output_ids]] = True
+        job.seen[job.output_ids[-1:]] = True
+    seen = torch.stack([jobs[row].seen for row in rows])  # type: ignore[misc]  # set just above
+    penalty = torch.tensor([[jobs[row].extra.repetition_penalty] for row in rows], device=logits.device)
+    chosen = logits[rows]
+    weaker = torch.where(chosen < 0, chosen * penalty, chosen / penalty)
+    logits = logits.clone()
+    logits[rows] = torch.where(seen, weaker, chosen)
+    return logits
+
+
+def sample(
+    logits: Tensor, temperatures: list[float], top_ps: list[float], draws: list[float],
+    extras: Sequence[ExtraSampling] | None = None,
+) -> list[int]:  # fmt: skip
     """One token per row of (B, V) logits: the argmax at temperature 0, else by inverse CDF from the row's own draw."""
     chosen = logits.argmax(dim=-1)
     warm = [row for row, temperature in enumerate(temperatures) if temperature > 0]
@@ -235,12 +263,24 @@ def sample(logits: Tensor, temperatures: list[float], top_ps: list[float], draws
     probabilities = torch.softmax(logits[warm] / scale[:, None], dim=-1)
     place = torch.tensor([draws[row] for row in warm], dtype=torch.float32, device=logits.device)
     for number, row in enumerate(warm):
+        extra = extras[row] if extras else ExtraSampling()
+        if extra.top_k:
+            probabilities[number] = top_k_of(probabilities[number], extra.top_k)
         if top_ps[row] < 1:
             probabilities[number] = nucleus(probabilities[number], top_ps[row])
+        if extra.min_p:
+            probabilities[number] *= probabilities[number] >= extra.min_p * probabilities[number].max()
     cumulative = probabilities.cumsum(dim=-1)
     picked = torch.searchsorted(cumulative, (place * cumulative[:, -1])[:, None], right=True)[:, 0]
     chosen[warm] = picked.clamp(max=logits.shape[-1] - 1)
     return chosen.tolist()
+
+
+def top_k_of(probabilities: Tensor, top_k: int) -> Tensor:
+    """The (V,) distribution of its `top_k` most likely tokens, every one as likely as the last of them included."""
+    least = probabilities.topk(min(top_k, len(probabilities))).values[-1]
+    kept = probabilities * (probabilities >= least)
+    return kept / kept.sum()
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:

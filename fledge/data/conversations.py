@@ -1,80 +1,104 @@
 """Rows of public chat formats, as validated conversations.
 
-Knows ShareGPT (`conversations`: from/value), UltraChat (`messages`, or `data`: a list of strings) and OpenAI messages
-(content as text or as parts; pictures in the parts, or in the row beside them). Knows no tokenizer. A conversation that
-leaves here has roles in an order every chat template understands: an optional system message, then user and assistant
-in turn (tool results count as user turns). Rows that already hold token ids pass through with empty `messages` allowed;
-`tokenize.py` reads the ids from `meta`.
+Knows rows, not tokenizers. `columns.py` finds the conversation in a row, `messages.py` brings its turns into one form.
+A conversation that leaves here has roles in an order every chat template understands: an optional system message, then
+user and assistant in turn (tool results count as user turns). Rows that already hold token ids may have no messages;
+`samples.py` reads the ids from `meta`.
 """
 
 import hashlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from fledge.data.columns import (
+    BESIDE_TURNS,
+    COLUMNS_HELP,
+    FORMAT_KEYS,
+    TOKEN_COLUMNS,
+    ColumnMap,
+    DataFormat,
+    row_reasoning,
+    system_of,
+    template_kwargs_of,
+    tools_in,
+    turns_of,
+)
 from fledge.data.images import with_row_images
+from fledge.data.messages import check_roles, joined, message_of
 from fledge.data.rejects import Reject, Rejects
 from fledge.data.rows import Row, read_rows
 from fledge.errors import UserError
 
-DataFormat = Literal["auto", "sharegpt", "ultrachat", "messages"]
+__all__ = [
+    "ANSWER_MARK", "COLUMNS_HELP", "REPEATED_IDS_HELP", "Conversation", "DataFormat", "RepeatedIds", "check_roles",
+    "parse_row", "read_conversations",
+]  # fmt: skip
 
-ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
-    "bing": "assistant", "bard": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
-}  # fmt: skip
+RepeatedIds = Literal["reject", "answers"]
+REPEATED_IDS_HELP = (
+    "Rows of one id. reject: the later ones are rejected. answers: they are several answers to one prompt; each is a "
+    "sample of its own, all of them on the same side of the evaluation split."
+)
 ID_KEYS = ("id", "conversation_id", "prompt_id", "uid")
-FORMAT_KEYS = {
-    "auto": ("conversations", "conversation", "messages", "data"),
-    "sharegpt": ("conversations", "conversation"),
-    "ultrachat": ("messages", "data"),
-    "messages": ("messages",),
-}
-TOKEN_KEYS = ("token_ids", "completion_token_ids", "completion_ids", "input_ids")
+ANSWER_MARK = "#answer"  # ID#answer2 is the second answer to the prompt ID
 HOPELESS_ROWS = 200  # this many rows and not one good: stop at once instead of reading a million more
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One conversation, roles in a valid order. `meta` is the rest of its row; `where` its file and line."""
+    """One conversation, roles in a valid order. `meta` is the rest of its row; `where` its file and line.
+
+    `meta["tools"]` and `meta["chat_template_kwargs"]` are decoded; `used` names the columns that became messages.
+    """
 
     id: str
     messages: tuple[dict[str, Any], ...]
     meta: dict[str, Any] = field(default_factory=dict)
     where: str = ""
+    used: frozenset[str] = frozenset()
 
     @property
     def num_answers(self) -> int:
         return sum(message["role"] == "assistant" for message in self.messages)
 
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        return self.meta.get("tools") or []
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        return self.meta.get("chat_template_kwargs") or {}
+
 
 def read_conversations(
-    path_or_name: str, *, data_format: DataFormat = "auto", rejects: Rejects, split: str = "train"
-) -> Iterator[Conversation]:
+    path_or_name: str, *, data_format: DataFormat = "auto", rejects: Rejects, split: str = "train",
+    columns: Sequence[str] = (), repeated_ids: RepeatedIds = "reject",
+) -> Iterator[Conversation]:  # fmt: skip
     """Stream the conversations of a file, a folder or a hub data set; bad rows go to `rejects`.
 
     Ends with `rejects.check()`. Conversations without an answer (prompts to regenerate) are good ones here.
     """
     if data_format not in FORMAT_KEYS:
         raise UserError(f"data format {data_format!r} is unknown: use one of {', '.join(FORMAT_KEYS)}.")
-    seen_ids = _SeenIds()
+    seen_ids = _SeenIds(repeated_ids)
+    names = ColumnMap(columns)
     good = 0
     for row in read_rows(path_or_name, split):
         rejects.seen += 1
         try:
-            conversation = parse_row(row, data_format)
-            seen_ids.claim(conversation.id, row.where)
+            conversation = seen_ids.claimed(parse_row(row, data_format, names))
         except Reject as reject:
             rejects.add(_row_id(row), reject.reason, reject.detail, row.where)
             if not good and rejects.num_rejected >= HOPELESS_ROWS:
+                names.check(path_or_name)
                 rejects.check()
             continue
         good += 1
         yield conversation
+    if rejects.seen:
+        names.check(path_or_name)
     rejects.check()
     if not good:
         raise UserError(
@@ -82,77 +106,47 @@ def read_conversations(
         )
 
 
-def parse_row(row: Row, data_format: DataFormat = "auto") -> Conversation:
+def parse_row(row: Row, data_format: DataFormat = "auto", columns: ColumnMap | None = None) -> Conversation:
     """One row to a validated conversation; raises Reject."""
     if row.value is None:
         raise Reject("broken row", row.error or "unreadable")
-    key = next((key for key in FORMAT_KEYS[data_format] if isinstance(row.value.get(key), (list, tuple))), None)
-    has_tokens = any(row.value.get(name) is not None for name in TOKEN_KEYS)
-    if key is None and not has_tokens:
-        wanted = " or ".join(repr(key) for key in FORMAT_KEYS[data_format])
-        raise Reject("unknown format", f"a row needs a list named {wanted}, found keys {sorted(map(str, row.value))}")
-    turns = row.value[key] if key else []
-    messages = tuple(with_row_images([_message(turn, index, key) for index, turn in enumerate(turns)], row.value))
-    if messages or not has_tokens:
+    value = columns.renamed(row.value) if columns else row.value
+    try:
+        return _parsed(row, value, data_format)
+    except RecursionError:
+        raise Reject("broken row", "its values are nested too deeply") from None
+
+
+def _parsed(row: Row, value: dict[str, Any], data_format: DataFormat) -> Conversation:
+    turns, used = turns_of(value, data_format)
+    messages = joined([message_of(turn, index) for index, turn in enumerate(turns)])
+    stated: dict[str, Any] = {}
+    if not value.keys().isdisjoint(BESIDE_TURNS):
+        messages, stated, more = _with_columns(messages, value)
+        used |= more
+    if messages or all(value.get(name) is None for name in TOKEN_COLUMNS):
         check_roles(messages)
-    meta = {name: value for name, value in row.value.items() if name != key and value is not None}
-    return Conversation(_row_id(row), messages, meta, row.where)
+    meta = {name: item for name, item in value.items() if name not in used and item is not None}
+    return Conversation(_row_id(row), tuple(messages), meta | stated, row.where, frozenset(used))
 
 
-def check_roles(messages: tuple[dict[str, Any], ...]) -> None:
-    """System (if any) first, then user and assistant in turn, starting with user; tool results answer an assistant."""
-    if not messages:
-        raise Reject("empty conversation", "it has no messages")
-    previous = "system"
-    for index, message in enumerate(messages):
-        role = message["role"]
-        allowed = {
-            "system": ("system", "user") if index == 0 else ("user",),
-            "user": ("assistant",),
-            "assistant": ("user", "tool"),
-            "tool": ("tool", "assistant", "user"),
-        }[previous]
-        if role not in allowed:
-            before = f"after {previous}" if index else "at the start"
-            raise Reject("roles out of order", f"message {index} is {role} {before}, expected {' or '.join(allowed)}")
-        previous = role
-    if len(messages) == 1 and messages[0]["role"] == "system":
-        raise Reject("empty conversation", "it has a system message only")
-
-
-def _message(turn: Any, index: int, key: str | None) -> dict[str, Any]:
-    if isinstance(turn, str) and key == "data":  # UltraChat's original form: user and assistant in turn
-        turn = {"role": "user" if index % 2 == 0 else "assistant", "content": turn}
-    if not isinstance(turn, dict):
-        raise Reject(
-            "unknown format", f"message {index} is {type(turn).__name__}, expected an object with role and content"
-        )
-    name = next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
-    role = ROLES.get(name.lower()) if isinstance(name, str) else None
-    if role is None:
-        raise Reject("unknown role", f"message {index} has role {name!r}, known are {', '.join(ROLES)}")
-    content = next((turn[key] for key in ("content", "value", "text") if turn.get(key) is not None), None)
-    extras = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value", "text") and v is not None}
-    return {"role": role, "content": _content(content, role, index, extras), **extras}
-
-
-def _content(content: Any, role: str, index: int, extras: dict[str, Any]) -> str | list[dict[str, Any]]:
-    """The text of a message; lists of parts stay lists only when a part is not text."""
-    if isinstance(content, list):
-        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-        if not all(isinstance(part, dict) and "type" in part for part in parts):
-            raise Reject("unknown format", f"message {index} has content parts that are not objects with a type")
-        if any(part["type"] != "text" for part in parts):
-            return parts
-        content = "".join(str(part.get("text") or "") for part in parts)
-    if content is None and extras.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        raise Reject("unknown format", f"message {index} ({role}) has content of type {type(content).__name__}")
-    if not content.strip() and role in ("assistant", "user") and not extras.get("tool_calls"):
-        kind = "empty answer" if role == "assistant" else "empty message"
-        raise Reject(kind, f"message {index} ({role}) is empty")
-    return content
+def _with_columns(
+    messages: list[dict[str, Any]], value: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any], set[str]]:
+    """The messages with what columns beside them say, the decoded tools and template arguments, and what was used."""
+    kwargs, used = template_kwargs_of(value)
+    stated = {"tools": tools_in(value, messages), "chat_template_kwargs": kwargs}
+    used |= value.keys() & stated.keys()
+    if messages:
+        system, columns = system_of(value, messages)
+        messages = [{"role": "system", "content": system}, *messages] if system else messages
+        messages, more = row_reasoning(value, messages)
+        used |= columns | more
+        with_images = with_row_images(messages, value)
+        if with_images is not messages:
+            used |= value.keys() & {"image", "images"}
+        messages = with_images
+    return messages, {name: found for name, found in stated.items() if found}, used
 
 
 def _row_id(row: Row) -> str:
@@ -166,21 +160,46 @@ def _row_id(row: Row) -> str:
 class _SeenIds:
     """Ids key the shards, the resume and the split: a second row of the same id is rejected, naming both.
 
-    Holds a 64-bit digest and a packed place per row (about 0.1 GB per million rows), not the ids.
+    Where several answers of one prompt are expected, later ones are numbered instead, and only the same answer again is
+    rejected. Holds a 64-bit digest and a packed place per row (about 0.1 GB per million rows), not the ids.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, repeated: RepeatedIds = "reject") -> None:
         self._places: dict[int, int] = {}
         self._files: list[str] = []
+        self._repeated = repeated
+        self._counts: dict[int, int] = {}
 
-    def claim(self, id: str, where: str) -> None:
-        key = int.from_bytes(hashlib.blake2b(id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    def claimed(self, conversation: Conversation) -> Conversation:
+        """The conversation under an id that is its own."""
+        id = conversation.id
+        if self._repeated == "answers":
+            self._claim(f"{id}\0{conversation.messages!r}\0{_token_ids(conversation)!r}", conversation, "and answer ")
+            key = _digest(id)
+            number = self._counts[key] = self._counts.get(key, 0) + 1
+            return conversation if number == 1 else replace(conversation, id=f"{id}{ANSWER_MARK}{number}")
+        self._claim(id, conversation)
+        return conversation
+
+    def _claim(self, text: str, conversation: Conversation, what: str = "") -> None:
+        key, where = _digest(text), conversation.where
         number = re.search(r"\d*$", where).group()  # type: ignore[union-attr]  # always matches
         file = where.removesuffix(number)
         if not self._files or self._files[-1] != file:
             self._files.append(file)
         if key in self._places:
             file_index, first = divmod(self._places[key], 1 << 40)
-            place = f"{self._files[file_index]}{first}"
-            raise Reject("duplicate id", f"id {id!r} was already used at {place}; give every row an id of its own")
+            raise Reject(
+                "duplicate id",
+                f"id {conversation.id!r} {what}was already used at {self._files[file_index]}{first}; give every row an "
+                f"id of its own" + ("" if what else ", or say --repeated-ids answers"),
+            )
         self._places[key] = (len(self._files) - 1 << 40) + int(number or 0)
+
+
+def _token_ids(conversation: Conversation) -> list[Any]:
+    return [conversation.meta[name] for name in TOKEN_COLUMNS if name in conversation.meta]
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

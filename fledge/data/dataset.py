@@ -20,24 +20,30 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
 from fledge.console import progress, say, warn
-from fledge.data.conversations import HOPELESS_ROWS, Conversation, DataFormat, read_conversations
+from fledge.data.conversations import HOPELESS_ROWS, Conversation, DataFormat, RepeatedIds, read_conversations
 from fledge.data.image_table import ImageTable
 from fledge.data.images import ImageRef, picture_state
 from fledge.data.rejects import MAX_REJECT_SHARE, Reject, Rejects
 from fledge.data.rows import content_hash, count_rows, is_local
 from fledge.data.samples import MIN_SUPERVISED, TURN_MARK, Drop, Sample, conversation_id
+from fledge.data.sealed import verify_sealed
 from fledge.data.tokenize import ChatTemplate
 from fledge.data.vocab import control_ids, count_tokens
 from fledge.errors import UserError
+from fledge.parsing import read_json
 from fledge.provenance import write_json
 
-LAYOUT = 1  # raise it when samples would come out differently
+LAYOUT = 2  # raise it when samples would come out differently
 BATCH = 256
+ARRAYS = ("offsets", "truncated", "cut")
+LARGEST_IDS = 16 << 30  # bytes; ours, and as long as the data has rows
+AGAIN = "Delete this folder and run again."
 
 
 @dataclass
@@ -49,11 +55,13 @@ class Report:
     samples: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
+    untraced: dict[str, int] = field(default_factory=dict)  # rows kept without a field the template does not render
     truncated: int = 0
     split_turns: int = 0  # samples made of one turn, because the template forgets how earlier turns were written
     tokens: int = 0
     supervised: int = 0
     supervised_cut: int = 0
+    without_stop: int = 0  # samples, not truncated, that end with no token at which the target stops
 
     def line(self) -> str:
         """One line for the log."""
@@ -61,10 +69,17 @@ class Report:
         parts.append(f"{self.supervised} supervised ({self.supervised / max(self.tokens, 1):.0%})")
         if self.truncated:
             parts.append(f"{self.truncated} truncated ({self.supervised_cut} supervised tokens cut)")
-        for word, kinds in (("rejected", self.rejected), ("dropped", self.dropped)):
+        kept_without = ("with fields that were not rendered", self.untraced)
+        for word, kinds in (("rejected", self.rejected), ("dropped", self.dropped), kept_without):
             if kinds:
                 parts.append(f"{sum(kinds.values())} {word} ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})")
         return ", ".join(parts)
+
+
+class ReportFile(msgspec.Struct):
+    """report.json, as far as it is read again."""
+
+    report: Report
 
 
 class TokenizedData(Sequence[Sample]):
@@ -72,17 +87,19 @@ class TokenizedData(Sequence[Sample]):
 
     def __init__(self, folder: Path, template: ChatTemplate, indices: np.ndarray | None = None) -> None:
         self.folder, self.template = folder, template
-        self._offsets = np.load(folder / "offsets.npy")
-        self._truncated = np.load(folder / "truncated.npy")
-        self._cut = np.load(folder / "cut.npy")
-        self._ids: list[str] = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
-        self._tokens = _memory_map(folder / "tokens.bin", np.int32)
-        self._mask = _memory_map(folder / "mask.bin", np.bool_)
-        self._images = ImageTable(folder) if template.vision else None
-        if len(self._offsets) != len(self._ids) + 1 or self._offsets[-1] != len(self._tokens):
-            raise UserError(f"{folder}: the tokenised data is incomplete. Delete this folder and run again.")
+        try:
+            self._offsets, self._truncated, self._cut = (np.load(folder / f"{name}.npy") for name in ARRAYS)
+            self._tokens = _memory_map(folder / "tokens.bin", np.int32)
+            self._mask = _memory_map(folder / "mask.bin", np.bool_)
+            self._images = ImageTable(folder) if template.vision else None
+        except (OSError, EOFError, ValueError) as error:
+            raise UserError(f"{folder}: the tokenised data cannot be read ({error}). {AGAIN}") from None
+        self._ids = read_json(folder / "ids.json", list[str], hint=AGAIN, largest=LARGEST_IDS)
+        sizes = (len(self._offsets) - 1, len(self._truncated), len(self._cut))
+        if set(sizes) != {len(self._ids)} or not self._offsets[-1] == len(self._tokens) == len(self._mask):
+            raise UserError(f"{folder}: the tokenised data is incomplete. {AGAIN}")
         self.indices = np.arange(len(self._ids)) if indices is None else indices
-        self.report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8"))["report"])
+        self.report = read_json(folder / "report.json", ReportFile, hint=AGAIN).report
         self._temporary: tempfile.TemporaryDirectory | None = None
 
     @classmethod
@@ -90,17 +107,20 @@ class TokenizedData(Sequence[Sample]):
         cls, path_or_name: str, template: ChatTemplate, *, max_length: int | None = None,
         data_format: DataFormat = "auto", split: str = "train", min_supervised: int = MIN_SUPERVISED,
         max_reject_share: float = MAX_REJECT_SHARE, cache_dir: str | Path | None = "default", num_proc: int = 1,
+        columns: Sequence[str] = (), repeated_ids: RepeatedIds = "reject",
     ) -> "TokenizedData":  # fmt: skip
         """Tokenise a file, folder or hub data set, or reopen what an earlier run with the same inputs left.
 
         `cache_dir` None keeps the result for this process only; hub data sets, whose content cannot be hashed before it
         is read, are never reused.
         """
-        template.verify()
+        if is_local(path_or_name):
+            verify_sealed(Path(path_or_name).expanduser())
         settings = {
             "layout": LAYOUT, "template": template.fingerprint, "tokenizer": tokenizer_digest(template),
             "stop_token_ids": template.stop_token_ids, "max_length": max_length, "min_supervised": min_supervised,
             "data_format": data_format, "split": split, "max_reject_share": max_reject_share,
+            "columns": list(columns), "repeated_ids": repeated_ids, "untraced": template.untraced,
         }  # fmt: skip
         temporary = None
         if cache_dir is None or not is_local(path_or_name):
@@ -109,7 +129,10 @@ class TokenizedData(Sequence[Sample]):
         else:
             state = {"data": content_hash(path_or_name)}
             if template.vision is not None:
-                rows = read_conversations(path_or_name, data_format=data_format, rejects=Rejects(max_share=1.0))
+                rows = read_conversations(
+                    path_or_name, data_format=data_format, rejects=Rejects(max_share=1.0), columns=columns,
+                    repeated_ids=repeated_ids,
+                )  # fmt: skip
                 state["pictures"] = picture_state(rows)
             key = json.dumps({**settings, **state}, sort_keys=True)
             folder = _cache_root(cache_dir) / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
@@ -119,7 +142,10 @@ class TokenizedData(Sequence[Sample]):
         else:
             listed = None if temporary else folder.with_name(folder.name + ".rejects.jsonl")
             rejects = Rejects(listed, max_reject_share)
-            conversations = read_conversations(path_or_name, data_format=data_format, rejects=rejects, split=split)
+            conversations = read_conversations(
+                path_or_name, data_format=data_format, rejects=rejects, split=split, columns=columns,
+                repeated_ids=repeated_ids,
+            )  # fmt: skip
             _build(
                 folder, conversations, rejects, template, max_length, min_supervised, num_proc, path_or_name, settings
             )
@@ -128,6 +154,11 @@ class TokenizedData(Sequence[Sample]):
         if data.report.rejected:
             where = "" if temporary else f" See {folder}.rejects.jsonl."
             warn(f"{path_or_name}: {sum(data.report.rejected.values())} rows rejected.{where}")
+        for name, count in data.report.untraced.items():
+            warn(f"{path_or_name}: chat template {template.name!r} does not render {name}, which {count} rows have.")
+        if data.report.without_stop == data.report.samples:
+            stops = ", ".join(map(repr, template.stop_tokens)) or "none is known"
+            warn(f"{path_or_name}: no answer ends with a token at which the target stops ({stops}).")
         data._temporary = temporary
         return data
 
@@ -280,7 +311,10 @@ def _write_samples(
                         truncated.append(sample.truncated)
                         cut.append(sample.num_cut)
                         report.supervised += int(sample.loss_mask.sum())
+                        report.without_stop += not (sample.truncated or sample.ends_with(template.stop_token_ids))
                         report.split_turns += TURN_MARK in sample.id
+                        for name in sample.untraced:
+                            report.untraced[name] = report.untraced.get(name, 0) + 1
             bar.advance(len(batch), f"{len(ids)} samples")
             if not ids and rejects.num_rejected >= HOPELESS_ROWS:
                 rejects.check(rejects.num_rejected)
@@ -328,7 +362,7 @@ def _start_worker(template: ChatTemplate) -> None:
     _worker_template = template
 
 
-Packed = list[list[tuple[str, np.ndarray, np.ndarray, bool, int, tuple[ImageRef, ...]]] | Reject]
+Packed = list[list[tuple[str, np.ndarray, np.ndarray, bool, int, tuple[ImageRef, ...], tuple[str, ...]]] | Reject]
 
 
 def _encode_in_worker(batch: list[Conversation], max_length: int | None, min_supervised: int) -> Packed:
@@ -340,7 +374,10 @@ def _encode_in_worker(batch: list[Conversation], max_length: int | None, min_sup
             packed.append(result)
         else:
             packed.append(
-                [(s.id, s.input_ids.numpy(), s.loss_mask.numpy(), s.truncated, s.num_cut, s.images) for s in result]
+                [
+                    (s.id, s.input_ids.numpy(), s.loss_mask.numpy(), s.truncated, s.num_cut, s.images, s.untraced)
+                    for s in result
+                ]
             )
     return packed
 
@@ -349,7 +386,10 @@ def _unpack(packed: Packed) -> list[list[Sample] | Reject]:
     as_tensor = torch.from_numpy
     return [
         result if isinstance(result, Reject)
-        else [Sample(id, as_tensor(ids), as_tensor(mask), cut, n, images) for id, ids, mask, cut, n, images in result]
+        else [
+            Sample(id, as_tensor(ids), as_tensor(mask), cut, n, images, untraced)
+            for id, ids, mask, cut, n, images, untraced in result
+        ]
         for result in packed
     ]  # fmt: skip
 

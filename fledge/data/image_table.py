@@ -11,11 +11,24 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import IO
 
+import msgspec
 import numpy as np
 
 from fledge.data.images import ImageRef
+from fledge.parsing import parse_json
 
 FILE, OFFSETS = "images.jsonl", "image_offsets.npy"
+
+
+class Line(msgspec.Struct, array_like=True):
+    """An ImageRef as a line of the table has it."""
+
+    source: str
+    digest: str
+    width: int
+    height: int
+    begin: int
+    end: int
 
 
 class ImageTable:
@@ -23,12 +36,14 @@ class ImageTable:
 
     def __init__(self, folder: Path) -> None:
         self._offsets = np.load(folder / OFFSETS)
-        path = folder / FILE
+        path = self._file = folder / FILE
         self._bytes = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
 
     def __getitem__(self, row: int) -> tuple[ImageRef, ...]:
         begin, end = int(self._offsets[row]), int(self._offsets[row + 1])
-        return tuple(ImageRef(*json.loads(line)) for line in self._bytes[begin:end].tobytes().splitlines())
+        lines = self._bytes[begin:end].tobytes().splitlines()
+        where, again = f"{self._file} (sample {row})", "Delete this folder and run again."
+        return tuple(ImageRef(*msgspec.structs.astuple(parse_json(line, Line, where, hint=again))) for line in lines)
 
     @staticmethod
     @contextmanager

@@ -13,11 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
-from fledge.data.image_urls import IMAGE_TYPES, LONGEST_PATH, read_image, source_of
+from fledge.data.image_urls import (
+    IMAGE_TYPES,
+    LONGEST_PATH,
+    URL_SCHEMES,
+    image_urls_allowed,
+    open_image,
+    read_image,
+    source_of,
+)
 from fledge.data.rejects import Reject
 from fledge.errors import UserError
+
+EpsImagePlugin.gs_binary = False  # `datasets` decodes whatever its files hold: PostScript must start no program
 
 MARK = "<image>"  # LLaVA's spelling: the mark in the text, the file in the row
 
@@ -77,7 +87,8 @@ def read_pictures(messages: Sequence[dict[str, Any]], folder: Path | None) -> li
 
 
 def picture_state(conversations: Iterable[Any]) -> str:
-    """A digest of the picture files that conversations name: place, size and time of change, or that it is missing.
+    """A digest of the picture files that conversations name: place, size and time of change, or that it is missing;
+    of URLs, whether they are fetched.
 
     What a data file says about pictures by path is not in its bytes; tokens made from them depend on this, too.
     """
@@ -86,7 +97,9 @@ def picture_state(conversations: Iterable[Any]) -> str:
         folder = folder_of(conversation.where)
         for part in _known_parts(conversation.messages):
             path = _place(part, folder)
-            if path is not None:
+            if path is None:
+                digest.update(b"urls" if image_urls_allowed() else b"")
+            else:
                 found = path.stat() if path.is_file() else None
                 digest.update(f"{path}|{found and (found.st_size, found.st_mtime_ns)}\n".encode())
     return digest.hexdigest()
@@ -100,10 +113,9 @@ def folder_of(where: str) -> Path | None:
 
 def decode(content: bytes, source: str) -> Image.Image:
     """The whole picture in RGB, turned as its camera says (what transformers' own loader does); a Reject if broken."""
+    image = open_image(content, source)
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # PIL raises many kinds on damaged files
         raise Reject("broken image", f"{source[:80]}: {error}") from None
 
@@ -139,8 +151,12 @@ def source_of_value(value: Any) -> str:
     """A picture as a column of a data set holds it, as a source."""
     if isinstance(value, str) and value:
         return value
-    if isinstance(value, dict) and (value.get("bytes") or value.get("path")):
-        return _data_url(value["bytes"]) if value.get("bytes") else str(value["path"])
+    if isinstance(value, dict) and isinstance(value.get("bytes"), str) and value["bytes"]:  # base64, in JSON
+        return value["bytes"] if value["bytes"].startswith("data:") else f"data:image/png;base64,{value['bytes']}"
+    if isinstance(value, dict) and isinstance(value.get("bytes"), (bytes, bytearray)) and value["bytes"]:
+        return _data_url(value["bytes"])
+    if isinstance(value, dict) and isinstance(value.get("path"), str) and value["path"]:
+        return value["path"]
     if isinstance(value, Image.Image):
         buffer = io.BytesIO()
         value.save(buffer, "PNG")
@@ -168,7 +184,7 @@ def _place(part: dict[str, Any], folder: Path | None) -> Path | None:
         source = source_of(part)
     except Reject:
         return None
-    if len(source) >= LONGEST_PATH or source.startswith(("data:", "http://", "https://")):
+    if len(source) >= LONGEST_PATH or source.startswith(("data:", *URL_SCHEMES)):
         return None
     path = Path(source.removeprefix("file://")).expanduser()
     return folder / path if folder is not None else path

@@ -6,6 +6,7 @@ people; `figures` is the same as one JSON-ready document for programs.
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,10 +14,12 @@ import numpy as np
 from rich.text import Text
 
 from fledge.console import console, say, show_table
-from fledge.data.conversations import Conversation, DataFormat, read_conversations
+from fledge.data.columns import TOKEN_COLUMNS
+from fledge.data.conversations import Conversation, DataFormat, RepeatedIds, read_conversations
 from fledge.data.dataset import TokenizedData
 from fledge.data.rejects import Rejects
 from fledge.data.tokenize import ChatTemplate, Sample
+from fledge.data.traces import UNTRACED_REASON
 from fledge.data.vocab import coverage
 
 COVERAGE_SIZES = (8_192, 16_384, 32_000)
@@ -25,20 +28,40 @@ LOOP_CHARACTERS = 60  # a tail of at least this many characters ...
 LOOP_TURNS = 4  # ... that is the same piece at least this many times
 LONGEST_PIECE = 200
 SIZES_SHOWN = 5
+SAMPLES_SHOWN = 3
+RENDERED_COLUMNS = frozenset((  # columns that stay in the meta of a conversation and are used from there
+    "tools", "chat_template_kwargs", "finish_reason", "id", *TOKEN_COLUMNS, "prompt_token_ids", "prompt_ids",
+    "loss_mask", "labels", "attention_mask",
+))  # fmt: skip
+RENDERED_KEYS = frozenset(
+    ("role", "content", "reasoning_content", "tool_calls", "train", "name", "tool_call_id", "finish_reason")
+)
+FATES = {
+    "used": "used", "not_shown": "not shown to the model", "dropped": "not in the template",
+    "rejected": "rows rejected for it",
+}  # fmt: skip
 SUPERVISED, CONTEXT, PICTURE = "bold green", "dim", "cyan"
 
 
-def figures(data: TokenizedData, path_or_name: str, data_format: DataFormat = "auto", split: str = "train") -> dict:
+def figures(
+    data: TokenizedData, path_or_name: str, data_format: DataFormat = "auto", split: str = "train",
+    columns: Sequence[str] = (), repeated_ids: RepeatedIds = "reject",
+) -> dict:  # fmt: skip
     """Every figure of a data set, JSON-ready."""
     rejects = Rejects(max_share=1.0)
     text = TextFigures()
-    for conversation in read_conversations(path_or_name, data_format=data_format, rejects=rejects, split=split):
+    fields = FieldCounts()
+    for conversation in read_conversations(
+        path_or_name, data_format=data_format, rejects=rejects, split=split, columns=columns, repeated_ids=repeated_ids
+    ):
         text.add(conversation)
+        fields.add(conversation)
     return {
         "data": path_or_name,
         "template": {"name": data.template.name, "fingerprint": data.template.fingerprint},
         "stop_token_ids": list(data.template.stop_token_ids),
         "report": asdict(data.report),
+        "fields": fields.summary(data.report.untraced, data.report.rejected),
         "length": _quantiles(data.lengths),
         "supervised_length": _quantiles(data.supervised_lengths),
         "coverage": {str(size): share for size, share in coverage(data.counts, COVERAGE_SIZES, data.always).items()},
@@ -68,6 +91,34 @@ def image_figures(data: TokenizedData) -> dict[str, Any]:
             "sizes": {f"{width} x {height}": count for (width, height), count in sizes.most_common(SIZES_SHOWN)},
         }
     return document
+
+
+class FieldCounts:
+    """What became of the fields of rows and messages: read into the text, kept beside it, not rendered, or rejected."""
+
+    def __init__(self) -> None:
+        self.used: Counter[str] = Counter()
+        self.kept: Counter[str] = Counter()
+
+    def add(self, conversation: Conversation) -> None:
+        self.used.update(conversation.used)
+        self.used.update(name for name in RENDERED_COLUMNS if name in conversation.meta)
+        self.kept.update(name for name in conversation.meta if name not in RENDERED_COLUMNS)
+        in_messages = {name for message in conversation.messages for name in message}
+        self.used.update(f"message.{name}" for name in in_messages & RENDERED_KEYS)
+        self.kept.update(f"message.{name}" for name in in_messages - RENDERED_KEYS)
+
+    def summary(self, untraced: dict[str, int], rejected: dict[str, int]) -> dict[str, dict[str, int]]:
+        """Rows by field, one dictionary per fate."""
+        refused = {
+            reason.removeprefix(UNTRACED_REASON): count
+            for reason, count in rejected.items()
+            if reason.startswith(UNTRACED_REASON)
+        }
+        return {
+            "used": dict(self.used.most_common()), "not_shown": dict(self.kept.most_common()), "dropped": untraced,
+            "rejected": refused,
+        }  # fmt: skip
 
 
 class TextFigures:
@@ -120,10 +171,11 @@ def ends_in_loop(text: str) -> bool:
     return False
 
 
-def show(document: dict[str, Any], sample: Sample, template: ChatTemplate) -> None:
-    """Print a sample in colour and the figures as tables."""
-    console.print(Text(f"Sample {sample.id}: supervised tokens in green", style="bold"))
-    console.print(colour(sample, template.tokenizer))
+def show(document: dict[str, Any], samples: Sequence[Sample], template: ChatTemplate) -> None:
+    """Print samples in colour and the figures as tables."""
+    for sample in samples:
+        console.print(Text(f"Sample {sample.id}: supervised tokens in green", style="bold"))
+        console.print(colour(sample, template.tokenizer))
     report = document["report"]
     rows: list[tuple[str, object]] = [
         ("conversations read", report["rows"]), ("kept", report["kept"]), ("samples", report["samples"]),
@@ -136,6 +188,7 @@ def show(document: dict[str, Any], sample: Sample, template: ChatTemplate) -> No
         ("distinct supervised tokens", document["distinct_supervised_tokens"]),
     ]  # fmt: skip
     show_table(document["data"], ("", "count"), rows)
+    show_fields(document["fields"])
     names = ("min", *(f"{q:.0%}" for q in QUANTILES), "max", "mean")
     lengths = [(label, *document[key].values()) for label, key in
                (("tokens per sample", "length"), ("supervised", "supervised_length"))]  # fmt: skip
@@ -155,6 +208,13 @@ def show(document: dict[str, Any], sample: Sample, template: ChatTemplate) -> No
     )  # fmt: skip
     if document["first_repetition_loop"]:
         say(f"first answer that ends in a loop: {document['first_repetition_loop']}")
+
+
+def show_fields(fields: dict[str, dict[str, int]]) -> None:
+    """Rows by field of the data and what became of it."""
+    names = sorted({name for counts in fields.values() for name in counts})
+    rows = [(name, *(fields[fate].get(name, "") for fate in FATES)) for name in names]
+    show_table("Fields (rows)", ("", *FATES.values()), rows)
 
 
 def show_images(figures: dict[str, Any], names: tuple[str, ...]) -> None:

@@ -28,9 +28,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
+
 from fledge import provenance
 from fledge.console import warn
+from fledge.data.sealed import JournalManifest, Sealed, check_file, read_sealed, shard_name
 from fledge.errors import UserError
+from fledge.parsing import parse_json, read_json
+from fledge.redaction import redact, redacted
 
 FORMAT = 1
 MANIFEST_EVERY_S = 10.0
@@ -72,10 +77,12 @@ class Journal:
         if shard_size < 1:
             raise UserError(f"the shard size is {shard_size}; it must be at least 1.")
         self.folder, self.total, self.shard_size, self._tally = folder, total, shard_size, tally
-        self.settings = json.loads(json.dumps({**settings, "data_shard_size": shard_size, "input_rows": total}))
+        self.settings = json.loads(
+            json.dumps(redacted({**settings, "data_shard_size": shard_size, "input_rows": total}))
+        )
         self._inner = folder / ".journal"
         self._open: dict[int, _Shard] = {}
-        self._sealed: dict[int, dict[str, Any]] = {}
+        self._sealed: dict[int, Sealed] = {}
         self._manifest_time = 0.0
         self._closing = threading.Lock()
 
@@ -127,7 +134,7 @@ class Journal:
         """The tallies of all rows so far, with `rows` and `rejected: REASON` beside them."""
         total: Counter[str] = Counter()
         for sealed in self._sealed.values():
-            total.update(sealed["counts"])
+            total.update(sealed.counts)
         for shard in self._open.values():
             total.update(_all_counts(shard))
         return total
@@ -144,7 +151,7 @@ class Journal:
     def reject(self, index: int, row_id: str, reason: str, detail: str = "", where: str = "") -> None:
         """Row `index` gets no answer, for this reason."""
         shard = self._shard_for(index)
-        entry = {"id": row_id, "where": where, "reason": reason, "detail": detail}
+        entry = {"id": row_id, "where": where, "reason": reason, "detail": redact(detail)}
         self._append(shard, index, REJECT, json.dumps(entry, ensure_ascii=False).encode())
         shard.rejects[index] = entry
         if shard.full():
@@ -166,14 +173,14 @@ class Journal:
     def rejects(self) -> Iterator[dict[str, str]]:
         """Every rejected row, in input order."""
         for number in sorted({*self._sealed, *self._open}):
-            known = self._sealed[number]["rejects"] if number in self._sealed else self._open[number].rejects
-            yield from (entry for _, entry in sorted((int(index), entry) for index, entry in known.items()))
+            known = self._sealed[number].rejects if number in self._sealed else self._open[number].rejects
+            yield from (entry for _, entry in sorted(known.items()))
 
     def reopen(self, worth_another_try: Callable[[str], bool]) -> int:
         """Forget the rejects with such a reason, so that their rows are asked again. Returns how many."""
         forgotten = 0
         for number, sealed in sorted(self._sealed.items()):
-            if any(worth_another_try(entry["reason"]) for entry in sealed["rejects"].values()):
+            if any(worth_another_try(entry["reason"]) for entry in sealed.rejects.values()):
                 self._unseal(number, sealed)
         for number, shard in list(self._open.items()):
             keep = {index: entry for index, entry in shard.rejects.items() if not worth_another_try(entry["reason"])}
@@ -192,13 +199,10 @@ class Journal:
             if any(self.folder.glob("shard-*.jsonl")):
                 raise UserError(f"{self.folder}: has shards but no manifest.json. Choose an empty --output-dir.")
             return
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: not valid JSON ({error}). Choose another --output-dir.") from None
-        if before.get("format") != FORMAT or "settings" not in before:
+        before = read_json(path, JournalManifest, hint="Choose another --output-dir.")
+        if before.format != FORMAT:
             raise UserError(f"{path}: not a manifest of this version of fledge. Choose another --output-dir.")
-        then = before["settings"]
+        then = before.settings
         different = [
             f"{name} was {then.get(name)!r}, now {self.settings.get(name)!r}"
             for name in sorted({*then, *self.settings})
@@ -212,14 +216,14 @@ class Journal:
 
     def _load(self) -> None:
         for path in sorted(self._inner.glob("*.sealed")):
-            sealed = json.loads(path.read_text(encoding="utf-8"))
-            shard_path = self.folder / sealed["file"]
-            if not shard_path.is_file() or shard_path.stat().st_size != sealed["bytes"]:
-                raise UserError(
-                    f"{shard_path}: missing or not the {sealed['bytes']} bytes it was sealed with. Restore it, or "
-                    f"delete {path} to have its rows asked again."
-                )
-            self._sealed[int(path.stem)] = sealed
+            sealed = read_sealed(path)
+            number = sealed.first_row // self.shard_size
+            if (path.stem, sealed.file) != (f"{number:05d}", shard_name(number)) or sealed.input_rows != self._size(
+                number
+            ):
+                raise UserError(f"{path}: its rows are not those of shard {path.stem}. Restore it, or delete it.")
+            check_file(self.folder, sealed)
+            self._sealed[number] = sealed
         for path in sorted(self._inner.glob("*.partial")):
             number = int(path.stem)
             if number in self._sealed:
@@ -247,12 +251,13 @@ class Journal:
         head, kind, crc, payload = (line.rstrip(b"\n").split(b"\t", 3) + [b""] * 4)[:4]
         if not line.endswith(b"\n") or crc != _crc(head, kind, payload):
             return False
-        index, content = int(head), json.loads(payload)
+        index, where = int(head), str(shard.file.name)
         if kind == ROW:
+            content = parse_json(payload, dict[str, Any], where)
             shard.lines[index] = (shard.end + len(line) - 1 - len(payload), len(payload))
             shard.counts.update(self._tally(content))
         else:
-            shard.rejects[index] = content
+            shard.rejects[index] = parse_json(payload, dict[str, str], where)
         shard.end += len(line)
         return True
 
@@ -290,7 +295,7 @@ class Journal:
 
     def _seal(self, shard: _Shard) -> None:
         """Sort a full shard into input order and give it its name. Killed at any point, the next start repeats it."""
-        name = f"shard-{shard.number:05d}.jsonl"
+        name = shard_name(shard.number)
         checksum, size = hashlib.sha256(), 0
         temporary = self._inner / f"{name}.tmp"
         with open(temporary, "wb") as out:
@@ -302,14 +307,14 @@ class Journal:
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, self.folder / name)
-        sealed = {
-            "file": name, "first_row": shard.first, "input_rows": shard.size, "rows": len(shard.lines), "bytes": size,
-            "sha256": checksum.hexdigest(), "counts": dict(_all_counts(shard)), "rejects": shard.rejects,
-        }  # fmt: skip
-        provenance.write_json(self._inner / f"{shard.number:05d}.sealed", sealed)
+        sealed = Sealed(
+            file=name, first_row=shard.first, input_rows=shard.size, rows=len(shard.lines), bytes=size,
+            sha256=checksum.hexdigest(), counts=dict(_all_counts(shard)), rejects=shard.rejects,
+        )  # fmt: skip
+        provenance.write_json(self._inner / f"{shard.number:05d}.sealed", msgspec.structs.asdict(sealed))
         _sync_folder(self._inner)
         _sync_folder(self.folder)
-        self._sealed[shard.number] = json.loads(json.dumps(sealed))
+        self._sealed[shard.number] = sealed
         with self._closing:
             self._open.pop(shard.number)
             shard.file.close()
@@ -317,17 +322,15 @@ class Journal:
         if time.monotonic() - self._manifest_time > MANIFEST_EVERY_S:
             self.write_manifest()
 
-    def _unseal(self, number: int, sealed: dict[str, Any]) -> None:
+    def _unseal(self, number: int, sealed: Sealed) -> None:
         """The reverse of `_seal`: rows keep their numbers because everything not rejected is in the shard, in order."""
-        rejects = {int(index): entry for index, entry in sealed["rejects"].items()}
-        answered = [
-            i for i in range(sealed["first_row"], sealed["first_row"] + sealed["input_rows"]) if i not in rejects
-        ]
-        with open(self.folder / sealed["file"], "rb") as lines:
-            rows = ((index, line.rstrip(b"\n")) for index, line in zip(answered, lines, strict=True))
-            self._write_partial(number, rows, rejects)
+        rows = range(sealed.first_row, sealed.first_row + sealed.input_rows)
+        answered = [index for index in rows if index not in sealed.rejects]
+        with open(self.folder / sealed.file, "rb") as lines:
+            payloads = ((index, line.rstrip(b"\n")) for index, line in zip(answered, lines, strict=True))
+            self._write_partial(number, payloads, sealed.rejects)
         (self._inner / f"{number:05d}.sealed").unlink()
-        (self.folder / sealed["file"]).unlink()
+        (self.folder / sealed.file).unlink()
         del self._sealed[number]
         self._open[number] = self._read_partial(number)
 
@@ -359,7 +362,7 @@ class Journal:
                 "settings": self.settings,
                 "counts": dict(sorted(counts.items())),
                 "shards": [
-                    {key: value for key, value in sealed.items() if key != "rejects"}
+                    {key: value for key, value in msgspec.structs.asdict(sealed).items() if key != "rejects"}
                     for _, sealed in sorted(self._sealed.items())
                 ],
             },

@@ -7,7 +7,9 @@ Answers follow the row's seed, but not bit by bit: which rows share a batch chan
 """
 
 import asyncio
+import json
 import queue
+import re
 import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -20,9 +22,11 @@ from fledge.errors import UserError
 
 if TYPE_CHECKING:
     from fledge.data.batch_decoder import Job
+    from fledge.data.tokenize import ChatTemplate
 
 CPU_BATCH, GPU_BATCH = 64, 256
 CACHED_BY_COLUMN = {"full_attention", "sliding_attention"}
+TOOL_CALL = re.compile(r"\s*<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
 
 class LocalEngine:
@@ -35,6 +39,7 @@ class LocalEngine:
         self.model, self._dtype, self._device, self._batch_size = model, dtype, device, batch_size
         self._template_name = chat_template_type
         self.errors: Counter[str] = Counter()
+        self.template: ChatTemplate | None = None
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._failed: BaseException | None = None
 
@@ -58,7 +63,15 @@ class LocalEngine:
 
         if has_images(request.messages):
             raise Reject("image parts", "--engine transformers answers text; images need a server (--engine openai)")
-        ids = self._template.prompt_ids(request.messages, enable_thinking=request.thinking)
+        template = self.template
+        assert template is not None, "answer() outside the context"
+        if request.tools and not reads_calls(template.text):
+            raise Reject(
+                "tool calls",
+                "--engine transformers reads calls written as <tool_call> JSON, which this template does not ask for; "
+                "a server reads every form (--engine openai)",
+            )
+        ids = template.prompt_ids(request.messages, **request.template_variables())
         room = self._longest - len(ids)
         if room < 1:
             raise Reject("context length", f"the prompt has {len(ids)} tokens, the model takes {self._longest}")
@@ -66,17 +79,27 @@ class LocalEngine:
             raise self._failed
         done: asyncio.Future[Job] = self._loop.create_future()
         self._inbox.put(
-            Job(ids, min(request.max_tokens, room), request.temperature, request.top_p, request.seed, tag=done)
+            Job(
+                ids,
+                min(request.max_tokens or room, room),
+                request.temperature,
+                request.top_p,
+                request.seed,
+                tag=done,
+                extra=request.extra,
+            )
         )
         if self._failed:  # it failed between the check and the put: nobody may be left to read the inbox
             raise self._failed
         job = await done
         words = job.output_ids[:-1] if job.finish_reason == "stop" else job.output_ids
-        text = self._template.tokenizer.decode(words, skip_special_tokens=True)
-        if not text.strip():
+        text, calls = template.tokenizer.decode(words, skip_special_tokens=True), None
+        if request.tools:
+            text, calls = split_calls(text)
+        if not text.strip() and not calls:
             raise Reject("empty answer", f"{len(job.output_ids)} tokens and no text")
         return Answer(
-            text=text, finish_reason=job.finish_reason or "length", num_prompt_tokens=len(ids),
+            text=text, tool_calls=calls, finish_reason=job.finish_reason or "length", num_prompt_tokens=len(ids),
             num_output_tokens=len(job.output_ids), prompt_ids=ids, output_ids=job.output_ids,
         )  # fmt: skip
 
@@ -88,7 +111,7 @@ class LocalEngine:
         from fledge.data.tokenize import ChatTemplate
 
         device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._template = ChatTemplate.from_pretrained(self.model, self._template_name)
+        template = self.template = ChatTemplate.from_pretrained(self.model, self._template_name)
         dtype: Any = self._dtype if self._dtype == "auto" else getattr(torch, self._dtype)
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)
@@ -107,7 +130,7 @@ class LocalEngine:
             )
         self._longest = getattr(config, "max_position_embeddings", None) or 1 << 30
         batch_size = self._batch_size or (CPU_BATCH if device == "cpu" else GPU_BATCH)
-        self._decoder = BatchDecoder(model, eos_token_ids=self._template.stop_token_ids, batch_size=batch_size)
+        self._decoder = BatchDecoder(model, eos_token_ids=template.stop_token_ids, batch_size=batch_size)
         say(f"{self.model}: {model.dtype} on {device}, {batch_size} rows at once")
 
     def _decode_forever(self) -> None:
@@ -143,6 +166,24 @@ class LocalEngine:
                 return False
             waiting.append(job)
             block = False
+
+
+def reads_calls(template: str) -> bool:
+    """Whether a template asks for calls as JSON between <tool_call> tags (Qwen2.5, Qwen3, Hermes)."""
+    return "<tool_call>" in template and "<function=" not in template and "<arg_key>" not in template
+
+
+def split_calls(text: str) -> tuple[str, list[dict[str, Any]] | None]:
+    """The words before the tool calls and the calls in OpenAI's form; all of it as words where a call is not one."""
+    calls: list[dict[str, Any]] = []
+    for number, written in enumerate(TOOL_CALL.findall(text)):
+        try:
+            call = json.loads(written)
+            function = {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+        except (ValueError, KeyError, TypeError):
+            return text, None
+        calls.append({"id": f"call_{number}", "type": "function", "function": function})
+    return (text[: text.index("<tool_call>")].rstrip(), calls) if calls else (text, None)
 
 
 def _give(job: "Job") -> None:

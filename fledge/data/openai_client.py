@@ -6,7 +6,7 @@ what is done about it:
     connection refused, server dead   endpoint is down; probed until it is back; requests go elsewhere, not counted
     hangs (probes time out too)       endpoint is down; what it holds is taken back and asked elsewhere
     429 (and 503 with Retry-After)    endpoint pauses as long as it asked for
-    5xx, reset, time-out, bad JSON    the request is repeated with backoff, elsewhere if possible; rejected after
+    5xx, reset, time-out, odd reply   the request is repeated with backoff, elsewhere if possible; rejected after
                                       `max_attempts`
     empty answer                      asked again with another seed, three times
     prompt + answer over the context  asked again for a shorter answer; rejected when the prompt alone is too long
@@ -16,23 +16,18 @@ vLLM says which tokens it read and wrote (`return_token_ids`); other servers are
 """
 
 import asyncio
-import json
 import random
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import aiohttp
+from typing import TYPE_CHECKING
 
 from fledge.console import say, warn
 from fledge.data.chat_completions import (
     CONTEXT_ERROR,
     ContextTooLong,
-    Failure,
     body,
-    error_text,
     parse_completion,
     parse_retry_after,
     room,
@@ -42,12 +37,18 @@ from fledge.data.engine import Answer, Request
 from fledge.data.image_urls import has_images, with_data_urls
 from fledge.data.rejects import Reject
 from fledge.errors import UserError
+from fledge.servers.client import Client, Limits, Reply, ServerError, base_url
+from fledge.servers.replies import MODELS, Model, Models, error_text, read_reply
+
+if TYPE_CHECKING:
+    from fledge.data.tokenize import ChatTemplate
 
 MAX_EMPTY_ANSWERS = 3
 MAX_RATE_LIMITS = 200
 LONGEST_PAUSE_S = 60.0
 PROBE_TIMEOUT_S = 10.0
 PROBES_UNTIL_DOWN = 3
+UNCOUNTED = ("connection refused", "server hangs", "rate limited")  # no fault of the request
 
 
 @dataclass(eq=False)
@@ -87,6 +88,8 @@ class Patience:
 class OpenAIClient:
     """An `Engine` over several endpoints that serve the same model."""
 
+    template: "ChatTemplate | None" = None  # the servers render the prompts
+
     def __init__(
         self,
         urls: Sequence[str],
@@ -103,7 +106,7 @@ class OpenAIClient:
         self.endpoints = [Endpoint(normal_url(url), concurrency or 1) for url in dict.fromkeys(urls)]
         self._num_in_flight = None if concurrency else num_in_flight
         self.model, self.patience, self.errors = model or "", patience, Counter[str]()
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = Client(api_key=api_key, limits=Limits(total_s=patience.request_s))
         self._only_answering = only_answering
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._fatal: UserError | None = None
@@ -113,16 +116,11 @@ class OpenAIClient:
         return sum(endpoint.limit for endpoint in self.endpoints)
 
     async def __aenter__(self) -> "OpenAIClient":
-        self._session = aiohttp.ClientSession(
-            # uvicorn closes an idle connection after 5 s; reusing one at that moment would look like a reset
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0),
-            timeout=aiohttp.ClientTimeout(total=self.patience.request_s, sock_connect=10.0),
-            headers=self._headers,
-        )
+        await self._http.__aenter__()
         try:
             await self._discover()
         except BaseException:
-            await self._session.close()
+            await self._http.__aexit__()
             raise
         self._monitor = asyncio.create_task(self._watch())
         return self
@@ -130,7 +128,7 @@ class OpenAIClient:
     async def __aexit__(self, *error: object) -> None:
         self._monitor.cancel()
         await asyncio.gather(self._monitor, return_exceptions=True)
-        await self._session.close()
+        await self._http.__aexit__()
 
     # -- one request
 
@@ -148,9 +146,9 @@ class OpenAIClient:
                 self.errors["context length"] += 1
                 request = shorter(request, error)
                 continue
-            except Failure as failure:
+            except ServerError as failure:
                 self.errors[failure.kind] += 1
-                attempts += failure.counts
+                attempts += failure.kind not in UNCOUNTED
                 limits += failure.kind == "rate limited"
                 empties += failure.kind == "empty answer"
                 last = endpoint
@@ -172,16 +170,13 @@ class OpenAIClient:
         except asyncio.CancelledError:
             current = asyncio.current_task()
             if task.cancelled() and not (current and current.cancelling()):
-                raise Failure("server hangs", endpoint.url, counts=False) from None
+                raise ServerError("server hangs", endpoint.url) from None
             task.cancel()
             raise
-        except TimeoutError:
-            raise Failure("time-out", f"{endpoint.url}: no answer in {self.patience.request_s:.0f} s") from None
-        except aiohttp.ClientConnectorError as error:
-            self._take_down(endpoint, f"{error}")
-            raise Failure("connection refused", f"{endpoint.url}: {error}", counts=False) from None
-        except (aiohttp.ClientError, ConnectionError) as error:
-            raise Failure("connection broke", f"{endpoint.url}: {type(error).__name__} {error}") from None
+        except ServerError as error:
+            if error.kind == "connection refused":
+                self._take_down(endpoint, error.detail)
+            raise
         finally:
             endpoint.attempts.discard(task)
         endpoint.limited_since, endpoint.num_limits = None, 0
@@ -189,23 +184,20 @@ class OpenAIClient:
 
     async def _post(self, endpoint: Endpoint, request: Request) -> Answer:
         fields = body(request, model=endpoint.model, max_model_len=endpoint.max_model_len, token_ids=endpoint.is_vllm)
-        async with self._session.post(f"{endpoint.url}/chat/completions", json=fields) as response:
-            content = await response.read()
-        if response.status != 200:
-            self._refused(endpoint, response.status, response.headers.get("Retry-After"), content, request)
-        return parse_completion(content)
+        reply = await self._http.post(f"{endpoint.url}/chat/completions", fields)
+        if reply.status != 200:
+            self._refused(endpoint, reply)
+        return parse_completion(reply.content)
 
-    def _refused(
-        self, endpoint: Endpoint, status: int, retry_after: str | None, content: bytes, request: Request
-    ) -> None:
+    def _refused(self, endpoint: Endpoint, reply: Reply) -> None:
         """Turn an HTTP error into the exception that says what to do about it."""
-        text = error_text(content)
+        status, retry_after, text = reply.status, reply.retry_after, error_text(reply.content)
         detail = f"{endpoint.url}: HTTP {status}: {text}"
         if status == 429 or (status == 503 and retry_after):
             self._pause(endpoint, retry_after, detail)
-            raise Failure("rate limited", detail, counts=False)
+            raise ServerError("rate limited", detail)
         if status >= 500 or status in (408, 409, 425):
-            raise Failure(f"HTTP {status}", detail)
+            raise ServerError(f"HTTP {status}", detail)
         if status in (401, 403, 404):
             hint = "Check --api-key-env." if status != 404 else "Check the URL and --model."
             self._stop(UserError(f"{detail.rstrip('.')}. {hint}"))
@@ -298,36 +290,36 @@ class OpenAIClient:
                 endpoint.limit = max(self._num_in_flight // len(self.endpoints), 1)
         say(f"{sum(e.up for e in self.endpoints)} of {len(self.endpoints)} servers answer, model {self.model}")
 
-    async def _models(self, endpoint: Endpoint) -> list[dict[str, Any]] | None:
+    async def _models(self, endpoint: Endpoint) -> list[Model] | None:
         """The models an endpoint serves; [] where it has no such list; None where it does not answer."""
         try:
-            timeout = aiohttp.ClientTimeout(total=self.patience.probe_timeout_s)
-            async with self._session.get(f"{endpoint.url}/models", timeout=timeout) as response:
-                content = await response.read()
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            endpoint.last_error = str(error) or type(error).__name__
+            limits = replace(MODELS, total_s=self.patience.probe_timeout_s)
+            reply = await self._http.get(f"{endpoint.url}/models", limits=limits)
+        except ServerError as error:
+            endpoint.last_error = error.detail
             return None
-        if response.status in (401, 403):
-            raise UserError(f"{endpoint.url}: HTTP {response.status}: {error_text(content)} Check --api-key-env.")
-        if response.status >= 500:
-            endpoint.last_error = f"HTTP {response.status}"
+        if reply.status in (401, 403):
+            raise UserError(f"{endpoint.url}: HTTP {reply.status}: {error_text(reply.content)} Check --api-key-env.")
+        if reply.status >= 500:
+            endpoint.last_error = f"HTTP {reply.status}"
             return None
         try:
-            return [model for model in json.loads(content)["data"] if isinstance(model, dict) and "id" in model]
-        except (ValueError, KeyError, TypeError):
+            return read_reply(reply.content, Models).data
+        except ServerError:
             return []
 
-    def _settle(self, endpoint: Endpoint, models: list[dict[str, Any]]) -> None:
+    def _settle(self, endpoint: Endpoint, models: list[Model]) -> None:
         """Take over what the endpoint says of its model, and refuse a mixture of models."""
-        names = [model["id"] for model in models]
+        names = [model.id for model in models]
         if not self.model and len(names) != 1:
             raise UserError(f"{endpoint.url}: serves {', '.join(names) or 'no listed model'}. Choose one with --model.")
         self.model = self.model or names[0]
         if names and self.model not in names:
             raise UserError(f"{endpoint.url}: serves {', '.join(names)}, not {self.model}. All servers need one model.")
-        facts = next((model for model in models if model["id"] == self.model), {})
-        endpoint.model, endpoint.is_vllm = self.model, facts.get("owned_by") == "vllm"
-        endpoint.max_model_len = facts.get("max_model_len")
+        endpoint.model = self.model
+        facts = next((model for model in models if model.id == self.model), None)
+        if facts is not None:
+            endpoint.is_vllm, endpoint.max_model_len = facts.owned_by == "vllm", facts.max_model_len
 
     async def _watch(self) -> None:
         """Probe what is down, and what has been given work; stop the run when nothing is usable for too long."""
@@ -373,8 +365,6 @@ class OpenAIClient:
 
 
 def normal_url(url: str) -> str:
-    """`host:port` and `http://host:port` mean `http://host:port/v1`."""
-    url = url.strip().rstrip("/")
-    if "://" not in url:
-        url = f"http://{url}"
-    return url if url.count("/") > 2 else f"{url}/v1"
+    """`host:port` and `http://host:port` mean `http://host:port/v1`; another path is left as it is."""
+    root = base_url(url)
+    return root if root.count("/") > 2 and not url.rstrip("/ ").endswith("/v1") else f"{root}/v1"

@@ -16,19 +16,24 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
+
+import msgspec
 
 from fledge import provenance
 from fledge.console import Bar, progress, say, warn
-from fledge.data.conversations import Conversation, read_conversations
+from fledge.data.conversations import ANSWER_MARK, Conversation, read_conversations
 from fledge.data.engine import Engine
+from fledge.data.image_urls import allow_image_urls
 from fledge.data.journal import Journal
-from fledge.data.regenerate_args import PromptArgs, RegenerateArgs
+from fledge.data.questions import prompt_digest
+from fledge.data.regenerate_args import AnswerArgs, PromptArgs, RegenerateArgs
 from fledge.data.rejects import Reject, Rejects
-from fledge.data.sampling import TemperatureMixture
-from fledge.data.turns import Asker, prompt_digest, tally
+from fledge.data.sampling import ExtraSampling, TemperatureMixture, describe, read_generation_config, resolve_extra
+from fledge.data.turns import Asker, tally
 from fledge.errors import UserError
+from fledge.parsing import read_json
 
 BATCH_READ = 64
 SYNC_EVERY_S = 2.0
@@ -44,46 +49,87 @@ def regenerate(args: RegenerateArgs) -> None:
 
 
 async def _regenerate(args: RegenerateArgs) -> None:
-    TemperatureMixture.parse(args.answers.temperature)
-    if args.answers.max_tokens < 1 or not 0 < args.answers.top_p <= 1:
-        raise UserError(
-            f"--max-tokens is {args.answers.max_tokens} and --top-p {args.answers.top_p}; the first must be at least "
-            "1, the second in (0, 1]."
-        )
+    allow_image_urls(args.prompts.allow_image_urls)
+    _check_answers(args.answers, args.prompts.samples_per_prompt)
     input_rejects = Rejects(max_share=args.prompts.max_reject_share)
     total, digest = _count(args.prompts, input_rejects)
+    if _all_there(args, total, digest):
+        return
     async with _engine(args) as engine:
-        settings = _settings(args, engine.model, digest)
-        with Journal(args.output_dir, total=total, shard_size=args.data_shard_size, settings=settings,
-                     tally=tally) as journal:  # fmt: skip
+        asked = read_generation_config(args.prompts.tokenizer or engine.model)
+        if args.engines.engine == "transformers":
+            asked = asked or {}  # without one, nothing is asked for; a server's model may have one elsewhere
+        extra = resolve_extra(_flags(args.answers), asked or {})
+        for sentence in describe(extra, asked, temperature=args.answers.temperature, top_p=args.answers.top_p):
+            say(sentence)
+        with _journal(args, total, _settings(args, engine.model, digest, asked)) as journal:
             provenance.write(args.output_dir / "run.json", asdict(args))
-            if args.engines.retry_rejects:
-                say(f"{journal.reopen(lambda reason: reason not in LASTING)} rejected rows are asked again")
-            run = _Run(args, engine, journal, Rejects(journal.input_rejects, args.prompts.max_reject_share))
+            asker = Asker(args.prompts, args.answers, engine, extra)
+            run = _Run(args, engine, asker, journal, Rejects(journal.input_rejects, args.prompts.max_reject_share))
             await run.all_rows()
             _report(journal, args, run.rate())
 
 
+def _check_answers(answers: AnswerArgs, samples: int) -> None:
+    mixture = TemperatureMixture.parse(answers.temperature)
+    if samples > 1 and not any(mixture.temperatures):
+        raise UserError(
+            f"--samples-per-prompt is {samples} at --temperature {answers.temperature}: several answers at temperature "
+            "0 would all be the same one. Raise the temperature."
+        )
+
+
+def _flags(answers: AnswerArgs) -> ExtraSampling:
+    return ExtraSampling(answers.repetition_penalty, answers.top_k, answers.min_p)
+
+
+def _journal(args: RegenerateArgs, total: int, settings: dict[str, Any]) -> Journal:
+    return Journal(args.output_dir, total=total, shard_size=args.data_shard_size, settings=settings, tally=tally)
+
+
+def _all_there(args: RegenerateArgs, total: int, digest: str) -> bool:
+    """Whether an earlier run of the same settings answered every row: then nobody is asked anything."""
+    path = args.output_dir / "manifest.json"
+    if not path.is_file():
+        return False
+    before = read_json(path, _Manifest, hint="Choose another --output-dir.").settings
+    settings = _settings(args, args.engines.model or before.get("model", ""), digest, before.get("generation_config"))
+    with _journal(args, total, settings) as journal:
+        if args.engines.retry_rejects:
+            say(f"{journal.reopen(lambda reason: reason not in LASTING)} rejected rows are asked again")
+        if journal.complete:
+            say(f"all {journal.total} rows are there already; nothing is asked")
+            _report(journal, args)
+        return journal.complete
+
+
+class _Manifest(msgspec.Struct):
+    settings: dict[str, Any]
+
+
 def _count(prompts: PromptArgs, rejects: Rejects) -> tuple[int, str]:
-    """How many conversations there are, and a digest of what they ask: reads everything once, before hours of work."""
+    """How many rows there will be, and a digest of what they ask: reads everything once, before hours of work."""
     digest, total = hashlib.sha256(), 0
     for conversation in _read(prompts, rejects):
-        total += 1
-        digest.update(f"{conversation.id}\0{prompt_digest(conversation.messages).hex()}\n".encode())
+        total += prompts.samples_per_prompt
+        digest.update(f"{conversation.id}\0{prompt_digest(conversation).hex()}\n".encode())
     return total, digest.hexdigest()[:16]
 
 
 def _read(prompts: PromptArgs, rejects: Rejects) -> Iterator[Conversation]:
     stream = read_conversations(
-        prompts.data_name_or_path, data_format=prompts.data_format, rejects=rejects, split=prompts.split
-    )
+        prompts.data_name_or_path, data_format=prompts.data_format, rejects=rejects, split=prompts.split,
+        columns=prompts.columns, repeated_ids=prompts.repeated_ids,
+    )  # fmt: skip
     for number, conversation in enumerate(stream):
         if prompts.max_samples is not None and number >= prompts.max_samples:
             return
         yield conversation
 
 
-def _settings(args: RegenerateArgs, model: str, digest: str) -> dict[str, Any]:
+def _settings(
+    args: RegenerateArgs, model: str, digest: str, generation_config: dict[str, float] | None
+) -> dict[str, Any]:
     """What decides the content of the rows: a run is only continued with the same."""
     prompts = asdict(args.prompts)
     names = ("data_format", "system_prompt", "deduplicate", "max_prompt_length", "tokenizer")
@@ -91,6 +137,8 @@ def _settings(args: RegenerateArgs, model: str, digest: str) -> dict[str, Any]:
         **{name: prompts[name] for name in names},
         "input_sha256": digest, **asdict(args.answers), "model": model, "engine": args.engines.engine,
         **({"chat_template_type": template} if (template := args.engines.chat_template_type) else {}),
+        **({"samples_per_prompt": samples} if (samples := args.prompts.samples_per_prompt) > 1 else {}),
+        **({"generation_config": generation_config} if generation_config else {}),
     }  # fmt: skip
 
 
@@ -130,15 +178,16 @@ def _api_key(variable: str | None) -> str | None:
     return os.environ[variable] if variable else None
 
 
-Item = tuple[int, Conversation, int | None]  # row number, its conversation, the earlier row that asks the same
+Item = tuple[int, Conversation, int | None]  # row number, its conversation, the earlier one that asks the same
 
 
 class _Run:
     """One pass over the input: reads ahead a little, keeps the engine full, writes rows as they come."""
 
-    def __init__(self, args: RegenerateArgs, engine: Engine, journal: Journal, rejects: Rejects) -> None:
-        self.args, self.engine, self.journal, self.rejects = args, engine, journal, rejects
-        self.asker = Asker(args.prompts, args.answers, engine)
+    def __init__(
+        self, args: RegenerateArgs, engine: Engine, asker: Asker, journal: Journal, rejects: Rejects
+    ) -> None:  # fmt: skip
+        self.args, self.engine, self.asker, self.journal, self.rejects = args, engine, asker, journal, rejects
         self.output_tokens, self.started = 0, time.monotonic()
         self._rows = self._missing_rows()
         self._buffer: list[Item] = []
@@ -165,7 +214,7 @@ class _Run:
             index, conversation, first = item
             try:
                 if first is not None:
-                    raise Reject("duplicate prompt", f"asks the same as row {first}")
+                    raise Reject("duplicate prompt", f"asks the same as conversation {first}")
                 row = await self.asker.row(conversation)
                 self.journal.add(index, row)
                 self.output_tokens += row["num_output_tokens"]
@@ -186,12 +235,16 @@ class _Run:
     def _missing_rows(self) -> Iterator[Item]:
         """Rows not done yet; what is a duplicate is settled here, in input order, so that the first one stays."""
         first_asked: dict[bytes, int] = {}
-        for index, conversation in enumerate(_read(self.args.prompts, self.rejects)):
-            first = index
+        samples = self.args.prompts.samples_per_prompt
+        for number, conversation in enumerate(_read(self.args.prompts, self.rejects)):
+            first = number
             if self.args.prompts.deduplicate:
-                first = first_asked.setdefault(prompt_digest(conversation.messages)[:10], index)
-            if not self.journal.is_done(index):
-                yield index, conversation, first if first != index else None
+                first = first_asked.setdefault(prompt_digest(conversation)[:10], number)
+            for sample in range(samples):
+                index = number * samples + sample
+                if not self.journal.is_done(index):
+                    id = conversation.id if samples == 1 else f"{conversation.id}{ANSWER_MARK}{sample + 1}"
+                    yield index, replace(conversation, id=id), first if first != number else None
 
     async def _sync_forever(self) -> None:
         while True:
@@ -207,12 +260,13 @@ class _Run:
         return f"{self.rate():.0f} tok/s" + (f" (retried: {errors})" if errors else "")
 
 
-def _report(journal: Journal, args: RegenerateArgs, rate: float) -> None:
+def _report(journal: Journal, args: RegenerateArgs, rate: float | None = None) -> None:
     """Totals, and a UserError when too much went wrong."""
     counts = journal.counts()
     rejected = Counter({k.removeprefix("rejected: "): n for k, n in counts.items() if k.startswith("rejected: ")})
+    speed = "" if rate is None else f" ({rate:.1f} tok/s in this session)"
     say(
-        f"{counts['rows']} rows, {counts['output_tokens']} answer tokens ({rate:.1f} tok/s in this session), "
+        f"{counts['rows']} rows, {counts['output_tokens']} answer tokens{speed}, "
         f"{counts['finish_reason: length']} cut at --max-tokens, {rejected.total()} rejected"
     )
     for reason, count in rejected.most_common():

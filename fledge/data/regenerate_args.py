@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from fledge.data.conversations import DataFormat
+import tyro
+
+from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
+from fledge.data.image_urls import AllowImageUrls
 from fledge.data.rejects import MAX_REJECT_SHARE
+from fledge.ranges import Count, Natural, NotNegative, Port, Positive, PositiveShare, Seed, Share
 
 
 @dataclass(kw_only=True)
@@ -16,34 +20,48 @@ class PromptArgs:
     """sharegpt (`conversations`), ultrachat or OpenAI `messages`; auto looks at each row. Output follows it."""
     split: str = "train"
     """Split of a hub data set."""
-    max_samples: int | None = None
+    columns: Annotated[tuple[str, ...], tyro.conf.arg(help=COLUMNS_HELP)] = ()
+    repeated_ids: Annotated[RepeatedIds, tyro.conf.arg(help=REPEATED_IDS_HELP)] = "reject"
+    max_samples: Count | None = None
     """Use only the first so many conversations."""
+    samples_per_prompt: Count = 1
+    """Answers to every conversation, each with draws of its own; their rows are named ID#answer1, ID#answer2, ..."""
     system_prompt: str | None = None
     """System message for conversations that have none."""
     deduplicate: bool = False
     """Answer equal prompts (all user turns and the system message) once; the others are listed as rejects."""
-    max_prompt_length: int | None = None
+    max_prompt_length: Count | None = None
     """Longest prompt in tokens of the tokenizer; a longer first turn rejects its row, a longer later turn ends it."""
     tokenizer: str | None = None
-    """Folder or hub name of the tokenizer that --max-prompt-length counts with. None: that of the model."""
-    max_reject_share: float = MAX_REJECT_SHARE
+    """Folder or hub name of the target, where the name the servers use is neither: --max-prompt-length counts with its
+    tokenizer, --thinking follows its chat template, its generation_config is obeyed."""
+    allow_image_urls: AllowImageUrls = False
+    max_reject_share: Share = MAX_REJECT_SHARE
     """Fail when more than this share of the rows could not be read or answered (chosen drops not counted)."""
 
 
 @dataclass(kw_only=True)
 class AnswerArgs:
-    max_tokens: int = 2048
+    max_tokens: Count = 2048
     """Longest answer in tokens."""
     temperature: str = "0.7"
     """One temperature, or a mixture drawn per row: "0.0:0.3,0.7:0.7" is 30 % greedy, 70 % at 0.7."""
-    top_p: float = 1.0
+    top_p: PositiveShare = 1.0
     """Nucleus of the sampled answers."""
-    seed: int = 42
+    top_k: Natural | None = None
+    """Sample from so many likeliest tokens, 0 from all. None: what the target's generation_config asks for."""
+    min_p: Share | None = None
+    """Least probability of a sampled token, relative to the likeliest. None: as generation_config asks."""
+    repetition_penalty: Positive | None = None
+    """Divisor of the logits of tokens that prompt or answer hold already. None: as generation_config asks."""
+    seed: Seed = 42
     """Draws of every row follow from this and the row's id."""
     thinking: Literal["default", "on", "off", "both"] = "default"
-    """`enable_thinking` of the chat template; both: drawn per row, half and half. default: not set."""
+    """The chat template's own switch (enable_thinking, thinking, reasoning_effort); both: drawn per row, half and half.
+    default: not set, or as the row's chat_template_kwargs say."""
     truncated: Literal["keep", "drop"] = "keep"
-    """Rows whose answer was cut at the limit (finish_reason length): kept, or listed as rejects. Counted either way."""
+    """Rows whose answer was cut at the limit (finish_reason length), while reasoning too: kept, or listed as rejects.
+    Counted either way."""
 
 
 @dataclass(kw_only=True)
@@ -54,25 +72,25 @@ class EngineArgs:
     """Name the servers serve the target under (None: ask them); for transformers its folder or hub name."""
     endpoints: tuple[str, ...] = ()
     """Servers, as host:port or URL. None given: --max-clients ports from --base-port on this machine are tried."""
-    base_port: int = 6000
+    base_port: Port = 6000
     """First port, as in `fledge serve`."""
-    max_clients: int = 8
+    max_clients: Count = 8
     """How many ports from --base-port are tried."""
-    num_threads: int = 256
+    num_threads: Count = 256
     """Requests in flight over all servers together."""
-    concurrency: int | None = None
+    concurrency: Count | None = None
     """Requests in flight per server, instead of --num-threads shared evenly."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the servers' API key."""
-    request_timeout_s: float = 900.0
+    request_timeout_s: Positive = 900.0
     """Seconds one answer may take before it is asked again elsewhere."""
-    max_attempts: int = 8
+    max_attempts: Count = 8
     """Failed attempts after which a row is rejected."""
-    give_up_after_s: float = 300.0
+    give_up_after_s: NotNegative = 300.0
     """Seconds without any usable server after which the run stops (it can be continued)."""
     retry_rejects: bool = False
     """Ask rows again that an earlier run of this folder rejected after server errors."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Rows decoded at once by the transformers engine. None: chosen for the device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the transformers engine; auto: the checkpoint's."""
@@ -87,7 +105,7 @@ class RegenerateArgs:
     prompts: PromptArgs
     output_dir: Path
     """Folder of the shards, manifest.json and rejects.jsonl. An unfinished run there is continued."""
-    data_shard_size: int = 50_000
+    data_shard_size: Count = 50_000
     """Input rows per shard; row i is in shard i // size."""
     answers: AnswerArgs = field(default_factory=AnswerArgs)
     engines: EngineArgs = field(default_factory=EngineArgs)

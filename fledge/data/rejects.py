@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from fledge.errors import UserError
+from fledge.redaction import redact
 
 MAX_REJECT_SHARE = 0.05
 
@@ -41,6 +42,7 @@ class Rejects:
 
     def add(self, id: str, reason: str, detail: str, where: str | None = None) -> None:
         """Count one rejected row and write it to the rejects file."""
+        detail = redact(detail)
         self.counts[reason] += 1
         self.first.setdefault(reason, f"{where or id}: {detail}")
         if self.path is None:

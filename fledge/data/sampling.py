@@ -1,12 +1,20 @@
-"""What is drawn per row: a number in [0, 1) from a purpose, the run's seed and the row's id, and what follows from it.
+"""How answers are sampled: what the target's generation_config asks for, and what is drawn per row.
 
-No generator has a state here, so a row draws the same in a resumed run, on another machine and in any order.
+A draw is a number in [0, 1) from a purpose, the run's seed and the row's id. No generator has a state here, so a row
+draws the same in a resumed run, on another machine and in any order.
 """
 
 import hashlib
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from fledge.errors import UserError
+from fledge.parsing import read_json
 
 
 def fraction(purpose: str, seed: int, row_id: str) -> float:
@@ -34,10 +42,10 @@ class TemperatureMixture:
             raise UserError(
                 f"--temperature {text!r}: not a temperature and not a mixture. Write 0.7 or 0.0:0.3,0.7:0.7."
             ) from None
-        if abs(sum(shares) - 1) > 1e-6 or min(shares) < 0 or min(temperatures) < 0:
+        if not all(0 <= number < math.inf for number in (*temperatures, *shares)) or abs(sum(shares) - 1) > 1e-6:
             raise UserError(
-                f"--temperature {text!r}: the shares add up to {sum(shares):g}. They must add up to 1, and nothing "
-                "may be negative."
+                f"--temperature {text!r}: the shares add up to {sum(shares):g}. They must add up to 1, and every "
+                "number must be finite and not negative."
             )
         return cls(temperatures, shares)
 
@@ -49,3 +57,78 @@ class TemperatureMixture:
             if place < 0:
                 return temperature
         return self.temperatures[-1]
+
+
+@dataclass(frozen=True)
+class ExtraSampling:
+    """Sampling beyond temperature and top_p, in the order transformers applies it. None: left to the engine, which in
+    this process means off."""
+
+    repetition_penalty: float | None = None
+    top_k: int | None = None  # 0: all tokens
+    min_p: float | None = None
+
+    def given(self) -> dict[str, float]:
+        """Those that are set."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+class GenerationConfig(msgspec.Struct, omit_defaults=True):
+    """What a target's generation_config.json says of sampling."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    no_repeat_ngram_size: int | None = None
+
+    def asked(self) -> dict[str, float]:
+        """Every setting that changes what is sampled."""
+        neutral = {"repetition_penalty": 1, "min_p": 0, "top_p": 1, "typical_p": 1, "no_repeat_ngram_size": 0}
+        asked = {**msgspec.to_builtins(self), **({"top_k": max(self.top_k, 0)} if self.top_k is not None else {})}
+        return {name: value for name, value in asked.items() if value is not None and value != neutral.get(name)}
+
+
+def read_generation_config(name: str) -> dict[str, float] | None:
+    """What the generation_config of a folder, or of a hub model in this machine's cache, asks for; None where there is
+    none to read. Nothing is downloaded: a server's model may bear any name."""
+    path = Path(name) / "generation_config.json"
+    if not path.is_file():
+        cached = _in_hub_cache(name)
+        if cached is None:
+            return None
+        path = cached
+    return read_json(path, GenerationConfig, hint="It belongs to the target; download it again.").asked()
+
+
+def resolve_extra(flags: ExtraSampling, asked: Mapping[str, float]) -> ExtraSampling:
+    """The flags, and what generation_config asks for where no flag is given."""
+    return ExtraSampling(**{**{name: asked.get(name) for name in asdict(flags)}, **flags.given()})  # type: ignore[arg-type]
+
+
+def describe(extra: ExtraSampling, asked: Mapping[str, float] | None, *, temperature: str, top_p: float) -> list[str]:
+    """Sentences for the log: how answers are sampled, and where that differs from what the target asks for."""
+    settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, **extra.given()}
+    told = [f"sampling: {', '.join(f'{name} {value}' for name, value in settings.items())}"]
+    if asked is None:
+        told.append(
+            "the target's generation_config is not on this machine: a server applies its own top_k, min_p and "
+            "repetition_penalty where --top-k, --min-p and --repetition-penalty are not given"
+        )
+    differs = [f"{name} {value}" for name, value in (asked or {}).items() if str(settings.get(name)) != str(value)]
+    if differs:
+        told.append(f"the target's generation_config asks for {', '.join(differs)}, which is not used here")
+    return told
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "generation_config.json")
+    except HFValidationError:  # not a name the hub knows: a path on the server's machine, say
+        return None
+    return Path(found) if isinstance(found, str) else None

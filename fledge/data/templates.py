@@ -37,6 +37,7 @@ TEMPLATES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {  # name -> (fi
 ALIASES = {
     "qwen": "qwen2", "qwen2_5": "qwen2", "qwen2.5": "qwen2", "llama": "llama3", "llama_3": "llama3", "gemma2": "gemma",
     "gemma3": "gemma", "harmony": "gpt_oss", "gptoss": "gpt_oss", "deepseek_v3": "deepseek", "hunyuan_v1": "hunyuan",
+    "hunyuan_7b": "hunyuan", "hunyuan_dense": "hunyuan", "hunyuan_moe": "hunyuan",
     "qwen2_vl": "qwen2_5_vl", "qwen2.5_vl": "qwen2_5_vl",
 }  # fmt: skip
 

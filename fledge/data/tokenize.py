@@ -17,43 +17,44 @@ from typing import Any
 
 import torch
 
-from fledge.console import warn
 from fledge.data.conversations import Conversation
 from fledge.data.images import folder_of, image_parts, read_pictures
+from fledge.data.masking import Masked, masked
 from fledge.data.rejects import Reject
+from fledge.data.rendering import PROBE, THINKING_SWITCHES, Renderer
 from fledge.data.samples import (
     MIN_SUPERVISED,
     TURN_MARK,
+    Drop,
     Prompt,
     Sample,
     Text,
     fit_all,
+    last_run,
     sample_from_token_ids,
 )
-from fledge.data.spans import Messages, Unmaskable, supervised_renderings
+from fledge.data.spans import Ends, Messages, Rendering, Unmaskable, trained_answers
 from fledge.data.templates import read_template
+from fledge.data.traces import Untraced, refuse_untraced
 from fledge.data.vision import Vision, load_vision
+from fledge.data.vocab import vocab_size_of
 from fledge.errors import UserError, refuse_missing_folder
 
 CHECKED_ROWS = 64  # rows with token ids whose text is compared with their answer, per process
-PROBE = (
-    {"role": "user", "content": "First question"},
-    {"role": "assistant", "content": "first answer"},
-    {"role": "user", "content": "Second question"},
-    {"role": "assistant", "content": "second answer"},
-)
 
 
 class ChatTemplate:
     """A tokenizer with the template that renders its conversations: its own, or a named one that overrides it.
 
+    `last_turn_only` supervises the last answer of a conversation alone; what comes before it is context.
     `eos_token_ids` are the model's (config, generation config): a tokenizer's own eos may be wrong (SmolLM2's GGUF
     says <|im_start|>), so it counts only where the model's are not given and the token opens no turn.
     """
 
     def __init__(
         self, tokenizer: Any, name: str | None = None, *, eos_token_ids: Sequence[int] = (),
-        enable_thinking: bool | None = None, vision: Vision | None = None,
+        enable_thinking: bool | None = None, vision: Vision | None = None, last_turn_only: bool = False,
+        untraced: Untraced = "reject",
     ) -> None:  # fmt: skip
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
@@ -64,20 +65,23 @@ class ChatTemplate:
         self.vision = vision
         self.name = name or "own"
         self.text = read_template(name, tokenizer) if name else own_template(tokenizer, vision)
-        self.enable_thinking = enable_thinking
-        pictures = f"\0{vision.fingerprint}" if vision else ""
-        self.fingerprint = hashlib.sha256(f"{self.text}\0{enable_thinking}{pictures}".encode()).hexdigest()
-        self.vocab_size = len(tokenizer)
-        self._end_tokens = _control_tokens(tokenizer)
+        self.last_turn_only, self.untraced = last_turn_only, untraced
+        self.renderer = Renderer(tokenizer, self.text, self.name, enable_thinking=enable_thinking, vision=vision)
+        self.fingerprint = self._fingerprint()
+        self.vocab_size = vocab_size_of(tokenizer)
         self._checked = 0
-        self._only_parts = vision is not None and self._reads_only_parts()
+        self.stop_token_ids = self._known_stops(tuple(eos_token_ids))
+        self._ends = self._ends_of_turns()
         self.end_of_turn = self._end_of_turn()
-        self.stop_token_ids = self._stop_token_ids(tuple(eos_token_ids))
+        if not eos_token_ids and self.end_of_turn is not None:
+            self.stop_token_ids = tuple(sorted({*self.stop_token_ids, self.end_of_turn}))
+            self._ends = self._ends_of_turns()
 
     @classmethod
     def from_pretrained(
         cls, name_or_path: str, name: str | None = None, *, enable_thinking: bool | None = None,
         trust_remote_code: bool = False, min_pixels: int | None = None, max_pixels: int | None = None,
+        last_turn_only: bool = False, untraced: Untraced = "reject",
     ) -> "ChatTemplate":  # fmt: skip
         """Tokenizer (or processor), template and eos ids of a target folder or hub name, without its weights."""
         vision = load_vision(
@@ -86,27 +90,24 @@ class ChatTemplate:
         tokenizer = vision.tokenizer if vision else load_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
         return cls(
             tokenizer, name or None, eos_token_ids=model_eos_token_ids(name_or_path), enable_thinking=enable_thinking,
-            vision=vision,
+            vision=vision, last_turn_only=last_turn_only, untraced=untraced,
         )  # fmt: skip
+
+    @property
+    def stop_tokens(self) -> tuple[str, ...]:
+        """The texts of the tokens at which the target stops generating."""
+        return self._ends.stops
 
     # ---- text ----------------------------------------------------------------------------------------------------
 
     def render(self, messages: Messages, add_generation_prompt: bool = False, **kwargs: Any) -> str:
         """The template's text for these messages; a template that refuses them is a Reject."""
-        if self.enable_thinking is not None:
-            kwargs.setdefault("enable_thinking", self.enable_thinking)
-        try:
-            return self.tokenizer.apply_chat_template(
-                self._as_template_wants(messages), chat_template=self.text, tokenize=False,
-                add_generation_prompt=add_generation_prompt, **kwargs,
-            )  # fmt: skip
-        except Exception as error:  # jinja and the template's own raise_exception: any type, any text
-            raise Reject("refused by the template", f"template {self.name!r}: {error}") from None
+        return self.renderer.render(messages, add_generation_prompt, **kwargs)
 
     def prompt(self, messages: Messages, *, enable_thinking: bool | None = None, folder: Path | None = None) -> Prompt:
         """What generation is fed for these messages, generation prompt included: token ids, and pixels if any."""
         pictures = read_pictures(list(messages), folder) if self.vision else []
-        kwargs = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        kwargs = {} if enable_thinking is None else dict.fromkeys(THINKING_SWITCHES, enable_thinking)
         if not pictures:
             self._refuse_pictures(messages)
             return Prompt(self.prompt_ids(messages, **kwargs))
@@ -116,9 +117,8 @@ class ChatTemplate:
         ids = self._encodings([expanded.text])[0].ids
         return Prompt(ids, self.vision.inputs(images, torch.tensor(ids), self._stub(len(images))))
 
-    def prompt_ids(self, messages: Messages, *, enable_thinking: bool | None = None) -> list[int]:
-        """Token ids of a prompt, generation prompt included: what generation is fed."""
-        kwargs = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    def prompt_ids(self, messages: Messages, **kwargs: Any) -> list[int]:
+        """Token ids of a prompt, generation prompt included: what generation is fed. `kwargs` are the template's."""
         return self._encodings([self.render(messages, True, **kwargs)])[0].ids
 
     # ---- samples -------------------------------------------------------------------------------------------------
@@ -141,47 +141,28 @@ class ChatTemplate:
         """`samples` for many, tokenised in one batch; a conversation that fails gives its Reject instead."""
         results: list[list[Sample] | Reject] = []
         pending: list[tuple[int, Text]] = []  # result index, what to tokenise
+        lost: dict[int, tuple[str, ...]] = {}  # result index, fields that the template did not render
         for conversation in conversations:
             results.append([])
             try:
-                ready = self._from_token_ids(conversation) or self._from_markers(conversation)
+                self._refuse_untrained(conversation)
+                ready = self._from_token_ids(conversation)
                 if ready is not None:
                     results[-1] = [ready]
                     continue
-                pending += [(len(results) - 1, text) for text in self._texts(conversation)]
+                masked = self._masked(conversation)
+                refuse_untraced(masked.untraced, self.name, self.untraced)
+                lost[len(results) - 1] = masked.untraced
+                pending += [(len(results) - 1, text) for text in self._texts(conversation, masked.renderings)]
             except Reject as reject:
                 results[-1] = reject
         encodings = self._encodings([text.text for _, text in pending])
         for (index, text), encoding in zip(pending, encodings, strict=True):
             samples = results[index]
             assert isinstance(samples, list)
-            samples.append(text.sample(encoding))
+            sample = text.sample(encoding)
+            samples.append(sample if samples or not lost[index] else replace(sample, untraced=lost[index]))
         return [fit_all(result, max_length, min_supervised) for result in results]
-
-    def verify(self) -> None:
-        """Stop the run when this template cannot be masked at all, before a million rows say so one by one."""
-        messages = list(PROBE[:2])
-        try:
-            samples = self.samples(Conversation("probe", tuple(messages)))
-        except Reject as reject:
-            raise UserError(
-                f"{_where(self.tokenizer)}: chat template {self.name!r} cannot be masked ({reject.detail}). Choose a "
-                f"named template (--chat-template-type), set --enable-thinking, or train on rows that carry token ids "
-                f"(prompt_token_ids and token_ids)."
-            ) from None
-        words = self.tokenizer.decode(samples[0].input_ids[samples[0].loss_mask])
-        if "first answer" not in words or "First question" in words:
-            raise UserError(
-                f"{_where(self.tokenizer)}: chat template {self.name!r} masks {words!r} for the answer 'first answer'. "
-                f"Choose another template with --chat-template-type."
-            )
-        if self.end_of_turn is None:
-            warn(
-                f"chat template {self.name!r} ends no turn with a control token: the draft never learns where to stop."
-            )
-        elif self.end_of_turn not in self.stop_token_ids:
-            token = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
-            warn(f"chat template {self.name!r} ends turns with {token!r}, where the model does not stop generating.")
 
     def load(self, sample: Sample) -> Sample:
         """The sample with what the model takes beside its tokens: its pictures are read and made pixels here."""
@@ -193,39 +174,24 @@ class ChatTemplate:
 
     # ---- inside --------------------------------------------------------------------------------------------------
 
-    def _texts(self, conversation: Conversation) -> list[Text]:
+    def _texts(self, conversation: Conversation, renderings: list[Rendering]) -> list[Text]:
         """Every text of a conversation that becomes a sample, its placeholders written out."""
         texts = []
         folder = folder_of(conversation.where) if self.vision else None
         pictures = read_pictures(conversation.messages, folder) if self.vision else []
-        for rendering in self._renderings(conversation):
+        for rendering in renderings:
             id = conversation.id + ("" if rendering.turn is None else f"{TURN_MARK}{rendering.turn}")
             if self.vision is None:
                 texts.append(Text(id, rendering.text, rendering.spans))
                 continue
             # a rendering that ends early holds the first of the pictures
-            messages = _up_to_answer(conversation.messages, rendering.turn)
-            shown = pictures[: sum(1 for _ in image_parts(messages))]
+            end = self._answers(conversation)[-1] if rendering.turn is None else rendering.turn
+            shown = pictures[: sum(1 for _ in image_parts(conversation.messages[: end + 1]))]
             expanded = self.vision.expand(rendering.text, [picture.image for picture in shown])
             spans = tuple(expanded.span(*span) for span in rendering.spans)
             marks = tuple(zip(shown, expanded.images, strict=True))
             texts.append(Text(id, expanded.text, spans, marks, expanded.token_ids))
         return texts
-
-    def _as_template_wants(self, messages: Messages) -> list[dict[str, Any]]:
-        """Pictures as bare marks (their content is no business of a template), text as parts where it must be."""
-        if self.vision is None:
-            return list(messages)
-        wanted = []
-        for message in messages:
-            content = message["content"]
-            if isinstance(content, list):
-                bare = [part if part.get("type") == "text" else {"type": "image"} for part in content]
-                message = {**message, "content": bare}
-            elif self._only_parts:
-                message = {**message, "content": [{"type": "text", "text": content}]}
-            wanted.append(message)
-        return wanted
 
     def _refuse_pictures(self, messages: Messages) -> None:
         for index, message in enumerate(messages):
@@ -233,61 +199,40 @@ class ChatTemplate:
                 kinds = sorted({part["type"] for part in message["content"]})
                 raise Reject("not text", f"message {index} has parts {kinds}, this is a text target")
 
+    def _answers(self, conversation: Conversation) -> list[int]:
+        """Indices of the messages to supervise."""
+        return trained_answers(conversation.messages, self.last_turn_only)
+
+    def _refuse_untrained(self, conversation: Conversation) -> None:
+        if conversation.num_answers and not self._answers(conversation):
+            raise Drop("not supervised", "the row marks every answer that could be supervised as not to be trained")
+
     def _shows_pictures(self, conversation: Conversation) -> bool:
         return self.vision is not None and any(True for _ in image_parts(conversation.messages))
-
-    def _reads_only_parts(self) -> bool:
-        """Templates of LLaVA and SmolVLM lose a content that is a string: they walk over its parts."""
-        self._only_parts = False
-        try:
-            return PROBE[0]["content"] not in self.render(PROBE[:1])
-        except Reject:
-            return True
 
     def _stub(self, num_images: int) -> str:
         """A text with so many placeholders, in the form the processor accepts."""
         return self.render([{"role": "user", "content": [{"type": "image"}] * num_images}])
 
-    def _renderings(self, conversation: Conversation):
-        if not any(message["role"] == "assistant" for message in conversation.messages):
+    def _masked(self, conversation: Conversation) -> Masked:
+        if not conversation.num_answers:
             raise Reject("no answer", "it has no assistant message; answer it first with `fledge regenerate`")
         self._refuse_pictures(conversation.messages)
-        for index, message in enumerate(conversation.messages):
-            if message.get("tool_calls") and self.name != "own":
-                raise Reject(
-                    "tool calls", f"message {index} calls tools, which the named template {self.name!r} cannot write"
-                )
-        kwargs = _template_kwargs(conversation.meta)
-        messages = _with_finish_reason(conversation)
-
-        def render(messages: Messages, add_generation_prompt: bool) -> str:
-            return self.render(messages, add_generation_prompt, **kwargs)
-
+        messages, answers = _with_finish_reason(conversation), self._answers(conversation)
+        tools = {"tools": conversation.tools} if conversation.tools else {}
         try:
-            return supervised_renderings(messages, render, self._end_tokens)
+            return masked(messages, answers, self.renderer, self._ends, {**conversation.template_kwargs, **tools})
         except Unmaskable as found:
-            raise Reject("cannot be masked", f"template {self.name!r}, {found}") from None
-
-    def _from_markers(self, conversation: Conversation) -> Sample | None:
-        """A template with {% generation %} markers states itself what the assistant wrote."""
-        if "endgeneration" not in self.text or not conversation.num_answers or self._shows_pictures(conversation):
-            return None
-        try:
-            encoded = self.tokenizer.apply_chat_template(
-                self._as_template_wants(conversation.messages), chat_template=self.text, return_dict=True,
-                return_assistant_tokens_mask=True, **_template_kwargs(conversation.meta),
-            )  # fmt: skip
-        except Exception as error:
-            raise Reject("refused by the template", f"template {self.name!r}: {error}") from None
-        ids, mask = torch.tensor(encoded["input_ids"]), torch.tensor(encoded["assistant_masks"], dtype=torch.bool)
-        ends = torch.zeros_like(mask)
-        ends[1:] = mask[:-1] & ~mask[1:] & torch.isin(ids[1:], torch.tensor(self.stop_token_ids))
-        return Sample(conversation.id, ids, mask | ends)
+            raise Reject(
+                "cannot be masked", f"template {self.name!r}, {found}; another may be named (--chat-template-type)"
+            ) from None
 
     def _from_token_ids(self, conversation: Conversation) -> Sample | None:
         if self._shows_pictures(conversation):  # how ids of another program stand for pictures is not known
             return None
         sample = sample_from_token_ids(conversation, self.vocab_size)
+        if sample is not None and self.last_turn_only:
+            sample = replace(sample, loss_mask=last_run(sample.loss_mask))
         if sample is None or self._checked >= CHECKED_ROWS:
             return sample
         self._checked += 1
@@ -309,27 +254,39 @@ class ChatTemplate:
         backend.no_truncation()
         return backend.encode_batch(texts, add_special_tokens=False) if texts else []
 
+    def _fingerprint(self) -> str:
+        parts = [self.text, str(self.renderer.enable_thinking)]
+        parts += [self.vision.fingerprint] if self.vision else []
+        parts += ["last turn only"] if self.last_turn_only else []
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def _ends_of_turns(self) -> Ends:
+        """The texts of control tokens, longest first, and of the stop tokens among them."""
+        added = self.tokenizer.added_tokens_decoder
+        stops = {self.tokenizer.convert_ids_to_tokens(id) for id in self.stop_token_ids if id < self.vocab_size}
+        special = {token.content for token in added.values() if token.special} | stops - {None}
+        return Ends(tuple(sorted(special, key=len, reverse=True)), tuple(sorted(stops - {None})))
+
     def _end_of_turn(self) -> int | None:
         """The token this template ends an answer with, from a probe; None without one (or when the probe fails)."""
         try:
-            rendering = self._renderings(Conversation("probe", PROBE[:2]))[0]
+            rendering = self._masked(Conversation("probe", PROBE[:2])).renderings[0]
         except Reject:
             return None
         start, end = rendering.spans[-1]
-        token = next((token for token in self._end_tokens if rendering.text.endswith(token, start, end)), None)
+        token = next((token for token in self._ends.control if rendering.text.endswith(token, start, end)), None)
         return None if token is None else self.tokenizer.convert_tokens_to_ids(token)
 
-    def _stop_token_ids(self, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        stops = set(eos_token_ids)
-        if not stops and self.tokenizer.eos_token_id is not None:
-            try:
-                opens_a_turn = self.tokenizer.eos_token_id in self.prompt_ids(PROBE[:1])
-            except Reject:
-                opens_a_turn = False
-            stops = set() if opens_a_turn else {self.tokenizer.eos_token_id}
-        if not eos_token_ids and self.end_of_turn is not None:
-            stops.add(self.end_of_turn)
-        return tuple(sorted(stops))
+    def _known_stops(self, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The model's stop ids; without them the tokenizer's eos, unless it opens a turn."""
+        eos = self.tokenizer.eos_token_id
+        if eos_token_ids or eos is None:
+            return tuple(sorted(set(eos_token_ids)))
+        try:
+            opening = self.render(PROBE[:1], True).removeprefix(self.render(PROBE[:1]))
+        except Reject:
+            return (eos,)
+        return () if self.tokenizer.eos_token in opening else (eos,)
 
 
 def own_template(tokenizer: Any, vision: Vision | None = None) -> str:
@@ -379,27 +336,6 @@ def _with_finish_reason(conversation: Conversation) -> list[dict[str, Any]]:
         last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
         messages[last]["finish_reason"] = "length"
     return messages
-
-
-def _template_kwargs(meta: dict[str, Any]) -> dict[str, Any]:
-    """What a row says about its own rendering: `tools` and `chat_template_kwargs` (enable_thinking and the like)."""
-    kwargs = dict(meta.get("chat_template_kwargs") or {})
-    if isinstance(meta.get("tools"), list):
-        kwargs["tools"] = meta["tools"]
-    return kwargs
-
-
-def _control_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Texts that may end a turn: special tokens, longest first."""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special |= {tokenizer.eos_token} if tokenizer.eos_token else set()
-    return tuple(sorted(special, key=len, reverse=True))
-
-
-def _up_to_answer(messages: Sequence[dict[str, Any]], turn: int | None) -> Sequence[dict[str, Any]]:
-    """The messages of a rendering: up to the message `turn`, or up to the last answer."""
-    last = turn if turn is not None else max(i for i, m in enumerate(messages) if m["role"] == "assistant")
-    return messages[: last + 1]
 
 
 def _where(tokenizer: Any) -> str:

@@ -1,113 +1,165 @@
 """One conversation, answered turn by turn, as one training row.
 
 Knows turns, what is drawn per row and what a row holds. Does not know how an answer comes about (`engine.py`) nor where
-the row goes.
+the row goes. What the chat template is told (`tools`, `chat_template_kwargs`) is recorded in the row, so that the row's
+training text begins with the prompt that was sent.
 """
 
-import hashlib
-import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fledge.data.conversations import Conversation, DataFormat
+from fledge.console import warn
+from fledge.data.columns import TOKEN_COLUMNS, TURN_COLUMNS, DataFormat
+from fledge.data.conversations import Conversation
 from fledge.data.engine import Answer, Engine, Request
 from fledge.data.image_urls import anchored, has_images
+from fledge.data.questions import Message, Turn, turns_of
 from fledge.data.regenerate_args import AnswerArgs, PromptArgs
 from fledge.data.rejects import Reject
-from fledge.data.sampling import TemperatureMixture, fraction
+from fledge.data.sampling import ExtraSampling, TemperatureMixture, fraction
+from fledge.data.thinking import BOOLEAN_SWITCHES, ThinkingSwitch
+
+if TYPE_CHECKING:
+    from fledge.data.tokenize import ChatTemplate
 
 OURS = (
-    "finish_reason", "num_prompt_tokens", "num_output_tokens", "sampling", "thinking", "model", "n", "loss_mask",
-    "token_ids", "input_ids", "prompt_token_ids", "chat_template_kwargs", "turns_left_out",
-    "turns_left_out_because",
+    "id", "finish_reason", "num_prompt_tokens", "num_output_tokens", "sampling", "thinking", "model", "n",
+    "prompt_token_ids", "chat_template_kwargs", "turns_left_out", "turns_left_out_because",
 )  # fmt: skip
+# Columns of the input row that hold its old answers: left beside the new ones, a reader might take them instead.
+STALE = {*TURN_COLUMNS, *TOKEN_COLUMNS, "prompt_ids", "loss_mask", "labels", "attention_mask"}
+SENT = ("role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id")  # of a message; the rest is kept
 
 # A later turn without an answer for one of these reasons leaves a good, shorter conversation. Any other reason (a
 # server that failed too often, say) rejects the row, so that --retry-rejects can ask for all of it again.
-ENDS_A_CONVERSATION = ("context length", "prompt too long", "empty answer", "broken image", "cut while reasoning")
+ENDS_A_CONVERSATION = ("context length", "prompt too long", "empty answer", "broken image")
+CUT, NO_RESULT = "answer cut", "tool call without a result"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one row is asked with, the same in every run."""
+
+    temperature: float
+    seed: int
+    thinking: bool | None
+    chat_template_kwargs: dict[str, Any]
+    tools: list[dict[str, Any]] | None
 
 
 class Asker:
     """Asks the user turns of conversations in order, each with the target's own previous answers before it."""
 
-    def __init__(self, prompts: PromptArgs, answers: AnswerArgs, engine: Engine) -> None:
-        self._prompts, self._answers, self._engine = prompts, answers, engine
+    def __init__(self, prompts: PromptArgs, answers: AnswerArgs, engine: Engine, extra: ExtraSampling) -> None:
+        self._prompts, self._answers, self._engine, self._extra = prompts, answers, engine, extra
         self._mixture = TemperatureMixture.parse(answers.temperature)
-        self._counter = _prompt_counter(prompts, engine.model)
+        self._template = engine.template or _known_template(prompts, answers, engine.model)
+        self._switch = _switch(self._template, engine.model) if answers.thinking != "default" else None
 
     async def row(self, conversation: Conversation) -> dict[str, Any]:
         """The row of one conversation: asked turn by turn. Raises Reject when not even the first turn has an answer."""
-        answers, prompts = self._answers, self._prompts
-        system, questions = questions_of(conversation, prompts.system_prompt)
-        temperature = self._mixture.draw(answers.seed, conversation.id)
-        thinking = draw_thinking(answers.thinking, answers.seed, conversation.id)
-        row_seed = int(fraction("seed", answers.seed, conversation.id) * 2**31)
-        folder = _folder_of(conversation)
-        said: list[dict[str, Any]] = list(system)
-        given: list[Answer] = []
-        left_out: dict[str, Any] = {}
-        for turn, question in enumerate(questions):
-            messages = [*said, anchored(question, folder)]
-            try:
-                if self._counter is not None:
-                    self._counter.check(messages, thinking, prompts.max_prompt_length)
-                answer = await self._engine.answer(
-                    Request(messages, answers.max_tokens, temperature, answers.top_p, (row_seed + turn) % 2**31,
-                            thinking)
-                )  # fmt: skip
-            except Reject as reject:
-                if not given or reject.reason not in ENDS_A_CONVERSATION:
-                    raise
-                left_out = {"turns_left_out": len(questions) - turn, "turns_left_out_because": reject.reason}
-                break
-            given.append(answer)
-            said = [*messages, _assistant(answer)]
-            if answer.finish_reason == "length" and turn + 1 < len(questions):
-                left_out = {"turns_left_out": len(questions) - turn - 1, "turns_left_out_because": "answer cut"}
-                break
-        if given[-1].finish_reason == "length" and answers.truncated == "drop":
-            raise Reject(
-                "answer cut", f"turn {len(given)} reached its limit after {given[-1].num_output_tokens} tokens"
-            )
+        drawn, dialogue = self._draw(conversation), Dialogue(self, _folder_of(conversation))
+        await dialogue.run(turns_of(conversation, self._prompts.system_prompt), drawn)
+        last = dialogue.given[-1]
+        if last.finish_reason == "length" and self._answers.truncated == "drop":
+            raise Reject(CUT, f"turn {len(dialogue.given)} reached its limit after {last.num_output_tokens} tokens")
         sampling = {
-            "temperature": temperature, "top_p": answers.top_p, "seed": row_seed, "max_tokens": answers.max_tokens,
+            "temperature": drawn.temperature, "top_p": self._answers.top_p, "seed": drawn.seed,
+            "max_tokens": self._answers.max_tokens, **self._extra.given(),
         }  # fmt: skip
+        own = {name: value for name, value in conversation.meta.items() if _is_kept(name, value)}
         return {
             "id": conversation.id,
-            **_in_format(said, prompts.data_format),
-            **{name: value for name, value in conversation.meta.items() if name not in OURS and name != "id"},
-            "finish_reason": given[-1].finish_reason,
-            "num_prompt_tokens": given[-1].num_prompt_tokens,
-            "num_output_tokens": sum(answer.num_output_tokens for answer in given),
-            **left_out,
+            **own,
+            **_in_format(dialogue.said, self._prompts.data_format),
+            "finish_reason": last.finish_reason,
+            "num_prompt_tokens": last.num_prompt_tokens,
+            "num_output_tokens": sum(answer.num_output_tokens for answer in dialogue.given),
+            **dialogue.left_out,
             "sampling": sampling,
-            "thinking": thinking,
-            **({"chat_template_kwargs": {"enable_thinking": thinking}} if thinking is not None else {}),
+            "thinking": drawn.thinking,
+            **({"chat_template_kwargs": drawn.chat_template_kwargs} if drawn.chat_template_kwargs else {}),
             "model": self._engine.model,
-            **({} if has_images(said) else token_fields(given)),
+            **({} if has_images(dialogue.said) else token_fields(dialogue.given)),
         }
 
+    async def ask(self, messages: list[Message], drawn: Drawn, turn: int) -> Answer:
+        """The target's answer to these messages, of which only the fields of the protocol are sent."""
+        sent = [{name: message[name] for name in SENT if name in message} for message in messages]
+        answers = self._answers
+        request = Request(
+            sent, answers.max_tokens, drawn.temperature, answers.top_p, (drawn.seed + turn) % 2**31,
+            drawn.chat_template_kwargs, drawn.tools, self._extra,
+        )  # fmt: skip
+        self._check_length(request)
+        return await self._engine.answer(request)
 
-def questions_of(
-    conversation: Conversation, system_prompt: str | None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The system message (none or one) and the user turns."""
-    messages = conversation.messages
-    if any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
-        raise Reject("tool calls", "its turns depend on tool results, which cannot be asked again")
-    system = [dict(message) for message in messages if message["role"] == "system"]
-    if not system and system_prompt:
-        system = [{"role": "system", "content": system_prompt}]
-    questions = [dict(message) for message in messages if message["role"] == "user"]
-    if not questions:
-        raise Reject("no question", "it has no user turn")
-    return system, questions
+    def _draw(self, conversation: Conversation) -> Drawn:
+        seed, id = self._answers.seed, conversation.id
+        thinking = draw_thinking(self._answers.thinking, seed, id)
+        switched = self._switch.kwargs(thinking) if self._switch else {}
+        return Drawn(
+            temperature=self._mixture.draw(seed, id),
+            seed=int(fraction("seed", seed, id) * 2**31),
+            thinking=thinking,
+            chat_template_kwargs={**(conversation.meta.get("chat_template_kwargs") or {}), **switched},
+            tools=conversation.meta.get("tools") or None,
+        )
+
+    def _check_length(self, request: Request) -> None:
+        longest = self._prompts.max_prompt_length
+        if longest is None:
+            return
+        assert self._template is not None
+        count = len(self._template.prompt_ids(request.messages, **request.template_variables()))
+        if count > longest:
+            raise Reject("prompt too long", f"{count} tokens, --max-prompt-length is {longest}")
 
 
-def prompt_digest(messages: tuple[dict[str, Any], ...]) -> bytes:
-    """What a conversation asks, as 20 bytes: system message and user turns."""
-    asked = [(m["role"], m["content"]) for m in messages if m["role"] in ("system", "user", "tool")]
-    return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=20).digest()
+class Dialogue:
+    """A conversation under way: what was said, the answers among it, and why turns were left out."""
+
+    def __init__(self, asker: Asker, folder: Path) -> None:
+        self._asker, self._folder = asker, folder
+        self.said: list[Message] = []
+        self.given: list[Answer] = []
+        self.left_out: dict[str, Any] = {}
+
+    async def run(self, turns: list[Turn], drawn: Drawn) -> None:
+        """Ask the turns until one has no end; raises Reject when there is no answer at all."""
+        for number, turn in enumerate(turns):
+            left = len(turns) - number
+            try:
+                reason = await self._answer(turn, drawn, is_last=turn is turns[-1])
+            except Reject as reject:
+                if not self.given or reject.reason not in ENDS_A_CONVERSATION:
+                    raise
+                reason = reject.reason
+            if reason == CUT:
+                left -= 1  # the turn itself has an answer
+            if reason:
+                self.left_out = {"turns_left_out": left, "turns_left_out_because": reason} if left else {}
+                return
+
+    async def _answer(self, turn: Turn, drawn: Drawn, *, is_last: bool) -> str | None:
+        """Ask one turn, with the data's results for the tools that the target calls. Why it did not end, if so."""
+        pending, exchanges = [anchored(message, self._folder) for message in turn.asked], iter(turn.exchanges)
+        while True:
+            answer = await self._asker.ask([*self.said, *pending], drawn, len(self.given))
+            self.said += [*pending, _assistant(answer)]
+            self.given.append(answer)
+            if answer.finish_reason == "length":
+                return CUT
+            if not answer.tool_calls:
+                return None
+            exchange = next(exchanges, None)
+            if is_last and exchange and not exchange.results:
+                return None  # the data ends with a call, too
+            results = exchange.results_for(answer.tool_calls) if exchange else None
+            if results is None:
+                return NO_RESULT
+            pending = results
 
 
 def draw_thinking(choice: str, seed: int, row_id: str) -> bool | None:
@@ -151,16 +203,23 @@ def tally(row: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def _assistant(answer: Answer) -> dict[str, Any]:
+def _is_kept(name: str, value: Any) -> bool:
+    """Whether a column of the input row is copied: `data` is a conversation only where it is a list."""
+    return name not in OURS and (name not in STALE or (name == "data" and not isinstance(value, (list, tuple))))
+
+
+def _assistant(answer: Answer) -> Message:
     reasoning = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
-    return {"role": "assistant", "content": answer.text, **reasoning}
+    calls = {"tool_calls": answer.tool_calls} if answer.tool_calls else {}
+    return {"role": "assistant", "content": answer.text, **reasoning, **calls}
 
 
-def _in_format(messages: list[dict[str, Any]], data_format: DataFormat) -> dict[str, Any]:
-    """`messages` for ultrachat, OpenAI messages and image parts, else ShareGPT's `conversations`."""
-    if data_format in ("ultrachat", "messages") or has_images(messages):
-        return {"messages": messages}
+def _in_format(messages: list[Message], data_format: DataFormat) -> dict[str, Any]:
+    """`messages` for ultrachat, OpenAI messages, image parts and tools, else ShareGPT's `conversations`."""
     names = {"user": "human", "assistant": "gpt", "system": "system"}
+    with_tools = any(message["role"] not in names or message.get("tool_calls") for message in messages)
+    if data_format in ("ultrachat", "messages") or with_tools or has_images(messages):
+        return {"messages": messages}
     return {
         "conversations": [
             {"from": names[m["role"]], "value": m["content"]}
@@ -175,19 +234,28 @@ def _folder_of(conversation: Conversation) -> Path:
     return Path(conversation.where.rpartition(":")[0] or ".").parent
 
 
-class _PromptCounter:
-    """Counts prompt tokens for --max-prompt-length."""
+def _known_template(prompts: PromptArgs, answers: AnswerArgs, model: str) -> "ChatTemplate | None":
+    """The template of a server's model, where something needs it and it can be had."""
+    from transformers import AutoTokenizer
 
-    def __init__(self, name: str) -> None:
-        from fledge.data.tokenize import ChatTemplate
+    from fledge.data.tokenize import ChatTemplate
 
-        self._template = ChatTemplate.from_pretrained(name)
+    if answers.thinking == "default" and prompts.max_prompt_length is None:
+        return None
+    if prompts.tokenizer or prompts.max_prompt_length is not None:
+        return ChatTemplate.from_pretrained(prompts.tokenizer or model)
+    try:  # only from this machine: a server's model may bear any name
+        return ChatTemplate(AutoTokenizer.from_pretrained(model, local_files_only=True))
+    except Exception:  # not here, or not to be read: the library's types vary
+        return None
 
-    def check(self, messages: list[dict[str, Any]], thinking: bool | None, longest: int | None) -> None:
-        count = len(self._template.prompt_ids(messages, enable_thinking=thinking))
-        if longest is not None and count > longest:
-            raise Reject("prompt too long", f"{count} tokens, --max-prompt-length is {longest}")
 
-
-def _prompt_counter(prompts: PromptArgs, model: str) -> _PromptCounter | None:
-    return _PromptCounter(prompts.tokenizer or model) if prompts.max_prompt_length is not None else None
+def _switch(template: "ChatTemplate | None", model: str) -> ThinkingSwitch:
+    if template is not None:
+        return ThinkingSwitch.of(template)
+    names = " and ".join(BOOLEAN_SWITCHES.on)
+    warn(
+        f"{model}: its chat template is not on this machine, so --thinking is sent as {names}. Name the target's "
+        "folder or hub name with --tokenizer to have the template's own switch."
+    )
+    return BOOLEAN_SWITCHES

@@ -6,6 +6,7 @@ which target ids are in; the invariant between the two is checked wherever they 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ class DraftVocab:
     @property
     def target_ids(self) -> Tensor:  # (D,) ascending
         return self.d2t + torch.arange(len(self.d2t))
+
+
+def vocab_size_of(tokenizer: Any) -> int:
+    """How many ids a tokenizer spans: its largest id and one, which is more than their number where ids are unused."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def count_tokens(ids: Tensor, vocab_size: int) -> Tensor:

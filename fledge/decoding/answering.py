@@ -4,11 +4,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TextIO
 
 from fledge.console import say, show_table
+from fledge.data.image_urls import AllowImageUrls, allow_image_urls
 from fledge.data.rejects import Reject
 from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.records import Generation, Sampling
 from fledge.errors import UserError
+from fledge.ranges import Count, Natural, NotNegative, PositiveShare, Seed
 
 GREEN, NORMAL = "\033[32m", "\033[0m"
 READ_BYTES = 256 << 20  # read once to learn the memory's speed
@@ -18,11 +20,11 @@ READ_BYTES = 256 << 20  # read once to learn the memory's speed
 class TreeArgs:
     """The draft tree of every round."""
 
-    total_token: int = 60
+    total_token: Count = 60
     """Tree nodes the target checks per round, root included."""
-    depth: int = 5
+    depth: Natural = 5
     """Draft rounds after the first level of the tree."""
-    top_k: int = 10
+    top_k: Count = 10
     """Children per tree node and beam width; 1 drafts a chain."""
 
 
@@ -30,13 +32,13 @@ class TreeArgs:
 class SamplingArgs:
     """How tokens are chosen; the same law with and without a head."""
 
-    temperature: float = 0.0
+    temperature: NotNegative = 0.0
     """0 takes the most likely token, 1 samples from the target's own distribution."""
-    top_p: float = 1.0
+    top_p: PositiveShare = 1.0
     """Sample only from the most likely tokens that hold this share of the probability."""
-    sample_top_k: int = 0
+    sample_top_k: Natural = 0
     """Sample only from this many most likely tokens; 0 for all. (--top-k is the draft tree's.)"""
-    seed: int | None = None
+    seed: Seed | None = None
     """Seed of the draws. None draws differently every time."""
 
 
@@ -48,7 +50,7 @@ class ModelArgs:
     """Draft head: the folder that training wrote, or `lookup` for prompt lookup. None decodes plainly."""
     system: str | None = None
     """System turn before everything else."""
-    max_new_tokens: int = 256
+    max_new_tokens: Count = 256
     """Longest answer, in tokens."""
     adaptive: bool = False
     """Draft only as deep and as wide as it pays, or not at all; the tree flags are then the most that is drafted. Costs
@@ -68,10 +70,11 @@ class ModelArgs:
     """Number format of the weights; auto takes the checkpoint's own."""
     device: str | None = None
     """Where to run, such as cpu or cuda:1. None takes the accelerator when there is one."""
-    max_pixels: int | None = None
+    max_pixels: Count | None = None
     """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
-    min_pixels: int | None = None
+    min_pixels: Count | None = None
     """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
+    allow_image_urls: AllowImageUrls = False
 
 
 class Answerer:
@@ -82,10 +85,11 @@ class Answerer:
 
         from fledge.decoding.adaptive import Pace
         from fledge.decoding.tree_profile import profile_path, read_profile
-        from fledge.drafters.registry import load_drafter, tap_layers_of
+        from fledge.drafters.registry import read_drafter
         from fledge.drafters.tree import TreeShape
         from fledge.target.model import Target
 
+        allow_image_urls(args.allow_image_urls)
         sampling = args.sampling
         self.args = args
         self.sampling = Sampling(sampling.temperature, sampling.top_p, sampling.sample_top_k, sampling.seed)
@@ -95,13 +99,13 @@ class Answerer:
             if args.draft is None:
                 raise UserError("--adaptive adapts the draft tree; give the head with --draft.")
             self.budget = Pace.from_profile(read_profile(profile_path(args.draft, None)), self.tree)
-        taps = tap_layers_of(args.draft) if args.draft else None
+        files = read_drafter(args.draft) if args.draft else None  # before the target: a bad head costs no loading
         dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
         self.target = Target.from_pretrained(
-            args.target, dtype=dtype, device=args.device, tap_layers=taps, min_pixels=args.min_pixels,
-            max_pixels=args.max_pixels,
+            args.target, dtype=dtype, device=args.device, tap_layers=files.tap_layers if files else None,
+            min_pixels=args.min_pixels, max_pixels=args.max_pixels,
         )  # fmt: skip
-        self.draft = load_drafter(args.draft, self.target.embedding_weight) if args.draft else None
+        self.draft = files.bind(self.target.embedding_weight) if files else None
         self.stops = self.target.eos_token_ids
 
     def template(self) -> ChatTemplate:

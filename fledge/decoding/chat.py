@@ -10,13 +10,14 @@ from typing import Any
 from fledge.console import say, warn
 from fledge.decoding.answering import Answerer, ModelArgs, rendered
 from fledge.errors import UserError
+from fledge.ranges import Count
 
 HELP = "/reset begins a new conversation, /exit or Ctrl-D ends; Ctrl-C stops an answer."
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatArgs(ModelArgs):
-    max_new_tokens: int = 1024
+    max_new_tokens: Count = 1024
     """Longest answer, in tokens."""
 
 
@@ -51,6 +52,8 @@ def next_turn() -> str | None:
             text = input("> " if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
             return None
+        except UnicodeDecodeError as error:
+            raise UserError(f"what was read from stdin is not {error.encoding.upper()} ({error}).") from None
         if text in ("/exit", "/quit"):
             return None
         if text:

@@ -13,13 +13,14 @@ from fledge.data.samples import Prompt
 from fledge.decoding.answering import Answerer, ModelArgs, rendered, speed_line, tokens_per_s
 from fledge.decoding.records import Generation, Sampling
 from fledge.errors import UserError
+from fledge.ranges import Count
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeArgs(ModelArgs):
     prompt: list[str]
     """What the user says; - reads it from stdin. Several are answered one after another, or --batch-size at a time."""
-    batch_size: int = 1
+    batch_size: Count = 1
     """Prompts decoded at once; a finished one makes room for the next."""
     image: list[str] = field(default_factory=list)
     """Pictures shown before it, for vision-language targets: paths, URLs or base64."""
@@ -31,8 +32,8 @@ class DecodeArgs(ModelArgs):
 
 def decode(args: DecodeArgs) -> None:
     """Answer prompts with a draft head, streaming a single one, and show what the head was worth."""
-    if not args.prompt or args.batch_size < 1:
-        raise UserError(f"--prompt was given {len(args.prompt)} times, --batch-size is {args.batch_size}; at least 1.")
+    if not args.prompt:
+        raise UserError("--prompt was given without a text; it needs at least one.")
     if args.image and len(args.prompt) > 1:
         raise UserError(f"--image belongs to one prompt; --prompt has {len(args.prompt)}. Ask them one by one.")
     answerer = Answerer(args)
@@ -71,7 +72,7 @@ def decode_several(args: DecodeArgs, answerer: Answerer, prompts: list[Prompt]) 
 
 def prompts_of(args: DecodeArgs, answerer: Answerer) -> list[Prompt]:
     """Token ids of the prompts, and the pixels of their pictures."""
-    texts = [sys.stdin.read() if text == "-" else text for text in args.prompt]
+    texts = [_standard_input() if text == "-" else text for text in args.prompt]
     if args.raw:
         if args.system is not None or args.image:
             flag = "--image" if args.image else "--system"
@@ -82,6 +83,13 @@ def prompts_of(args: DecodeArgs, answerer: Answerer) -> list[Prompt]:
     pictures = [{"type": "image", "image": source} for source in args.image]
     contents: list[Any] = [[*pictures, {"type": "text", "text": text}] if pictures else text for text in texts]
     return [rendered(template, [*messages, {"role": "user", "content": content}]) for content in contents]
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt -: what was read from stdin is not {error.encoding.upper()} ({error}).") from None
 
 
 def show_comparison(found: Generation, plain: Generation, sampling: Sampling) -> None:

@@ -3,14 +3,17 @@ reads it. Knows the file and the flags it stands for; how the tree was found is 
 """
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from fledge import provenance
 from fledge.console import say, warn
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
+from fledge.parsing import convert, read_python_json
+from fledge.ranges import NotNegative, Positive
 
 NAME = "tree_profile.json"
 FORMAT = 1
@@ -21,14 +24,29 @@ class TreeProfile:
     """A chosen tree, what it should bring, and the measurements behind the choice."""
 
     tree: TreeShape
-    tau: float  # expected tokens per round
-    tokens_per_s: float  # expected
-    plain_tokens_per_s: float
-    temperature: float
+    tau: Positive  # expected tokens per round
+    tokens_per_s: Positive  # expected
+    plain_tokens_per_s: Positive
+    temperature: NotNegative
     measured: dict[str, float]  # tokens per second of real decoding: plain, chosen, default
     curve: list[dict[str, float]]  # the best tree of every total_token
     costs: dict[str, Any]  # verify_s by nodes, draft_s by top_k and levels, overhead_s
     hardware: dict[str, Any]
+
+
+class Costs(msgspec.Struct):
+    """Seconds of the parts of a round."""
+
+    verify_s: dict[Annotated[str, msgspec.Meta(pattern=r"^\d+$")], NotNegative]  # by number of nodes
+    draft_s: dict[Annotated[str, msgspec.Meta(pattern=r"^\d+x\d+$")], NotNegative]  # by top_k x levels
+    overhead_s: float
+
+
+class ProfileFile(msgspec.Struct):
+    """The whole file; what it says of its provenance is not read."""
+
+    format: Literal[1]
+    profile: TreeProfile
 
 
 def profile_path(head: str | None, given: Path | None) -> Path:
@@ -47,12 +65,9 @@ def read_profile(path: Path) -> TreeProfile:
     """Read a profile; one of another machine is used with a warning."""
     if not path.is_file():
         raise UserError(f"{path}: no tree profile there. Make one with `fledge bench --tune`, or give --total-token.")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        values = document["profile"]
-        profile = TreeProfile(**{**values, "tree": TreeShape(**values["tree"])})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a tree profile of this version ({error}). Run `fledge bench --tune`.") from None
+    hint = "It is not a tree profile of this version: run `fledge bench --tune`."
+    profile = read_python_json(path, ProfileFile, hint=hint).profile
+    convert(profile.costs, Costs, str(path), hint=hint)
     here = provenance.hardware()
     different = [key for key in ("cpu", "gpus", "torch_threads") if here.get(key) != profile.hardware.get(key)]
     if different:

@@ -10,18 +10,15 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from fledge.data.vocab import check_vocab
-from fledge.draft.config import DraftConfig, from_json, to_json
+from fledge.draft.config import DraftConfig, to_json
+from fledge.draft.head import WEIGHTS, Head, read_head
 from fledge.draft.low_rank import merged
 from fledge.draft.model import DraftModel
 from fledge.errors import UserError
 from fledge.provenance import write_json
-
-WEIGHTS = "model.safetensors"
 
 
 def save_draft(
@@ -55,30 +52,15 @@ def load_draft(folder: str | Path, embedding: Tensor, *, dtype: torch.dtype | No
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder. A head is a folder with config.json and {WEIGHTS}.")
-    config = from_json(folder / "config.json")
-    _match_target(config, embedding, folder)
-    tensors = read_tensors(folder / WEIGHTS)
-    model = DraftModel(config, embedding)
-    expected = set(draft_tensors(model, torch.float32))
-    _match_keys(set(tensors), expected, folder / WEIGHTS)
-    _match_shapes(model, tensors, folder / WEIGHTS)
-    if not config.full_vocab:
-        check_vocab(tensors["d2t"], tensors["t2d"], source=str(folder / WEIGHTS))
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{folder / WEIGHTS}: {name} contains NaN or infinity. Use an earlier checkpoint.")
-    model.load_state_dict(tensors, strict=False)
+    return bind_head(read_head(folder), embedding, folder, dtype=dtype)
+
+
+def bind_head(head: Head, embedding: Tensor, folder: Path, *, dtype: torch.dtype | None = None) -> DraftModel:
+    """A head that was read from `folder`, ready to run with the target whose input embedding (V, H) is given."""
+    _match_target(head.config, embedding, folder)
+    model = DraftModel(head.config, embedding)
+    model.load_state_dict(head.tensors, strict=False)
     return model.to(embedding.device, dtype or embedding.dtype).eval()
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; a missing or truncated file is a user error."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. The head's folder must hold {WEIGHTS}.")
-    try:
-        return load_file(str(path))
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({error}). Copy or export the head again.") from None
 
 
 def _match_target(config: DraftConfig, embedding: Tensor, folder: Path) -> None:
@@ -89,22 +71,3 @@ def _match_target(config: DraftConfig, embedding: Tensor, folder: Path) -> None:
             f"{config.hidden_size}; this target has {vocab_size} and {hidden_size}. Use the head's own target, or "
             f"train a head for this one."
         )
-
-
-def _match_keys(found: set[str], expected: set[str], path: Path) -> None:
-    if missing := sorted(expected - found):
-        raise UserError(f"{path}: {len(missing)} tensors are missing: {', '.join(missing[:4])}. Export the head again.")
-    if unknown := sorted(found - expected):
-        raise UserError(
-            f"{path}: {len(unknown)} unknown tensors: {', '.join(unknown[:4])}. A head of another trainer is brought "
-            f"into this form by `fledge convert`."
-        )
-
-
-def _match_shapes(model: DraftModel, tensors: dict[str, Tensor], path: Path) -> None:
-    for name, wanted in model.state_dict().items():
-        if name in tensors and tensors[name].shape != wanted.shape:
-            raise UserError(
-                f"{path}: {name} has shape {tuple(tensors[name].shape)}, config.json asks for {tuple(wanted.shape)}. "
-                f"The two files do not belong together; export the head again."
-            )

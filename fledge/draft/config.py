@@ -5,17 +5,19 @@ epsilon, max_position_embeddings. A draft config file only overrides sizes.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fledge.draft.rope import plain, with_layout
+from fledge.draft.head_file import read_document
+from fledge.draft.rope import check_rope, plain, with_layout
 from fledge.errors import UserError, nearest
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+ACTIVATIONS = ("silu", "swish")
 READ_ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM")  # EAGLE / SpecForge, AngelSlim
+SIZES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "draft_vocab_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,18 +50,40 @@ class DraftConfig:
     """Decoder layers of the target; fixes what the tap ids mean"""
 
     def __post_init__(self) -> None:
+        """What any head must be, whoever wrote its config."""
+        sizes = (*SIZES, "hidden_size", "vocab_size", "max_position_embeddings")
+        if bad := next((name for name in sizes if getattr(self, name) < 1), None):
+            raise UserError(f"draft config: {bad}={getattr(self, bad)} must be at least 1.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"draft config: num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}."
             )
-        if not 0 < self.draft_vocab_size <= self.vocab_size:
+        if self.draft_vocab_size > self.vocab_size:
             raise UserError(
                 f"draft config: draft_vocab_size={self.draft_vocab_size} must lie in 1..{self.vocab_size}, the size of "
                 f"the target's vocabulary. Lower draft_vocab_size."
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise UserError(f"draft config: sliding_window={self.sliding_window} must be at least 1, or left out.")
+        if not 0 < self.rms_norm_eps < 1:
+            raise UserError(f"draft config: rms_norm_eps={self.rms_norm_eps} must be above 0 and below 1.")
+        if self.hidden_act not in ACTIVATIONS:
+            raise UserError(
+                f"draft config: hidden_act={self.hidden_act!r}; the head's MLP is SwiGLU ({' or '.join(ACTIVATIONS)})."
+            )
+        self._check_taps()
+        check_rope(self.rope_parameters, self.head_dim)
+
+    def _check_taps(self) -> None:
+        layers = self.target_layers
+        taps = list(self.tap_layers)
+        if not taps or taps[0] < 0 or taps != sorted(set(taps)) or (layers is not None and taps[-1] >= layers):
+            of = f"a target of {layers} layers" if layers is not None else "the target"
+            raise UserError(
+                f"draft config: tap layers {taps} are not distinct, ascending layers of {of} (counted from 0, each "
+                f"named by its input)."
+            )
 
     @property
     def full_vocab(self) -> bool:
@@ -113,12 +137,9 @@ def derive(
     return DraftConfig(**{**values, **(overrides or {})})
 
 
-SIZES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "draft_vocab_size")
-
-
 def read_overrides(path: Path) -> dict[str, Any]:
     """The sizes a draft config file (ours, AngelSlim's, SpecForge's) sets; what the target decides is not taken."""
-    document = _read_json(path)
+    document = read_document(path)
     fields = {field.name for field in dataclasses.fields(DraftConfig)}
     for key in document:
         if key not in fields | KNOWN_EXTRA:
@@ -180,7 +201,7 @@ def to_json(config: DraftConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
 
 def from_json(path: Path) -> DraftConfig:
     """Read a config.json in the EAGLE layout written by fledge (tap ids name layer *inputs*)."""
-    document = _read_json(path)
+    document = read_document(path)
     architecture = (document.get("architectures") or ["?"])[0]
     if architecture not in READ_ARCHITECTURES:
         raise UserError(
@@ -198,32 +219,36 @@ def from_json(path: Path) -> DraftConfig:
             f"is brought into this form by `fledge convert`."
         )
     mark = document.get("fledge")
-    if not isinstance(mark, dict):
+    if mark is None:
         raise UserError(
             f"{path}: another trainer's head: whether its tap ids {list(taps)} are inputs or outputs of layers, its "
             f"config does not say. `fledge convert HEAD --target TARGET --output-dir OUT` settles it."
         )
     if str(mark.get("tap_convention", "")).startswith("output"):  # our export for SGLang
         taps = [layer + 1 for layer in taps]
-    return DraftConfig(
-        hidden_size=document["hidden_size"],
-        intermediate_size=document["intermediate_size"],
-        num_attention_heads=document["num_attention_heads"],
-        num_key_value_heads=document["num_key_value_heads"],
-        head_dim=document.get("head_dim") or document["hidden_size"] // document["num_attention_heads"],
-        vocab_size=document["vocab_size"],
-        draft_vocab_size=document.get("draft_vocab_size") or document["vocab_size"],
-        tap_layers=tuple(taps),
-        rope_parameters=rope_of_document(document),
-        rms_norm_eps=document.get("rms_norm_eps", 1e-6),
-        max_position_embeddings=document.get("max_position_embeddings", 8192),
-        hidden_act=document.get("hidden_act", "silu"),
-        fc_norm=bool(document.get("fc_norm", False)),
-        norm_output=bool(document.get("norm_output", False)),
-        sliding_window=window_of_document(document),
-        norm_before_residual=bool(document.get("norm_before_residual", False)),
-        target_layers=mark.get("target_layers"),
-    )
+    return config_of_fields(document, path, tap_layers=tuple(taps), target_layers=mark.get("target_layers"))
+
+
+def config_of_fields(document: dict[str, Any], path: Path, **known: Any) -> DraftConfig:
+    """A config from the fields that every layout spells alike; `known` are those it does not, or that need more."""
+    values = {
+        **{name: document[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")},
+        "num_key_value_heads": document.get("num_key_value_heads") or document["num_attention_heads"],
+        "head_dim": document.get("head_dim") or document["hidden_size"] // document["num_attention_heads"],
+        "draft_vocab_size": document.get("draft_vocab_size") or document["vocab_size"],
+        "rope_parameters": rope_of_document(document),
+        "rms_norm_eps": document.get("rms_norm_eps") or 1e-6,
+        "max_position_embeddings": document.get("max_position_embeddings") or 8192,
+        "hidden_act": document.get("hidden_act") or "silu",
+        "fc_norm": bool(document.get("fc_norm")),
+        "norm_output": bool(document.get("norm_output")),
+        "norm_before_residual": bool(document.get("norm_before_residual")),
+        "sliding_window": window_of_document(document),
+    }
+    try:
+        return DraftConfig(**{**values, **known})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _window_json(config: DraftConfig) -> dict[str, Any]:
@@ -284,15 +309,3 @@ def rope_of_document(document: dict[str, Any]) -> dict[str, Any]:
         scaling.setdefault("rope_type", scaling.pop("type"))
     theta = document.get("rope_theta")
     return {"rope_type": "default", "rope_theta": 10_000.0 if theta is None else theta, **scaling}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. A head is a folder with config.json and model.safetensors.")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}).") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(document).__name__}.")
-    return document

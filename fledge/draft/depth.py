@@ -29,16 +29,9 @@ import numpy as np
 
 from fledge.draft.products import FULL
 from fledge.draft.runs import Run
-from fledge.errors import UserError
 
 SMALLEST_PIECE = 32  # rows
 PIECES_OF_A_RUN = 16  # at most; more would cost attention more calls than they even out
-
-
-def check_survival(survival: float) -> None:
-    """UserError for what is no probability to go on."""
-    if not 0 < survival <= 1:
-        raise UserError(f"--depth_survival {survival} must be above 0 and at most 1.")
 
 
 @dataclass(frozen=True)

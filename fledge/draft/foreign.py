@@ -9,23 +9,23 @@ Read in: EAGLE (SafeAILab), AngelSlim (llama_eagle3.py), SpecForge 0.2.0, specul
 (hf_spec_export.py, unified_export_megatron.py), vLLM 0.32.0 and SGLang 0.5.23 for what they serve.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor
 
 from fledge.console import say, warn
-from fledge.draft.checkpoint import WEIGHTS, read_tensors
-from fledge.draft.config import DraftConfig, rope_of_document, window_of_document
-from fledge.draft.head import Head, check_head
+from fledge.draft.config import DraftConfig, config_of_fields
+from fledge.draft.head import WEIGHTS, Head, check_head, read_tensors
+from fledge.draft.head_file import JSON, read_document
 from fledge.errors import UserError
+from fledge.parsing import read_json
 from fledge.target.record import default_tap_layers
 
-JSON = dict[str, Any]
 TapConvention = Literal["auto", "input", "output"]
 EAGLE_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3LLamaforCausalLM")
 
@@ -172,6 +172,9 @@ def complete_vocab(tensors: dict[str, Tensor], config: DraftConfig) -> dict[str,
     """d2t and t2d in our types, the one that is absent made from the other; none for a whole vocabulary."""
     tensors = dict(tensors)
     d2t, t2d = tensors.pop("d2t", None), tensors.pop("t2d", None)
+    for name, tensor in (("d2t", d2t), ("t2d", t2d)):
+        if tensor is not None and (tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex()):
+            raise UserError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; needed are integers (or bool), one row.")
     if config.full_vocab and (d2t is None or not d2t.any()) and (t2d is None or t2d.bool().all()):
         return tensors
     if d2t is None and t2d is not None:
@@ -197,33 +200,33 @@ def t2d_from(d2t: Tensor, vocab_size: int) -> Tensor:
 
 
 def read_config(folder: Path) -> JSON:
-    """config.json as it stands."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. A head is a folder with config.json and its weights.")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}).") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(document).__name__}.")
-    return document
+    """config.json as it stands, its fields checked."""
+    return read_document(folder / "config.json")
+
+
+class ShardIndex(msgspec.Struct):
+    """model.safetensors.index.json"""
+
+    weight_map: dict[str, Annotated[str, msgspec.Meta(pattern=r"^[^/\\]+$")]]
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """model.safetensors, its shards, or the pytorch_model.bin of older heads (loaded as weights only)."""
     index, old = folder / f"{WEIGHTS}.index.json", folder / "pytorch_model.bin"
     if index.is_file() and not (folder / WEIGHTS).is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(read_json(index, ShardIndex).weight_map.values()))
         return {name: tensor for shard in shards for name, tensor in read_tensors(folder / shard).items()}
     if (folder / WEIGHTS).is_file() or not old.is_file():
         if not (folder / WEIGHTS).is_file():
             raise UserError(f"{folder}: neither {WEIGHTS} nor pytorch_model.bin is there. Is the download complete?")
         return read_tensors(folder / WEIGHTS)
     try:
-        return torch.load(old, map_location="cpu", weights_only=True)
+        saved = torch.load(old, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several types for a torn or unsafe file
         raise UserError(f"{old}: could not be read as weights ({error}). Download it again.") from None
+    if not isinstance(saved, dict) or not all(isinstance(tensor, Tensor) for tensor in saved.values()):
+        raise UserError(f"{old}: it is no dict of tensors. Save the head's state dict there.")
+    return saved
 
 
 def _refuse_inexpressible(origin: Origin, layer: JSON, document: JSON, folder: Path) -> None:
@@ -243,28 +246,14 @@ def config_of(document: JSON, taps: Sequence[int], num_layers: int | None, folde
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     if absent := [key for key in needed if layer.get(key) is None]:
         raise UserError(f"{folder / 'config.json'}: {', '.join(absent)} missing; not the config of an EAGLE-3 head.")
-    heads = layer["num_attention_heads"]
     # vLLM takes an absent flag of the speculators layout as true; speculators itself always writes it
     before_residual = layer.get("norm_before_residual", "speculators_model_type" in document)
-    return DraftConfig(
-        hidden_size=layer["hidden_size"],
-        intermediate_size=layer["intermediate_size"],
-        num_attention_heads=heads,
-        num_key_value_heads=layer.get("num_key_value_heads") or heads,
-        head_dim=layer.get("head_dim") or layer["hidden_size"] // heads,
-        vocab_size=layer["vocab_size"],
-        draft_vocab_size=document.get("draft_vocab_size") or layer["vocab_size"],
-        tap_layers=tuple(taps),
-        rope_parameters=rope_of_document(layer),
-        rms_norm_eps=layer.get("rms_norm_eps", 1e-6),
-        max_position_embeddings=layer.get("max_position_embeddings") or 8192,
-        hidden_act=layer.get("hidden_act") or "silu",
+    return config_of_fields(
+        layer, folder / "config.json", tap_layers=tuple(taps),
         fc_norm=bool(document.get("fc_norm") or document.get("use_aux_norm")),
-        norm_output=bool(document.get("norm_output")),
         norm_before_residual=bool(before_residual),
-        sliding_window=window_of_document(layer),
         target_layers=(document.get("fledge") or {}).get("target_layers") or num_layers,
-    )
+    )  # fmt: skip
 
 
 def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

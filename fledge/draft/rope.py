@@ -11,6 +11,7 @@ rope has there, so a layout is no more than *which axis each dimension follows*.
 Knows configs and positions; tested against transformers' own rotary module of each family.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -49,6 +50,19 @@ def with_layout(rope: dict[str, Any], model_type: str) -> dict[str, Any]:
     return {**known, "mrope_layout": layout} if layout == "across" else known
 
 
+def check_rope(rope: dict[str, Any], head_dim: int) -> None:
+    """Refuse a rope that gives no finite, positive frequency for every pair of dimensions of a head."""
+    share = rope.get("partial_rotary_factor")
+    share = 1.0 if share is None else share
+    numbers = {"rope_theta": rope.get("rope_theta"), "factor": rope.get("factor"), "partial_rotary_factor": share}
+    for name, value in numbers.items():
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            raise UserError(f"draft config: {name}={value!r} of its rope must be a finite number above 0.")
+    if not 0 < int(head_dim * share) <= head_dim or int(head_dim * share) % 2:
+        raise UserError(f"draft config: {share} of head_dim={head_dim} is no even number of dimensions to rotate.")
+    axis_of_dims(rope, int(head_dim * share))
+
+
 def plain(rope: dict[str, Any]) -> dict[str, Any]:
     """The rope of one axis: what decides the angles."""
     return {key: value for key, value in rope.items() if not key.startswith("mrope_")}
@@ -59,6 +73,8 @@ def axis_of_dims(rope: dict[str, Any], rotary_dim: int) -> list[int] | None:
     sections = rope.get("mrope_section")
     if not sections:
         return None
+    if not isinstance(sections, list) or not all(isinstance(size, int) and size > 0 for size in sections):
+        raise UserError(f"mrope_section {sections!r} is no list of sizes.")
     half, layout = rotary_dim // 2, rope.get("mrope_layout")
     if sum(sections) != half:
         raise UserError(f"mrope_section {sections} adds up to {sum(sections)}; half the rotary dimensions are {half}.")

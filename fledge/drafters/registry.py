@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fledge.draft.checkpoint import load_draft
-from fledge.draft.config import from_json
+from fledge.draft.checkpoint import bind_head
+from fledge.draft.head import read_head
 from fledge.draft.model import DraftModel
 from fledge.drafters.base import Proposer
 from fledge.drafters.eagle3.propose import EagleProposer
@@ -33,14 +33,20 @@ PROPOSERS: dict[type, Callable[[Any, TreeShape, int, int], Proposer]] = {
 LOOKUP = "lookup"  # what --draft says for the drafter that is no folder
 
 
-def load_drafter(name: str | Path, embedding: Tensor) -> Drafter:
-    """The drafter that --draft names, for the target whose input embedding (V, H) is given."""
-    return PromptLookup() if str(name) == LOOKUP else load_draft(name, embedding)
+@dataclass(frozen=True)
+class DrafterFiles:
+    """A drafter read from its files, and checked, that waits for its target."""
+
+    tap_layers: tuple[int, ...] | None  # the target layers that it reads; None where it reads none
+    bind: Callable[[Tensor], Drafter]  # from the target's input embedding (V, H)
 
 
-def tap_layers_of(name: str | Path) -> tuple[int, ...] | None:
-    """The target layers that the drafter reads; None where it reads none."""
-    return None if str(name) == LOOKUP else tuple(from_json(Path(name) / "config.json").tap_layers)
+def read_drafter(name: str | Path) -> DrafterFiles:
+    """The drafter that --draft names."""
+    if str(name) == LOOKUP:
+        return DrafterFiles(None, lambda embedding: PromptLookup())
+    head, folder = read_head(Path(name)), Path(name)
+    return DrafterFiles(tuple(head.config.tap_layers), lambda embedding: bind_head(head, embedding, folder))
 
 
 def proposer_of(drafter: Drafter, shape: TreeShape, batch: int, capacity: int) -> Proposer | None:

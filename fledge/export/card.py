@@ -4,22 +4,48 @@ Facts come from the files that training left beside the head (provenance.json, t
 from a benchmark's summary.json. What is not known is not written; local paths are cut to file names.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fledge.draft.config import DraftConfig
 from fledge.errors import UserError
 from fledge.export.layouts import LAYOUTS
+from fledge.export.summary import read_summary
+from fledge.parsing import convert, decode_text, read_bytes, read_python_json
 
 CARD = "README.md"
 HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 READERS = {"vllm": ("vllm",), "eagle": ("vllm",), "speculators": ("speculators",), "sglang": ("sglang",)}
 OTHER_READER = {"vllm": "sglang", "eagle": "sglang", "speculators": "sglang", "sglang": "vllm"}
 TITLES = {"vllm": "vLLM", "speculators": "vLLM", "eagle": "vLLM", "sglang": "SGLang"}
+
+
+class TrainSettings(msgspec.Struct):
+    """What the card reads of the flags of a training run."""
+
+    train_data_path: list[str] | None = None
+    train_hidden_path: list[str] | None = None
+
+
+class TrainingRun(msgspec.Struct):
+    """provenance.json that training wrote."""
+
+    target: str | None = None
+    config: TrainSettings | None = None
+    steps: int | None = None
+    metrics: dict[str, float] | None = None
+    versions: dict[str, str] | None = None
+
+
+class TrainerState(msgspec.Struct):
+    """trainer_state.json, the library's."""
+
+    log_history: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +65,7 @@ def write_card(
     report: Path | None = None, notes: Path | None = None,
 ) -> None:  # fmt: skip
     """Write README.md beside an exported head. `source` is what training wrote, `notes` markdown of the author."""
-    run = _json_or_empty(source / "provenance.json")
+    run = _json_or_empty(source / "provenance.json", TrainingRun)
     target = target or str(run.get("target") or "")
     sections = [
         _header(target, licence), f"# EAGLE-3{'.1' if config.fc_norm and config.norm_output else ''} draft head for "
@@ -125,9 +151,7 @@ def _acceptance(run: dict[str, Any], state: dict[str, Any], report: Path | None)
 
 
 def _measured(report: Path) -> str:
-    summary = _json_or_empty(report)
-    if "sets" not in summary:
-        raise UserError(f"{report}: not the summary.json of a `fledge bench` run.")
+    summary = read_summary(report)
     settings = summary.get("settings") or {}
     tree = settings.get("tree") or {}
     shape = f"tree of {tree['total_token']} nodes, depth {tree['depth']}, top-k {tree['top_k']}" if tree else (
@@ -136,8 +160,9 @@ def _measured(report: Path) -> str:
     rows = []
     for name, result in summary["sets"].items():
         speed = result.get("speedup") or {}
-        interval = f"{speed['value']:.2f} ({speed['low']:.2f} to {speed['high']:.2f})" if "value" in speed else "-"
-        rows.append((name, result.get("questions"), _figure(result["acceptance"]["tau"]), interval))
+        known = speed.get("low") is not None and speed.get("high") is not None
+        interval = f"{speed['value']:.2f} ({speed['low']:.2f} to {speed['high']:.2f})" if known else "-"
+        rows.append((name, result.get("questions"), _figure((result.get("acceptance") or {}).get("tau")), interval))
     hardware = settings.get("hardware") or {}
     machine = ", ".join(hardware.get("gpus") or []) or hardware.get("cpu") or "unknown hardware"
     return (
@@ -151,7 +176,7 @@ def _notes(notes: Path | None) -> str:
         return ""
     if not notes.is_file():
         raise UserError(f"--notes {notes}: no such file.")
-    return notes.read_text(encoding="utf-8").strip()
+    return decode_text(read_bytes(notes), f"--notes {notes}").strip()
 
 
 def _licence_note(licence: Licence, target: str) -> str:
@@ -163,7 +188,7 @@ def _licence_note(licence: Licence, target: str) -> str:
 def _state(source: Path) -> dict[str, Any]:
     """The last logged figures of a run that was stopped before its provenance was written."""
     merged: dict[str, Any] = {}
-    for entry in _json_or_empty(source / "trainer_state.json").get("log_history") or []:
+    for entry in _json_or_empty(source / "trainer_state.json", TrainerState).get("log_history") or []:
         merged |= entry
     return merged
 
@@ -182,11 +207,10 @@ def _figure(value: Any) -> str | None:
     return f"{value:.2f}" if isinstance(value, (int, float)) else None
 
 
-def _json_or_empty(path: Path) -> dict[str, Any]:
+def _json_or_empty(path: Path, kind: type) -> dict[str, Any]:
+    """The document as it stands, its fields checked; nothing where there is no file."""
     if not path.is_file():
         return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}). Repair or remove it.") from None
-    return document if isinstance(document, dict) else {}
+    document = read_python_json(path, dict[str, Any], hint="Repair or remove it.")
+    convert(document, kind, str(path), hint="Repair or remove it.")
+    return document

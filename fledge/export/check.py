@@ -68,7 +68,7 @@ def findings(config: DraftConfig, target_config: Any) -> list[Finding]:
         if head != target:
             found.append(Finding(severity, topic, f"{name} is {head}, the target's is {target}", cost, repair))
 
-    wanted = derive(target_config, vocab_size=config.vocab_size, tap_layers=config.tap_layers)
+    wanted = derive(target_config, vocab_size=config.vocab_size, tap_layers=(0,))  # taps: below
     expect("error", "target", "hidden_size", config.hidden_size, target_config.hidden_size,
            "cannot be served with this target")  # fmt: skip
     expect("error", "target", "vocab_size", config.vocab_size, target_config.vocab_size,

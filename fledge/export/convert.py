@@ -22,6 +22,7 @@ from fledge.errors import UserError
 from fledge.export.card import Licence, write_card
 from fledge.export.hub import push_folder
 from fledge.export.layouts import LAYOUTS, Layout
+from fledge.ranges import Positive
 
 
 def write_head(head: Head, folder: Path, layout: Layout, target: str) -> None:
@@ -85,7 +86,7 @@ class ConvertArgs:
     tap_convention: TapConvention = "auto"
     """What its tap ids mean: input of layer i (vLLM, speculators) or output of layer i (SGLang, SpecForge). auto: by
     the trainer, else by the target's usual three; never guessed."""
-    rope_theta: float | None = None
+    rope_theta: Positive | None = None
     """The rope base the head was trained with, where its config states another."""
 
 

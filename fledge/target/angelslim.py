@@ -80,8 +80,8 @@ def read_vocab_mapping(folder: Path, vocab_size: int) -> Tensor | None:
     if not path.is_file():
         return None
     saved = _torch_load(path)
-    if not isinstance(saved, dict) or not {"d2t", "t2d"} <= saved.keys():
-        raise UserError(f"{path}: expected a dict of d2t and t2d. Delete it to have the vocabulary counted again.")
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), Tensor) for name in ("d2t", "t2d")):
+        raise UserError(f"{path}: expected tensors d2t and t2d. Delete it to have the vocabulary counted again.")
     d2t, t2d = saved["d2t"].long(), saved["t2d"].bool()
     check_vocab(d2t, t2d, str(path))
     if len(t2d) != vocab_size:
@@ -91,9 +91,9 @@ def read_vocab_mapping(folder: Path, vocab_size: int) -> Tensor | None:
 
 def _load(path: Path) -> dict[str, Tensor]:
     saved = _torch_load(path)
-    missing = [name for name in NEEDED if not isinstance(saved, dict) or name not in saved]
+    missing = [name for name in NEEDED if not isinstance(saved, dict) or not isinstance(saved.get(name), Tensor)]
     if missing:
-        raise UserError(f"{path}: no {', '.join(missing)} in it; needed are {', '.join(NEEDED)}. Make it again.")
+        raise UserError(f"{path}: no tensor {', '.join(missing)} in it; needed are {', '.join(NEEDED)}. Make it again.")
     return saved
 
 

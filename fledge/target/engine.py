@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,13 @@ import tyro
 from fledge import config
 from fledge.console import progress, say, show_table
 from fledge.errors import UserError
+from fledge.ranges import Count, Port, Positive
+from fledge.servers.client import Limits, ServerError, get
 
 POLL_S = 0.5
 STOP_PATIENCE_S = 20.0
 LOG_TAIL_LINES = 12
+PROBE = Limits(total_s=5.0, body_bytes=1 << 20)
 CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
 CPU_CACHE_MOST_GIB = 16
 CPU_CORES = "VLLM_CPU_OMP_THREADS_BIND"
@@ -40,25 +42,25 @@ FEW_CORES = 4  # of a server: too few to keep one for its scheduler, as vLLM doe
 class ServeArgs:
     model_name_or_path: str
     """The target: a folder or hub name. It is served under this name unless `-- --served-model-name` says otherwise."""
-    num_servers: int | None = None
+    num_servers: Count | None = None
     """Servers to start. None: as many as the GPUs make groups of --tensor-parallel-size; one without GPUs."""
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: Count = 1
     """GPUs per server."""
     gpus: str | None = None
     """GPUs to use, as in CUDA_VISIBLE_DEVICES ("0,1,2,3"). None: all visible ones."""
-    base_port: int = 6000
+    base_port: Port = 6000
     """Server i listens on base_port + i."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in."""
-    max_model_len: int | None = None
+    max_model_len: Count | None = None
     """Longest prompt and answer together. None: what the model allows."""
     draft: str | None = None
     """EAGLE-3 head to decode with (an exported folder or hub name)."""
-    num_speculative_tokens: int = 3
+    num_speculative_tokens: Count = 3
     """Tokens the head drafts per round; only with --draft."""
     log_dir: Path = Path("outputs/serve")
     """Folder of the servers' logs."""
-    start_timeout_s: float = 1800.0
+    start_timeout_s: Positive = 1800.0
     """Seconds a server may take until it answers."""
     vllm: str = dataclasses.field(default_factory=lambda: os.environ.get("VLLM") or "vllm")
     """The vllm program; a path when it lives in another virtual environment. Default: the variable VLLM."""
@@ -294,11 +296,9 @@ def _wait_until_ready(servers: Sequence[Server], processes: Sequence[subprocess.
 
 
 def _answers(server: Server) -> bool:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy must not answer for localhost
     try:
-        with opener.open(f"{server.url}/health", timeout=5) as response:
-            return response.status == 200
-    except OSError:
+        return get(f"{server.url}/health", limits=PROBE).status == 200
+    except ServerError:
         return False
 
 

@@ -6,28 +6,28 @@ is the state entering block i, and layer N the state after the last block, *befo
 norm module is applied here, so `last_hidden` means what it means everywhere else. Client and server share a folder.
 """
 
-import fcntl
 import itertools
 import json
-import os
 import shlex
-import urllib.error
-import urllib.request
+import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fledge.console import warn
 from fledge.data.tokenize import ChatTemplate, Sample
 from fledge.errors import UserError
+from fledge.servers.client import Client, Limits, ServerError, base_url, blocking, post
+from fledge.servers.replies import StatesReply, check_status, read_reply, served_model
 from fledge.target.head import TargetEnds
 from fledge.target.record import TargetRecord, default_tap_layers
+from fledge.target.states_folder import SERVER_FOLDER, take_states
 from fledge.target.store.describe import describe_states
 from fledge.target.store.manifest import Identity, LastStorage, TapStorage
 
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 # T tokens, A taps, L layers asked for (A taps and the last), H hidden
 
 IN_FLIGHT = 16  # requests per server: its scheduler batches them
-TIMEOUT_S = 600.0
+LIMITS = Limits(total_s=600.0, body_bytes=4 << 20)
+MAX_ATTEMPTS = 3
 CONNECTOR = ("FledgeHiddenStates", "fledge.target.vllm_connector")
 
 
@@ -57,11 +58,14 @@ def server_flags(layers: Sequence[int], folder: str) -> list[str]:
 class EngineSource:
     """Asks servers for the states of samples, several at a time. `record` and `records` wait for them, `ask` not."""
 
-    def __init__(self, servers: Sequence[str], norm: nn.Module, num_taps: int, *, in_flight: int = IN_FLIGHT) -> None:
-        self.servers, self.norm, self.num_taps = list(servers), norm, num_taps
-        self.in_flight = in_flight * len(self.servers)
+    def __init__(
+        self, servers: Sequence[str], norm: nn.Module, num_taps: int, hidden_size: int, *,
+        folder: Path = SERVER_FOLDER, in_flight: int = IN_FLIGHT,
+    ) -> None:  # fmt: skip
+        self.servers, self.norm, self.num_taps, self.hidden_size = list(servers), norm, num_taps, hidden_size
+        self.folder, self.in_flight = folder, in_flight * len(self.servers)
         self._turn = itertools.cycle(self.servers)
-        self._models = {server: served_model(server) for server in self.servers}
+        self._models = {server: model_of(server) for server in self.servers}
         self._pool = ThreadPoolExecutor(self.in_flight)
 
     def records(self, samples: Iterable[Sample]) -> Iterator[TargetRecord]:
@@ -81,15 +85,15 @@ class EngineSource:
                 f"sample {sample.id!r} has pictures: hidden states from vLLM are of token ids alone. Use "
                 f"--target-backend hf for data with pictures."
             )
-        return self._pool.submit(self._record, next(self._turn), sample)
+        return self._pool.submit(self._record, sample)
 
     def record(self, sample: Sample) -> TargetRecord:
         """One sample alone."""
         return self.ask(sample).result()
 
     @torch.no_grad()  # not inference_mode: training saves these tensors for its backward
-    def _record(self, server: str, sample: Sample) -> TargetRecord:
-        states = self._states(server, sample)  # (T, L, H)
+    def _record(self, sample: Sample) -> TargetRecord:
+        states = self._states(sample)  # (T, L, H)
         return TargetRecord(
             sample_id=sample.id,
             input_ids=sample.input_ids,
@@ -99,65 +103,54 @@ class EngineSource:
             last_hidden=self.norm(states[:, self.num_taps]),
         )
 
-    def _states(self, server: str, sample: Sample) -> Tensor:
-        body = {"model": self._models[server], "prompt": sample.input_ids.tolist(), "max_tokens": 1, "temperature": 0.0}
-        answer = post(f"{server}/v1/completions", body)
-        path = (answer.get("kv_transfer_params") or {}).get("hidden_states_path")
-        if not path:
-            raise UserError(
-                f"{server}: answered without a path of hidden states. Start it with the flags that `fledge extract "
-                f"--target-backend vllm` prints (docs/formats.md)."
+    def _states(self, sample: Sample) -> Tensor:
+        """Asked of one server after another: one bad answer is no end, several in a row are."""
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            server = next(self._turn)
+            try:
+                return self._attempt(server, sample)
+            except ServerError as error:
+                if attempt == MAX_ATTEMPTS or error.kind == "connection refused":
+                    raise UserError(
+                        f"{server}: {error.detail.rstrip('.')} (sample {sample.id!r}, attempt {attempt}). What is "
+                        f"extracted is kept; run the same command again."
+                    ) from None
+                warn(f"{server}: {error}; sample {sample.id!r} is asked again.")
+        raise AssertionError("unreachable")
+
+    def _attempt(self, server: str, sample: Sample) -> Tensor:
+        token_ids, request_id = sample.input_ids.tolist(), uuid.uuid4().hex
+        body = {
+            "model": self._models[server], "prompt": token_ids, "max_tokens": 1, "temperature": 0.0,
+            "request_id": request_id,  # part of the file's name: no server can name another one
+        }  # fmt: skip
+        reply = post(f"{server}/v1/completions", body, limits=LIMITS)
+        check_status(reply, server)
+        transfer = read_reply(reply.content, StatesReply).kv_transfer_params
+        if transfer is None or transfer.hidden_states_path is None:
+            raise ServerError(
+                "no states",
+                "answered without a path of hidden states. Start it with the flags that `fledge extract "
+                "--target-backend vllm` prints (docs/formats.md)",
             )
-        return self._checked(take_file(Path(path), server), sample, server)
-
-    def _checked(self, saved: dict[str, Tensor], sample: Sample, server: str) -> Tensor:
-        states, wanted = saved["hidden_states"], self.num_taps + 1
-        if saved["token_ids"].tolist() != sample.input_ids.tolist():
-            raise UserError(f"{server}: sent the states of other tokens than asked for (sample {sample.id!r}).")
-        if states.dim() != 3 or states.shape[1] != wanted:
-            raise UserError(
-                f"{server}: sent {tuple(states.shape)} for {len(sample.input_ids)} tokens; needed are {wanted} layers, "
-                f"the taps and the last. Start it with the flags that `fledge extract --target-backend vllm` prints."
-            )
-        return states
+        return take_states(
+            transfer.hidden_states_path, request_id, token_ids, self.num_taps + 1, self.hidden_size, folder=self.folder
+        )
 
 
-def take_file(path: Path, server: str) -> dict[str, Tensor]:
-    """Wait for the writer's lock, read the file, remove both."""
-    lock = Path(f"{path}.lock")
-    try:
-        if lock.exists():
-            with open(lock) as handle:
-                fcntl.flock(handle, fcntl.LOCK_SH)
-        saved = load_file(path)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: {server} names this file but it is not here. Client and server must share the folder; without "
-            f"CUDA the server needs fledge's connector ({CONNECTOR[1]})."
-        ) from None
-    os.unlink(path)
-    lock.unlink(missing_ok=True)
-    return saved
-
-
-def served_model(server: str) -> str:
+def model_of(server: str) -> str:
     """The name under which the server serves its model."""
-    try:
-        with urllib.request.urlopen(f"{server}/v1/models", timeout=30) as answer:
-            return json.load(answer)["data"][0]["id"]
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{server}: no vLLM server answers there ({error}). Start it, or correct --server.") from None
 
+    async def ask() -> str:
+        async with Client() as client:
+            return await served_model(client, server)
 
-def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        raise UserError(f"{url}: {error.code} {error.read().decode(errors='replace')[:300]}") from None
-    except OSError as error:
-        raise UserError(f"{url}: {error}. What is extracted is kept; run the same command again.") from None
+        return blocking(ask())
+    except ServerError as error:
+        raise UserError(
+            f"{server}: no vLLM server answers there ({error.detail}). Start it, or correct --server."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -171,19 +164,20 @@ class EngineTarget:
     @classmethod
     def open(
         cls, name: str, servers: Sequence[str], *, dtype: str = "auto", tap_layers: Sequence[int] | None = None,
-        revision: str | None = None,
+        revision: str | None = None, folder: Path = SERVER_FOLDER,
     ) -> "EngineTarget":  # fmt: skip
         """Read the ends from the files of `name` and find the servers (base URLs, with or without /v1)."""
         ends = TargetEnds.from_files(name, dtype=None if dtype == "auto" else getattr(torch, dtype), revision=revision)
         num_layers = ends.text_config.num_hidden_layers
         taps = tuple(tap_layers or default_tap_layers(num_layers))
         if not servers:
-            flags = shlex.join(server_flags([*taps, num_layers], "/dev/shm/fledge"))
+            flags = shlex.join(server_flags([*taps, num_layers], str(folder)))
             raise UserError(f"--target-backend vllm needs --server URL. Start one: vllm serve {name} {flags}")
         if ends.norm is None:
             raise UserError(f"{name}: its decoder has no `norm` for vLLM's last state. Use the hf backend.")
-        urls = [server.rstrip("/").removesuffix("/v1") for server in servers]
-        return cls(ends, taps, EngineSource(urls, ends.norm, len(taps)))
+        urls = [base_url(server) for server in servers]
+        hidden_size = ends.text_config.hidden_size
+        return cls(ends, taps, EngineSource(urls, ends.norm, len(taps), hidden_size, folder=folder))
 
     def identity(
         self, template: ChatTemplate, *, max_length: int, tap_storage: TapStorage, last_storage: LastStorage,
@@ -202,9 +196,13 @@ def open_engine(args: "ExtractArgs") -> "OpenTarget":
     from fledge.target.extract import OpenTarget
 
     target = EngineTarget.open(
-        args.model_name, args.server or (), dtype=args.dtype, tap_layers=args.tap_layers, revision=args.revision
-    )
-    template = ChatTemplate.from_pretrained(args.model_name, args.chat_template_type or None)
+        args.model_name, args.server or (), dtype=args.dtype, tap_layers=args.tap_layers, revision=args.revision,
+        folder=args.server_folder,
+    )  # fmt: skip
+    template = ChatTemplate.from_pretrained(
+        args.model_name, args.chat_template_type or None, untraced=args.untraced,
+        last_turn_only=args.train_last_turn_only,
+    )  # fmt: skip
     identity = target.identity(
         template, max_length=args.model_max_length, tap_storage=args.tap_storage, last_storage=args.last_storage,
         revision=args.revision,

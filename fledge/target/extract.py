@@ -13,21 +13,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+import tyro
 
 from fledge import provenance
 from fledge.console import Bar, progress, say, show_table, warn
-from fledge.data.conversations import DataFormat
+from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
 from fledge.data.dataset import TokenizedData
+from fledge.data.image_urls import AllowImageUrls, allow_image_urls
 from fledge.data.tokenize import ChatTemplate, Sample
+from fledge.data.traces import UNTRACED_HELP, Untraced
 from fledge.errors import UserError
+from fledge.ranges import Count, Natural, Positive, Share
 from fledge.target import tensor_parallel
 from fledge.target.head import TargetEnds, TargetHead
 from fledge.target.live import BatchedSource, LiveSource
 from fledge.target.model import Target, default_device
 from fledge.target.record import TargetRecord
+from fledge.target.states_folder import SERVER_FOLDER
 from fledge.target.store.describe import describe_states
 from fledge.target.store.manifest import Identity, LastStorage, Manifest, TapStorage
 from fledge.target.store.shard import ShardBuffer
@@ -48,29 +53,38 @@ class ExtractArgs:
     """hf: the target in this process. vllm: a vLLM server that extracts hidden states (see docs/formats.md)."""
     server: list[str] | None = None
     """With --target-backend vllm: base URLs of the servers, e.g. http://localhost:8000."""
-    model_max_length: int = 2048
+    server_folder: Path = SERVER_FOLDER
+    """With --target-backend vllm: the folder where the servers write states (their `shared_storage_path`). Files
+    anywhere else are neither read nor removed."""
+    model_max_length: Count = 2048
     """Longest sample in tokens; longer ones are cut and counted."""
     chat_template_type: str | None = None
     """Named chat template that overrides the tokenizer's own."""
+    train_last_turn_only: bool = False
+    """Supervise only the last answer of each conversation. Part of the store's identity."""
     data_format: DataFormat = "auto"
     """Format of the rows."""
-    max_samples: int | None = None
+    columns: Annotated[tuple[str, ...], tyro.conf.arg(help=COLUMNS_HELP)] = ()
+    repeated_ids: Annotated[RepeatedIds, tyro.conf.arg(help=REPEATED_IDS_HELP)] = "reject"
+    untraced: Annotated[Untraced, tyro.conf.arg(help=UNTRACED_HELP)] = "reject"
+    max_samples: Count | None = None
     """Only the first so many samples."""
-    max_reject_share: float = 0.05
+    max_reject_share: Share = 0.05
     """Stop when more than this share of the rows is unusable."""
-    num_proc: int = 1
+    num_proc: Count = 1
     """Processes for tokenisation; threads that read pictures ahead of the target."""
-    max_pixels: int | None = None
+    max_pixels: Count | None = None
     """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
-    min_pixels: int | None = None
+    min_pixels: Count | None = None
     """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
+    allow_image_urls: AllowImageUrls = False
     revision: str | None = None
     """Revision of a target on the hub."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """dtype the target runs in, and of the stored states. auto: as the checkpoint says."""
-    tap_layers: list[int] | None = None
+    tap_layers: list[Natural] | None = None
     """Decoder layers whose inputs are stored. None: 2, N // 2, N - 3."""
-    batch_tokens: int = 0
+    batch_tokens: Natural = 0
     """Most tokens of a forward pass, padding included; samples of similar length share one. 0: one sample per pass, and
     states equal to online training's bit for bit (with batches: to rounding)."""
     attn_implementation: str | None = None
@@ -83,11 +97,11 @@ class ExtractArgs:
     """fp8 halves the taps' size: one scale per row and tap."""
     last_storage: LastStorage = "all"
     """supervised keeps the last state only where the assistant wrote: nothing else teaches."""
-    shard_mb: float = 256
+    shard_mb: Positive = 256
     """Size of a shard; at most one shard of work is lost when the run is killed."""
-    num_workers: int = 1
+    num_workers: Count = 1
     """Processes, each with its own copy of the target, spread over GPUs and nodes by Ray."""
-    gpus_per_worker: int = 1
+    gpus_per_worker: Natural = 1
     """GPUs of each worker (0: CPU). More than one needs --device-map auto."""
 
 
@@ -195,7 +209,8 @@ class Samples:
         parts = [
             TokenizedData.from_path(
                 path, template, max_length=args.model_max_length, data_format=args.data_format,
-                max_reject_share=args.max_reject_share, num_proc=args.num_proc,
+                max_reject_share=args.max_reject_share, num_proc=args.num_proc, columns=args.columns,
+                repeated_ids=args.repeated_ids,
             )
             for path in args.dataset_path
         ]  # fmt: skip
@@ -250,6 +265,7 @@ class OpenTarget:
 
 def open_target(args: ExtractArgs) -> OpenTarget:
     """Load the target (hf), or its ends and a client of the server (vllm)."""
+    allow_image_urls(args.allow_image_urls)
     if args.target_backend == "vllm":
         from fledge.target.engine_states import open_engine
 
@@ -276,8 +292,9 @@ def load_target(args: ExtractArgs) -> Target:
 def open_loaded(args: ExtractArgs, target: Target, head: TargetHead, producer: Producer) -> OpenTarget:
     """A loaded target with its template and the identity of its states."""
     template = ChatTemplate(
-        target.tokenizer, args.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision
-    )
+        target.tokenizer, args.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision,
+        last_turn_only=args.train_last_turn_only, untraced=args.untraced,
+    )  # fmt: skip
     identity = identity_of(target, head, template, args)
     return OpenTarget(template, identity, head, producer, target.device.type == "cuda")
 

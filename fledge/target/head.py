@@ -8,16 +8,19 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fledge.errors import UserError, nearest
+from fledge.parsing import parse_json
 from fledge.target.linear import head_linear
 from fledge.target.model import Target, auto_class
 from fledge.target.quirks import LogitQuirks, logit_quirks
@@ -25,6 +28,14 @@ from fledge.target.quirks import LogitQuirks, logit_quirks
 # V target vocab, H hidden
 
 ENTRY = "fledge"
+
+
+class HeadFacts(msgspec.Struct):
+    """What `TargetHead.save` writes beside the tensors."""
+
+    identity: str
+    quirks: LogitQuirks
+    keys: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,18 +98,24 @@ class TargetHead:
     @classmethod
     def load(cls, path: Path, device: torch.device, identity: str) -> "TargetHead":
         """Read what `save` wrote, for the store whose identity it is."""
-        with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {}).get(ENTRY, "{}"))
-        if facts.get("identity") != identity:
+        try:
+            with safe_open(path, "pt") as file:
+                facts = parse_json((file.metadata() or {}).get(ENTRY, "{}"), HeadFacts, str(path))
+            tensors = load_file(path, device=str(device))
+        except SafetensorError as error:
+            raise UserError(
+                f"{path}: not a complete safetensors file ({error}). Delete it and run the same `fledge extract` "
+                f"again: only this file is made anew."
+            ) from None
+        if facts.identity != identity:
             raise UserError(
                 f"{path}: belongs to another target or other settings than the manifest beside it. Put the right "
                 f"manifest back, or extract into a new folder."
             )
-        tensors = load_file(path, device=str(device))
         return cls(
             embedding=tensors["embedding"], weight=tensors.get("head", tensors["embedding"]),
-            bias=tensors.get("head_bias"), quirks=LogitQuirks(**facts["quirks"]),
-            keys=tuple(facts["keys"]),
+            bias=tensors.get("head_bias"), quirks=facts.quirks,
+            keys=tuple(facts.keys),
         )  # fmt: skip
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -188,7 +205,7 @@ class _Reader:
                 f"{self._name}: its files hold no tensor {names[0]!r}{nearest(names[0], self._files)}. Name the head's "
                 f"with --lm_head_key."
             )
-        with safe_open(self._files[key], "pt") as file:
+        with opened(self._files[key]) as file:
             tensor = file.get_tensor(key)
         return tensor.to(self._dtype) if self._dtype is not None else tensor
 
@@ -216,11 +233,21 @@ def _tensor_files(name_or_path: str, revision: str | None) -> dict[str, Path]:
     return dict(_names_in(folder))
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file of the target; a cut or damaged one is a user error."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error}). Copy or download it again.") from None
+
+
 def _names_in(folder: Path) -> Iterator[tuple[str, Path]]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder}: no safetensors files there. Save the target with save_pretrained.")
     for path in files:
-        with safe_open(path, "pt") as file:
+        with opened(path) as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
                 yield key, path

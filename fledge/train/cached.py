@@ -43,7 +43,7 @@ def cached_source(args: TrainArgs) -> Source:
         )
     template = ChatTemplate.from_pretrained(
         data.target_model_name_or_path, data.chat_template_type or None, min_pixels=data.min_pixels,
-        max_pixels=data.max_pixels,
+        max_pixels=data.max_pixels, last_turn_only=data.train_last_turn_only, untraced=data.untraced,
     )  # fmt: skip
     parts, held_out = tokenise_all(data, template)
     train_ids = [id for part in parts for id in part.ids][: data.max_samples]
@@ -107,7 +107,10 @@ def open_target(args: TrainArgs, template: ChatTemplate, folder: Path) -> OpenTa
     }
     name, taps = str(args.data.target_model_name_or_path), args.draft.tap_layers or None
     if args.data.target_backend == "vllm":
-        served = EngineTarget.open(name, args.data.server, dtype=args.draft.target_dtype, tap_layers=taps)
+        served = EngineTarget.open(
+            name, args.data.server, dtype=args.draft.target_dtype, tap_layers=taps,
+            folder=Path(args.data.server_folder),
+        )  # fmt: skip
         return OpenTarget(template, served.identity(template, **kept), served.ends.head, served.source, False)
     target = Target.from_pretrained(name, dtype=args.draft.target_dtype, device=args.trainer.device, tap_layers=taps)
     head = TargetHead.of(target)

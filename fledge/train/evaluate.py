@@ -7,7 +7,6 @@ the random state, so a run with evaluation trains as one without.
 """
 
 import dataclasses
-import json
 import os
 import shutil
 import time
@@ -26,6 +25,7 @@ from fledge.draft.checkpoint import WEIGHTS, save_draft
 from fledge.draft.model import DraftModel
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
+from fledge.parsing import read_python_json
 from fledge.provenance import write_json
 from fledge.target.model import Target
 
@@ -154,8 +154,8 @@ class DecodingCallback(TrainerCallback):
 def read_best(output_dir: Path) -> Decoded | None:
     """Which head lies in `best/`; None when there is none or its record is torn."""
     try:
-        return Decoded(**json.loads((output_dir / BEST / RECORD).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return read_python_json(output_dir / BEST / RECORD, Decoded)
+    except UserError:
         return None
 
 

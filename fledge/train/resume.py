@@ -11,7 +11,9 @@ from typing import Any
 
 from fledge.console import say, warn
 from fledge.errors import UserError
+from fledge.parsing import read_json
 from fledge.provenance import write_json
+from fledge.redaction import redacted
 
 CONFIG = "train_config.json"
 # What may differ between a run and its continuation: where and how it is run and shown, not what is computed.
@@ -63,8 +65,8 @@ def check_same_run(output_dir: Path, resolved: dict[str, Any], resuming: bool) -
     """Write the resolved config beside the run, or compare it with the run being continued."""
     path = output_dir / CONFIG
     if resuming and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        plain = json.loads(json.dumps(resolved, default=str))
+        before = read_json(path, dict[str, Any], hint="Start over with --resume_from_checkpoint False.")
+        plain = json.loads(json.dumps(redacted(resolved), default=str))
         for key, value in plain.items():
             if key not in FREE and key in before and before[key] != value:
                 raise UserError(

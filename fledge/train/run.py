@@ -19,9 +19,12 @@ from transformers import set_seed
 from fledge import provenance
 from fledge.console import say, show_table, warn
 from fledge.data.dataset import TokenizedData
+from fledge.data.image_urls import allow_image_urls
+from fledge.data.rows import check_source
 from fledge.data.tokenize import ChatTemplate
 from fledge.data.vocab import build_vocab
 from fledge.draft.config import DraftConfig, derive, read_overrides, to_json
+from fledge.draft.foreign import read_config
 from fledge.draft.low_rank import LowRankHead
 from fledge.draft.model import DraftModel
 from fledge.errors import UserError
@@ -30,6 +33,7 @@ from fledge.target.live import LiveSource
 from fledge.target.model import Target
 from fledge.target.record import TargetRecord
 from fledge.train.arguments import DataArguments, DraftArguments, TrainArgs, TrainerArguments, parse_args
+from fledge.train.continuation import check_resumable, check_same_inputs
 from fledge.train.evaluate import decoding_callback
 from fledge.train.module import HeadRows, TTTModule
 from fledge.train.records import warn_of_shared
@@ -63,6 +67,7 @@ class Source:
     device: torch.device
     target: Target | None = None  # where it lives in this process
     teacher_rows: HeadRows | None = None  # where records have summaries: the head of some tokens only
+    states_digest: str = ""  # of stored states
 
 
 def train(args: TrainArgs) -> None:
@@ -70,14 +75,19 @@ def train(args: TrainArgs) -> None:
 
     Ends with a head in --output_dir that fledge, vLLM and SGLang load. A run that was stopped continues where it was.
     """
+    allow_image_urls(args.data.allow_image_urls)
     output_dir = Path(str(args.trainer.output_dir))
     checkpoint = find_checkpoint(output_dir, args.trainer.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_resumable(Path(checkpoint))
+    check_paths(args)
     set_seed(args.trainer.seed)
     source = open_source(args)
     config = draft_config(args.draft, source)
     _resolve(args, config)
     if args.trainer.should_save:
         check_same_run(output_dir, args.resolved(), checkpoint is not None)
+        check_same_inputs(output_dir, source, resuming=checkpoint is not None)
     draft = make_draft(config, args.draft, source, args.trainer.seed)
     module = TTTModule(
         draft, source.teacher_head, args.draft.ttt_steps, args.draft.loss_settings(), source.teacher_rows,
@@ -96,6 +106,16 @@ def train(args: TrainArgs) -> None:
         evaluation.make_best_final()
     finish(trainer, args, source, result.metrics)
     leave(args.trainer.device)
+
+
+def check_paths(args: TrainArgs) -> None:
+    """Look at what the flags name before a target is loaded, which may take minutes."""
+    for path in (*args.data.train_data_path, *args.data.eval_data_path):
+        check_source(path)
+    if args.draft.draft_model_config_path:
+        read_overrides(Path(args.draft.draft_model_config_path))
+    if args.draft.init_from:
+        read_config(Path(args.draft.init_from))
 
 
 def open_source(args: TrainArgs) -> Source:
@@ -118,7 +138,13 @@ def target_for_evaluation(args: TrainArgs, source: Source) -> Target:
         )
     say(f"loading {name} for the evaluation by decoding")
     dtype = source.head_weight.dtype if args.draft.target_dtype == "auto" else args.draft.target_dtype
-    return Target.from_pretrained(name, dtype=dtype, device=args.trainer.device, tap_layers=source.tap_layers)
+    target = Target.from_pretrained(name, dtype=dtype, device=args.trainer.device, tap_layers=source.tap_layers)
+    if not torch.equal(target.embedding_weight.to(source.embedding), source.embedding):
+        raise UserError(
+            f"{name}: its embedding is not that of the target whose states are trained on ({source.target_name}). Give "
+            f"the same target, or leave --eval_decode_steps out."
+        )
+    return target
 
 
 def live_source(args: TrainArgs) -> Source:
@@ -139,7 +165,8 @@ def live_source(args: TrainArgs) -> Source:
         tap_layers=args.draft.tap_layers or None, min_pixels=data.min_pixels, max_pixels=data.max_pixels,
     )  # fmt: skip
     template = ChatTemplate(
-        target.tokenizer, data.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision
+        target.tokenizer, data.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision,
+        last_turn_only=data.train_last_turn_only, untraced=data.untraced,
     )  # fmt: skip
     train_data, held_out, counts, always = conversations(data, template, target.vocab_size)
     return Source(
@@ -196,8 +223,9 @@ def count_supervised(parts: Sequence[TokenizedData], vocab_size: int) -> tuple[T
 
 def tokenize(path: str, template: ChatTemplate, data: DataArguments) -> TokenizedData:
     return TokenizedData.from_path(
-        path, template, max_length=data.model_max_length, data_format=data.data_format,  # type: ignore[arg-type]
-        max_reject_share=data.max_reject_share, num_proc=data.num_proc or 1,
+        path, template, max_length=data.model_max_length, data_format=data.data_format,
+        max_reject_share=data.max_reject_share, num_proc=data.num_proc or 1, columns=data.columns,
+        repeated_ids=data.repeated_ids,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ A sample's request starts when the loader hands it out; the loader is a batch ah
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -53,8 +54,12 @@ def served_source(args: TrainArgs) -> Source:
             "training process, several at a time already."
         )
     name, taps = str(data.target_model_name_or_path), args.draft.tap_layers or None
-    target = EngineTarget.open(name, data.server, dtype=args.draft.target_dtype, tap_layers=taps)
-    template = ChatTemplate.from_pretrained(name, data.chat_template_type or None)
+    target = EngineTarget.open(
+        name, data.server, dtype=args.draft.target_dtype, tap_layers=taps, folder=Path(data.server_folder)
+    )
+    template = ChatTemplate.from_pretrained(
+        name, data.chat_template_type or None, last_turn_only=data.train_last_turn_only, untraced=data.untraced,
+    )  # fmt: skip
     head = target.ends.head.to(args.trainer.device)
     samples, held_out, counts, always = conversations(data, template, head.weight.shape[0])
     say(f"the target runs on {', '.join(target.source.servers)}; here are its embedding, final norm and head")

@@ -1,8 +1,8 @@
 """Training data from files: stores of `fledge extract`. The target is not loaded; its two ends come from the store."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from fledge.console import say, warn
 from fledge.data.vocab import control_ids
 from fledge.errors import UserError
 from fledge.target.angelslim import ckpt_files
+from fledge.target.head import TargetEnds
 from fledge.target.store.describe import plain_config, read_text_config
 from fledge.target.store.manifest import MANIFEST, Identity
 from fledge.target.store.reader import HiddenStore
@@ -54,7 +55,7 @@ def count_stored(parts: Sequence[Part]) -> tuple[Tensor, list[int]]:
 
 
 def source_from(
-    args: TrainArgs, store: HiddenStore, train: Any, held_out: Any, counts: Tensor, always: Sequence[int]
+    args: TrainArgs, store: HiddenStore, train: Records, held_out: Records | None, counts: Tensor, always: Sequence[int]
 ) -> Source:
     """Records with the ends of the target they were made by."""
     if not len(train):
@@ -74,7 +75,16 @@ def source_from(
         teacher_rows=head.rows,
         target_name=store.identity.target,
         device=args.trainer.device,
+        states_digest=states_digest(train),
     )
+
+
+def states_digest(records: Records) -> str:
+    """A digest of the checksums of these records: another store under the same path has others."""
+    digest = hashlib.sha256()
+    for part in records.parts:
+        digest.update(part.store.identity.digest.encode() + part.store.checksums(part.rows).tobytes())
+    return digest.hexdigest()
 
 
 def open_stores(args: TrainArgs) -> tuple[list[HiddenStore], list[HiddenStore]]:
@@ -105,6 +115,8 @@ def check_flags(args: TrainArgs, identity: Identity, folder: Path) -> None:
     found = target_differs(data.target_model_name_or_path, identity) if data.target_model_name_or_path else []
     if data.chat_template_type and data.chat_template_type != identity.template:
         found.append(f"chat template {identity.template!r}, not {data.chat_template_type!r}")
+    if data.train_last_turn_only and not identity.last_turn_only:
+        found.append("all turns supervised, not the last alone (--train_last_turn_only)")
     if draft.target_dtype not in ("auto", identity.dtype):
         found.append(f"dtype {identity.dtype}, not {draft.target_dtype}")
     if draft.tap_layers and list(draft.tap_layers) != identity.tap_layers:
@@ -119,13 +131,15 @@ def check_flags(args: TrainArgs, identity: Identity, folder: Path) -> None:
 
 
 def target_differs(name: str, identity: Identity) -> list[str]:
-    """Whether `name` is another target than the store's: by its config when it is at hand, else by its last name."""
-    if name == identity.target:
-        return []
-    if (Path(name).expanduser() / "config.json").is_file():
+    """Whether `name` is another target than the store's: by its files when they are at hand, else by its last name."""
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
         from transformers import AutoConfig
 
         config = plain_config(AutoConfig.from_pretrained(name).get_text_config())
         differ = sorted(key for key in config if config[key] != identity.text_config.get(key))
+        if not differ and any(folder.glob("*.safetensors")):
+            ends = TargetEnds.from_files(name, dtype=getattr(torch, identity.dtype))
+            differ = [] if ends.head.digest() == identity.weights else ["the weights of embedding and head"]
         return [f"target {identity.target}, not {name} ({', '.join(differ[:4])} differ)"] if differ else []
     return [] if Path(name).name == Path(identity.target).name else [f"target {identity.target}, not {name}"]

@@ -20,7 +20,8 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from fledge.draft.batch import Batch, fill_for, pack
-from fledge.draft.checkpoint import WEIGHTS, read_tensors, save_draft
+from fledge.draft.checkpoint import save_draft
+from fledge.draft.head import read_head, read_tensors
 from fledge.draft.loss import LossOutput
 from fledge.draft.low_rank import FACTORS, WHOLE, LowRankHead, factors, merged
 from fledge.draft.model import DraftModel
@@ -244,7 +245,7 @@ class DraftTrainer(Trainer):
 
     def load_head(self, folder: Path) -> None:
         """Take the weights of a saved head or checkpoint (not while the model is sharded)."""
-        tensors, head = read_tensors(folder / WEIGHTS), self.draft.lm_head
+        tensors, head = read_head(folder).tensors, self.draft.lm_head
         self.draft.load_state_dict(tensors, strict=False)
         if isinstance(head, LowRankHead):
             if (folder / FACTORS).is_file():

@@ -123,7 +123,7 @@ def test_report_draws_one_run_again(folder):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(None, "no such file"), ("{", "not valid JSON"), ("{}", "not a summary")]
+    ("text", "message"), [(None, "no such file"), ("{", "not valid JSON"), ("{}", "not the summary")]
 )
 def test_what_is_no_summary_is_refused(tmp_path, text, message):
     path = tmp_path / "summary.json"

@@ -5,8 +5,16 @@ import random
 import pytest
 import torch
 from tiny import tiny_model
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from fledge.data.batch_decoder import BatchDecoder, Job, nucleus, prefill_groups, sample
+from fledge.data.batch_decoder import BatchDecoder, Job, nucleus, prefill_groups, repetition_penalised, sample
+from fledge.data.sampling import ExtraSampling
 
 EOS = 3
 
@@ -82,3 +90,56 @@ def test_prefill_groups_hold_every_job_and_waste_little():
     assert [[len(job.prompt_ids) for job in group] for group in groups] == [[10, 11, 12], [900, 1000], [3000]] or [
         [len(job.prompt_ids) for job in group] for group in groups
     ] == [[10, 11, 12], [900], [1000], [3000]]
+
+
+EXTRAS = {
+    "repetition_penalty": ExtraSampling(repetition_penalty=1.4),
+    "top_k": ExtraSampling(top_k=5),
+    "min_p": ExtraSampling(min_p=0.2),
+    "all": ExtraSampling(repetition_penalty=1.2, top_k=8, min_p=0.05),
+}
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_extra_sampling_keeps_the_tokens_that_transformers_keeps(name):
+    """The engine in this process passed over what generation_config asks for, and trained on another distribution."""
+    extra, draw = EXTRAS[name], torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 20, generator=draw)
+    jobs = [Job([1, 2, 3 + row], 9, 0.8, 0.9, row, extra=extra, output_ids=[7, row]) for row in range(3)]
+    expected = transformers_probabilities(logits, jobs)
+    penalised = repetition_penalised(logits, jobs)
+    draws = [(i + 0.5) / 300 for i in range(300)]
+    for row in range(3):
+        chosen = sample(penalised[row].expand(300, -1), [0.8] * 300, [0.9] * 300, draws, [extra] * 300)
+        shares = torch.bincount(torch.tensor(chosen), minlength=20) / 300
+        assert torch.allclose(shares, expected[row], atol=0.005)
+        assert chosen != sample(logits[row].expand(300, -1), [0.8] * 300, [0.9] * 300, draws)  # the check could fail
+
+
+def transformers_probabilities(logits: torch.Tensor, jobs: list[Job]) -> torch.Tensor:
+    """What transformers' generate() would sample from: its own processors, in its order."""
+    extra, filled = jobs[0].extra, torch.tensor([[*job.prompt_ids, *job.output_ids] for job in jobs])
+    steps = [RepetitionPenaltyLogitsProcessor(extra.repetition_penalty or 1.0)]
+    steps += [TemperatureLogitsWarper(jobs[0].temperature)]
+    steps += [TopKLogitsWarper(extra.top_k)] if extra.top_k else []
+    steps += [TopPLogitsWarper(jobs[0].top_p)]
+    steps += [MinPLogitsWarper(extra.min_p)] if extra.min_p else []
+    for step in steps:
+        logits = step(filled, logits)
+    return torch.softmax(logits, dim=-1)
+
+
+def test_a_repetition_penalty_counts_every_token_of_its_own_row():
+    """Against one forward per token: rows that join and leave keep their own tokens apart."""
+    model, extra = tiny_model("llama"), ExtraSampling(repetition_penalty=1.5)
+    jobs = [Job([5, 6 + i], 8, 0.0, 1.0, 0, extra=extra if i % 2 else ExtraSampling()) for i in range(4)]
+    decode(model, jobs, batch_size=3)
+    for job in jobs:
+        ids = list(job.prompt_ids)
+        penalty = RepetitionPenaltyLogitsProcessor(job.extra.repetition_penalty or 1.0)
+        for token in job.output_ids:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1].float()
+            assert int(penalty(torch.tensor([ids]), logits).argmax()) == token
+            ids.append(token)
+    assert jobs[1].output_ids != greedy_alone(model, jobs[1].prompt_ids, 8)  # the penalty matters here

@@ -81,7 +81,6 @@ def assistant(text="Hello"):
         ({"messages": [user(), assistant(" \n")]}, "empty answer", "message 1"),
         ({"messages": [user("")]}, "empty message", "message 0"),
         ({"messages": [assistant()]}, "roles out of order", "message 0 is assistant at the start"),
-        ({"messages": [user(), user()]}, "roles out of order", "message 1 is user after user, expected assistant"),
         ({"messages": [user(), assistant(), assistant()]}, "roles out of order", "message 2"),
         ({"messages": [user(), {"role": "system", "content": "x"}]}, "roles out of order", "message 1 is system"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown role", "'wizard'"),
@@ -100,7 +99,7 @@ def test_bad_rows_are_rejected_with_their_reason(row, reason, detail):
 
 
 def test_tool_results_stand_between_answers():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     conversation = parse({"messages": [user(), call, {"role": "tool", "content": "42"}, assistant()]})
     assert [message["role"] for message in conversation.messages] == ["user", "assistant", "tool", "assistant"]
 

@@ -161,3 +161,35 @@ def test_hub_names_and_no_cache_leave_no_folder(load, write_rows, rows, tmp_path
     del data
     assert folder.is_dir() and part[0].id == "r1"  # a part keeps the files alive
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_last_turn_only_is_part_of_the_key(load, write_rows, make_tokenizer, tmp_path, talk):
+    path = write_rows([{"id": "r", "messages": talk("a", "bc", "d", "ef")}])
+    last = ChatTemplate(make_tokenizer(), last_turn_only=True)
+    every, one = load(path), TokenizedData.from_path(str(path), last, cache_dir=tmp_path / "cache")
+    assert every.folder != one.folder and (every.report.supervised, one.report.supervised) == (6, 3)
+
+
+def test_rows_judge_the_template_not_a_probe(load, write_rows, rows, make_tokenizer, tmp_path, talk):
+    """When the first rows all fail, the run stops with the reason of the first and not after a million more."""
+    other = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+    )
+    template = ChatTemplate(make_tokenizer(template=other))
+    many = [{"id": f"m{i}", "messages": talk(f"question {i}", "answer")} for i in range(2000)]
+    with pytest.raises(UserError, match=r"data.jsonl:1: .*the prompt renders as .*In all (\d+) of \1 rows") as stop:
+        TokenizedData.from_path(str(write_rows(many)), template, cache_dir=tmp_path / "cache")
+    assert "2000" not in str(stop.value)
+    with_ids = [{"id": f"i{i}", "prompt_token_ids": [5, 6], "token_ids": [7, 8, i]} for i in range(20)]
+    assert len(TokenizedData.from_path(str(write_rows(with_ids, "ids.jsonl")), template, cache_dir=None)) == 20
+
+
+def test_data_without_an_end_is_warned_of(write_rows, rows, make_tokenizer, capsys):
+    tokenizer = make_tokenizer(("<|im_start|>", "<|im_end|>", "<|stop|>"))
+    nowhere = ChatTemplate(tokenizer, eos_token_ids=[tokenizer.convert_tokens_to_ids("<|stop|>")])
+    data = TokenizedData.from_path(str(write_rows(rows)), nowhere, cache_dir=None)
+    assert data.report.without_stop == 60
+    assert "no answer ends with a token at which the target stops" in capsys.readouterr().err
+    TokenizedData.from_path(str(write_rows(rows)), ChatTemplate(tokenizer), cache_dir=None)
+    assert "no answer ends" not in capsys.readouterr().err

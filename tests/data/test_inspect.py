@@ -50,6 +50,29 @@ def test_tables_for_people(inspect, data):
         assert text in shown
 
 
+def test_three_samples_and_what_became_of_each_field(inspect, write_rows, talk, tmp_path):
+    """A system column, a country and reasoning looked the same in the figures: like nothing at all."""
+    rows = [{"id": i, "messages": talk(f"q{i}", f"answer {i}"), "country": "NO"} for i in range(5)]
+    rows.append({"id": "s", "messages": talk("q", "answer"), "system": "Be brief."})
+    rows.append({"id": "r", "messages": [*talk("q"), {"role": "assistant", "content": "a", "thinking": "Hm."}]})
+    path, out = str(write_rows(rows)), str(tmp_path / "out.json")
+    code, shown = inspect(path, "--json", out, "--max-reject-share", "0.5")
+    assert code == 0 and all(f"Sample {index}:" in shown for index in range(3)) and "Sample 3:" not in shown
+    fields = json.loads((tmp_path / "out.json").read_text())["fields"]
+    assert fields["used"]["system"] == 1 and fields["not_shown"] == {"country": 5}
+    assert fields["dropped"] == {} and fields["rejected"] == {"reasoning_content": 1}
+    inspect(path, "--json", out, "--untraced", "train")
+    fields = json.loads((tmp_path / "out.json").read_text())["fields"]
+    assert fields["dropped"] == {"reasoning_content": 1} and fields["rejected"] == {}
+
+
+def test_the_column_map_of_the_command_line(inspect, write_rows, talk):
+    path = str(write_rows([{"dialog": talk("q", "answer"), "persona": "Be brief."}]))
+    code, shown = inspect(path, "--columns", "system=persona", "messages=dialog")
+    assert code == 0 and "Be brief." in shown
+    assert inspect(path)[0] != 0
+
+
 def test_supervised_tokens_are_coloured_and_characters_stay_whole(make_tokenizer):
     tokenizer = make_tokenizer()
     ids = tokenizer("é<|im_end|>é", add_special_tokens=False, return_tensors="pt").input_ids[0]
@@ -90,7 +113,7 @@ def test_folders_of_other_stages_are_recognised(inspect, tmp_path):
     (tmp_path / "store" / "manifest.json").write_text('{"kind": "something"}')
     assert "no data files in this folder" in inspect(str(tmp_path / "store"))[1]
     (tmp_path / "store" / "manifest.json").write_text("{")
-    assert "manifest.json: not valid JSON" in inspect(str(tmp_path / "store"))[1]
+    assert "manifest.json:1: not valid JSON" in inspect(str(tmp_path / "store"))[1]
 
 
 @pytest.mark.parametrize(

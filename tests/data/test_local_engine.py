@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,11 @@ import torch
 from tiny import tiny_model
 
 from fledge.data.engine import Request
-from fledge.data.local_engine import LocalEngine
+from fledge.data.local_engine import LocalEngine, split_calls
 from fledge.data.regenerate import regenerate
 from fledge.data.regenerate_args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
 from fledge.data.rejects import Reject
+from fledge.data.sampling import ExtraSampling
 from fledge.data.tokenize import ChatTemplate
 from fledge.errors import UserError
 
@@ -122,3 +125,48 @@ def test_a_missing_model_is_named(tmp_path):
                 engines=EngineArgs(engine="transformers"),
             )
         )  # fmt: skip
+
+
+def test_calls_in_the_text_become_tool_calls():
+    written = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    words, calls = split_calls(written)
+    function = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    assert (words, calls) == ("I look.", [{"id": "call_0", "type": "function", "function": function}])
+    assert split_calls("no call") == ("no call", None)
+    broken = '<tool_call>\n{"name": "weather", "arguments": \n</tool_call>'
+    assert split_calls(broken) == (broken, None)
+
+
+def test_template_variables_tools_and_extra_sampling_reach_the_model(tiny_dir, make_tokenizer, tmp_path):
+    """The engine in this process rendered neither tools nor the row's template variables, and sampled without what
+    generation_config asks for."""
+    template = (
+        "{% if tools %}<tool_call> {{ tools[0].function.name }}\n{% endif %}{{ effort }}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    )
+    folder = tmp_path / "target"
+    shutil.copytree(tiny_dir, folder)
+    make_tokenizer(template=template).save_pretrained(folder)
+    messages, tools = [{"role": "user", "content": "hi"}], [{"type": "function", "function": {"name": "weather"}}]
+
+    async def ask():
+        async with LocalEngine(str(folder), batch_size=2, device="cpu") as engine:
+            plain = Request(messages, 12, 0.0, 1.0, 0)
+            told = replace(plain, chat_template_kwargs={"effort": "high"}, tools=tools)
+            wild = replace(plain, temperature=50.0)
+            tamed = replace(wild, extra=ExtraSampling(top_k=1))
+            return [await engine.answer(each) for each in (plain, told, wild, tamed)], engine.template.tokenizer
+
+    (plain, told, wild, tamed), tokenizer = asyncio.run(ask())
+    assert tokenizer.decode(plain.prompt_ids) == "hi:"
+    assert tokenizer.decode(told.prompt_ids) == "<tool_call> weather\nhighhi:"
+    assert tamed.output_ids == plain.output_ids != wild.output_ids
+
+
+def test_tools_of_a_template_whose_calls_are_not_read_are_refused(tiny_dir):
+    async def ask():
+        async with LocalEngine(str(tiny_dir), batch_size=2) as engine:
+            await engine.answer(Request([{"role": "user", "content": "x"}], 6, 0.0, 1.0, 0, tools=[{}]))
+
+    with pytest.raises(Reject, match="reads calls written as <tool_call> JSON"):
+        asyncio.run(ask())

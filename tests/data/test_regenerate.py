@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from fakes.openai_server import FakeServer, ServerThread, answer_to
 from PIL import Image
+from regenerating import prompts, regenerate_only, rejects_of, rows_of, run, write
 
 from fledge.cli import run_command
 from fledge.data.conversations import Conversation, read_conversations
 from fledge.data.engine import Answer
-from fledge.data.regenerate import _engine, _settings, regenerate
+from fledge.data.regenerate import _engine, _settings
 from fledge.data.regenerate_args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
 from fledge.data.rejects import Rejects
 from fledge.data.tokenize import ChatTemplate
@@ -31,43 +32,6 @@ def server():
     thread = ServerThread(FakeServer())
     yield thread
     thread.stop()
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def prompts(path: Path, *questions: str) -> Path:
-    return write(path, [{"id": f"r{i}", "conversations": [{"from": "human", "value": q}]}
-                        for i, q in enumerate(questions)])  # fmt: skip
-
-
-def run(data: Path, out: Path, url: str, *, shard_size: int = 4, prompt=None, answer=None, engine=None) -> list[dict]:
-    """Regenerate and return the rows of all shards."""
-    regenerate_only(data, out, url, shard_size=shard_size, prompt=prompt, answer=answer, engine=engine)
-    return rows_of(out)
-
-
-def regenerate_only(data: Path, out: Path, url: str, *, shard_size: int = 4, prompt=None, answer=None, engine=None):
-    regenerate(
-        RegenerateArgs(
-            prompts=PromptArgs(data_name_or_path=str(data), **(prompt or {})),
-            output_dir=out,
-            data_shard_size=shard_size,
-            answers=AnswerArgs(**{"max_tokens": 64, **(answer or {})}),
-            engines=EngineArgs(endpoints=(url,), concurrency=8, max_attempts=2, **(engine or {})),
-        )
-    )
-
-
-def rows_of(out: Path) -> list[dict]:
-    return [json.loads(line) for path in sorted(out.glob("shard-*.jsonl")) for line in path.read_text().splitlines()]
-
-
-def rejects_of(out: Path) -> list[tuple[str, str]]:
-    lines = (out / "rejects.jsonl").read_text().splitlines()
-    return [(entry["id"], entry["reason"]) for entry in map(json.loads, lines)]
 
 
 def test_rows_hold_the_targets_answers_in_training_format(server, tmp_path):
@@ -303,7 +267,7 @@ def test_the_documented_script(server, tmp_path):
 class InstantEngine:
     """Answers at once: what is left is the client's own memory."""
 
-    model, concurrency = "instant", 64
+    model, concurrency, template = "instant", 64, None
 
     def __init__(self) -> None:
         self.errors: Counter[str] = Counter()
@@ -344,6 +308,6 @@ def test_a_named_template_is_for_the_engine_in_this_process():
     )  # fmt: skip
     with pytest.raises(UserError, match="--chat-template-type chatml is for --engine transformers"):
         _engine(args)
-    with_template, without = (_settings(replace(args, engines=EngineArgs(chat_template_type=name)), "m", "d")
+    with_template, without = (_settings(replace(args, engines=EngineArgs(chat_template_type=name)), "m", "d", None)
                               for name in ("chatml", None))  # fmt: skip
     assert with_template["chat_template_type"] == "chatml" and "chat_template_type" not in without

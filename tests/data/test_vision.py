@@ -92,13 +92,13 @@ def test_the_order_of_pictures_is_the_order_of_the_parts(template, tmp_path):
 
 def test_a_template_that_wants_parts_gets_parts():
     """LLaVA's and SmolVLM's templates walk over parts; a string content would silently vanish."""
-    assert all(template_for(name)._only_parts == VLMS[name].parts_only for name in ("llava", "qwen3_vl"))
+    assert all(template_for(name).renderer.only_parts == VLMS[name].parts_only for name in ("llava", "qwen3_vl"))
     template = template_for("llava")
     sample = template.encode(
         Conversation("c", ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}))
     )
     assert template.tokenizer.decode(sample.input_ids).startswith("<|im_start|>user\nHi<|im_end|>")
-    template._only_parts = False
+    template.renderer.only_parts = False
     assert "Hi" not in template.render([{"role": "user", "content": "Hi"}])
 
 

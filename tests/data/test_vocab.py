@@ -1,9 +1,13 @@
 """The draft vocabulary against a drawn example, and every way its two tensors can disagree."""
 
+import json
+
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
-from fledge.data.vocab import build_vocab, check_vocab, control_ids, count_tokens, coverage
+from fledge.data.vocab import build_vocab, check_vocab, control_ids, count_tokens, coverage, vocab_size_of
 from fledge.errors import UserError
 
 COUNTS = torch.tensor([5, 0, 9, 0, 7, 1, 0, 3])  # of target ids 0..7
@@ -79,3 +83,14 @@ def test_vocabularies_that_disagree_are_named(d2t, t2d, message):
 def test_t2d_must_be_bool():
     with pytest.raises(UserError, match="t2d torch.int64"):
         check_vocab(torch.tensor([0]), torch.tensor([1, 0]))
+
+
+def test_a_vocabulary_with_gaps_ends_behind_its_largest_id(make_tokenizer):
+    """A tokenizer of 258 tokens whose largest id is 300: rows that held that token were rejected."""
+    tokenizer = make_tokenizer()
+    assert vocab_size_of(tokenizer) == len(tokenizer)
+    document = json.loads(tokenizer.backend_tokenizer.to_str())
+    document["added_tokens"][-1]["id"] = 300
+    document["model"]["vocab"]["<|im_end|>"] = 300
+    gapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(document)))
+    assert vocab_size_of(gapped) == 301 > len(gapped)

@@ -128,13 +128,8 @@ def test_sampling_says_that_draws_differ(folders, capsys):
     [
         (("--draft", "/nowhere"), "/nowhere/config.json: no such file"),
         (("--raw", "--system", "w9"), "--system has no place"),
-        (("--depth", -1), "depth >= 0"),
-        (("--top-p", 2), "top_p=2.0"),
-        (("--max-new-tokens", 0), "max_new_tokens=0"),
-        (("--max-new-tokens", 0, "--shapes", "fixed"), "max_new_tokens=0"),
         (("--draft", "lookup", "--shapes", "fixed"), "prompt lookup reads the tokens on the host"),
         (("w30", "--image", "a.png"), "--image belongs to one prompt; --prompt has 2"),
-        (("--batch-size", 0), "--batch-size is 0"),
     ],
 )
 def test_what_cannot_be_is_one_line(folders, capsys, words, message):

@@ -98,7 +98,7 @@ def test_tune_measures_chooses_and_confirms(monkeypatch):
 def some_profile(hardware):
     return TreeProfile(
         tree=TreeShape(24, 4, 6), tau=2.5, tokens_per_s=30.0, plain_tokens_per_s=20.0, temperature=0.0, measured={},
-        curve=[], costs={}, hardware=hardware,
+        curve=[], costs={"verify_s": {}, "draft_s": {}, "overhead_s": 0.0}, hardware=hardware,
     )  # fmt: skip
 
 

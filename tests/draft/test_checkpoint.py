@@ -90,13 +90,13 @@ def narrow_head(tensors):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (drop_d2t, "1 tensors are missing: d2t"),
-        (drop_fc, r"1 tensors are missing: fc\.weight"),
-        (add_layer, r"1 unknown tensors: layers\.0\.mlp\.up_proj\.weight"),
+        (drop_d2t, r"missing: d2t"),
+        (drop_fc, r"missing: fc\.weight"),
+        (add_layer, r"unknown: layers\.0\.mlp\.up_proj\.weight"),
         (poison, r"midlayer\.mlp\.up_proj\.weight contains NaN"),
         (shift_d2t, "d2t"),
         (clear_t2d, "t2d"),
-        (narrow_head, r"lm_head\.weight has shape \(40, 64\), config.json asks for \(48, 64\)"),
+        (narrow_head, r"lm_head\.weight has shape \(40, 64\), its config.json asks for \(48, 64\)"),
     ],
 )
 def test_a_bad_head_is_one_line_that_names_the_file(head, spoil, message):
@@ -106,7 +106,7 @@ def test_a_bad_head_is_one_line_that_names_the_file(head, spoil, message):
     save_file(tensors, path)
     with pytest.raises(UserError, match=message) as caught:
         load_draft(head, tiny_target("llama").embedding_weight)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(head) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_truncated_file_is_a_user_error(head):

@@ -65,7 +65,8 @@ def test_vllm_states_are_the_transformers_states(server, smollm2_dir, shared_dat
     common = {"model_name": str(smollm2_dir), "dataset_path": [str(shared_data / "smollm2_regen.jsonl")],
               "model_max_length": 256, "max_samples": 8}  # fmt: skip
     extract(ExtractArgs(output_dir=tmp_path / "hf", **common))
-    extract(ExtractArgs(output_dir=tmp_path / "vllm", target_backend="vllm", server=[server], **common))
+    served = {"target_backend": "vllm", "server": [server], "server_folder": tmp_path / "states"}
+    extract(ExtractArgs(output_dir=tmp_path / "vllm", **served, **common))
     ours, theirs = HiddenStore(tmp_path / "hf"), HiddenStore(tmp_path / "vllm")
     for mine, other in zip(ours, theirs, strict=True):
         for tap in range(3):

@@ -12,8 +12,9 @@ from tiny_vlm import MULTIMODAL_ROPE, NAMES, TAPS, save_vlm, tiny_template, tiny
 
 from fledge.data.dataset import TokenizedData
 from fledge.draft.batch import pack
-from fledge.draft.checkpoint import WEIGHTS, load_draft, read_tensors
+from fledge.draft.checkpoint import load_draft
 from fledge.draft.config import from_json
+from fledge.draft.head import WEIGHTS, read_tensors
 from fledge.draft.ttt import align, unroll
 from fledge.drafters.eagle3.propose import DraftCache
 from fledge.errors import UserError

@@ -19,7 +19,7 @@ DISEASES = {
     "rope theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "max_position_embeddings": {"max_position_embeddings": 64},
     "layer \\*outputs\\*": {"tap_layers": (1, 3, 4)},
-    "tap layers \\[2, 4, 9\\]": {"tap_layers": (2, 4, 9)},
+    "tap layers \\[2, 4, 9\\]": {"tap_layers": (2, 4, 9), "target_layers": None},
     "not the usual": {"tap_layers": (2, 4, 6)},
     "vocab_size": {"vocab_size": 256},
     "head_dim": {"head_dim": 8},

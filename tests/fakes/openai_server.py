@@ -4,7 +4,8 @@
 
 Its answer depends only on what is asked, so a test knows every row of a run: `answer_to`. A prompt may carry faults,
 `[fault: 500 x2]` and the like: the first two times this prompt is asked it gets HTTP 500. Faults of the whole server
-(`hanging`, `ServerThread.stop`) are switched by the test.
+(`hanging`, `ServerThread.stop`) are switched by the test. A `reply` says something else: from the request's JSON it
+makes what differs in the choice, {"message": {"tool_calls": [...]}, "finish_reason": "tool_calls"} and the like.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import re
 import threading
 from collections import Counter
+from collections.abc import Callable
 
 from aiohttp import web
 
@@ -32,7 +34,9 @@ class FakeServer:
     def __init__(
         self, *, is_vllm: bool = True, delay_s: float = 0.0, answer_tokens: int = 0, tokens_per_s: float = 0.0,
         context: int = 4096, keep_bodies: bool = True, api_key: str | None = None,
+        reply: Callable[[dict], dict] | None = None,
     ) -> None:  # fmt: skip
+        self.reply = reply
         self.is_vllm, self.delay_s, self.context, self.api_key = is_vllm, delay_s, context, api_key
         self.answer_tokens, self.tokens_per_s, self.keep_bodies = answer_tokens, tokens_per_s, keep_bodies
         self.asked: Counter[str] = Counter()
@@ -138,6 +142,9 @@ class FakeServer:
             "index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text},
             **({"token_ids": output_ids} if extra else {}),
         }  # fmt: skip
+        if self.reply:
+            said = self.reply(body)
+            choice |= said | {"message": choice["message"] | said.get("message", {})}
         usage = {"prompt_tokens": len(prompt_ids), "completion_tokens": len(output_ids)}
         return {"id": "x", "model": self.model, "choices": [choice], "usage": usage, **extra}
 

@@ -33,7 +33,7 @@ def serve(saved_target, tmp_path):
 def test_extraction_through_a_server(serve, extract_args, store, tmp_path):
     """Two servers, answers out of order: the records of the transformers path, and no file left behind."""
     servers = [serve(), f"{serve(delay_s=0.02)}/v1"]
-    extract(extract_args(tmp_path / "store", target_backend="vllm", server=servers))
+    extract(extract_args(tmp_path / "store", target_backend="vllm", server=servers, server_folder=tmp_path / "states"))
     theirs, ours = HiddenStore(tmp_path / "store"), HiddenStore(store)
     assert theirs.ids == ours.ids and theirs.identity.backend == "vllm"
     for mine, other in zip(ours, theirs, strict=True):
@@ -47,23 +47,23 @@ def test_extraction_through_a_server(serve, extract_args, store, tmp_path):
 
 def test_the_final_norm_matters(serve, extract_args, tmp_path):
     """Control: with no norm applied, last_hidden is far from the target's."""
-    args = extract_args(tmp_path, target_backend="vllm", server=[serve()])
+    args = extract_args(tmp_path, target_backend="vllm", server=[serve()], server_folder=tmp_path / "states")
     live = open_target(extract_args(tmp_path))
     sample = next(iter(Samples.read(args, live.template)))
     expected = live.producer.target.forward(sample.input_ids[None]).last_hidden[0]
-    raw = EngineSource(args.server, torch.nn.Identity(), 3).record(sample).last_hidden
+    raw = EngineSource(args.server, torch.nn.Identity(), 3, 64, folder=args.server_folder).record(sample).last_hidden
     assert (raw - expected).abs().max() > 0.1 * expected.abs().max()
     normed = open_engine(args).producer.record(sample).last_hidden
     assert (normed - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
 def test_what_a_server_gets_wrong(serve, extract_args, tmp_path):
-    args = extract_args(tmp_path / "store", target_backend="vllm")
+    args = extract_args(tmp_path / "store", target_backend="vllm", server_folder=tmp_path / "states")
     with pytest.raises(UserError, match="needs --server.*vllm serve .*extract_hidden_states.*vllm_connector"):
         extract(args)
     with pytest.raises(UserError, match="no vLLM server answers there"):
         extract(dataclasses.replace(args, server=["http://127.0.0.1:9"]))
-    with pytest.raises(UserError, match="needed are 4 layers"):
+    with pytest.raises(UserError, match=r"needed are floats of shape \(\d+, 4, 64\)"):
         extract(dataclasses.replace(args, server=[serve(layers=(2, 4, 5))]))
     with pytest.raises(UserError, match="--server is for --target-backend vllm"):
         extract(extract_args(tmp_path / "store", server=["http://127.0.0.1:9"]))

@@ -162,7 +162,7 @@ def test_plan_survives_its_file(store, tmp_path):
     plan.write(tmp_path)
     assert Plan.read(tmp_path).sha256 == plan.sha256
     (tmp_path / "plan.jsonl").write_text("{")
-    with pytest.raises(UserError, match="not a readable plan"):
+    with pytest.raises(UserError, match="plan.jsonl:1: not valid JSON"):
         Plan.read(tmp_path)
 
 

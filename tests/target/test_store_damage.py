@@ -1,8 +1,11 @@
 """Whatever happens to a store's files is found before anything is trained on it: one line, with the remedy."""
 
 import dataclasses
+import hashlib
 import json
+import math
 import os
+import random
 import resource
 import shutil
 from pathlib import Path
@@ -12,7 +15,7 @@ from saved_target import save_target, tree_bytes
 
 from fledge.errors import UserError
 from fledge.target.extract import extract
-from fledge.target.store.manifest import read_manifest
+from fledge.target.store.manifest import canonical, read_manifest
 from fledge.target.store.reader import HiddenStore
 
 
@@ -33,6 +36,7 @@ def read_all(folder: Path) -> None:
 
     stored = HiddenStore(folder)
     stored.head(torch.device("cpu"))
+    stored.counts()
     for index in range(len(stored)):
         stored[index]
 
@@ -70,6 +74,97 @@ def test_a_flipped_byte_is_found_when_the_record_is_read(copy):
     refused(copy, "the checksum of record 'row-.*' does not match")
 
 
+def test_a_flipped_byte_in_any_tensor_is_found_in_training(copy):
+    """Tables, offsets and ids were under the whole file's checksum alone, which only `fledge inspect` compared."""
+    path = copy / "shard-00001.safetensors"
+    sound = path.read_bytes()
+    slots = HiddenStore(copy).shards[1]._slots
+    assert {"offsets", "record_crc", "count_ids", "counts", "position_ids"} <= slots.keys()
+    for slot in slots.values():
+        for last in (False, True):
+            at = slot.begin + (math.prod(slot.shape) * slot.dtype.itemsize - 1 if last else 0)
+            flip(path, at)
+            refused(copy, "shard-00001.*(is made anew|does not match)")
+            path.write_bytes(sound)
+    read_all(copy)  # negative control
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_flipped_byte_in_the_header_is_found_in_training(copy, seed):
+    path = copy / "shard-00001.safetensors"
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    flip(path, random.Random(seed).randrange(8 + length))
+    refused(copy, "shard-00001")
+
+
+def edited_header(path: Path, edit) -> None:
+    """The same shard with another header of the same length."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    edit(header)
+    changed = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    path.write_bytes(content[:8] + changed.ljust(length) + content[8 + length :])
+
+
+def swap(header: dict, one: str, other: str) -> None:
+    header[one]["data_offsets"], header[other]["data_offsets"] = (
+        header[other]["data_offsets"], header[one]["data_offsets"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("edit", "says"), [
+    (lambda h: h["input_ids"].update(dtype="F32"), "input_ids is F32"),
+    (lambda h: h["loss_mask"].update(shape=[3]), r"loss_mask is BOOL \(3,\)"),
+    (lambda h: h["loss_mask"].update(shape=["3"]), "Expected `int`"),
+    (lambda h: h.pop("record_crc"), r"\['record_crc'\] are missing"),
+    (lambda h: h["offsets"].update(data_offsets=[0, 8]), "offsets lies at"),
+    (lambda h: swap(h, "input_ids", "teacher_argmax"), "its table of supervised tokens"),
+    (lambda h: h.pop("__metadata__"), "missing required field"),
+])  # fmt: skip
+def test_a_header_that_says_something_else(copy, edit, says):
+    edited_header(copy / "shard-00001.safetensors", edit)
+    refused(copy, says)
+
+
+def test_a_header_that_says_the_same(copy):
+    """Negative control of the edits above."""
+    edited_header(copy / "shard-00001.safetensors", lambda header: None)
+    read_all(copy)
+
+
+@pytest.mark.parametrize(("edit", "says"), [
+    (lambda text: text[:-50], "plan.jsonl:[0-9]+: not valid JSON"),
+    (lambda text: text.replace('"row-', '"ruw-', 1), "not the plan that the manifest names"),
+    (lambda text: text.replace('"shard": 1', '"shard": "1"', 1), "Expected `int`"),
+    (lambda text: text + text.splitlines()[0] + "\n", "stands there twice"),
+    (lambda text: "", "not the plan that the manifest names"),
+])  # fmt: skip
+def test_a_damaged_plan(copy, edit, says):
+    path = copy / "plan.jsonl"
+    text = path.read_text()
+    assert edit(text) != text
+    path.write_text(edit(text))
+    refused(copy, says)
+
+
+@pytest.mark.parametrize(("edit", "says"), [
+    (lambda d: d["counts"].update(records=d["counts"]["records"] + 1), "its counts are not those of its shards"),
+    (lambda d: d["shards"][0].update(file="../shard-00000.safetensors"), "matching regex"),
+    (lambda d: d["shards"][0].update(bytes="1"), "Expected `int`"),
+    (lambda d: d["identity"].update(vocab_size=0), "vocab_size"),
+    (lambda d: d["identity"].pop("tokenizer"), "missing required field `tokenizer`"),
+])  # fmt: skip
+def test_a_manifest_whose_checksum_was_made_anew(copy, edit, says):
+    path = copy / "manifest.json"
+    document = json.loads(path.read_text())
+    document.pop("checksum")
+    edit(document)
+    checksum = hashlib.sha256(canonical(document)).hexdigest()
+    path.write_text(json.dumps({**document, "checksum": checksum}))
+    refused(copy, says)
+
+
 def test_a_truncated_shard(copy):
     path = copy / "shard-00002.safetensors"
     os.truncate(path, path.stat().st_size - 1000)
@@ -83,7 +178,7 @@ def test_a_missing_shard(copy):
 
 def test_a_damaged_header(copy):
     flip(copy / "shard-00000.safetensors", 9)
-    refused(copy, "header is damaged|with other settings|another target")
+    refused(copy, r"shard-00000.safetensors \(header\)|with other settings|another target")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +200,7 @@ def test_a_manifest_of_another_target(copy, extract_args, tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", '{"kind": "hidden_store"}'])
 def test_an_unreadable_manifest(copy, content):
     (copy / "manifest.json").write_text(content)
-    refused(copy, "not a readable manifest.*rebuilt from the finished shards")
+    refused(copy, r"manifest.json.*(not valid JSON|Expected|format None)")
 
 
 def test_an_edited_manifest(copy):

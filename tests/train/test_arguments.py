@@ -39,7 +39,7 @@ def test_depths_are_drawn_at_random_by_default(tmp_path):
     """`fledge plan` counts what `fledge train` does."""
     planned = PlanArgs(target_model_name_or_path="T").depth_survival
     assert parse("--output_dir", str(tmp_path)).draft.depth_survival == planned < 1
-    with pytest.raises(UserError, match="--depth_survival 1.5 must be"):
+    with pytest.raises(UserError, match="--depth_survival is 1.5; it must be"):
         parse("--output_dir", str(tmp_path), "--depth_survival", "1.5")
 
 
@@ -49,7 +49,7 @@ def test_a_decay_is_of_fixed_weights(tmp_path):
     assert parse(*fixed, "--step_decay", "0.9").draft.loss_settings().step_decay == 0.9
     with pytest.raises(UserError, match="give --position_weights fixed with it"):
         parse("--output_dir", str(tmp_path), "--step_decay", "0.9")
-    with pytest.raises(UserError, match="must be above 0"):
+    with pytest.raises(UserError, match="--step_decay is 0.0; it must be above 0"):
         parse(*fixed, "--step_decay", "0")
 
 

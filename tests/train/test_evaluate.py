@@ -9,7 +9,8 @@ from saved_target import save_target, write_conversations
 
 from fledge.decoding.generate import generate
 from fledge.decoding.records import Sampling
-from fledge.draft.checkpoint import WEIGHTS, load_draft, read_tensors
+from fledge.draft.checkpoint import load_draft
+from fledge.draft.head import WEIGHTS, read_tensors
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 from fledge.target.extract import ExtractArgs, extract

@@ -70,7 +70,10 @@ def test_training_from_servers_equals_training_online(work, server, tmp_path, mo
         raise AssertionError("the target was loaded")
 
     monkeypatch.setattr(Target, "from_pretrained", load)
-    served = losses(work, tmp_path / "served", "--target_backend", "vllm", "--server", *urls, *more)
+    folder = tmp_path / "states"
+    served = losses(
+        work, tmp_path / "served", "--target_backend", "vllm", "--server", *urls, "--server_folder", folder, *more
+    )
     assert torch.allclose(torch.tensor(served), torch.tensor(online), rtol=TOLERANCE, atol=0)
     assert not torch.allclose(torch.tensor(other_order), torch.tensor(online), rtol=TOLERANCE, atol=0)  # control
     assert not list((tmp_path / "states").iterdir())
@@ -78,10 +81,10 @@ def test_training_from_servers_equals_training_online(work, server, tmp_path, mo
 
 def test_a_store_is_filled_by_servers(work, server, tmp_path):
     url = server()
-    cache = ("--target_backend", "vllm", "--server", url, "--train_hidden_path", tmp_path / "store")
-    first = losses(work, tmp_path / "first", *cache)
+    served = ("--target_backend", "vllm", "--server", url, "--server_folder", tmp_path / "states")
+    first = losses(work, tmp_path / "first", *served, "--train_hidden_path", tmp_path / "store")
     assert read_manifest(tmp_path / "store").identity.backend == "vllm"
-    live = losses(work, tmp_path / "live", "--target_backend", "vllm", "--server", url)
+    live = losses(work, tmp_path / "live", *served)
     assert first == live  # the store is a cache of this very source
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from saved_target import save_target, write_conversations
 
-from fledge.draft.checkpoint import WEIGHTS, read_tensors
+from fledge.draft.head import WEIGHTS, read_tensors
 from fledge.errors import UserError
 from fledge.target.extract import ExtractArgs, extract
 from fledge.target.head import TargetEnds, TargetHead
@@ -152,6 +152,7 @@ def test_the_split_and_the_counts_are_those_of_online(work, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [(["--chat_template_type", "qwen3"], "chat template 'own', not 'qwen3'"),
+     (["--train_last_turn_only"], "all turns supervised, not the last alone"),
      (["--target_dtype", "bfloat16"], "dtype float32, not bfloat16"),
      (["--tap_layers", "1", "2", "3"], "tap layers"), (["--lm_head_key", "model.wte.weight"], "lm_head.weight"),
      (["--target_model_name_or_path", "meta/other"], "target .*target, not meta/other"),

@@ -26,6 +26,7 @@ def describe_states(
         tap_storage=tap_storage, last_storage=last_storage, template=template.name,
         template_fingerprint=template.fingerprint, tokenizer=tokenizer_digest(template), max_length=max_length,
         stop_token_ids=list(template.stop_token_ids), special_token_ids=special, backend=backend,
+        last_turn_only=template.last_turn_only,
     )  # fmt: skip
 
 

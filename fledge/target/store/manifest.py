@@ -13,12 +13,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
 
 from fledge.errors import UserError
+from fledge.parsing import convert, read_python_json
+from fledge.ranges import Count, Natural
 
 KIND, FORMAT = "hidden_store", 1
 MANIFEST, PLAN, SEALED, HEAD = "manifest.json", "plan.jsonl", "sealed", "target_head.safetensors"
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 TapStorage = Literal["same", "fp8"]
 LastStorage = Literal["all", "supervised"]
 
@@ -31,24 +37,27 @@ class Identity:
     revision: str | None
     weights: str  # digest of embedding and head
     text_config: dict[str, Any]
-    vocab_size: int  # rows of the head
-    hidden_size: int
+    vocab_size: Count  # rows of the head
+    hidden_size: Count
     head_keys: list[str]  # names of the head's tensor in the target
-    tap_layers: list[int]
-    dtype: str
+    tap_layers: Annotated[list[Natural], Meta(min_length=1)]
+    dtype: Annotated[str, Meta(pattern="^(float32|bfloat16|float16)$")]
     tap_storage: TapStorage
     last_storage: LastStorage
     template: str  # name of the chat template; `own` is the tokenizer's
     template_fingerprint: str
     tokenizer: str  # digest
-    max_length: int | None
-    stop_token_ids: list[int]
-    special_token_ids: list[int]
+    max_length: Count | None
+    stop_token_ids: list[Natural]
+    special_token_ids: list[Natural]
     backend: str = "hf"
+    last_turn_only: bool = False  # the template's fingerprint says so, too
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(canonical(dataclasses.asdict(self))).hexdigest()
+        fields = dataclasses.asdict(self)
+        del fields["last_turn_only"]  # shards written before the field existed keep their digest
+        return hashlib.sha256(canonical(fields)).hexdigest()
 
     def differences(self, other: "Identity", ignore: Sequence[str] = ()) -> list[str]:
         """`field: mine, not theirs` for every field in which the two differ."""
@@ -64,13 +73,17 @@ class Identity:
 class ShardEntry:
     """A finished shard, as its `sealed` file and the manifest state it."""
 
-    file: str
-    bytes: int
-    sha256: str
-    records: int
-    tokens: int
-    supervised: int
-    longest: int
+    file: Annotated[str, Meta(pattern=r"^shard-\d{5,}\.safetensors$")]
+    bytes: Natural
+    sha256: Sha256
+    records: Count
+    tokens: Count
+    supervised: Natural
+    longest: Count
+
+    @property
+    def number(self) -> int:
+        return int(self.file.removeprefix("shard-").removesuffix(".safetensors"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,39 +127,53 @@ class Manifest:
         return {**body, "checksum": hashlib.sha256(canonical(body)).hexdigest()}
 
 
+class _Counts(msgspec.Struct):
+    planned_records: Natural
+
+
+class _File(msgspec.Struct):
+    sha256: Sha256
+    bytes: Natural = 0
+
+
+class _Document(msgspec.Struct):
+    """manifest.json, as far as it is read again."""
+
+    identity: Identity
+    counts: _Counts
+    plan: _File
+    head: _File
+    shards: tuple[ShardEntry, ...]
+
+
+REBUILD = "Delete it and run the same `fledge extract` again: it is rebuilt from the finished shards."
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and check manifest.json; says what to do when it is damaged or of another kind."""
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder}: no {MANIFEST} there. Give a folder written by `fledge extract`.")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        checksum = document.pop("checksum", None)
-        kind, version = document["kind"], document["format"]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"{path}: not a readable manifest ({error}). Delete it and run the same `fledge extract` again: it is "
-            f"rebuilt from the finished shards."
-        ) from None
+    document = read_python_json(path, dict[str, Any], hint=REBUILD)
+    checksum, kind, version = document.pop("checksum", None), document.get("kind"), document.get("format")
     if kind != KIND or version != FORMAT:
         raise UserError(f"{path}: kind {kind!r} format {version!r}; this fledge reads {KIND!r} format {FORMAT}.")
     if hashlib.sha256(canonical(document)).hexdigest() != checksum:
-        raise UserError(
-            f"{path}: its checksum does not match its content: it was edited or damaged. Delete it and run the same "
-            f"`fledge extract` again: it is rebuilt from the finished shards."
-        )
-    return Manifest(
-        identity=Identity(**document["identity"]),
-        planned_records=document["counts"]["planned_records"],
-        plan_sha256=document["plan"]["sha256"],
-        head_bytes=document["head"]["bytes"],
-        head_sha256=document["head"]["sha256"],
-        shards=tuple(ShardEntry(**shard) for shard in document["shards"]),
-    )
+        raise UserError(f"{path}: its checksum does not match its content: it was edited or damaged. {REBUILD}")
+    stated = convert(document, _Document, str(path), hint=REBUILD)
+    manifest = Manifest(
+        identity=stated.identity, planned_records=stated.counts.planned_records, plan_sha256=stated.plan.sha256,
+        head_bytes=stated.head.bytes, head_sha256=stated.head.sha256, shards=stated.shards,
+    )  # fmt: skip
+    if manifest.document()["counts"] != document["counts"]:
+        raise UserError(f"{path}: its counts are not those of its shards. {REBUILD}")
+    return manifest
 
 
 def canonical(document: Any) -> bytes:
-    return json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    return json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 def write_atomically(path: Path, content: bytes, tag: str = "") -> None:

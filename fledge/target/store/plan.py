@@ -10,10 +10,17 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
 
 from fledge.data.tokenize import Sample
 from fledge.errors import UserError
+from fledge.parsing import read_json_lines
+from fledge.ranges import Count, Natural
 from fledge.target.store.manifest import PLAN, write_atomically
+
+RESTORE = "Restore it, or extract into a new folder."
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,13 @@ class PlannedShard:
         return json.dumps({"shard": self.number, "samples": rows}, ensure_ascii=False)
 
 
+class PlanLine(msgspec.Struct):
+    """A shard as plan.jsonl has it: id, length, supervised tokens and checksum of every sample."""
+
+    shard: Natural
+    samples: Annotated[list[tuple[str, Count, Natural, Natural]], msgspec.Meta(min_length=1)]
+
+
 class Plan:
     """Every shard of a store, in order."""
 
@@ -63,14 +77,12 @@ class Plan:
         path = folder / PLAN
         if not path.is_file():
             return cls()
-        try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            shards = [PlannedShard(row["shard"], tuple(PlannedSample(*s) for s in row["samples"])) for row in rows]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}: not a readable plan ({error}). Restore it, or extract into a new folder."
-            ) from None
-        return cls(shards)
+        lines = read_json_lines(path, PlanLine, hint=RESTORE)
+        plan = cls([PlannedShard(line.shard, tuple(PlannedSample(*s) for s in line.samples)) for _, line in lines])
+        numbers = {shard.number for shard in plan.shards}
+        if len(numbers) < len(plan.shards) or len(plan.place) < sum(len(shard.samples) for shard in plan.shards):
+            raise UserError(f"{path}: not a readable plan: a shard or a sample stands there twice. {RESTORE}")
+        return plan
 
     def content(self) -> bytes:
         return "".join(shard.line() + "\n" for shard in self.shards).encode()

@@ -16,9 +16,10 @@ from torch import Tensor
 from fledge.errors import UserError
 from fledge.target.head import TargetHead
 from fledge.target.record import TargetRecord
-from fledge.target.store.manifest import HEAD, file_sha256, read_manifest
-from fledge.target.store.plan import Plan, PlannedSample
-from fledge.target.store.shard import DAMAGED, ShardReader
+from fledge.target.store.header import DAMAGED
+from fledge.target.store.manifest import HEAD, PLAN, file_sha256, read_manifest
+from fledge.target.store.plan import RESTORE, Plan, PlannedSample
+from fledge.target.store.shard import ShardReader
 
 
 class HiddenStore(Sequence[TargetRecord]):
@@ -34,7 +35,19 @@ class HiddenStore(Sequence[TargetRecord]):
                 f"same `fledge extract` again to finish it."
             )
         self.shards = [ShardReader(folder / entry.file, entry, self.identity) for entry in self.manifest.shards]
+        self._check_plan(ahead=allow_incomplete)
         self._starts = [0, *accumulate(entry.records for entry in self.manifest.shards)]
+
+    def _check_plan(self, *, ahead: bool) -> None:
+        """Every shard holds the records that it was planned with. Of a store that grows the plan may be ahead."""
+        plan = Plan.read(self.folder)
+        if not ahead and plan.sha256 != self.manifest.plan_sha256:
+            raise UserError(f"{self.folder / PLAN}: missing, or not the plan that the manifest names. {RESTORE}")
+        planned = {shard.number: shard for shard in plan.shards}
+        for shard in self.shards:
+            if shard.entry.number not in planned:
+                raise UserError(f"{self.folder / PLAN}: it does not name {shard.entry.file}. {RESTORE}")
+            shard.check_planned(planned[shard.entry.number])
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -57,19 +70,22 @@ class HiddenStore(Sequence[TargetRecord]):
         """id -> what the record was made from."""
         return {id: planned for id, (_, planned) in Plan.read(self.folder).place.items()}
 
+    def checksums(self, indices: Sequence[int]) -> np.ndarray:
+        """The stored checksum of each of these records."""
+        places = (self._locate(int(index)) for index in indices)
+        return np.array([self.shards[shard].crcs[row] for shard, row in places], dtype=np.int64)
+
     def counts(self, indices: Sequence[int] | None = None) -> Tensor:
-        """How often each token id is supervised, in all records (from the shards' tables) or in some. (V,) int64."""
+        """How often each token id is supervised, in all records or in some. (V,) int64."""
         total = torch.zeros(self.identity.vocab_size, dtype=torch.int64)
         if indices is None or len(indices) == len(self):
             for shard in self.shards:
-                total[shard.read("count_ids").long()] += shard.read("counts")
+                total += shard.counts(len(total))
             return total
         for index in indices:
             number, row = self._locate(int(index))
             shard = self.shards[number]
-            rows = shard.offsets[row], shard.offsets[row + 1]
-            ids = shard.read("input_ids", *rows)[shard.read("loss_mask", *rows)]
-            total += torch.bincount(ids, minlength=len(total))
+            total += shard.count(len(total), shard.offsets[row], shard.offsets[row + 1])
         return total
 
     def head(self, device: torch.device) -> TargetHead:
@@ -86,11 +102,13 @@ class HiddenStore(Sequence[TargetRecord]):
 
     def verify(self) -> None:
         """Read every byte and compare with the manifest."""
+        self._check_plan(ahead=not self.manifest.complete)
         for shard in self.shards:
             if file_sha256(shard.path) != shard.entry.sha256:
                 for row in range(shard.entry.records):
                     shard.record(row)  # names the record when its states are what is damaged
                 raise UserError(f"{shard.path}: its checksum does not match the manifest. {DAMAGED}")
+        self.counts()
         self.head(torch.device("cpu"))
 
     def _locate(self, index: int) -> tuple[int, int]:

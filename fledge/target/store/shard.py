@@ -13,10 +13,9 @@ Read with positioned reads, not a mapping: mapped pages count as this process's 
 process, while a read costs the same copy and fails with a message.
 """
 
-import json
 import os
 import zlib
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +24,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fledge.errors import UserError
-from fledge.target.head import ENTRY, as_bytes, one_entry
+from fledge.target.head import as_bytes, one_entry
 from fledge.target.record import TargetRecord, TeacherSummary
+from fledge.target.store.header import DAMAGED, read_header
 from fledge.target.store.manifest import Identity, ShardEntry, file_sha256, replacing
 from fledge.target.store.plan import PlannedShard
 
 # R records, N tokens of all records, M stored rows of last_hidden, A taps, H hidden
 
-DTYPES = {
-    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool,
-}  # fmt: skip
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 SUMMARY = ("teacher_argmax", "teacher_logsumexp")
 PER_TOKEN = ("input_ids", "loss_mask", "position_ids", "tap_hidden", "tap_scale", *SUMMARY)
-DAMAGED = (
-    "Restore the file, or delete it together with its file in sealed/ and run the same `fledge extract` again: "
-    "only this shard is made anew."
-)
 
 
 class ShardBuffer:
@@ -146,13 +138,6 @@ class ShardBuffer:
         return one_entry({"identity": self.identity.digest, "ids": [sample.id for sample in self.shard.samples]})
 
 
-@dataclass(frozen=True)
-class _Slot:
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int  # byte in the file
-
-
 class ShardReader:
     """A finished shard. Opening reads its header and offsets; records are read when asked for."""
 
@@ -162,20 +147,43 @@ class ShardReader:
             raise UserError(f"{path}: missing; the manifest lists it with {entry.records} records. {DAMAGED}")
         if path.stat().st_size != entry.bytes:
             raise UserError(f"{path}: {path.stat().st_size} bytes, the manifest says {entry.bytes}. {DAMAGED}")
-        self._slots, self._facts = self._header()
-        if self._facts.get("identity") != identity.digest:
-            raise UserError(
-                f"{path}: made with another target, template, dtype or other settings than the manifest beside it "
-                f"states. Put the right manifest back, or extract into a new folder."
-            )
-        self.offsets, self._crcs = self.read("offsets").tolist(), self.read("record_crc").tolist()
+        self._slots, self._facts = read_header(path, entry, identity)
+        self.offsets, self.crcs = self.read("offsets").tolist(), self.read("record_crc").tolist()
         self._last_offsets = self.read("last_offsets").tolist() if "last_offsets" in self._slots else self.offsets
-        if len(self.offsets) != entry.records + 1 or self.offsets[-1] != entry.tokens:
-            raise UserError(f"{path}: {len(self.offsets) - 1} records, the manifest says {entry.records}. {DAMAGED}")
+        self._check_offsets()
 
     @property
     def ids(self) -> list[str]:
-        return self._facts["ids"]
+        return self._facts.ids
+
+    def _check_offsets(self) -> None:
+        last = self._last_offsets
+        rising = all(begin < end for begin, end in pairwise(self.offsets)) and all(a <= b for a, b in pairwise(last))
+        ends = (self.offsets[0], self.offsets[-1], last[0], last[-1])
+        if not rising or ends != (0, self.entry.tokens, 0, self._slots["last_hidden"].shape[0]):
+            raise UserError(f"{self.path}: its offsets do not divide its {self.entry.tokens} tokens. {DAMAGED}")
+
+    def check_planned(self, planned: PlannedShard) -> None:
+        """The records must be those of the plan: ids and lengths are under no checksum that reading checks."""
+        lengths = [end - begin for begin, end in pairwise(self.offsets)]
+        wanted = [(sample.id, sample.length) for sample in planned.samples]
+        if list(zip(self.ids, lengths, strict=True)) != wanted or planned.supervised != self.entry.supervised:
+            raise UserError(f"{self.path}: its records are not those of the plan. {DAMAGED}")
+
+    def counts(self, vocab_size: int) -> Tensor:
+        """How often each token id is supervised. (V,) int64, from tokens and mask; the shard's own table must agree."""
+        found = self.count(vocab_size, 0, self.entry.tokens)
+        ids, counts = self.read("count_ids").long(), self.read("counts")
+        if not torch.equal(ids, found.nonzero()[:, 0]) or not torch.equal(counts, found[ids]):
+            raise UserError(f"{self.path}: its table of supervised tokens is not that of its tokens. {DAMAGED}")
+        return found
+
+    def count(self, vocab_size: int, begin: int, end: int) -> Tensor:
+        """How often each token id is supervised in rows begin..end. (V,) int64"""
+        ids = self.read("input_ids", begin, end)[self.read("loss_mask", begin, end)]
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise UserError(f"{self.path}: it holds token ids outside the vocabulary of {vocab_size}. {DAMAGED}")
+        return torch.bincount(ids, minlength=vocab_size)
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
         """Rows begin..end of a tensor."""
@@ -201,7 +209,7 @@ class ShardReader:
         begin, end = self.offsets[index], self.offsets[index + 1]
         parts = {name: self.read(name, begin, end) for name in PER_TOKEN if name in self._slots}
         parts["last_hidden"] = self.read("last_hidden", self._last_offsets[index], self._last_offsets[index + 1])
-        if record_crc(parts) != self._crcs[index]:
+        if record_crc(parts) != self.crcs[index]:
             raise UserError(f"{self.path}: the checksum of record {self.ids[index]!r} does not match. {DAMAGED}")
         return self._as_record(self.ids[index], parts, max_length)
 
@@ -228,22 +236,6 @@ class ShardReader:
             last_hidden=last[rows],
             summary=summary,
         )
-
-    def _header(self) -> tuple[dict[str, _Slot], dict[str, Any]]:
-        try:
-            with open(self.path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                if not 0 < length <= self.entry.bytes:
-                    raise ValueError(f"header of {length} bytes")
-                header = json.loads(file.read(length))
-            facts = json.loads(header.pop("__metadata__")[ENTRY])
-            slots = {
-                name: _Slot(DTYPES[info["dtype"]], tuple(info["shape"]), 8 + length + info["data_offsets"][0])
-                for name, info in header.items()
-            }
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.path}: its header is damaged ({error}). {DAMAGED}") from None
-        return slots, facts
 
 
 def record_crc(parts: dict[str, Tensor]) -> int:

@@ -19,6 +19,7 @@ from typing import IO
 from fledge.console import say
 from fledge.data.tokenize import Sample
 from fledge.errors import UserError
+from fledge.parsing import read_json
 from fledge.target.head import TargetHead
 from fledge.target.store.manifest import (
     HEAD,
@@ -228,11 +229,10 @@ class StoreWriter:
 def read_sealed(folder: Path) -> Iterator[tuple[int, ShardEntry]]:
     """(number, entry) of every finished shard."""
     for path in sorted((folder / SEALED).glob("shard-*.json")):
-        try:
-            entry = ShardEntry(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}: not readable ({error}). Delete it; the shard is made again.") from None
-        yield int(path.stem.split("-")[1]), entry
+        entry = read_json(path, ShardEntry, hint="Delete it; the shard is made again.")
+        if entry.file != f"{path.stem}.safetensors":
+            raise UserError(f"{path}: it describes {entry.file}. Delete it; the shard is made again.")
+        yield entry.number, entry
 
 
 @contextmanager

@@ -1,0 +1,76 @@
+"""config.json of a head, whoever wrote it: every field that fledge reads has the right type and range, or one line.
+
+What fledge does not read is left alone, and a field may be absent or null: which ones a head needs depends on its
+layout, and is said where that is known.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fledge.parsing import convert, read_json
+from fledge.ranges import Count, Positive
+
+JSON = dict[str, Any]
+HINT = "A head is a folder with config.json and its weights."
+
+
+class LayerFields(msgspec.Struct):
+    """The decoder layer and its vocabulary."""
+
+    hidden_size: Count | None = None
+    target_hidden_size: Count | None = None
+    intermediate_size: Count | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: Count | None = None
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
+    vocab_size: Count | None = None
+    max_position_embeddings: Count | None = None
+    rms_norm_eps: Positive | None = None
+    hidden_act: str | None = None
+    rope_theta: Positive | None = None
+    rope_scaling: JSON | None = None
+    rope_parameters: JSON | None = None
+    layer_types: list[str] | None = None
+    sliding_window: Count | None = None
+    tie_word_embeddings: bool | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+
+
+class EagleConfig(msgspec.Struct):
+    """Where EAGLE, SpecForge and ModelOpt say what is read of the target."""
+
+    eagle_aux_hidden_state_layer_ids: list[int] | None = None
+
+
+class OurMark(msgspec.Struct):
+    """What fledge adds: how its tap ids are to be read."""
+
+    tap_convention: str | None = None
+    target_layers: Count | None = None
+
+
+class HeadFields(LayerFields):
+    """The whole document."""
+
+    architectures: list[str] | None = None
+    draft_vocab_size: Count | None = None
+    fc_norm: bool | None = None
+    use_aux_norm: bool | None = None
+    norm_output: bool | None = None
+    norm_before_residual: bool | None = None
+    eagle_aux_hidden_state_layer_ids: list[int] | None = None
+    eagle_config: EagleConfig | None = None
+    transformer_layer_config: LayerFields | None = None
+    speculators_model_type: str | None = None
+    fledge: OurMark | None = None
+
+
+def read_document(path: Path) -> JSON:
+    """config.json as it stands, its fields checked."""
+    document = read_json(path, JSON, hint=HINT)
+    convert(document, HeadFields, str(path))
+    return document
