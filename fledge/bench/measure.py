@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from fledge.bench.prompts import Question, turn_text
 from fledge.bench.quality import compare_outputs, score_answer
 from fledge.bench.rows import Row
+from fledge.bench.sandbox import Isolation
 from fledge.data.samples import Prompt
 from fledge.decoding.records import Generation
 
@@ -54,7 +55,7 @@ class MeasureSettings:
     max_new_tokens: int
     seed: int
     checks: bool = True
-    run_code: bool = False
+    run_code: Isolation | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,7 +131,7 @@ def list_jobs(args: BenchArgs) -> list[Job]:
         questions = load_questions(
             name, bench_dir=prompts.bench_dir, begin=prompts.question_begin, end=prompts.question_end
         )
-        warn_without_tests(questions, args.output.run_code)
+        warn_without_tests(questions, args.output.code_isolation is not None)
         for repeat in range(prompts.repeats):
             jobs += [
                 Job(
@@ -160,7 +160,7 @@ def measure_missing(args: BenchArgs, spec: Loader, placement: Placement, jobs: l
     settings = MeasureSettings(
         sides=SIDES[args.model.mode], temperature=args.decoding.temperature,
         max_new_tokens=args.decoding.max_new_token, seed=args.decoding.seed,
-        checks=not args.output.no_metrics, run_code=args.output.run_code,
+        checks=not args.output.no_metrics, run_code=args.output.code_isolation,
     )  # fmt: skip
     load = functools.partial(load_warm, spec, missing[0].question, settings)
     work = functools.partial(measure, settings=settings)
@@ -239,7 +239,7 @@ def settings_of(args: BenchArgs, tree: dict[str, int], placement: Placement) -> 
         "placement": dataclasses.asdict(placement),
         "max_gpu_memory": args.workers.max_gpu_memory,
         "checks": not args.output.no_metrics,
-        "run_code": args.output.run_code,
+        "run_code": args.output.code_isolation or False,
         "hardware": provenance.hardware(),
         "versions": {name: versions[name] for name in ("python", "torch", "transformers") if name in versions},
         "code": code_fingerprint(),
