@@ -14,6 +14,7 @@ from fledge.bench.report import FORMAT, MARKDOWN, PAGE, SUMMARY, interval_text, 
 from fledge.bench.rows import read_rows
 from fledge.console import say, show_table, warn
 from fledge.errors import UserError
+from fledge.escaping import markdown
 from fledge.export import summary
 from fledge.provenance import write_json
 
@@ -112,8 +113,10 @@ def write_comparison(path: Path, rows: list[list[str]], differing: dict[str, lis
         write_json(path, {"rows": [dict(zip(COLUMNS, row, strict=True)) for row in rows], "different": differing})
         return
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", *(f"- the runs differ in {key}: {' | '.join(map(str, some))}" for key, some in differing.items())]
+    lines += ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
+    lines.append("")
+    for key, some in differing.items():
+        lines.append(f"- the runs differ in {markdown(key)}: {' | '.join(map(markdown, some))}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
