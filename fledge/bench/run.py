@@ -284,8 +284,8 @@ def refuse_unexplained(rows: Sequence[Row], page: Path) -> None:
     if wrong:
         more = f" and {len(wrong) - NAMED_ANSWERS} more" if len(wrong) > NAMED_ANSWERS else ""
         raise UserError(
-            f"the answers to {len(wrong)} question(s) differ from plain decoding where the target has a clear favourite "
-            f"({', '.join(wrong[:NAMED_ANSWERS])}{more}): that is no rounding. See {page} and report it as a bug."
+            f"the answers to {len(wrong)} question(s) differ from plain decoding where the target has a clear "
+            f"favourite ({', '.join(wrong[:NAMED_ANSWERS])}{more}): that is no rounding. See {page} and report a bug."
         )
 
 
