@@ -8,13 +8,14 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
+import jinja2
 import tyro
 
 from fledge.bench.report import FORMAT, MARKDOWN, PAGE, SUMMARY, interval_text, number, render, samples_of, verdict
 from fledge.bench.rows import read_rows
 from fledge.console import say, show_table, warn
 from fledge.errors import UserError
-from fledge.escaping import markdown
+from fledge.escaping import markdown, one_line
 from fledge.export import summary
 from fledge.provenance import write_json
 
@@ -57,6 +58,11 @@ def read_summary(path: Path) -> Document:
     document = summary.read_summary(file, summary.Run)
     if document["format"] != FORMAT:
         raise UserError(f"{file}: not a summary of `fledge bench` in format {FORMAT}. Give the {SUMMARY} of a run.")
+    try:
+        render("report.html.jinja", {**document, "verdict": verdict(document)}, [])
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, jinja2.UndefinedError) as error:
+        problem = f"a figure is missing or no number ({type(error).__name__}: {one_line(error)[:200]})"
+        raise UserError(f"{file}: {problem}. {summary.HINT}") from None
     return document
 
 

@@ -126,7 +126,8 @@ def test_comparisons_are_escaped(summary, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         document = {**summary, "settings": {**summary["settings"], "note": f"{name} {EVERYTHING}"}}
-        (tmp_path / name / "summary.json").write_text(json.dumps(document))
+        text = json.dumps(document).replace("\\ud800", "")  # half a surrogate pair is no JSON to the reader
+        (tmp_path / name / "summary.json").write_text(text)
     report(ReportArgs(paths=(tmp_path / "a", tmp_path / "b"), output=tmp_path / "both.md"))
     text = (tmp_path / "both.md").read_text()
     assert not STEERING.search(text)
