@@ -39,6 +39,7 @@ def report(args: ReportArgs) -> None:
         raise UserError("no run given. Name one summary.json to draw its report again, or several to compare them.")
     documents = [read_summary(path) for path in args.paths]
     if len(documents) == 1:
+        refuse_undrawable(args.paths[0], documents[0])
         return redraw(_folder(args.paths[0]), documents[0])
     rows = compare(documents)
     show_table("comparison", COLUMNS, rows)
@@ -58,12 +59,16 @@ def read_summary(path: Path) -> Document:
     document = summary.read_summary(file, summary.Run)
     if document["format"] != FORMAT:
         raise UserError(f"{file}: not a summary of `fledge bench` in format {FORMAT}. Give the {SUMMARY} of a run.")
+    return document
+
+
+def refuse_undrawable(path: Path, document: Document) -> None:
+    """A UserError for a summary that lacks what a report shows and a comparison does not need."""
     try:
         render("report.html.jinja", {**document, "verdict": verdict(document)}, [])
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, jinja2.UndefinedError) as error:
         problem = f"a figure is missing or no number ({type(error).__name__}: {one_line(error)[:200]})"
-        raise UserError(f"{file}: {problem}. {summary.HINT}") from None
-    return document
+        raise UserError(f"{path}: no report can be drawn of its {SUMMARY}: {problem}. {summary.HINT}") from None
 
 
 def redraw(folder: Path, document: Document) -> None:
