@@ -13,6 +13,10 @@ from fledge.errors import UserError
 from fledge.target.model import Target
 
 
+class PromptTooLong(UserError):
+    """A prompt that leaves the target no position for an answer."""
+
+
 def emission_limit(target: Target, prompt_ids: Sequence[int], max_new_tokens: int) -> int:
     """Tokens that may be emitted: what was asked for, at most what the target's positions hold."""
     if not len(prompt_ids):
@@ -26,7 +30,7 @@ def emission_limit(target: Target, prompt_ids: Sequence[int], max_new_tokens: in
     if longest is None:
         return max_new_tokens
     if len(prompt_ids) >= longest:
-        raise UserError(
+        raise PromptTooLong(
             f"the prompt has {len(prompt_ids)} tokens, but {target.name} has {longest} positions "
             f"(max_position_embeddings). Shorten the prompt."
         )
