@@ -5,4 +5,5 @@ AREAS: dict[str, float] = {
     "questions": 2,
     "heads": 5,
     "flags": 5,
+    "servers": 4,
 }

@@ -8,7 +8,9 @@ that is accepted though it is wrong shows as clearly as a traceback. Knows nothi
 """
 
 import contextlib
+import io
 import os
+import resource
 import shutil
 import signal
 import tempfile
@@ -16,6 +18,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -34,7 +37,7 @@ BAD: tuple[Outcome, ...] = (
     "accepted though wrong", "refused though right", "wrong value", "traceback", "hang", "memory",
 )  # fmt: skip
 LIMIT_S = 10.0
-LIMIT_BYTES = 1 << 30  # peak of the whole process
+LIMIT_BYTES = 1 << 30  # that a case may add to the process
 
 
 class WrongValue(Exception):
@@ -87,8 +90,10 @@ class Fault:
 def judge(case: Case, folder: Path, limit_s: float = LIMIT_S) -> Verdict:
     """Run one case in an empty folder."""
     forget_peak()
+    before, shown = memory_bytes("VmRSS"), io.StringIO()
     try:
-        with time_limit(limit_s), working_in(folder):
+        with (time_limit(limit_s), memory_limit(), working_in(folder), redirect_stdout(shown),
+              redirect_stderr(shown)):  # fmt: skip
             case.act(folder)
         found = Verdict("accepted")
     except TimedOut:
@@ -101,12 +106,14 @@ def judge(case: Case, folder: Path, limit_s: float = LIMIT_S) -> Verdict:
         found = Verdict("refused", str(error)) if str(error).strip() else Verdict("traceback", repr(error))
     except SystemExit as error:
         found = Verdict("refused" if error.code in (1, 2) else "accepted", f"exit status {error.code}")
+    except MemoryError:
+        found = Verdict("memory", "more than there is")
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(last.filename).name}:{last.lineno}"
         found = Verdict("traceback", f"{type(error).__name__}: {str(error)[:160]} ({place})")
-    if (peak := peak_bytes()) > LIMIT_BYTES:
-        return Verdict("memory", f"peak of {peak >> 20} MiB")
+    if (added := memory_bytes("VmHWM") - before) > LIMIT_BYTES:
+        return Verdict("memory", f"{added >> 20} MiB more than before")
     if case.rule is None and found.outcome == "refused":
         return Verdict("refused though right", found.detail)
     if case.rule is not None and found.outcome in ("accepted", "wrong value"):
@@ -132,7 +139,7 @@ class Tally:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self.seconds[case.area] += time.perf_counter() - start
-        self.peak = max(self.peak, peak_bytes())
+        self.peak = max(self.peak, memory_bytes("VmHWM"))
         self.counts[case.area, case.rule is None, verdict.outcome] += 1
         if verdict.outcome not in GOOD:
             key = (case.area, case.rule or "valid", verdict.outcome)
@@ -194,16 +201,27 @@ def working_in(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
+@contextlib.contextmanager
+def memory_limit() -> Iterator[None]:
+    """A MemoryError instead of the machine's memory: a case may add a little more than LIMIT_BYTES."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes("VmData") + LIMIT_BYTES + (256 << 20), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
 def forget_peak() -> None:
     """Let the kernel count the peak of this process anew (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_bytes() -> int:
-    """The most memory that this process held since `forget_peak`; 0 where the system does not say."""
+def memory_bytes(name: Literal["VmHWM", "VmRSS", "VmData"]) -> int:
+    """Memory of this process: the most since `forget_peak`, or now; 0 where the system does not say (Linux does)."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{name}:"):
                 return int(line.split()[1]) << 10
     return 0
