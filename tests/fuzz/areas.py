@@ -6,4 +6,10 @@ AREAS: dict[str, float] = {
     "heads": 5,
     "flags": 5,
     "servers": 4,
+    "streams": 2,
+    "states": 2,
+    "stores": 3,
+    "answers": 3,
+    "recipes": 2,
+    "reports": 2,
 }

@@ -173,7 +173,13 @@ def parse_words(command: str, words: list[str]) -> Any:
 
 def run_stopped(command: str, words: list[str]) -> None:
     """Run a command up to where real work begins. Raises UserError with the line that the user sees."""
-    with stopped(), quiet() as shown:
+    with stopped():
+        run_through(command, words)
+
+
+def run_through(command: str, words: list[str]) -> None:
+    """Run a command to its end."""
+    with quiet() as shown:
         status = run_command(command, words)
     if status:
         errors = [line for line in shown.getvalue().splitlines() if line.startswith("error:")]
