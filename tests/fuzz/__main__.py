@@ -1,14 +1,13 @@
 """`make fuzz`: many cases of every area, a table of what became of them, and every kind of fault with its input."""
 
 import argparse
-import importlib
 import json
 import os
 import sys
 import time
 from pathlib import Path
 
-from fuzz.areas import AREAS
+from fuzz.areas import AREAS, cases_of, shares
 from fuzz.harness import Tally, run_cases
 from fuzz.table import document, table
 
@@ -22,11 +21,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="Folder for fuzz.json and fuzz.md.")
     args = parser.parse_args()
     tally, start = Tally(), time.monotonic()
-    chosen = {name: share for name, share in AREAS.items() if not args.areas or name in args.areas}
-    for name, share in chosen.items():
-        number = max(round(args.cases * share / sum(chosen.values())), 1)
-        print(f"{name}: {number} cases", file=sys.stderr, flush=True)
-        run_cases(importlib.import_module(f"fuzz.{name}").cases(), number, tally, chosen_seed=args.seed)
+    for area, number in shares(args.cases, args.areas or list(AREAS)).items():
+        print(f"{area}: {number} cases", file=sys.stderr, flush=True)
+        run_cases(cases_of(area), number, tally, chosen_seed=args.seed)
     found = document(tally, seed=args.seed, seconds=time.monotonic() - start)
     print(table(found))
     for fault in tally.faults.values():

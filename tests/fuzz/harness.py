@@ -8,11 +8,13 @@ that is accepted though it is wrong shows as clearly as a traceback. Knows nothi
 """
 
 import contextlib
+import faulthandler
 import io
 import os
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -173,7 +175,11 @@ def run_cases(cases: SearchStrategy[Case], number: int, tally: Tally, *, chosen_
 
 @contextlib.contextmanager
 def time_limit(limit_s: float) -> Iterator[None]:
-    """Raise TimedOut in the main thread; a timer that was already running goes on afterwards."""
+    """Raise TimedOut in the main thread; a timer that was already running goes on afterwards.
+
+    A call that blocks while it holds the interpreter cannot be interrupted: then all stacks are shown and the process
+    ends, long before anybody would wonder.
+    """
 
     def stop(*_: object) -> None:
         raise TimedOut
@@ -181,9 +187,11 @@ def time_limit(limit_s: float) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, stop)
     left, _ = signal.setitimer(signal.ITIMER_REAL, limit_s)
     start = time.monotonic()
+    faulthandler.dump_traceback_later(3 * limit_s, exit=True, file=sys.__stderr__ or 2)
     try:
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         if left:
