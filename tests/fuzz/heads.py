@@ -27,7 +27,18 @@ from fuzz.harness import Case, WrongValue
 
 AREA = "draft heads"
 LAYERS = 8  # of the tiny target
-NO_TAPS = (*NO_LIST, [], [1], [1, 2, 3, 4], [-1, 2, 3], [1, 2, 99], ["1", 2, 3], [1.5, 2, 3], [True, 2, 3], [None, 2, 3])
+NO_TAPS = (
+    *NO_LIST,
+    [],
+    [1],
+    [1, 2, 3, 4],
+    [-1, 2, 3],
+    [1, 2, 99],
+    ["1", 2, 3],
+    [1.5, 2, 3],
+    [True, 2, 3],
+    [None, 2, 3],
+)
 NO_POSITIVE = (*NO_NUMBER, 0, -1)
 
 WRONG_CONFIG: dict[tuple[str | int, ...], tuple[Any, ...]] = {

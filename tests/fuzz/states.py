@@ -35,8 +35,18 @@ OURS = f"fuzz-{os.getpid()}-"  # others may use the folder, too
 
 WRONG_REPLY: dict[tuple[str | int, ...], tuple[Any, ...]] = {
     ("kv_transfer_params",): (*NO_OBJECT, None),
-    ("kv_transfer_params", "hidden_states_path"): (*NO_TEXT, None, "", " ", "x" * 10_000, "a\0b", ".", "/", "/dev/zero",
-                                                   "\ud800"),  # fmt: skip
+    ("kv_transfer_params", "hidden_states_path"): (
+        *NO_TEXT,
+        None,
+        "",
+        " ",
+        "x" * 10_000,
+        "a\0b",
+        ".",
+        "/",
+        "/dev/zero",
+        "\ud800",
+    ),  # fmt: skip
 }
 REQUIRED = [("kv_transfer_params",), ("kv_transfer_params", "hidden_states_path")]
 BAD_TENSORS: dict[str, Callable[[Tensors], Any]] = {
