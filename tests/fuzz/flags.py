@@ -21,13 +21,18 @@ NO_NUMBER = ("nan", "inf", "-inf")
 NEGATIVE = ("-1", "-1000000")
 
 # What a number may not be, by flag; the same in every command that has it.
-SIZES = """max_samples num_proc model_max_length measure_prompts measure_tokens max_pixels min_pixels num_threads
-max_clients concurrency max_attempts max_tokens max_prompt_length data_shard_size batch_size max_new_tokens
-max_new_token top_k repeats num_workers num_gpus_per_model per_device_train_batch_size per_device_eval_batch_size
-ttt_steps num_gpus num_tokens num_servers tensor_parallel_size max_model_len num_speculative_tokens num_prompts epochs
-num_questions head_rank sliding_window gradient_accumulation_steps eval_decode_prompts eval_decode_max_new_tokens""".split()
-COUNTS = """depth sample_top_k samples draft_vocab_size batch_tokens sample eval_decode_steps dataloader_num_workers
-gpus_per_worker num_gpus_total warmup_steps""".split()
+SIZES = """
+    max_samples num_proc model_max_length measure_prompts measure_tokens max_pixels min_pixels num_threads
+    max_clients concurrency max_attempts max_tokens max_prompt_length data_shard_size batch_size max_new_tokens
+    max_new_token top_k repeats num_workers num_gpus_per_model per_device_train_batch_size
+    per_device_eval_batch_size ttt_steps num_gpus num_tokens num_servers tensor_parallel_size max_model_len
+    num_speculative_tokens num_prompts epochs num_questions head_rank sliding_window gradient_accumulation_steps
+    eval_decode_prompts eval_decode_max_new_tokens
+""".split()
+COUNTS = """
+    depth sample_top_k samples draft_vocab_size batch_tokens sample eval_decode_steps dataloader_num_workers
+    gpus_per_worker num_gpus_total warmup_steps
+""".split()
 SHARES = "max_reject_share supervised_share train_efficiency target_efficiency eval_fraction depth_survival".split()
 NOT_NEGATIVE = "weight_decay learning_rate adam_epsilon".split()
 POSITIVE = """request_timeout_s give_up_after_s start_timeout_s shard_mb gpu_memory_gb tflops num_train_epochs rope_theta

@@ -21,7 +21,16 @@ from fledge.draft.head import read_head
 from fledge.errors import UserError
 from fledge.export.check import examine
 from fuzz.documents import (
-    NO_FLAG, NO_INT, NO_LIST, NO_NUMBER, NO_OBJECT, NO_SIZE, NO_TEXT, broken_fields, broken_text, encoded,
+    NO_FLAG,
+    NO_INT,
+    NO_LIST,
+    NO_NUMBER,
+    NO_OBJECT,
+    NO_SIZE,
+    NO_TEXT,
+    broken_fields,
+    broken_text,
+    encoded,
 )  # fmt: skip
 from fuzz.harness import Case, WrongValue
 

@@ -22,9 +22,11 @@ SPEEDUP = {"value": 1.5, "low": 1.2, "high": 1.8}
 SIDE = {"tokens": 100, "tokens_per_s": 10.0, "stopped_at_limit": 0}
 FIGURES = {"questions": 2, "repeats": 1, "baseline": SIDE, "eagle": {**SIDE, "tokens_per_s": 15.0}, "speedup": SPEEDUP,
            "acceptance": {"tau": 2.5, "by_position": [0.7, 0.5]}, "quality": {}}  # fmt: skip
-SUMMARY = {"format": 1, "model_id": "head", "fingerprint": "0123456789ab", "settings": {"temperature": 0.0, "mode":
-           "both"}, "sets": {"quick": FIGURES}, "provenance": {"command": "fledge bench", "versions": {}, "hardware": {},
-           "config": {}, "time": "", "commit": None}, "verdict": "x"}  # fmt: skip
+SUMMARY = {
+    "format": 1, "model_id": "head", "fingerprint": "0123456789ab", "settings": {"temperature": 0.0, "mode": "both"},
+    "sets": {"quick": FIGURES}, "verdict": "x",
+    "provenance": {"command": "fledge bench", "versions": {}, "hardware": {}, "config": {}, "time": "", "commit": None},
+}  # fmt: skip
 NO_FIGURE = (*NO_NUMBER, -1)
 
 WRONG_SUMMARY: dict[tuple[str | int, ...], tuple[Any, ...]] = {

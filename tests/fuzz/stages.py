@@ -53,17 +53,18 @@ GOOD: dict[str, tuple[str, str]] = {  # a good value of a flag, and another one
     "eval_decode_tree": ("8 2 3", "16 3 4"), "max_steps": ("1", "2"), "warmup_steps": ("1", "0"),
 }  # fmt: skip
 # Flags that mean something only together with others, or that choose another way through the command.
-TOGETHER = {
-    "step_decay", "baseline_url", "eagle_url", "api_key_env", "server", "concurrency", "max_gpu_memory", "num_workers",
-    "gpus_per_worker", "num_gpus_total", "num_gpus_per_model", "adaptive", "tune", "raw", "image", "tp_plan", "fix",
-    "device_map", "profile", "profile_path", "prepare_only", "retry_rejects", "chat_template_type", "device",
-    "init_from", "eval_data_path", "eval_hidden_path", "train_hidden_path", "draft_model_config_path", "bench_dir",
-    "num_tokens", "gpu_memory_gb", "tflops", "question_begin", "question_end", "gpus", "draft", "num_servers", "mode", "bench_name", "host",
-    "eval_decode_steps", "target_backend", "backend", "vllm", "json", "push_to_hub", "report", "notes", "license",
-    "license_name", "license_link", "private", "tap_layers", "engine", "data", "resume_from_checkpoint", "work_dir",
-    "max_pixels", "min_pixels", "endpoints", "dtype", "run_code", "to", "matrix_optim", "tokenizer", "target", "model",
-    "max_prompt_length", "data_shard_size", "output", "print", "tensor_parallel_size", "enable_thinking", "local_rank",
-}  # fmt: skip
+TOGETHER = set(
+    """
+    adaptive api_key_env backend baseline_url bench_dir bench_name chat_template_type concurrency data
+    data_shard_size device device_map draft draft_model_config_path dtype eagle_url enable_thinking endpoints engine
+    eval_data_path eval_decode_steps eval_hidden_path fix gpu_memory_gb gpus gpus_per_worker host image init_from
+    json license license_link license_name local_rank matrix_optim max_gpu_memory max_pixels max_prompt_length
+    min_pixels mode model notes num_gpus_per_model num_gpus_total num_servers num_tokens num_workers output
+    prepare_only print private profile profile_path push_to_hub question_begin question_end raw report
+    resume_from_checkpoint retry_rejects run_code server step_decay tap_layers target target_backend
+    tensor_parallel_size tflops to tokenizer tp_plan train_hidden_path tune vllm work_dir
+    """.split()
+)
 # Of transformers' TrainingArguments: those whose ranges are checked here.
 TRAINER = (
     "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs", "max_steps",

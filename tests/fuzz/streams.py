@@ -58,7 +58,9 @@ BAD_METRICS: dict[str, bytes] = {
     "NaN": b"vllm:spec_decode_num_drafts_total NaN\nvllm:spec_decode_num_accepted_tokens_total 5\n",
     "infinity": b"vllm:spec_decode_num_drafts_total +Inf\n",
     "text for a number": b"vllm:spec_decode_num_drafts_total many\n",
-    "a position of 5000 digits": b'vllm:spec_decode_num_accepted_tokens_per_pos_total{position="' + b"9" * 5000 + b'"} 1\n',
+    "a position of 5000 digits": (
+        b'vllm:spec_decode_num_accepted_tokens_per_pos_total{position="' + b"9" * 5000 + b'"} 1\n'
+    ),
     "a negative count": b"vllm:spec_decode_num_drafts_total -5\n",
     "not UTF-8": b"vllm:spec_decode_num_drafts_total \xff\xfe 5\n",
     "a number of 5000 digits": b"vllm:spec_decode_num_drafts_total " + b"9" * 5000 + b"\n",
