@@ -10,11 +10,12 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from fledge.data.conversations import read_conversations
+from fledge.data.dataset import TokenizedData
 from fledge.data.journal import Journal
-from fledge.data.rejects import Reject, Rejects
+from fledge.data.rejects import Reject
 from fuzz.documents import NO_COUNT, NO_INT, NO_OBJECT, NO_TEXT, broken_fields, broken_text
 from fuzz.harness import Case, WrongValue
+from fuzz.states import template
 
 AREA = "answers and journals"
 TOTAL, SHARD = 7, 3  # two sealed shards, and one of a row that is under way
@@ -83,11 +84,11 @@ def continued(folder: Path, total: int) -> list[int]:
 
 def trained(folder: Path) -> dict[str, str]:
     """Answers by id, as training reads the folder."""
-    rejects = Rejects(max_share=1.0)
-    found = {one.id: one.messages[-1]["content"] for one in read_conversations(str(folder), rejects=rejects)}
-    if rejects.counts:
-        raise Reject(*next(iter(rejects.first.items())))
-    return found
+    data = TokenizedData.from_path(str(folder), template(), cache_dir=None, max_reject_share=0.0)
+    return {
+        sample.id: data.template.tokenizer.decode(sample.input_ids[sample.loss_mask], skip_special_tokens=True)
+        for sample in data
+    }
 
 
 def case(rule: str | None, reader: str, change: Callable[[Path], Any], source: Callable[[], Path]) -> Case:
@@ -133,6 +134,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """A folder as a run left it, or with one thing changed."""
+    template()
     kind = draw(st.sampled_from(["valid", "shard", "shard", "partial", "sealed", "sealed", "manifest", "text"]))
     reader = draw(st.sampled_from(["continue", "train"]))
     if kind == "valid":

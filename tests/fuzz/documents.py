@@ -36,7 +36,7 @@ BROKEN_TEXT: dict[str, Callable[[bytes], bytes]] = {
     "colon missing": lambda text: text.replace(b'": ', b'"  ', 1),
     "quote missing": lambda text: text.replace(b'"', b"", 1),
     "single quotes": lambda text: text.replace(b'"', b"'"),
-    "not UTF-8": lambda text: text.replace(b'"', b'"\xff\xfe', 1),
+    "not UTF-8": lambda text: text.replace(b'"', b'"\xff\xfe'),
     "UTF-16": lambda text: text.decode().encode("utf-16"),
     "NUL bytes": lambda text: b"\0" * len(text),
     "control character in a string": lambda text: text.replace(b'"', b'"\x01', 1),

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from saved_target import write_conversations
 
 from fledge.data.dataset import TokenizedData
-from fledge.data.tokenize import ChatTemplate
 from fledge.target.angelslim import VOCAB_FILE, AngelSlimFolder, read_vocab_mapping
 from fledge.train.resume import check_same_run, find_checkpoint
 from fuzz.documents import broken_text
 from fuzz.harness import Case, WrongValue
-from fuzz.states import target
+from fuzz.states import template
 
 AREA = "folders read again"
 TOKENS, TAPS, HIDDEN, VOCAB = 5, 3, 8, 32
@@ -113,11 +112,6 @@ def angelslim(rule: str | None, saved: Any, mapping: Any, spoil: Callable[[Path]
 
 
 @functools.cache
-def template() -> ChatTemplate:
-    return ChatTemplate.from_pretrained(str(target()))
-
-
-@functools.cache
 def cache() -> Path:
     """Tokenised data as a run leaves it, with the conversations."""
     folder = Path(tempfile.mkdtemp(prefix="fledge-fuzz-cache-"))
@@ -173,6 +167,7 @@ def checkpoint(rule: str, state: bytes | None, config: bytes | None) -> Case:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """A folder as it was written, or with one thing changed."""
+    cache()
     kind = draw(st.sampled_from(["valid", "ckpt", "ckpt", "mapping", "bytes", "cache", "cache", "state", "config"]))
     saved, mapping = ckpt(), vocab()
     if kind == "valid":

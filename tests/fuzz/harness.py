@@ -211,9 +211,9 @@ def working_in(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def memory_limit() -> Iterator[None]:
-    """A MemoryError instead of the machine's memory: a case may add a little more than LIMIT_BYTES."""
+    """A MemoryError instead of the machine's memory; libraries reserve more than they use, hence the margin."""
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes("VmData") + LIMIT_BYTES + (256 << 20), before[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes("VmData") + 3 * LIMIT_BYTES, before[1]))
     try:
         yield
     finally:

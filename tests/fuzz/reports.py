@@ -58,7 +58,7 @@ WRONG_PROFILE: dict[tuple[str | int, ...], tuple[Any, ...]] = {
     ("profile", "hardware"): NO_OBJECT,
 }
 TREE = TreeShape(16, 3, 4)
-COSTS = {"verify_s": {"1": 0.01, "16": 0.02}, "draft_s": {"4": {"1": 0.001, "3": 0.002}}, "overhead_s": 0.001}
+COSTS = {"verify_s": {"1": 0.01, "16": 0.02}, "draft_s": {"4x1": 0.001, "4x3": 0.002}, "overhead_s": 0.001}
 
 
 @functools.cache

@@ -90,7 +90,6 @@ BAD_ROWS: dict[str, Callable[[Row], Any]] = {
     "text of a part is a number": with_last(content=[{"type": "text", "text": 5}]),
     "text of a part is a list": with_last(content=[{"type": "text", "text": ["x"]}]),
     "tool calls are a number": with_last(content=None, tool_calls=5),
-    "two user turns": with_turns(lambda turns: [*turns[:-1], turns[-2], turns[-1]]),
     "an answer first": with_turns(lambda turns: [turns[-1], *turns[-2:]]),
     "a system message at the end": with_turns(lambda turns: [*turns, {"role": "system", "content": "x"}]),
     "id of another row": lambda row: {**row, "id": "row-0"},

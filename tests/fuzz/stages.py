@@ -55,7 +55,7 @@ GOOD: dict[str, tuple[str, str]] = {  # a good value of a flag, and another one
 # Flags that mean something only together with others, or that choose another way through the command.
 TOGETHER = set(
     """
-    adaptive api_key_env backend baseline_url bench_dir bench_name chat_template_type concurrency data
+    data_format adaptive api_key_env backend baseline_url bench_dir bench_name chat_template_type concurrency data
     data_shard_size device device_map draft draft_model_config_path dtype eagle_url enable_thinking endpoints engine
     eval_data_path eval_decode_steps eval_hidden_path fix gpu_memory_gb gpus gpus_per_worker host image init_from
     json license license_link license_name local_rank matrix_optim max_gpu_memory max_pixels max_prompt_length

@@ -19,6 +19,7 @@ from saved_target import save_target
 from torch import Tensor
 
 from fledge.data.samples import Sample
+from fledge.data.tokenize import ChatTemplate
 from fledge.target.engine_states import EngineTarget
 from fuzz.documents import NO_OBJECT, NO_TEXT, broken_fields, broken_text, encoded
 from fuzz.harness import Case, WrongValue
@@ -81,6 +82,11 @@ BAD_FILES: dict[str, Callable[[bytes], bytes]] = {
 @functools.cache
 def target() -> Path:
     return save_target(Path(tempfile.mkdtemp(prefix="fledge-fuzz-target-")) / "target")
+
+
+@functools.cache
+def template() -> ChatTemplate:
+    return ChatTemplate.from_pretrained(str(target()))
 
 
 @functools.cache
@@ -172,6 +178,7 @@ BAD_HTTP = {
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """A server's answer that is right, or wrong in one respect."""
+    source()
     kind = draw(st.sampled_from(["valid", "field", "field", "text", "tensors", "tensors", "file", "path", "http"]))
     if kind == "valid":
         more = draw(st.sampled_from([{}, {"extra": torch.zeros(1)}]))
