@@ -9,8 +9,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from fuzz.flag_kinds import Flag, flags_of
 from fuzz.harness import Case, WrongValue
-from fuzz.stages import BASE, Flag, flags_of, parse_words, run_stopped
+from fuzz.stages import BASE, parse_words, run_stopped
 
 AREA = "flags"
 NO_INT = ("x", "", " ", "1.5", "1e3", "nan", "inf", "0x10", "1,000", "½", "--", "9" * 5000, "True", "[1]")
