@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= auto
 SHELL := /bin/bash
 
-.PHONY: help install constraints check fix test test-engines quickstart reference docs clean
+.PHONY: help install constraints check fix test fuzz test-engines quickstart reference docs clean
 
 help:
 	@echo "make quickstart    install, then the whole path on a small real model (ten minutes, two cores, no GPU)"
 	@echo "make reference     install, then the benchmark of the head in heads/ on a few prompts (a minute or two)"
 	@echo "make test          install, then the CPU test suite"
+	@echo "make fuzz          generated input for every reader, flag and server reply: 5,000 cases, counted by area"
 	@echo "make test-engines  the tests against a real vLLM server (its own virtual environment) and SGLang's loader"
 	@echo "make check | fix   lint and types | format"
 	@echo "make constraints   constraints.txt again, with the newest versions that pyproject.toml allows"
@@ -47,6 +48,9 @@ fix: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+fuzz: install
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz $(ARGS)
 
 test-engines: install
 	bash tests/engines/setup_vllm.sh
