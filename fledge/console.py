@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from fledge.escaping import one_line, printable
 from fledge.redaction import redact
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -21,26 +24,26 @@ PLAIN_LINE_EVERY_S = 10.0
 
 def say(message: str) -> None:
     """One line of ordinary information."""
-    console.print(redact(message), markup=False)
+    console.print(printable(redact(message)), markup=False)
 
 
 def warn(message: str) -> None:
     """Something the user should know but that does not stop the run."""
-    console.print(f"warning: {redact(message)}", style="yellow", markup=False)
+    console.print(printable(f"warning: {redact(message)}"), style="yellow", markup=False)
 
 
 def show_error(message: str) -> None:
     """What ended the command, on one line."""
-    console.print(f"error: {redact(' '.join(message.split()))}", style="bold red", markup=False)
+    console.print(f"error: {one_line(redact(message))}", style="bold red", markup=False)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A small table; the first column is left-aligned, the others right."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=Text(printable(title)), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
-        table.add_row(*[redact(str(cell)) for cell in row])
+        table.add_row(*[Text(printable(redact(str(cell)))) for cell in row])
     console.print(table)
 
 
@@ -55,7 +58,7 @@ class _RichBar:
         self._bars, self._task = bars, task
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
-        fields: dict[str, Any] = {} if note is None else {"note": note}
+        fields: dict[str, Any] = {} if note is None else {"note": escape(printable(note))}
         self._bars.update(self._task, advance=steps, **fields)
 
 

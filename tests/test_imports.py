@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 STAGES = ("data", "target", "draft", "drafters", "decoding", "train", "export", "bench")
-RIM = {"config", "errors", "console", "parsing", "provenance", "ranges", "redaction", "servers", "workers"}
+RIM = {"config", "errors", "escaping", "console", "parsing", "provenance", "ranges", "redaction", "servers", "workers"}
 PACKAGE = Path(__file__).parent.parent / "fledge"
 
 

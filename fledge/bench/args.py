@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from msgspec import Meta
 
+from fledge.bench.sandbox import Isolation, refuse_without_sandbox
 from fledge.data.image_urls import AllowImageUrls
 from fledge.errors import UserError
 from fledge.ranges import LARGEST, Count, Natural, NotNegative, PositiveShare, Seed, check_ranges
@@ -119,7 +120,16 @@ class OutputArgs:
     samples: Natural = 2
     """Answers per set shown in the report with kept and refused draft tokens coloured (generated apart, untimed)."""
     run_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Run the code the model wrote for humaneval against its unit tests, in a restricted subprocess (pass@1)."""
+    """Run the code the model wrote for humaneval against its unit tests (pass@1), in a sandbox: bubblewrap."""
+    run_code_unsandboxed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The same without a sandbox: the model's code may read, write and send whatever you may."""
+
+    @property
+    def code_isolation(self) -> Isolation | None:
+        """How a model's code is run; None: not at all."""
+        if self.run_code_unsandboxed:
+            return "none"
+        return "bwrap" if self.run_code else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,6 +204,7 @@ class BenchArgs:
             raise UserError(f"{flag} is about decoding in this process; a server decodes its own way. Drop {flag}.")
         if not self.server.concurrency:
             raise UserError("--concurrency was given without a number; it needs at least one.")
+        self._check_run_code()
         total, group = self.workers.num_gpus_total, self.workers.num_gpus_per_model
         if total and total % group:
             raise UserError(
@@ -207,3 +218,13 @@ class BenchArgs:
                 f"--num-workers {self.workers.num_workers} is for CPU: add --num-gpus-total 0. On GPUs the number of "
                 f"workers is --num-gpus-total / --num-gpus-per-model."
             )
+
+    def _check_run_code(self) -> None:
+        """Code is run only where it was asked for, in the way it was asked for."""
+        flag = "--run-code-unsandboxed" if self.output.run_code_unsandboxed else "--run-code"
+        if self.output.run_code and self.output.run_code_unsandboxed:
+            raise UserError("--run-code and --run-code-unsandboxed exclude each other. Give one of them.")
+        if self.output.code_isolation and self.server.backend == "server":
+            raise UserError(f"{flag} scores answers that are decoded in this process; a server's are not. Drop {flag}.")
+        if self.output.code_isolation == "bwrap":
+            refuse_without_sandbox()

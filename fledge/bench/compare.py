@@ -8,12 +8,14 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
+import jinja2
 import tyro
 
 from fledge.bench.report import FORMAT, MARKDOWN, PAGE, SUMMARY, interval_text, number, render, samples_of, verdict
 from fledge.bench.rows import read_rows
 from fledge.console import say, show_table, warn
 from fledge.errors import UserError
+from fledge.escaping import markdown, one_line
 from fledge.export import summary
 from fledge.provenance import write_json
 
@@ -37,6 +39,7 @@ def report(args: ReportArgs) -> None:
         raise UserError("no run given. Name one summary.json to draw its report again, or several to compare them.")
     documents = [read_summary(path) for path in args.paths]
     if len(documents) == 1:
+        refuse_undrawable(args.paths[0], documents[0])
         return redraw(_folder(args.paths[0]), documents[0])
     rows = compare(documents)
     show_table("comparison", COLUMNS, rows)
@@ -57,6 +60,15 @@ def read_summary(path: Path) -> Document:
     if document["format"] != FORMAT:
         raise UserError(f"{file}: not a summary of `fledge bench` in format {FORMAT}. Give the {SUMMARY} of a run.")
     return document
+
+
+def refuse_undrawable(path: Path, document: Document) -> None:
+    """A UserError for a summary that lacks what a report shows and a comparison does not need."""
+    try:
+        render("report.html.jinja", {**document, "verdict": verdict(document)}, [])
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, jinja2.UndefinedError) as error:
+        problem = f"a figure is missing or no number ({type(error).__name__}: {one_line(error)[:200]})"
+        raise UserError(f"{path}: no report can be drawn of its {SUMMARY}: {problem}. {summary.HINT}") from None
 
 
 def redraw(folder: Path, document: Document) -> None:
@@ -112,8 +124,10 @@ def write_comparison(path: Path, rows: list[list[str]], differing: dict[str, lis
         write_json(path, {"rows": [dict(zip(COLUMNS, row, strict=True)) for row in rows], "different": differing})
         return
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", *(f"- the runs differ in {key}: {' | '.join(map(str, some))}" for key, some in differing.items())]
+    lines += ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
+    lines.append("")
+    for key, some in differing.items():
+        lines.append(f"- the runs differ in {markdown(key)}: {' | '.join(map(markdown, some))}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 

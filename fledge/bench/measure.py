@@ -16,8 +16,10 @@ from typing import Any, Protocol
 from fledge.bench.prompts import Question, turn_text
 from fledge.bench.quality import compare_outputs, score_answer
 from fledge.bench.rows import Row
+from fledge.bench.sandbox import Isolation
 from fledge.data.samples import Prompt
 from fledge.decoding.records import Generation
+from fledge.decoding.requests import PromptTooLong
 
 WARM_UP_TOKENS = 48
 SAMPLE_TOKENS = 96
@@ -54,7 +56,7 @@ class MeasureSettings:
     max_new_tokens: int
     seed: int
     checks: bool = True
-    run_code: bool = False
+    run_code: Isolation | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,14 @@ class Job:
 
 
 def measure(engine: Engine, job: Job, settings: MeasureSettings) -> Row:
-    """Measure one question on every side and return its row."""
+    """Measure one question on every side and return its row; a question too long for the target is `skipped`."""
+    try:
+        return _measured(engine, job, settings)
+    except PromptTooLong as error:
+        return {**job.key_fields(), "turns": [], "skipped": str(error)}
+
+
+def _measured(engine: Engine, job: Job, settings: MeasureSettings) -> Row:
     question = job.question
     messages: list[dict[str, Any]] = [{"role": "system", "content": question.system}] if question.system else []
     turns: list[dict[str, Any]] = []
@@ -111,11 +120,17 @@ def measure(engine: Engine, job: Job, settings: MeasureSettings) -> Row:
     return row
 
 
-def warm_up(engine: Engine, question: Question, settings: MeasureSettings) -> None:
-    """Run every side once, unmeasured: compilation, caches and clocks settle here."""
-    prompt = engine.prompt([{"role": "user", "content": question.turns[0]}])
-    for side in settings.sides:
-        engine.generate(side, prompt, max_new_tokens=min(WARM_UP_TOKENS, settings.max_new_tokens), seed=settings.seed)
+def warm_up(engine: Engine, questions: Sequence[Question], settings: MeasureSettings) -> None:
+    """Run every side once, unmeasured, on the first question that fits: compilation, caches and clocks settle here."""
+    num_tokens = min(WARM_UP_TOKENS, settings.max_new_tokens)
+    for question in questions:
+        prompt = engine.prompt([{"role": "user", "content": question.turns[0]}])
+        try:
+            for side in settings.sides:
+                engine.generate(side, prompt, max_new_tokens=num_tokens, seed=settings.seed)
+            return
+        except PromptTooLong:
+            continue
 
 
 def check_generation(generation: Generation, max_new_tokens: int, eos_token_ids: tuple[int, ...]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fledge.bench.prompts import Question
-from fledge.bench.sandbox import passes_tests
+from fledge.bench.sandbox import Isolation, passes_tests
 from fledge.data.samples import Prompt
 
 TIE_NOISE = 2.0  # both sides round, each as far as the largest move seen between two ways to read the text
@@ -46,11 +46,13 @@ def first_difference(one: list[int], other: list[int]) -> int | None:
     return None if len(one) == len(other) else min(len(one), len(other))
 
 
-def score_answer(question: Question, answer: str, *, run_code: bool) -> bool | None:
-    """Whether an answer is right; None where the set has nothing to say."""
+def score_answer(question: Question, answer: str, *, run_code: Isolation | None) -> bool | None:
+    """Whether an answer is right; None where the set has nothing to say. `run_code` None: code is not run."""
     if question.dataset == "humaneval":
         check = question.code_check
-        return passes_tests(code_of(answer, check["prompt"]), check) if run_code and check else None
+        if run_code is None or check is None:
+            return None
+        return passes_tests(code_of(answer, check["prompt"]), check, isolation=run_code)
     if not question.reference:
         return None
     scorer = SCORERS.get(question.dataset)

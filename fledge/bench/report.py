@@ -17,6 +17,7 @@ from fledge.bench import charts
 from fledge.bench.rows import Row, fingerprint
 from fledge.bench.stats import summarise
 from fledge.console import say, show_table
+from fledge.escaping import markdown, one_line, printable
 
 TEMPLATES = Path(__file__).with_name("templates")
 SUMMARY, MARKDOWN, PAGE = "summary.json", "report.md", "report.html"
@@ -28,15 +29,17 @@ Document = dict[str, Any]
 
 def write_report(
     folder: Path, rows: Sequence[Row], *, model_id: str, settings: dict[str, Any], config: Any,
-    sets: dict[str, Any] | None = None,
+    sets: dict[str, Any] | None = None, skipped: Sequence[dict[str, str]] = (),
 ) -> Document:  # fmt: skip
-    """Write the three files and show the table. `sets` are figures already made from other rows (a server's)."""
+    """Write the three files and show the table. `sets` are figures already made from other rows (a server's),
+    `skipped` the questions that were not measured: dataset, question_id, reason."""
     document: Document = {
         "format": FORMAT,
         "model_id": model_id,
         "fingerprint": fingerprint(settings),
         "settings": settings,
         "sets": sets if sets is not None else summarise(rows, seed=settings.get("seed", 0)),
+        "skipped": list(skipped),
         "provenance": provenance.collect(config),
     }
     document["verdict"] = verdict(document)
@@ -177,14 +180,15 @@ def render(template: str, document: Document, samples: list[dict[str, Any]]) -> 
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape="html" in template, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {"number": number, "interval": interval_text}
-    return environment.get_template(template).render(
+    environment.filters |= {"number": number, "interval": interval_text, "markdown": markdown, "one_line": one_line}
+    text = environment.get_template(template).render(
         document=document, head=headline(document), sets=document["sets"], header=HEADER, samples=samples,
         table=[table_row(name, figures) for name, figures in document["sets"].items()],
         drawn={name: Markup(drawing) for name, drawing in drawings(document).items()},
         named=[name for name, figures in document["sets"].items() if name != "all" and figures.get("acceptance")],
         to_json=lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str),
     )  # fmt: skip
+    return printable(text)
 
 
 def drawings(document: Document) -> dict[str, str]:

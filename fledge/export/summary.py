@@ -1,7 +1,7 @@
 """summary.json of a benchmark, checked as far as it is read again: by model cards, comparisons and redrawn reports."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -66,7 +66,7 @@ class Settings(msgspec.Struct):
 
 
 class Summary(msgspec.Struct):
-    sets: dict[str, Figures]
+    sets: Annotated[dict[str, Figures], msgspec.Meta(min_length=1)]
     settings: Settings = msgspec.field(default_factory=Settings)
 
 

@@ -4,7 +4,6 @@ import pytest
 
 from fledge.bench.prompts import Question
 from fledge.bench.quality import code_of, compare_outputs, first_difference, last_number, same_boxed, score_answer
-from fledge.bench.sandbox import passes_tests
 from fledge.data.samples import Prompt
 
 
@@ -56,14 +55,14 @@ def test_last_number(text, number):
 
 def test_gsm8k_and_math_scores():
     question = Question("gsm8k", "0", "", ("?",), reference=("7+3=<<7+3=10>>10\n#### 10",))
-    assert score_answer(question, "The answer is 10.", run_code=False) is True
-    assert score_answer(question, "The answer is 10, no, 11.", run_code=False) is False
+    assert score_answer(question, "The answer is 10.", run_code=None) is True
+    assert score_answer(question, "The answer is 10, no, 11.", run_code=None) is False
     assert same_boxed(r"so \boxed{\frac{1}{2}}.", r"$\dfrac{1}{2}$")
     assert not same_boxed(r"so \boxed{3}", "4") and not same_boxed("3", "3")
 
 
 def test_sets_without_an_answer_have_no_score():
-    assert score_answer(Question("mt_bench", "0", "", ("?",), reference=("x",)), "x", run_code=False) is None
+    assert score_answer(Question("mt_bench", "0", "", ("?",), reference=("x",)), "x", run_code=None) is None
 
 
 CHECK = {
@@ -75,27 +74,12 @@ HUMANEVAL = Question("humaneval", "0", "code", ("?",), code_check=CHECK)
 
 
 def test_code_runs_only_when_asked():
-    assert score_answer(HUMANEVAL, "    return 2 * x\n", run_code=False) is None
-    assert score_answer(HUMANEVAL, "    return 2 * x\n", run_code=True) is True
-    assert score_answer(HUMANEVAL, "    return 3 * x\n", run_code=True) is False
+    assert score_answer(HUMANEVAL, "    return 2 * x\n", run_code=None) is None
+    assert score_answer(HUMANEVAL, "    return 2 * x\n", run_code="none") is True
+    assert score_answer(HUMANEVAL, "    return 3 * x\n", run_code="none") is False
 
 
 def test_code_is_found_in_a_fenced_block():
     answer = "Sure!\n```python\ndef double(x):\n    return x + x\n```\nDone."
     assert code_of(answer, CHECK["prompt"]).startswith("from typing import List")
-    assert score_answer(HUMANEVAL, answer, run_code=True) is True
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "def double(x):\n    while True: pass",
-        "def double(x):\n    return bytearray(4 << 30) and 4",
-        "def double(x):\n    open('big', 'wb').write(b'x' * (4 << 20)); return 4",
-        "import os, sys\nprint('all tests passed'); sys.stdout.flush(); os._exit(1)",
-        "def double(x):\n    import os\n    return 4 if os.environ.get('HOME') else 5",
-    ],
-    ids=["endless", "memory", "disk", "pretended", "environment"],
-)
-def test_the_sandbox_stops_bad_code(code):
-    assert passes_tests(code, CHECK, time_limit_s=2.0) is False
+    assert score_answer(HUMANEVAL, answer, run_code="none") is True

@@ -131,3 +131,27 @@ def test_what_is_no_summary_is_refused(tmp_path, text, message):
         path.write_text(text)
     with pytest.raises(UserError, match=message):
         report(ReportArgs(paths=(path,)))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda document: document.update(sets={}),
+        lambda document: document.update(sets=[1]),
+        lambda document: document.update(settings=None),
+        lambda document: document.pop("fingerprint"),
+        lambda document: document["sets"]["quick"].update(speedup=[1]),
+        lambda document: document["sets"]["quick"].pop("quality"),
+        lambda document: document["sets"]["quick"]["acceptance"].update(by_position=7),
+        lambda document: document["sets"]["quick"]["eagle"].update(tokens_per_s="fast"),
+        lambda document: document["sets"]["quick"]["acceptance"].update(rounds=0),
+    ],
+)
+def test_a_summary_that_cannot_be_drawn_is_named(folder, spoil):
+    """Summaries are exchanged; a wrong figure in one ended in a traceback."""
+    document = json.loads((folder / "summary.json").read_text())
+    report(ReportArgs(paths=(folder,)))
+    spoil(document)
+    (folder / "summary.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"summary.json: "):
+        report(ReportArgs(paths=(folder,)))

@@ -10,6 +10,7 @@ from fledge.bench.prompts import Question
 from fledge.bench.rows import read_rows
 from fledge.bench.run import Placement, list_jobs, place
 from fledge.data.samples import Prompt
+from fledge.decoding.requests import PromptTooLong
 from fledge.errors import UserError
 
 SETTINGS = MeasureSettings(sides=("baseline", "eagle"), temperature=0.0, max_new_tokens=40, seed=1)
@@ -190,9 +191,63 @@ def test_temperature_chooses_the_quality_check(make_args, fake_run):
 
 
 def test_different_answers_are_shouted_about(make_args, fake_run, fake_engine):
-    folder = fake_run(make_args(question_end=3), fake_engine(disagree=True))
-    document = json.loads((folder / "summary.json").read_text())
+    """The run ended with status 0, whatever it had found."""
+    args = make_args(question_end=7)
+    with pytest.raises(UserError, match=r"answers to 6 question.*\(quick quick-00, .* and 1 more\).*report.html"):
+        fake_run(args, fake_engine(disagree=True))
+    document = json.loads((args.output_dir / "summary.json").read_text())
     assert document["sets"]["quick"]["quality"]["unexplained"] > 0 and "BUT" in document["verdict"]
+    assert {"report.html", "report.md"} <= set(files(args.output_dir))
+
+
+def test_an_answer_that_parts_at_a_near_tie_is_no_error(make_args, fake_run, fake_engine, monkeypatch):
+    engine = fake_engine(disagree=True)
+    monkeypatch.setattr(engine, "top2", lambda *_: {"gap": 0.0001, "behind": 0.0001, "noise": 0.001})
+    folder = fake_run(make_args(question_end=3), engine)
+    assert json.loads((folder / "summary.json").read_text())["sets"]["quick"]["quality"]["ties"] == 4
+
+
+def question_file(path, *questions):
+    rows = [{"question_id": number, "turns": list(turns)} for number, turns in enumerate(questions)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def short_engine(fake_engine, monkeypatch, longest=40):
+    """An engine whose target has few positions."""
+    engine = fake_engine()
+    generate = engine.generate
+
+    def limited(side, prompt, **options):
+        if len(prompt) >= longest:
+            raise PromptTooLong(f"the prompt has {len(prompt)} tokens, but target has {longest} positions")
+        return generate(side, prompt, **options)
+
+    monkeypatch.setattr(engine, "generate", limited)
+    return engine
+
+
+def test_a_question_beyond_the_targets_length_is_skipped_by_name(
+    make_args, fake_run, fake_engine, monkeypatch, tmp_path
+):
+    """One such question ended the run, even as the first one, which warms up; its later turns count too."""
+    name = question_file(tmp_path / "mine.jsonl", ["long" * 20], ["short"], ["short", "long" * 20], ["brief"])
+    args = make_args(bench_name=(name,), max_new_token=8, repeats=2)
+    folder = fake_run(args, short_engine(fake_engine, monkeypatch))
+    document = json.loads((folder / "summary.json").read_text())
+    assert [(one["dataset"], one["question_id"]) for one in document["skipped"]] == [("mine", "0"), ("mine", "2")]
+    assert document["sets"]["mine"]["questions"] == 2
+    for report in ("report.md", "report.html"):
+        assert "mine question 2: the prompt has" in (folder / report).read_text()
+    engine = short_engine(fake_engine, monkeypatch)
+    fake_run(args, engine)  # the same command measures nothing again
+    assert engine.calls == []
+
+
+def test_a_run_that_could_measure_nothing_fails(make_args, fake_run, fake_engine, monkeypatch, tmp_path):
+    name = question_file(tmp_path / "mine.jsonl", ["long" * 20])
+    with pytest.raises(UserError, match="no question could be measured.*40 positions"):
+        fake_run(make_args(bench_name=(name,)), short_engine(fake_engine, monkeypatch))
 
 
 def test_output_dir_and_model_id_name_the_run(make_args, fake_run, tmp_path):

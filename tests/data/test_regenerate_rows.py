@@ -6,7 +6,9 @@ import pytest
 from fakes.openai_server import FakeServer, ServerThread, answer_to
 from regenerating import prompts, rejects_of, rows_of, run, write
 
+from fledge import config
 from fledge.data.conversations import read_conversations
+from fledge.data.regenerate_args import RegenerateArgs
 from fledge.data.rejects import Rejects
 from fledge.data.samples import conversation_id
 from fledge.errors import UserError
@@ -270,8 +272,18 @@ def test_an_unfinished_run_without_a_server_still_fails(start, tmp_path):
     assert len(rows_of(tmp_path / "out")) in (0, 1)  # the answered row waits in the journal
 
 
-@pytest.mark.parametrize("flags", [{"top_k": -2}, {"min_p": 1.5}, {"repetition_penalty": 0.0}])
-def test_sampling_out_of_range_is_refused(tmp_path, flags):
+@pytest.mark.parametrize("flag, value", [("--top-k", "-2"), ("--min-p", "1.5"), ("--repetition-penalty", "0.0")])
+def test_sampling_out_of_range_is_refused(flag, value):
+    with pytest.raises(UserError, match=flag):
+        config.parse(
+            RegenerateArgs,
+            ["--data-name-or-path", "x", "--output-dir", "y", flag, value],
+            prog="fledge regenerate",
+            description="",
+        )
+
+
+def test_several_answers_at_temperature_0_are_refused(tmp_path):
     data = prompts(tmp_path / "in.jsonl", "one")
-    with pytest.raises(UserError, match="--top-k is .* --min-p .* --repetition-penalty"):
-        run(data, tmp_path / "out", "127.0.0.1:9", answer=flags)
+    with pytest.raises(UserError, match="--samples-per-prompt is 2 at --temperature 0"):
+        run(data, tmp_path / "out", "127.0.0.1:9", prompt={"samples_per_prompt": 2}, answer={"temperature": "0"})

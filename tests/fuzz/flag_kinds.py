@@ -1,0 +1,135 @@
+"""The flags of every command as the fuzzer sees them, read from the commands' own dataclasses."""
+
+import dataclasses
+import functools
+import importlib
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, Union
+
+from fledge.cli import COMMANDS
+
+GOOD: dict[str, tuple[str, str]] = {  # a good value of a flag, and another one
+    "top_p": ("0.9", "0.5"), "temperature": ("0.5", "1"), "max_reject_share": ("0.5", "0"), "total_token": ("8", "16"),
+    "eval_fraction": ("0.1", "0.2"), "supervised_share": ("0.5", "1"), "depth_survival": ("0.5", "1"),
+    "base_port": ("7000", "8000"), "adam_beta1": ("0.8", "0.5"), "adam_beta2": ("0.9", "0.99"),
+    "rope_theta": ("10000", "500000"), "max_new_token": ("5", "6"), "weight_decay": ("0.1", "0"),
+    "train_efficiency": ("0.5", "0.4"), "target_efficiency": ("0.5", "0.4"), "seed": ("1", "0"),
+    "max_tokens": ("16", "32"), "model_max_length": ("256", "512"), "sliding_window": ("16", "32"),
+    "optim": ("adamw_torch", "sgd"), "lr_scheduler_type": ("linear", "constant"), "data_format": ("auto", "messages"),
+    "target_dtype": ("float32", "auto"), "report_to": ("none", "none"), "draft_type": ("eagle3", "eagle3.1"),
+    "tap_storage": ("same", "fp8"), "last_storage": ("all", "supervised"), "hardware": ("h100", "h200"),
+    "eval_decode_tree": ("8 2 3", "16 3 4"), "max_steps": ("1", "2"), "warmup_steps": ("1", "0"),
+}  # fmt: skip
+# Flags that mean something only together with others, or that choose another way through the command.
+TOGETHER = set(
+    """
+    data_format adaptive api_key_env backend baseline_url bench_dir bench_name chat_template_type concurrency data
+    data_shard_size device device_map draft draft_model_config_path dtype eagle_url enable_thinking endpoints engine
+    eval_data_path eval_decode_steps eval_hidden_path fix gpu_memory_gb gpus gpus_per_worker host image init_from
+    json license license_link license_name local_rank matrix_optim max_gpu_memory max_pixels max_prompt_length
+    min_pixels mode model notes num_gpus_per_model num_gpus_total num_servers num_tokens num_workers output
+    prepare_only print private profile profile_path push_to_hub question_begin question_end raw report
+    resume_from_checkpoint retry_rejects run_code server step_decay tap_layers target target_backend
+    tensor_parallel_size tflops to tokenizer tp_plan train_hidden_path tune vllm work_dir
+    """.split()
+)
+# Of transformers' TrainingArguments: those whose ranges are checked here.
+TRAINER = (
+    "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs", "max_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "gradient_accumulation_steps", "max_grad_norm", "logging_steps", "report_to", "eval_strategy",
+    "save_strategy", "save_steps", "seed", "dataloader_num_workers", "bf16", "resume_from_checkpoint", "matrix_optim",
+    "warmup_ratio", "logging_strategy", "run_name", "save_total_limit",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag as the fuzzer sees it."""
+
+    name: str
+    kind: type
+    several: bool
+    optional: bool
+    required: bool
+    choices: tuple[str, ...]
+    good: str | None
+    other: str | None
+
+    def words(self, value: str | None) -> list[str]:
+        """The flag with a value, as words."""
+        if self.kind is bool:
+            return [f"--{self.name}"]
+        return [f"--{self.name}", *(str(value).split(" ") if self.several else [str(value)])]
+
+    def parsed(self, value: str | None) -> Any:
+        """The value as the command should have it."""
+        if self.kind is bool:
+            return True
+        if self.several:
+            return [self.kind(word) for word in str(value).split(" ")]
+        return value if self.choices else self.kind(value)
+
+
+def flag_of(name: str, annotation: Any, required: bool) -> Flag:
+    kind, several, optional, choices = _kind(annotation)
+    simple = {int: ("3", "4"), float: ("1.5", "2.5"), str: ("text", "é ü"), Path: ("some/path", "other"),
+              bool: ("", "")}  # fmt: skip
+    good, other = GOOD.get(name, simple.get(kind, (None, None)))
+    if choices:
+        good, other = choices[0], choices[-1]
+    if name in TOGETHER or required:
+        good = other = None
+    return Flag(name, kind, several, optional, required, choices, good, other)
+
+
+def _kind(annotation: Any) -> tuple[type, bool, bool, tuple[str, ...]]:
+    """(type of a value, several, may be None, choices)."""
+    while typing.get_origin(annotation) is typing.Annotated:
+        annotation = typing.get_args(annotation)[0]
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return str, False, False, tuple(map(str, inner))
+    if origin in (list, tuple):
+        kind, _, _, choices = _kind(inner[0])
+        return kind, True, False, choices
+    if origin is Union or str(origin) == "<class 'types.UnionType'>":
+        some = [part for part in inner if part is not type(None)]
+        kind, several, _, choices = _kind(some[0])
+        return kind, several, len(some) < len(inner), choices
+    return (annotation if annotation in (int, float, str, bool, Path) else str), False, False, ()
+
+
+@functools.cache
+def flags_of(command: str) -> list[Flag]:
+    """Every flag of a command that the fuzzer knows how to break."""
+    if command == "train":
+        from fledge.train.arguments import GROUPS
+
+        flags = [flag for group in GROUPS for flag in _fields(group)]
+        return [flag for flag in flags if flag.name in TRAINER or flag.name in _own_names()]
+    return [flag for flag in _fields(getattr(module_of(command), COMMANDS[command].args)) if flag.name != "vllm_args"]
+
+
+def _own_names() -> set[str]:
+    from fledge.train.arguments import GROUPS
+
+    return {field.name for group in GROUPS[:3] for field in dataclasses.fields(group)}
+
+
+def _fields(args: Any) -> Iterator[Flag]:
+    hints = typing.get_type_hints(args)
+    for field in dataclasses.fields(args):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _fields(hints[field.name])
+        elif field.init:
+            missing = field.default is field.default_factory is dataclasses.MISSING
+            yield flag_of(field.name, typing.get_type_hints(args, include_extras=True)[field.name], missing)
+
+
+def module_of(command: str) -> ModuleType:
+    return importlib.import_module(COMMANDS[command].module)
