@@ -35,7 +35,7 @@ def test_any_local_target(tmp_path, monkeypatch, capsys):
 
 def test_only_prepared(tmp_path, capsys):
     quickstart(QuickstartArgs(target="any/model", work_dir=tmp_path, prepare_only=True, num_prompts=5))
-    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".fledge")] == ["prompts.jsonl"]
     assert len((tmp_path / "prompts.jsonl").read_text().splitlines()) == 5
     assert "target:  any/model" in (printed := capsys.readouterr().err) and "prompts.jsonl" in printed
 
