@@ -45,6 +45,8 @@ def inspect_head(args: InspectHeadArgs) -> None:
     """Show a head and everything that does not fit its target; errors end with status 1 unless --fix mended them."""
     folder = Path(args.path).expanduser()
     if args.fix is not None:
+        if args.fix.resolve() == folder.resolve():
+            raise UserError(f"--fix {args.fix} is the head itself. Name another folder; the original is kept.")
         check(args.fix, REPAIRED, overwrite=args.overwrite)
     text_config: Any = _text_config(args)
     seen = examine(folder, text_config)
@@ -119,8 +121,6 @@ def _try(seen: Examination, args: InspectHeadArgs, num_layers: int) -> Diagnosis
 
 def _fix(args: InspectHeadArgs, seen: Examination, text_config: Any, diagnosis: Diagnosis | None) -> None:
     assert args.fix is not None
-    if args.fix.resolve() == seen.folder.resolve():
-        raise UserError(f"--fix {args.fix} is the head itself. Name another folder; the original is kept.")
     if diagnosis is None or diagnosis.best.tau < DEAF:
         head, changes = repaired(seen, text_config, None, None)
     else:
