@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= auto
 SHELL := /bin/bash
 
-.PHONY: help install constraints check fix test fuzz test-engines quickstart reference docs clean
+.PHONY: help install constraints check fix test fuzz kills test-engines quickstart reference docs clean
 
 help:
 	@echo "make quickstart    install, then the whole path on a small real model (ten minutes, two cores, no GPU)"
 	@echo "make reference     install, then the benchmark of the head in heads/ on a few prompts (a minute or two)"
 	@echo "make test          install, then the CPU test suite"
 	@echo "make fuzz          generated input for every reader, flag and server reply: 5,000 cases, counted by area"
+	@echo "make kills         regenerate, extract, train, bench and export, each killed 25 times at random moments"
 	@echo "make test-engines  the tests against a real vLLM server (its own virtual environment) and SGLang's loader"
 	@echo "make check | fix   lint and types | format"
 	@echo "make constraints   constraints.txt again, with the newest versions that pyproject.toml allows"
@@ -51,6 +52,10 @@ test: install
 
 fuzz: install
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz $(ARGS)
+
+kills: install
+	FLEDGE_KILLS=25 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout 3600 -k killed tests/test_outputs.py \
+	  tests/data/test_regenerate_kill.py tests/target/test_store.py tests/train/test_processes.py tests/e2e/test_output_folders.py
 
 test-engines: install
 	bash tests/engines/setup_vllm.sh

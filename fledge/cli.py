@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import fledge
 from fledge.console import console, show_error
-from fledge.errors import UserError, nearest
+from fledge.errors import UserError, explained, nearest
 
 # Whose own exception types speak of files, templates and the network. Errors are named where a file is read; this is
 # the last net for what a library reads behind our back.
@@ -91,7 +91,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
 
 def one_line(error: Exception) -> str | None:
     """What a user is told of an error; None for one that only we can fix, which keeps its traceback."""
-    message = " ".join(str(error).split())
+    message = " ".join((explained(error) if isinstance(error, OSError) else str(error)).split())
     if isinstance(error, (UserError, OSError)):
         return message
     library = type(error).__module__.partition(".")[0]

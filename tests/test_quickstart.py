@@ -30,12 +30,12 @@ def test_any_local_target(tmp_path, monkeypatch, capsys):
     assert "tau: " in printed and "one question: no interval" in printed and "outputs: identical" in printed
     quickstart(args)  # again: nothing is made anew
     again = capsys.readouterr().err
-    assert "3 of 3 rows are there already" in again and "tau: " in again
+    assert "3 rows are there already" in again and "tau: " in again
 
 
 def test_only_prepared(tmp_path, capsys):
     quickstart(QuickstartArgs(target="any/model", work_dir=tmp_path, prepare_only=True, num_prompts=5))
-    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".fledge")] == ["prompts.jsonl"]
     assert len((tmp_path / "prompts.jsonl").read_text().splitlines()) == 5
     assert "target:  any/model" in (printed := capsys.readouterr().err) and "prompts.jsonl" in printed
 

@@ -29,7 +29,7 @@ from fledge.target.head import TargetHead
 from fledge.target.live import LiveSource
 from fledge.train.arguments import TrainerArguments
 from fledge.train.module import TTTModule
-from fledge.train.resume import find_checkpoint
+from fledge.train.resume import begin, find_checkpoint
 from fledge.train.run import leave
 from fledge.train.trainer import DraftTrainer
 
@@ -48,7 +48,15 @@ def samples(num: int, *, seed: int = 0) -> list[Sample]:
 
 
 def make_trainer(
-    folder: Path, data: list[Sample], *, average="sequence", eval_data=None, rank=None, survival=1.0, **overrides
+    folder: Path,
+    data: list[Sample],
+    *,
+    average="sequence",
+    eval_data=None,
+    rank=None,
+    survival=1.0,
+    run="",
+    **overrides,
 ) -> DraftTrainer:
     target = tiny_target("qwen3")
     torch.manual_seed(0)
@@ -69,7 +77,7 @@ def make_trainer(
     )  # fmt: skip
     return DraftTrainer(
         module, args, to_record=LiveSource(target).record, train_dataset=data, eval_dataset=eval_data,
-        save_dtype=torch.float32,
+        save_dtype=torch.float32, run=run,
     )  # fmt: skip
 
 
@@ -107,7 +115,8 @@ def main(folder: Path, settings: dict) -> None:
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    trainer = make_trainer(folder, data, use_cpu=True, **settings)
+    run = begin(folder, "auto", False).run if rank == 0 else ""
+    trainer = make_trainer(folder, data, use_cpu=True, run=run, **settings)
     if die_at and die_rank == rank and first_life:
         trainer.add_callback(Death(die_at, after_s))
     trainer.train(resume_from_checkpoint=find_checkpoint(folder, "auto"))

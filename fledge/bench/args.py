@@ -11,6 +11,7 @@ import tyro
 from msgspec import Meta
 
 from fledge.bench.sandbox import Isolation, refuse_without_sandbox
+from fledge.config import Overwrite
 from fledge.data.image_urls import AllowImageUrls
 from fledge.errors import UserError
 from fledge.ranges import LARGEST, Count, Natural, NotNegative, PositiveShare, Seed, check_ranges
@@ -115,6 +116,7 @@ class OutputArgs:
 
     output_dir: Path | None = None
     """Folder of results.jsonl, summary.json, report.md and report.html. None: outputs/bench/<model id>."""
+    overwrite: Overwrite = False
     no_metrics: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only generate and write results.jsonl: no quality checks, no summary, no report."""
     samples: Natural = 2

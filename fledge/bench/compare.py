@@ -11,16 +11,18 @@ from typing import Annotated, Any
 import jinja2
 import tyro
 
-from fledge.bench.report import FORMAT, MARKDOWN, PAGE, SUMMARY, interval_text, number, render, samples_of, verdict
-from fledge.bench.rows import read_rows
+from fledge.bench.report import FORMAT, PAGE, SUMMARY, draw, interval_text, number, render, verdict
+from fledge.bench.rows import BENCHMARK, RESULTS, read_rows
+from fledge.config import Overwrite
 from fledge.console import say, show_table, warn
 from fledge.errors import UserError
 from fledge.escaping import markdown, one_line
 from fledge.export import summary
-from fledge.provenance import write_json
+from fledge.outputs import claim, document_has, staged, write_file, write_json
 
 Document = dict[str, Any]
 COLUMNS = ("data set", "run", "tau", "speed-up (95 %)", "plain tok/s", "eagle tok/s", "against the first")
+HEADING = "| " + " | ".join(COLUMNS) + " |"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,7 @@ class ReportArgs:
     """summary.json files or output folders. One: its report is drawn again. Several: they are compared."""
     output: Path | None = None
     """Write the comparison to this file (.json, else markdown)."""
+    overwrite: Overwrite = False
 
 
 def report(args: ReportArgs) -> None:
@@ -38,9 +41,11 @@ def report(args: ReportArgs) -> None:
     if not args.paths:
         raise UserError("no run given. Name one summary.json to draw its report again, or several to compare them.")
     documents = [read_summary(path) for path in args.paths]
+    if args.output and args.output.exists() and not args.overwrite and not is_comparison(args.output):
+        raise UserError(f"{args.output}: is there and no comparison. Name another file, or give --overwrite.")
     if len(documents) == 1:
         refuse_undrawable(args.paths[0], documents[0])
-        return redraw(_folder(args.paths[0]), documents[0])
+        return redraw(_folder(args.paths[0]), documents[0], overwrite=args.overwrite)
     rows = compare(documents)
     show_table("comparison", COLUMNS, rows)
     differing = different_settings(documents)
@@ -71,12 +76,12 @@ def refuse_undrawable(path: Path, document: Document) -> None:
         raise UserError(f"{path}: no report can be drawn of its {SUMMARY}: {problem}. {summary.HINT}") from None
 
 
-def redraw(folder: Path, document: Document) -> None:
+def redraw(folder: Path, document: Document, *, overwrite: bool) -> None:
     """Write report.md and report.html of a finished run again."""
     document["verdict"] = verdict(document)
-    rows = [row for row in read_rows(folder / "results.jsonl") if row.get("fingerprint") == document["fingerprint"]]
-    (folder / MARKDOWN).write_text(render("report.md.jinja", document, []), encoding="utf-8")
-    (folder / PAGE).write_text(render("report.html.jinja", document, samples_of(rows)), encoding="utf-8")
+    rows = [row for row in read_rows(folder / RESULTS) if row.get("fingerprint") == document["fingerprint"]]
+    with claim(folder, BENCHMARK, overwrite=overwrite, clear=False), staged(folder) as building:
+        draw(building, document, rows)
     say(document["verdict"])
     say(f"report: {folder / PAGE}")
 
@@ -118,18 +123,24 @@ def different_settings(documents: list[Document]) -> dict[str, list[Any]]:
     return {key: some for key, some in values.items() if any(value != some[0] for value in some)}
 
 
+def is_comparison(path: Path) -> bool:
+    """Whether this file was written by `write_comparison`."""
+    if path.suffix == ".json":
+        return document_has(path, "rows", "different")
+    return path.is_file() and path.read_bytes().startswith(HEADING.encode())
+
+
 def write_comparison(path: Path, rows: list[list[str]], differing: dict[str, list[Any]]) -> None:
     """The table for people, or JSON for programs."""
     if path.suffix == ".json":
         write_json(path, {"rows": [dict(zip(COLUMNS, row, strict=True)) for row in rows], "different": differing})
         return
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines = [HEADING, "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
     lines.append("")
     for key, some in differing.items():
         lines.append(f"- the runs differ in {markdown(key)}: {' | '.join(map(markdown, some))}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    write_file(path, "\n".join(lines).rstrip() + "\n")
 
 
 def _folder(path: Path) -> Path:

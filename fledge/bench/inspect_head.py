@@ -13,13 +13,17 @@ from fledge.draft.config import to_json
 from fledge.draft.foreign import read_config
 from fledge.errors import UserError
 from fledge.export.check import Examination, examine
-from fledge.export.convert import write_head
+from fledge.export.convert import HEAD_FILES, write_head
 from fledge.export.engines import ENGINES, file_shapes, problems
 from fledge.export.findings import Finding
 from fledge.export.layouts import LAYOUTS
 from fledge.export.repair import repaired
+from fledge.outputs import Output, check, document_has, write_json, written
 
 DEAF = 1.05  # a tau below this is a head that says nothing its target would say
+REPAIRED = Output(
+    "inspect", (*HEAD_FILES, "repair.json"), lambda folder: document_has(folder / "repair.json", "changes")
+)
 
 
 class InspectHeadArgs(Protocol):
@@ -28,6 +32,7 @@ class InspectHeadArgs(Protocol):
     path: str
     target: str | None
     fix: Path | None
+    overwrite: bool
     measure: bool
     measure_prompts: int
     measure_tokens: int
@@ -39,6 +44,10 @@ class InspectHeadArgs(Protocol):
 def inspect_head(args: InspectHeadArgs) -> None:
     """Show a head and everything that does not fit its target; errors end with status 1 unless --fix mended them."""
     folder = Path(args.path).expanduser()
+    if args.fix is not None:
+        if args.fix.resolve() == folder.resolve():
+            raise UserError(f"--fix {args.fix} is the head itself. Name another folder; the original is kept.")
+        check(args.fix, REPAIRED, overwrite=args.overwrite)
     text_config: Any = _text_config(args)
     seen = examine(folder, text_config)
     _show(seen)
@@ -112,15 +121,14 @@ def _try(seen: Examination, args: InspectHeadArgs, num_layers: int) -> Diagnosis
 
 def _fix(args: InspectHeadArgs, seen: Examination, text_config: Any, diagnosis: Diagnosis | None) -> None:
     assert args.fix is not None
-    if args.fix.resolve() == seen.folder.resolve():
-        raise UserError(f"--fix {args.fix} is the head itself. Name another folder; the original is kept.")
     if diagnosis is None or diagnosis.best.tau < DEAF:
         head, changes = repaired(seen, text_config, None, None)
     else:
         best = diagnosis.best.reading
         head, changes = repaired(seen, text_config, best.config, best.d2t)
-    write_head(head, args.fix, LAYOUTS["eagle"], args.target or "")
-    provenance.write(args.fix / "repair.json", source=str(seen.folder), target=args.target, changes=changes)
+    with written(args.fix, REPAIRED, overwrite=args.overwrite) as building:
+        write_head(head, building, LAYOUTS["eagle"], args.target or "")
+        provenance.write(building / "repair.json", source=str(seen.folder), target=args.target, changes=changes)
     say(f"repaired copy: {args.fix}")
     for change in changes or ["nothing had to be changed"]:
         say(f"  {change}")
@@ -129,7 +137,7 @@ def _fix(args: InspectHeadArgs, seen: Examination, text_config: Any, diagnosis: 
 def _conclude(args: InspectHeadArgs, found: list[Finding], diagnosis: Diagnosis | None) -> None:
     """The findings as a table (and JSON), and the exit status."""
     if args.json is not None:
-        provenance.write_json(args.json, {"findings": [dataclasses.asdict(f) for f in found],
+        write_json(args.json, {"findings": [dataclasses.asdict(f) for f in found],
                                           "measured": diagnosis and _figures(diagnosis)})  # fmt: skip
     if not found:
         say(f"fits {args.target}" if args.target else "nothing wrong in the files by themselves")

@@ -18,6 +18,7 @@ from fledge.bench.rows import Row, fingerprint
 from fledge.bench.stats import summarise
 from fledge.console import say, show_table
 from fledge.escaping import markdown, one_line, printable
+from fledge.outputs import staged, write_file, write_json
 
 TEMPLATES = Path(__file__).with_name("templates")
 SUMMARY, MARKDOWN, PAGE = "summary.json", "report.md", "report.html"
@@ -43,15 +44,20 @@ def write_report(
         "provenance": provenance.collect(config),
     }
     document["verdict"] = verdict(document)
-    provenance.write_json(folder / SUMMARY, document)
-    samples = samples_of(rows)
-    (folder / MARKDOWN).write_text(render("report.md.jinja", document, []), encoding="utf-8")
-    (folder / PAGE).write_text(render("report.html.jinja", document, samples), encoding="utf-8")
+    with staged(folder) as building:
+        write_json(building / SUMMARY, document)
+        draw(building, document, rows)
     rows_of_table = [table_row(name, figures) for name, figures in document["sets"].items()]
     show_table(model_id, pick(HEADER), [pick(row) for row in rows_of_table])
     say(document["verdict"])
     say(f"report: {folder / PAGE}")
     return document
+
+
+def draw(folder: Path, document: Document, rows: Sequence[Row]) -> None:
+    """Write report.md and report.html."""
+    write_file(folder / MARKDOWN, render("report.md.jinja", document, []))
+    write_file(folder / PAGE, render("report.html.jinja", document, samples_of(rows)))
 
 
 def headline(document: Document) -> dict[str, Any]:

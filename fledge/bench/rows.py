@@ -6,7 +6,6 @@ do. Knows JSON lines and files; of a row it knows only the key.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -15,10 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from fledge.console import say, warn
-from fledge.errors import UserError
+from fledge.errors import naming
+from fledge.outputs import Output, claim, document_has, write_file
 
 Row = dict[str, Any]
 Key = tuple[str, ...]
+RESULTS = "results.jsonl"
+BENCHMARK = Output(
+    "bench",
+    (RESULTS, "results-*.jsonl", "run.json", "summary.json", "report.md", "report.html"),
+    lambda folder: (
+        document_has(folder / "run.json", "fingerprint", "settings")
+        or document_has(folder / "summary.json", "fingerprint", "sets")
+    ),
+)
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -93,7 +102,7 @@ class Results:
         row = {"fingerprint": self.fingerprint, **row}
         assert row_key(row) not in self._rows, f"row {row_key(row)} measured twice"
         line = json.dumps(row, ensure_ascii=False) + "\n"
-        with self.path.open("ab") as file:
+        with naming(self.path), self.path.open("ab") as file:
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -124,15 +133,10 @@ class Results:
 
 
 @contextlib.contextmanager
-def open_results(path: Path, settings: dict[str, Any]) -> Iterator[Results]:
-    """The results of these settings, locked against a second benchmark in the same folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{path.parent}: another benchmark is writing here. Wait, or use another folder.") from None
-        yield Results(path, fingerprint(settings))
+def open_results(folder: Path, settings: dict[str, Any], *, overwrite: bool = False) -> Iterator[Results]:
+    """The results of these settings in a folder that is this benchmark's alone while they are open."""
+    with claim(folder, BENCHMARK, overwrite=overwrite):
+        yield Results(folder / RESULTS, fingerprint(settings))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -158,6 +162,4 @@ def read_rows(path: Path) -> list[Row]:
 
 def _rewrite(path: Path, rows: list[Row]) -> None:
     """Replace the file atomically by exactly these rows."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

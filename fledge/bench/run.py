@@ -16,15 +16,16 @@ from fledge.bench.args import SIDES, BenchArgs
 from fledge.bench.measure import Engine, Job, MeasureSettings, measure, warm_up
 from fledge.bench.prompts import Question, load_questions
 from fledge.bench.report import PAGE, write_report
-from fledge.bench.rows import Results, Row, code_fingerprint, folder_fingerprint, open_results, row_key
+from fledge.bench.rows import BENCHMARK, Results, Row, code_fingerprint, folder_fingerprint, open_results, row_key
 from fledge.console import progress, say, show_table, warn
 from fledge.data.image_urls import allow_image_urls
 from fledge.decoding.tree_profile import profile_path, resolve_tree, write_profile
+from fledge.draft.head import read_head
 from fledge.drafters.tree import TreeShape
-from fledge.errors import UserError
+from fledge.errors import UserError, refuse_missing_folder
+from fledge.outputs import check, document_has
 from fledge.workers import run_jobs
 
-RESULTS = "results.jsonl"
 NAMED_ANSWERS = 5  # of those that differ, in the error
 TUNE_QUESTIONS, TUNE_TOKENS = 6, 128
 
@@ -50,12 +51,17 @@ def bench(args: BenchArgs) -> None:
     """
     args.check()
     allow_image_urls(args.model.allow_image_urls)
+    if not args.tuning.tune:
+        check(args.output_dir, BENCHMARK, overwrite=args.output.overwrite)
     if args.server.backend == "server":
         from fledge.bench.server import bench_servers
 
         return bench_servers(args)
     from fledge.bench.engine import EngineSpec
 
+    refuse_missing_folder(args.model.base_model_path)
+    if args.needs_head:
+        read_head(Path(str(args.model.eagle_model_path)))
     placement = place(args)
     if args.tuning.tune:
         return tune_tree(args, EngineSpec.of(args, TreeShape(), num_gpus=placement.gpus_per_worker))
@@ -70,7 +76,7 @@ def bench(args: BenchArgs) -> None:
 def run(args: BenchArgs, spec: Loader, placement: Placement, settings: dict[str, Any]) -> None:
     """Measure what is missing, then summarise."""
     jobs = list_jobs(args)
-    with open_results(args.output_dir / RESULTS, settings) as results:
+    with open_results(args.output_dir, settings, overwrite=args.output.overwrite) as results:
         provenance.write(args.output_dir / "run.json", args, settings=settings, fingerprint=results.fingerprint)
         measure_missing(args, spec, placement, jobs, results)
         if args.output.no_metrics:
@@ -78,13 +84,13 @@ def run(args: BenchArgs, spec: Loader, placement: Placement, settings: dict[str,
             return
         wanted = {row_key(job.key_fields()) for job in jobs}
         rows = [row for row in results.rows if row_key(row) in wanted]
-    skipped = warn_of_skipped(rows)
-    left_out = {(one["dataset"], one["question_id"]) for one in skipped}  # in every repeat, if in one
-    measured = [row for row in rows if (row["dataset"], row["question_id"]) not in left_out]
-    if not measured:
-        raise UserError(f"no question could be measured; the first: {skipped[0]['reason']}")
-    write_report(args.output_dir, measured, model_id=args.model_id, settings=settings, config=args, skipped=skipped)
-    refuse_unexplained(measured, args.output_dir / PAGE)
+        skipped = warn_of_skipped(rows)
+        left_out = {(one["dataset"], one["question_id"]) for one in skipped}  # in every repeat, if in one
+        measured = [row for row in rows if (row["dataset"], row["question_id"]) not in left_out]
+        if not measured:
+            raise UserError(f"no question could be measured; the first: {skipped[0]['reason']}")
+        write_report(args.output_dir, measured, model_id=args.model_id, settings=settings, config=args, skipped=skipped)
+        refuse_unexplained(measured, args.output_dir / PAGE)
 
 
 def tune_tree(args: BenchArgs, spec: Any) -> None:
@@ -92,6 +98,9 @@ def tune_tree(args: BenchArgs, spec: Any) -> None:
     from fledge.decoding.records import Sampling
     from fledge.decoding.tune import tune
 
+    path = profile_path(args.model.eagle_model_path, args.tuning.profile_path)
+    if path.exists() and not args.output.overwrite and not document_has(path, "format", "profile"):
+        raise UserError(f"{path}: is there and no tree profile. Name another --profile-path, or give --overwrite.")
     engine = spec.load()
     questions = [
         question
@@ -121,7 +130,6 @@ def tune_tree(args: BenchArgs, spec: Any) -> None:
             for point in profile.curve
         ],
     )
-    path = profile_path(args.model.eagle_model_path, args.tuning.profile_path)
     write_profile(path, profile)
     speeds = ", ".join(f"{way} {speed:.1f}" for way, speed in profile.measured.items())
     say(f"measured tokens per second: {speeds}")

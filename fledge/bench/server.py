@@ -69,7 +69,7 @@ def bench_servers(args: BenchArgs) -> None:
     if args.model.mode == "aa":
         raise UserError("--mode aa compares plain decoding with itself in this process; servers have no such mode.")
     levels = list_levels(args)
-    with open_results(args.output_dir / "results.jsonl", settings := settings_of(args)) as results:
+    with open_results(args.output_dir, settings := settings_of(args), overwrite=args.output.overwrite) as results:
         provenance.write(args.output_dir / "run.json", args, settings=settings, fingerprint=results.fingerprint)
         missing = [level for level in levels if row_key(level.key_fields()) not in results]
         if len(missing) < len(levels):
@@ -80,12 +80,12 @@ def bench_servers(args: BenchArgs) -> None:
                     asyncio.run(measure_levels(args, group, urls, results, bar))
         wanted = {row_key(level.key_fields()) for level in levels}
         rows = [row for row in results.rows if row_key(row) in wanted]
-    if args.output.no_metrics:
-        say(f"{len(levels)} levels are in {results.path} (--no-metrics: no summary, no report).")
-        return refuse_failed(rows, results.path)
-    sets = summarise_levels(rows, seed=args.decoding.seed, greedy=args.decoding.temperature == 0)
-    write_report(args.output_dir, [], model_id=args.model_id, settings=settings, config=args, sets=sets)
-    refuse_failed(rows, results.path)
+        if args.output.no_metrics:
+            say(f"{len(levels)} levels are in {results.path} (--no-metrics: no summary, no report).")
+            return refuse_failed(rows, results.path)
+        sets = summarise_levels(rows, seed=args.decoding.seed, greedy=args.decoding.temperature == 0)
+        write_report(args.output_dir, [], model_id=args.model_id, settings=settings, config=args, sets=sets)
+        refuse_failed(rows, results.path)
 
 
 def refuse_failed(rows: Sequence[Row], path: Path) -> None:

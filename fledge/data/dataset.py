@@ -36,8 +36,8 @@ from fledge.data.sealed import verify_sealed
 from fledge.data.tokenize import ChatTemplate
 from fledge.data.vocab import control_ids, count_tokens
 from fledge.errors import UserError
+from fledge.outputs import write_json
 from fledge.parsing import read_json
-from fledge.provenance import write_json
 
 LAYOUT = 2  # raise it when samples would come out differently
 BATCH = 256

@@ -15,7 +15,6 @@ and its row is asked again. A line reaches the kernel before its row counts as d
 `sync` (call it every few seconds) makes a power cut no worse than a few repeated rows.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -30,16 +29,21 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from fledge import provenance
 from fledge.console import warn
 from fledge.data.sealed import JournalManifest, Sealed, check_file, read_sealed, shard_name
-from fledge.errors import UserError
+from fledge.errors import UserError, naming
+from fledge.outputs import Output, claim, sync_folder, write_file, write_json
 from fledge.parsing import parse_json, read_json
 from fledge.redaction import redact, redacted
 
 FORMAT = 1
 MANIFEST_EVERY_S = 10.0
 ROW, REJECT = b"row", b"reject"
+ANSWERS = Output(
+    "regenerate",
+    ("shard-*.jsonl", "manifest.json", "rejects.jsonl", "run.json", ".journal"),
+    lambda folder: (folder / ".journal").is_dir(),
+)
 
 
 @dataclass
@@ -73,6 +77,7 @@ class Journal:
         shard_size: int,
         settings: Mapping[str, Any],
         tally: Callable[[dict[str, Any]], Mapping[str, int]] = lambda row: {},
+        overwrite: bool = False,
     ) -> None:
         if shard_size < 1:
             raise UserError(f"the shard size is {shard_size}; it must be at least 1.")
@@ -80,38 +85,33 @@ class Journal:
         self.settings = json.loads(
             json.dumps(redacted({**settings, "data_shard_size": shard_size, "input_rows": total}))
         )
-        self._inner = folder / ".journal"
+        self._inner, self._overwrite = folder / ".journal", overwrite
         self._open: dict[int, _Shard] = {}
         self._sealed: dict[int, Sealed] = {}
         self._manifest_time = 0.0
         self._closing = threading.Lock()
 
     def __enter__(self) -> "Journal":
-        self._inner.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self._inner / "lock", "wb")
+        self._claim = claim(self.folder, ANSWERS, overwrite=self._overwrite)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise UserError(
-                f"{self.folder}: another run is writing there. Wait for it or choose another folder."
-            ) from None
-        try:
+            self._inner.mkdir(exist_ok=True)
             self._check_settings()
             self._load()
             self.write_manifest()
         except BaseException:
-            self._lock.close()
+            self._claim.release()
             raise
         return self
 
     def __exit__(self, *error: object) -> None:
-        for shard in self._open.values():
-            os.fsync(shard.file.fileno())
-            shard.file.close()
-        self.write_manifest()
-        self.write_rejects()
-        self._lock.close()
+        try:
+            for shard in self._open.values():
+                os.fsync(shard.file.fileno())
+                shard.file.close()
+            self.write_manifest()
+            self.write_rejects()
+        finally:
+            self._claim.release()
 
     # -- what a run asks and says
 
@@ -285,7 +285,13 @@ class Journal:
         """One write() per line. Returns where the JSON lies."""
         head = str(index).encode()
         line = b"\t".join((head, kind, _crc(head, kind, payload), payload)) + b"\n"
-        _write_all(shard.file, line)
+        try:
+            with naming(Path(shard.file.name)):
+                _write_all(shard.file, line)
+        except OSError:  # a full disk: what is there of the line must not stand before the next one
+            shard.file.truncate(shard.end)
+            shard.file.seek(shard.end)
+            raise
         shard.end += len(line)
         return shard.end - 1 - len(payload), len(payload)
 
@@ -298,7 +304,7 @@ class Journal:
         name = shard_name(shard.number)
         checksum, size = hashlib.sha256(), 0
         temporary = self._inner / f"{name}.tmp"
-        with open(temporary, "wb") as out:
+        with naming(self.folder / name), open(temporary, "wb") as out:
             for index in sorted(shard.lines):
                 line = self._payload(shard, index) + b"\n"
                 out.write(line)
@@ -311,9 +317,9 @@ class Journal:
             file=name, first_row=shard.first, input_rows=shard.size, rows=len(shard.lines), bytes=size,
             sha256=checksum.hexdigest(), counts=dict(_all_counts(shard)), rejects=shard.rejects,
         )  # fmt: skip
-        provenance.write_json(self._inner / f"{shard.number:05d}.sealed", msgspec.structs.asdict(sealed))
-        _sync_folder(self._inner)
-        _sync_folder(self.folder)
+        write_json(self._inner / f"{shard.number:05d}.sealed", msgspec.structs.asdict(sealed))
+        sync_folder(self._inner)
+        sync_folder(self.folder)
         self._sealed[shard.number] = sealed
         with self._closing:
             self._open.pop(shard.number)
@@ -354,7 +360,7 @@ class Journal:
         """The state of the run as one document; lags behind the shards by at most a few seconds."""
         self._manifest_time = time.monotonic()
         counts = self.counts()
-        provenance.write_json(
+        write_json(
             self.folder / "manifest.json",
             {
                 "format": FORMAT,
@@ -374,13 +380,9 @@ class Journal:
         return self.folder / ".journal" / "input-rejects"
 
     def write_rejects(self) -> None:
-        temporary = self._inner / "rejects.jsonl.tmp"
-        with open(temporary, "w", encoding="utf-8") as out:
-            if self.input_rejects.exists():
-                out.write(self.input_rejects.read_text(encoding="utf-8"))
-            for entry in self.rejects():
-                out.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        os.replace(temporary, self.folder / "rejects.jsonl")
+        before = self.input_rejects.read_text(encoding="utf-8") if self.input_rejects.exists() else ""
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.rejects()]
+        write_file(self.folder / "rejects.jsonl", before + "".join(lines))
 
 
 def _all_counts(shard: _Shard) -> Counter[str]:
@@ -398,11 +400,3 @@ def _write_all(file: BinaryIO, line: bytes) -> None:
     written = file.write(line)
     while written < len(line):  # a full disk raises; a signal may cut a write short
         written += file.write(line[written:])
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

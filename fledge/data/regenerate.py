@@ -26,13 +26,14 @@ from fledge.console import Bar, progress, say, warn
 from fledge.data.conversations import ANSWER_MARK, Conversation, read_conversations
 from fledge.data.engine import Engine
 from fledge.data.image_urls import allow_image_urls
-from fledge.data.journal import Journal
+from fledge.data.journal import ANSWERS, Journal
 from fledge.data.questions import prompt_digest
 from fledge.data.regenerate_args import AnswerArgs, PromptArgs, RegenerateArgs
 from fledge.data.rejects import Reject, Rejects
 from fledge.data.sampling import ExtraSampling, TemperatureMixture, describe, read_generation_config, resolve_extra
 from fledge.data.turns import Asker, tally
 from fledge.errors import UserError
+from fledge.outputs import check, is_own
 from fledge.parsing import read_json
 
 BATCH_READ = 64
@@ -50,6 +51,7 @@ def regenerate(args: RegenerateArgs) -> None:
 
 async def _regenerate(args: RegenerateArgs) -> None:
     allow_image_urls(args.prompts.allow_image_urls)
+    check(args.output_dir, ANSWERS, overwrite=args.overwrite)
     _check_answers(args.answers, args.prompts.samples_per_prompt)
     input_rejects = Rejects(max_share=args.prompts.max_reject_share)
     total, digest = _count(args.prompts, input_rejects)
@@ -84,13 +86,16 @@ def _flags(answers: AnswerArgs) -> ExtraSampling:
 
 
 def _journal(args: RegenerateArgs, total: int, settings: dict[str, Any]) -> Journal:
-    return Journal(args.output_dir, total=total, shard_size=args.data_shard_size, settings=settings, tally=tally)
+    return Journal(
+        args.output_dir, total=total, shard_size=args.data_shard_size, settings=settings, tally=tally,
+        overwrite=args.overwrite,
+    )  # fmt: skip
 
 
 def _all_there(args: RegenerateArgs, total: int, digest: str) -> bool:
     """Whether an earlier run of the same settings answered every row: then nobody is asked anything."""
     path = args.output_dir / "manifest.json"
-    if not path.is_file():
+    if not path.is_file() or not is_own(args.output_dir, ANSWERS):
         return False
     before = read_json(path, _Manifest, hint="Choose another --output-dir.").settings
     settings = _settings(args, args.engines.model or before.get("model", ""), digest, before.get("generation_config"))

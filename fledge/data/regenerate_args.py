@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fledge.config import Overwrite
 from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
 from fledge.data.image_urls import AllowImageUrls
 from fledge.data.rejects import MAX_REJECT_SHARE
@@ -105,6 +106,7 @@ class RegenerateArgs:
     prompts: PromptArgs
     output_dir: Path
     """Folder of the shards, manifest.json and rejects.jsonl. An unfinished run there is continued."""
+    overwrite: Overwrite = False
     data_shard_size: Count = 50_000
     """Input rows per shard; row i is in shard i // size."""
     answers: AnswerArgs = field(default_factory=AnswerArgs)

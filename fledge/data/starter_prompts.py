@@ -9,6 +9,8 @@ import json
 import random
 from pathlib import Path
 
+from fledge.outputs import write_file
+
 REQUESTS = (
     "Explain {} to a ten-year-old.",
     "What should a beginner know about {}?",
@@ -72,8 +74,12 @@ def starter_prompts(seed: int = 0) -> list[dict]:
     ]
 
 
+def are_starter_prompts(path: Path) -> bool:
+    """Whether a file was written by `write_starter_prompts`."""
+    return path.is_file() and path.read_bytes().startswith(b'{"id": "starter-0"')
+
+
 def write_starter_prompts(path: Path, num_prompts: int) -> None:
     """The first `num_prompts` of them as jsonl."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = starter_prompts()[:num_prompts]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

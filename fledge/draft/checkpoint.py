@@ -6,7 +6,6 @@ A head that loads here is complete, finite and belongs to the target: a missing 
 pair, NaN weights or another vocabulary are errors, because every one of them decodes "fine" at an acceptance of zero.
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -17,25 +16,24 @@ from fledge.draft.config import DraftConfig, to_json
 from fledge.draft.head import WEIGHTS, Head, read_head
 from fledge.draft.low_rank import merged
 from fledge.draft.model import DraftModel
-from fledge.errors import UserError
-from fledge.provenance import write_json
+from fledge.errors import UserError, naming
+from fledge.outputs import staged, write_json
 
 
 def save_draft(
     model: DraftModel, folder: Path, *, dtype: torch.dtype = torch.bfloat16, weights: dict[str, Tensor] | None = None
 ) -> None:
-    """Write the head so that fledge, vLLM and SGLang load it. Files appear under their names only when complete.
+    """Write the head so that fledge, vLLM and SGLang load it. An earlier head there is replaced as a whole.
 
     `weights` replaces the model's own parameters where they are sharded over ranks and were gathered elsewhere.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = draft_tensors(model, dtype)
     gathered = {name: weight for name, weight in merged(weights or {}).items() if name in tensors}
     tensors |= {name: weight.to("cpu", tensors[name].dtype).contiguous() for name, weight in gathered.items()}
-    temporary = folder / (WEIGHTS + ".tmp")
-    save_file(tensors, str(temporary), metadata={"format": "pt"})
-    write_json(folder / "config.json", to_json(model.config, dtype=str(dtype).removeprefix("torch.")))
-    os.replace(temporary, folder / WEIGHTS)
+    with staged(folder) as building:
+        with naming(folder / WEIGHTS, needed_bytes=sum(tensor.nbytes for tensor in tensors.values())):
+            save_file(tensors, str(building / WEIGHTS), metadata={"format": "pt"})
+        write_json(building / "config.json", to_json(model.config, dtype=str(dtype).removeprefix("torch.")))
 
 
 def draft_tensors(model: DraftModel, dtype: torch.dtype) -> dict[str, Tensor]:

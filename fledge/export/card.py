@@ -63,20 +63,21 @@ class Licence:
     """Where its text is, when --license is other."""
 
 
-def write_card(
-    config: DraftConfig, source: Path, folder: Path, *, layout: str, target: str, licence: Licence,
+def model_card(
+    config: DraftConfig, source: Path, name: str, *, layout: str, target: str, licence: Licence,
     report: Path | None = None, notes: Path | None = None,
-) -> None:  # fmt: skip
-    """Write README.md beside an exported head. `source` is what training wrote, `notes` markdown of the author."""
+) -> str:  # fmt: skip
+    """The README.md of an exported head, in a folder of this name. `source` is what training wrote, `notes` markdown
+    of the author."""
     run = _json_or_empty(source / "provenance.json", TrainingRun)
     target = target or str(run.get("target") or "")
     sections = [
         _header(target, licence), f"# EAGLE-3{'.1' if config.fc_norm and config.norm_output else ''} draft head for "
-        f"{markdown(_public(target)) or 'its target'}", _introduction(config), _serving(folder, layout, target),
+        f"{markdown(_public(target)) or 'its target'}", _introduction(config), _serving(name, layout, target),
         _training(run, config), _acceptance(run, _state(source), report), _notes(notes),
         _licence_note(licence, target),
     ]  # fmt: skip
-    (folder / CARD).write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _header(target: str, licence: Licence) -> str:
@@ -102,14 +103,14 @@ def _introduction(config: DraftConfig) -> str:
     )
 
 
-def _serving(folder: Path, layout: str, target: str) -> str:
-    here = _command(layout, target, folder.name)
+def _serving(name: str, layout: str, target: str) -> str:
+    here = _command(layout, target, name)
     other = OTHER_READER[layout]
     return (
         f"## Serving\n\nThese files are written for {TITLES[layout]} (tap ids, names):\n\n```bash\n{here}\n```\n\n"
         f"For {TITLES[other]}, `fledge export` the head with `--to {other}` first; read as they are, the tap ids would "
         f"be off by one layer and the head would draft next to nothing.\n\n"
-        f"```bash\n{_command(other, target, folder.name + '-' + other)}\n```"
+        f"```bash\n{_command(other, target, name + '-' + other)}\n```"
     )
 
 

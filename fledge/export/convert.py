@@ -5,7 +5,6 @@ written is a row in `layouts`, how another trainer's head is read a row in `fled
 """
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,28 +12,36 @@ import tyro
 from safetensors.torch import save_file
 
 from fledge import provenance
+from fledge.config import Overwrite
 from fledge.console import say
 from fledge.draft.checkpoint import WEIGHTS
 from fledge.draft.config import to_json
 from fledge.draft.foreign import TapConvention, origin_of, read_any, read_config
 from fledge.draft.head import Head, read_head
-from fledge.errors import UserError
-from fledge.export.card import Licence, write_card
+from fledge.errors import UserError, naming
+from fledge.export.card import CARD, Licence, model_card
 from fledge.export.hub import push_folder
 from fledge.export.layouts import LAYOUTS, Layout
+from fledge.outputs import Output, check, document_has, write_file, write_json, written
 from fledge.ranges import Positive
+
+HEAD_FILES = ("config.json", WEIGHTS)
+EXPORT = Output(
+    "export", (*HEAD_FILES, CARD, "export.json"), lambda folder: document_has(folder / "export.json", "source")
+)
+CONVERT = Output(
+    "convert", (*HEAD_FILES, "convert.json"), lambda folder: document_has(folder / "convert.json", "origin")
+)
 
 
 def write_head(head: Head, folder: Path, layout: Layout, target: str) -> None:
-    """Write a head in a layout, weights last, under a temporary name until complete."""
+    """Write a head in a layout into a folder that is being built (`fledge.outputs.written`)."""
     layout.refuse(head.config)
-    folder.mkdir(parents=True, exist_ok=True)
     dtype = str(head.dtype).removeprefix("torch.")
-    provenance.write_json(folder / "config.json", layout.describe(head.config, dtype, target))
+    write_json(folder / "config.json", layout.describe(head.config, dtype, target))
     renamed = {layout.tensor_name(name): tensor.contiguous() for name, tensor in head.tensors.items()}
-    temporary = folder / (WEIGHTS + ".tmp")
-    save_file(renamed, str(temporary), metadata={"format": "pt"})
-    os.replace(temporary, folder / WEIGHTS)
+    with naming(folder / WEIGHTS, needed_bytes=sum(tensor.nbytes for tensor in renamed.values())):
+        save_file(renamed, str(folder / WEIGHTS), metadata={"format": "pt"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +52,7 @@ class ExportArgs:
     """Who will read it."""
     output_dir: Path
     """Where to write."""
+    overwrite: Overwrite = False
     target: str = ""
     """The target's name as it will be served; written into the speculators config, the model card and its commands."""
     licence: Licence = dataclasses.field(default_factory=Licence)
@@ -60,15 +68,19 @@ class ExportArgs:
 
 def export_head(args: ExportArgs) -> None:
     """Write a head in the layout an engine reads, with its model card, and print the command that serves it."""
+    _check_output(args.head, args.output_dir, EXPORT, args.overwrite)
     head, layout = read_head(Path(args.head)), LAYOUTS[args.to]
     if args.to == "speculators" and not args.target:
         raise UserError("--target is needed for --to speculators: its config names the target.")
-    write_head(head, args.output_dir, layout, args.target)
-    provenance.write(args.output_dir / "export.json", dataclasses.asdict(args), source=args.head)
-    write_card(
-        head.config, Path(args.head), args.output_dir, layout=args.to, target=args.target, licence=args.licence,
+    card = model_card(
+        head.config, Path(args.head), args.output_dir.name, layout=args.to, target=args.target, licence=args.licence,
         report=args.report, notes=args.notes,
     )  # fmt: skip
+    layout.refuse(head.config)
+    with written(args.output_dir, EXPORT, overwrite=args.overwrite) as folder:
+        write_head(head, folder, layout, args.target)
+        provenance.write(folder / "export.json", dataclasses.asdict(args), source=args.head)
+        write_file(folder / CARD, card)
     say(f"written: {args.output_dir} (model card: README.md)")
     say(layout.serve.replace("TARGET", args.target or "TARGET").replace("HEAD", str(args.output_dir)))
     if args.push_to_hub:
@@ -81,6 +93,7 @@ class ConvertArgs:
     """A head of EAGLE, AngelSlim, SpecForge, speculators or ModelOpt, or one exported for an engine."""
     output_dir: Path
     """Where to write fledge's form of it."""
+    overwrite: Overwrite = False
     target: str | None = None
     """The target's folder or hub name: its depth fixes what tap ids mean that the head does not explain."""
     tap_convention: TapConvention = "auto"
@@ -92,6 +105,7 @@ class ConvertArgs:
 
 def convert_head(args: ConvertArgs) -> None:
     """Bring another trainer's head into fledge's form, so that it can be measured, continued and exported."""
+    _check_output(args.head, args.output_dir, CONVERT, args.overwrite)
     num_layers = None
     if args.target:
         from transformers import AutoConfig
@@ -102,9 +116,18 @@ def convert_head(args: ConvertArgs) -> None:
     if args.rope_theta:
         rope = {**head.config.rope_parameters, "rope_theta": args.rope_theta}
         head = dataclasses.replace(head, config=dataclasses.replace(head.config, rope_parameters=rope))
-    write_head(head, args.output_dir, LAYOUTS["eagle"], args.target or "")
     origin = origin_of(read_config(folder)).name
-    provenance.write(
-        args.output_dir / "convert.json", dataclasses.asdict(args), origin=origin, head=to_json(head.config)
-    )
+    with written(args.output_dir, CONVERT, overwrite=args.overwrite) as building:
+        write_head(head, building, LAYOUTS["eagle"], args.target or "")
+        provenance.write(building / "convert.json", dataclasses.asdict(args), origin=origin, head=to_json(head.config))
     say(f"written: {args.output_dir} (from {origin}); taps are inputs of layers {list(head.config.tap_layers)}")
+
+
+def _check_output(head: str, folder: Path, output: Output, overwrite: bool) -> None:
+    """Refuse to write into folders of others, and over the head that is read."""
+    check(folder, output, overwrite=overwrite)
+    if not overwrite and folder.exists() and Path(head).exists() and folder.samefile(head):
+        raise UserError(
+            f"{folder}: is the head that is read, and would be replaced. Choose another --output-dir, or give "
+            f"--overwrite to have it replaced."
+        )

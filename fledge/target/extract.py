@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from fledge import provenance
+from fledge.config import Overwrite
 from fledge.console import Bar, progress, say, show_table, warn
 from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
 from fledge.data.dataset import TokenizedData
@@ -26,6 +27,7 @@ from fledge.data.image_urls import AllowImageUrls, allow_image_urls
 from fledge.data.tokenize import ChatTemplate, Sample
 from fledge.data.traces import UNTRACED_HELP, Untraced
 from fledge.errors import UserError
+from fledge.outputs import check
 from fledge.ranges import Count, Natural, Positive, Share
 from fledge.target import tensor_parallel
 from fledge.target.head import TargetEnds, TargetHead
@@ -36,7 +38,7 @@ from fledge.target.states_folder import SERVER_FOLDER
 from fledge.target.store.describe import describe_states
 from fledge.target.store.manifest import Identity, LastStorage, Manifest, TapStorage
 from fledge.target.store.shard import ShardBuffer
-from fledge.target.store.writer import Ranks, StoreWriter, gib
+from fledge.target.store.writer import STORE, Ranks, StoreWriter, gib
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class ExtractArgs:
     """Conversations: files, folders or hub names, one or more."""
     output_dir: Path
     """The store. An existing one is continued; what it holds already is not made again."""
+    overwrite: Overwrite = False
     target_backend: Literal["hf", "vllm"] = "hf"
     """hf: the target in this process. vllm: a vLLM server that extracts hidden states (see docs/formats.md)."""
     server: list[str] | None = None
@@ -117,6 +120,7 @@ def extract(args: ExtractArgs) -> None:
     Resumes where it stopped, adds what is new, refuses to mix targets or templates, and checks the disk first. Runs on
     several GPUs under torchrun, or with --num-workers through Ray.
     """
+    check(args.output_dir, STORE, overwrite=args.overwrite)
     alone = args.num_workers <= 1
     manifest = extract_share(args, ranks_of_environment()) if alone else extract_with_workers(args)
     if manifest is None:
@@ -163,17 +167,19 @@ def fill_from(opened: "OpenTarget", args: ExtractArgs, ranks: Ranks) -> Manifest
     samples = Samples.read(args, opened.template)
     manifest = fill(
         args.output_dir, opened.identity, opened.head, opened.producer, samples, shard_bytes=int(args.shard_mb * 2**20),
-        ranks=ranks, pinned=opened.pinned,
+        ranks=ranks, pinned=opened.pinned, overwrite=args.overwrite,
     )  # fmt: skip
     return manifest if ranks.first else None
 
 
 def fill(
     folder: Path, identity: Identity, head: TargetHead, producer: Producer, samples: "Samples", *, shard_bytes: int,
-    ranks: Ranks = Ranks(), pinned: bool = False,  # noqa: B008 - frozen
+    ranks: Ranks = Ranks(), pinned: bool = False, overwrite: bool = False,  # noqa: B008 - frozen
 ) -> Manifest:  # fmt: skip
     """Bring a store up to these samples: the plan, then every pending shard of this rank."""
-    with StoreWriter(folder, identity, head, samples, shard_bytes=shard_bytes, ranks=ranks) as writer:
+    with StoreWriter(
+        folder, identity, head, samples, shard_bytes=shard_bytes, ranks=ranks, overwrite=overwrite
+    ) as writer:
         pending = writer.pending()
         away = [shard for shard in pending if any(s.id not in samples.index for s in shard.samples)]
         if away:

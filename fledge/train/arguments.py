@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from fledge.config import field_names, read_recipe
+from fledge.config import OVERWRITE, field_names, read_recipe
 from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
 from fledge.data.image_urls import ALLOW_HELP
 from fledge.data.traces import UNTRACED_HELP, Untraced
@@ -141,6 +141,7 @@ class TrainerArguments(TrainingArguments):
     }  # fmt: skip
 
     output_dir: str | None = _flag(None, "Where the head, its checkpoints and its provenance go.")
+    overwrite: bool = _flag(False, OVERWRITE + " An earlier run there that is not continued is deleted.")
     per_device_train_batch_size: Count = _flag(4, "Sequences per device and forward pass; never padded.")
     per_device_eval_batch_size: Count = _flag(4, "Sequences per device and evaluation pass.")
     learning_rate: NotNegative | None = _flag(  # type: ignore[assignment]

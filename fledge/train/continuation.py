@@ -14,8 +14,8 @@ import msgspec
 from torch import Tensor
 
 from fledge.errors import UserError
+from fledge.outputs import write_json
 from fledge.parsing import read_json
-from fledge.provenance import write_json
 
 if TYPE_CHECKING:
     from fledge.train.run import Source
@@ -59,7 +59,8 @@ def check_same_inputs(output_dir: Path, source: "Source", *, resuming: bool) -> 
             if getattr(before, name) != getattr(now, name):
                 raise UserError(
                     f"{output_dir}: {what} is not what the run there was started with, though named alike. Put it back "
-                    f"to continue, choose another --output_dir, or start over with --resume_from_checkpoint False."
+                    f"to continue, choose another --output_dir, or delete that run with --resume_from_checkpoint False "
+                    f"--overwrite."
                 )
     write_json(path, msgspec.structs.asdict(now))
 

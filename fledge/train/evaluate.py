@@ -7,7 +7,6 @@ the random state, so a run with evaluation trains as one without.
 """
 
 import dataclasses
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -25,11 +24,11 @@ from fledge.draft.checkpoint import WEIGHTS, save_draft
 from fledge.draft.model import DraftModel
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
+from fledge.outputs import delete, staged, write_json
 from fledge.parsing import read_python_json
-from fledge.provenance import write_json
 from fledge.target.model import Target
+from fledge.train.resume import BEST
 
-BEST = "best"
 RECORD = "best.json"
 
 
@@ -105,7 +104,7 @@ class DecodingCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A fresh run does not inherit the best head of another."""
         if state.global_step == 0 and self.folder.exists() and self.trainer.is_world_process_zero():
-            shutil.rmtree(self.folder)
+            delete([self.folder])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self.every == 0:
@@ -129,12 +128,13 @@ class DecodingCallback(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
 
     def keep(self, decoded: Decoded, weights: dict[str, Tensor]) -> None:
-        """Save the head when it is better than the one in `best/`; the record goes last, so it names whole heads."""
+        """Save the head when it is better than the one in `best/`, together with its record."""
         before = read_best(self.folder.parent)
         if before is not None and decoded.tau <= before.tau:
             return
-        save_draft(self.trainer.draft, self.folder, dtype=self.trainer.save_dtype, weights=weights)
-        write_json(self.folder / RECORD, dataclasses.asdict(decoded))
+        with staged(self.folder) as building:
+            save_draft(self.trainer.draft, building, dtype=self.trainer.save_dtype, weights=weights)
+            write_json(building / RECORD, dataclasses.asdict(decoded))
 
     def make_best_final(self) -> None:
         """Put the best head where the last one was saved; the model in memory follows where it is whole."""
@@ -143,9 +143,9 @@ class DecodingCallback(TrainerCallback):
             return
         say(f"the head of step {best.step} is the best by decoding (tau {best.tau:.3f}); it becomes the final one")
         if self.trainer.is_world_process_zero():
-            for name in ("config.json", WEIGHTS):
-                shutil.copyfile(self.folder / name, output_dir / (name + ".tmp"))
-                os.replace(output_dir / (name + ".tmp"), output_dir / name)
+            with staged(output_dir) as building:
+                for name in ("config.json", WEIGHTS):
+                    shutil.copyfile(self.folder / name, building / name)
         self.trainer.accelerator.wait_for_everyone()
         if not self.trainer.sharded:
             self.trainer.load_head(output_dir)
@@ -159,8 +159,8 @@ def read_best(output_dir: Path) -> Decoded | None:
         return None
 
 
-def decoding_callback(trainer: Any, flags: Any, source: Any, open_target: Any) -> DecodingCallback | None:
-    """The callback the flags ask for; None without --eval_decode_steps. `open_target()` loads one where none is."""
+def decoding_evaluation(flags: Any, source: Any, open_target: Any) -> DecodingEvaluation | None:
+    """What the flags ask for; None without --eval_decode_steps. `open_target()` loads a target where none is."""
     if not flags.eval_decode_steps:
         return None
     if len(flags.eval_decode_tree) != 3:
@@ -183,6 +183,4 @@ def decoding_callback(trainer: Any, flags: Any, source: Any, open_target: Any) -
         warn(f"--eval_decode_prompts {flags.eval_decode_prompts}: only {len(prompts)} held-out prompts; all are used.")
     say(f"every {flags.eval_decode_steps} steps {len(prompts)} prompts are decoded; {BEST}/ keeps the best head")
     tree = TreeShape(*flags.eval_decode_tree)
-    return DecodingCallback(
-        trainer, DecodingEvaluation(target, prompts, tree, flags.eval_decode_max_new_tokens), flags.eval_decode_steps
-    )
+    return DecodingEvaluation(target, prompts, tree, flags.eval_decode_max_new_tokens)

@@ -5,7 +5,8 @@ Puts the stages together: source -> draft vocabulary -> draft -> Trainer -> fina
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ from fledge.target.model import Target
 from fledge.target.record import TargetRecord
 from fledge.train.arguments import DataArguments, DraftArguments, TrainArgs, TrainerArguments, parse_args
 from fledge.train.continuation import check_resumable, check_same_inputs
-from fledge.train.evaluate import decoding_callback
+from fledge.train.evaluate import DecodingCallback, decoding_evaluation
 from fledge.train.module import HeadRows, TTTModule
 from fledge.train.records import warn_of_shared
-from fledge.train.resume import check_same_run, find_checkpoint
+from fledge.train.resume import begin, check_same_run, check_start, find_checkpoint
 from fledge.train.trainer import DraftTrainer
 from fledge.train.warm_start import architecture_of, continue_from
 
@@ -76,35 +77,35 @@ def train(args: TrainArgs) -> None:
     Ends with a head in --output_dir that fledge, vLLM and SGLang load. A run that was stopped continues where it was.
     """
     allow_image_urls(args.data.allow_image_urls)
-    output_dir = Path(str(args.trainer.output_dir))
-    checkpoint = find_checkpoint(output_dir, args.trainer.resume_from_checkpoint)
-    if checkpoint is not None:
+    output_dir, wanted = Path(str(args.trainer.output_dir)), args.trainer.resume_from_checkpoint
+    check_start(output_dir, wanted, args.trainer.overwrite)
+    if (checkpoint := find_checkpoint(output_dir, wanted)) is not None:
         check_resumable(Path(checkpoint))
     check_paths(args)
     set_seed(args.trainer.seed)
     source = open_source(args)
     config = draft_config(args.draft, source)
     _resolve(args, config)
-    if args.trainer.should_save:
-        check_same_run(output_dir, args.resolved(), checkpoint is not None)
-        check_same_inputs(output_dir, source, resuming=checkpoint is not None)
     draft = make_draft(config, args.draft, source, args.trainer.seed)
     module = TTTModule(
         draft, source.teacher_head, args.draft.ttt_steps, args.draft.loss_settings(), source.teacher_rows,
         survival=args.draft.depth_survival, seed=args.trainer.seed,
     )  # fmt: skip
-    trainer = DraftTrainer(
-        module, args.trainer, to_record=source.to_record, train_dataset=source.train, eval_dataset=source.eval,
-        save_dtype=getattr(torch, args.draft.save_dtype),
-    )  # fmt: skip
-    evaluation = decoding_callback(trainer, args.evaluation, source, lambda: target_for_evaluation(args, source))
-    if evaluation is not None:
-        trainer.add_callback(evaluation)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    if evaluation is not None and args.evaluation.eval_decode_load_best:
-        evaluation.make_best_final()
-    finish(trainer, args, source, result.metrics)
+    evaluation = decoding_evaluation(args.evaluation, source, lambda: target_for_evaluation(args, source))
+    with run_folder(args, source) as (run, checkpoint):
+        trainer = DraftTrainer(
+            module, args.trainer, to_record=source.to_record, train_dataset=source.train, eval_dataset=source.eval,
+            save_dtype=getattr(torch, args.draft.save_dtype), run=run,
+        )  # fmt: skip
+        steps = args.evaluation.eval_decode_steps
+        decoding = DecodingCallback(trainer, evaluation, steps) if evaluation is not None else None
+        if decoding is not None:
+            trainer.add_callback(decoding)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        if decoding is not None and args.evaluation.eval_decode_load_best:
+            decoding.make_best_final()
+        finish(trainer, args, source, result.metrics)
     leave(args.trainer.device)
 
 
@@ -116,6 +117,26 @@ def check_paths(args: TrainArgs) -> None:
         read_overrides(Path(args.draft.draft_model_config_path))
     if args.draft.init_from:
         read_config(Path(args.draft.init_from))
+
+
+@contextmanager
+def run_folder(args: TrainArgs, source: Source) -> Iterator[tuple[str, str | None]]:
+    """The output folder as this run's own: its run id (of the process that saves), the checkpoint to resume from."""
+    output_dir, wanted, held = Path(str(args.trainer.output_dir)), args.trainer.resume_from_checkpoint, None
+    try:
+        with args.trainer.main_process_first(local=args.trainer.save_on_each_node, desc="claiming the output folder"):
+            if args.trainer.should_save:
+                held = begin(output_dir, wanted, args.trainer.overwrite)
+            checkpoint = find_checkpoint(output_dir, wanted)
+            if held is not None:
+                check_same_run(output_dir, args.resolved(), checkpoint is not None)
+                check_same_inputs(output_dir, source, resuming=checkpoint is not None)
+        if checkpoint is not None:
+            say(f"resuming from {checkpoint}")
+        yield held.run if held is not None else "", checkpoint
+    finally:
+        if held is not None:
+            held.release()
 
 
 def open_source(args: TrainArgs) -> Source:

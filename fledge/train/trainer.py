@@ -6,7 +6,6 @@ over accumulation and ranks: N processes with batch 1 take the step of one proce
 """
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,12 +25,13 @@ from fledge.draft.loss import LossOutput
 from fledge.draft.low_rank import FACTORS, WHOLE, LowRankHead, factors, merged
 from fledge.draft.model import DraftModel
 from fledge.errors import UserError
+from fledge.outputs import delete, mark, replacing
 from fledge.target.record import TargetRecord
 from fledge.train.arguments import TrainerArguments
 from fledge.train.metrics import MetricSums, taught_positions
 from fledge.train.module import TTTModule
 from fledge.train.muon import MuonBeside, split_parameters
-from fledge.train.resume import is_complete
+from fledge.train.resume import TRAIN, delete_old, is_complete
 
 
 def as_list(items: Sequence[Any]) -> list[Any]:
@@ -51,13 +51,14 @@ class DraftTrainer(Trainer):
         train_dataset: Any,
         eval_dataset: Any = None,
         save_dtype: torch.dtype = torch.bfloat16,
+        run: str = "",
         callbacks: list[Any] | None = None,
     ) -> None:
         super().__init__(
             model=module, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=as_list, callbacks=callbacks,  # type: ignore[arg-type]
         )  # fmt: skip
-        self.to_record, self.save_dtype = to_record, save_dtype
+        self.to_record, self.save_dtype, self.run = to_record, save_dtype, run
         self.model_accepts_loss_kwargs = True  # the loss is already divided for accumulation
         self.per_token = module.settings.average == "token"
         self.window = MetricSums(module.ttt_steps, args.device)
@@ -198,19 +199,34 @@ class DraftTrainer(Trainer):
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The Trainer's; what a full disk leaves half written is removed, and the run stops."""
+        """The Trainer's, marked as this run's; what a full disk leaves half written is removed, and the run stops."""
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # `delete_old` keeps to it
         try:
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                mark(folder, TRAIN, self.run)
+            self.accelerator.wait_for_everyone()  # the marker comes first: without it nobody may delete the rest
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                delete_old(folder.parent, limit, self.state.best_model_checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as RuntimeError
-            folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             if is_complete(folder):
                 raise
             if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
+                delete([folder])
             raise UserError(
                 f"{folder}: the checkpoint could not be written ({' '.join(str(error).split())[:200]}); what was "
                 f"there of it is removed. Earlier checkpoints are intact: make room and run the same command again."
             ) from error
+        finally:
+            self.args.save_total_limit = limit
+
+    def save_state(self) -> None:
+        """The Trainer's, whole or not at all."""
+        if self.args.should_save:
+            with replacing(Path(str(self.args.output_dir)) / "trainer_state.json") as temporary:
+                self.state.save_to_json(str(temporary))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
@@ -219,7 +235,8 @@ class DraftTrainer(Trainer):
             weights = _own_names(state_dict or {})
             save_draft(self.draft, folder, dtype=self.save_dtype if final else torch.float32, weights=weights)
             if isinstance(self.draft.lm_head, LowRankHead) and not final:
-                save_file(factors(weights or dict(self.draft.named_parameters())), str(folder / FACTORS))
+                with replacing(folder / FACTORS) as temporary:
+                    save_file(factors(weights or dict(self.draft.named_parameters())), str(temporary))
 
     @property
     def sharded(self) -> bool:

@@ -13,10 +13,9 @@ def row(question, **more):
 
 
 def test_rows_are_there_after_reopening(tmp_path):
-    path = tmp_path / "results.jsonl"
-    with open_results(path, {"a": 1}) as results:
+    with open_results(tmp_path, {"a": 1}) as results:
         results.append(row(1, value=3))
-    with open_results(path, {"a": 1}) as results:
+    with open_results(tmp_path, {"a": 1}) as results:
         assert len(results) == 1 and results.rows[0]["value"] == 3
         assert ("d", "1", "x", "0", "", "") in results
 
@@ -24,11 +23,11 @@ def test_rows_are_there_after_reopening(tmp_path):
 def test_a_torn_line_is_dropped_and_the_rest_kept(tmp_path):
     """A crash in the middle of a write leaves half a line; the next run must not choke on it, nor append to it."""
     path = tmp_path / "results.jsonl"
-    with open_results(path, {}) as results:
+    with open_results(tmp_path, {}) as results:
         results.append(row(1))
         results.append(row(2))
     path.write_bytes(path.read_bytes()[:-20])
-    with open_results(path, {}) as results:
+    with open_results(tmp_path, {}) as results:
         assert [one["question_id"] for one in results.rows] == ["1"]
         results.append(row(2))
     lines = path.read_text().splitlines()
@@ -37,32 +36,31 @@ def test_a_torn_line_is_dropped_and_the_rest_kept(tmp_path):
 
 def test_rows_of_other_settings_are_set_aside_and_come_back(tmp_path):
     path = tmp_path / "results.jsonl"
-    with open_results(path, {"depth": 5}) as results:
+    with open_results(tmp_path, {"depth": 5}) as results:
         results.append(row(1, value="deep"))
-    with open_results(path, {"depth": 3}) as results:
+    with open_results(tmp_path, {"depth": 3}) as results:
         assert len(results) == 0
         results.append(row(1, value="shallow"))
     assert [one["value"] for one in read_rows(path)] == ["shallow"]
-    with open_results(path, {"depth": 5}) as results:
+    with open_results(tmp_path, {"depth": 5}) as results:
         assert [one["value"] for one in results.rows] == ["deep"]
     assert len(list(tmp_path.glob("results-*.jsonl"))) == 1
 
 
 def test_two_benchmarks_cannot_write_one_folder(tmp_path):
-    path = tmp_path / "results.jsonl"
-    with open_results(path, {}), pytest.raises(UserError, match="another benchmark"), open_results(path, {}):
+    with open_results(tmp_path, {}), pytest.raises(UserError, match="another run"), open_results(tmp_path, {}):
         pass
 
 
 def test_every_line_is_on_disk_before_append_returns(tmp_path):
     path = tmp_path / "results.jsonl"
-    with open_results(path, {}) as results:
+    with open_results(tmp_path, {}) as results:
         results.append(row(1))
         assert len(read_rows(path)) == 1
 
 
 def test_a_row_cannot_be_measured_twice(tmp_path):
-    with open_results(tmp_path / "results.jsonl", {}) as results:
+    with open_results(tmp_path, {}) as results:
         results.append(row(1))
         with pytest.raises(AssertionError, match="measured twice"):
             results.append(row(1))

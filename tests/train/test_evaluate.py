@@ -99,7 +99,7 @@ def test_the_best_head_is_kept_and_becomes_the_final_one(work, tmp_path, monkeyp
     final, kept = (read_tensors(folder / WEIGHTS)["fc.weight"] for folder in (tmp_path, tmp_path / "best"))
     assert torch.equal(final, kept)
     assert not torch.equal(kept, steps[6]) and not torch.equal(kept, steps[8])  # control: the last ones differ
-    run.train(arguments(work, tmp_path, *decoding("--resume_from_checkpoint", False), steps=2))
+    run.train(arguments(work, tmp_path, *decoding("--resume_from_checkpoint", False, "--overwrite", True), steps=2))
     assert (read_best(tmp_path) or best).step == 2  # a fresh run does not inherit the best of another
 
 

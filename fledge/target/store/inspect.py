@@ -7,7 +7,7 @@ import numpy as np
 
 from fledge.console import say, show_table, warn
 from fledge.data.vocab import control_ids, coverage
-from fledge.provenance import write_json
+from fledge.outputs import write_json
 from fledge.target.store.reader import HiddenStore
 from fledge.target.store.writer import gib
 

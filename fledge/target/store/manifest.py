@@ -7,10 +7,7 @@ their identities are equal; where they differ the message says in what.
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -174,47 +171,6 @@ def canonical(document: Any) -> bytes:
     return json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode(
         "utf-8", "surrogatepass"
     )
-
-
-def write_atomically(path: Path, content: bytes, tag: str = "") -> None:
-    """Write under a temporary name, sync, rename, sync the folder: after a crash the old or the new file is there."""
-    temporary = path.with_name(f"{path.name}{tag}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what shall become `path`: synced and renamed at the end, removed if that fails.
-
-    In a folder of its own: safetensors writes to a temporary file beside the one it is given, which a kill leaves.
-    """
-    folder = path.with_name(path.name + ".writing")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        temporary = folder / path.name
-        yield temporary
-        temporary.chmod(0o644)  # safetensors makes it private
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in this folder last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def file_sha256(path: Path) -> str:

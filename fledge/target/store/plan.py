@@ -16,9 +16,10 @@ import msgspec
 
 from fledge.data.tokenize import Sample
 from fledge.errors import UserError
+from fledge.outputs import write_file
 from fledge.parsing import read_json_lines
 from fledge.ranges import Count, Natural
-from fledge.target.store.manifest import PLAN, write_atomically
+from fledge.target.store.manifest import PLAN
 
 RESTORE = "Restore it, or extract into a new folder."
 
@@ -96,7 +97,7 @@ class Plan:
         return len(self.place)
 
     def write(self, folder: Path) -> None:
-        write_atomically(folder / PLAN, self.content())
+        write_file(folder / PLAN, self.content())
 
     def extended(self, samples: Iterable[Sample], tokens_per_shard: int) -> "Plan":
         """This plan with shards for every sample it does not hold yet."""

@@ -24,10 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fledge.errors import UserError
+from fledge.outputs import replacing
 from fledge.target.head import as_bytes, one_entry
 from fledge.target.record import TargetRecord, TeacherSummary
 from fledge.target.store.header import DAMAGED, read_header
-from fledge.target.store.manifest import Identity, ShardEntry, file_sha256, replacing
+from fledge.target.store.manifest import Identity, ShardEntry, file_sha256
 from fledge.target.store.plan import PlannedShard
 
 # R records, N tokens of all records, M stored rows of last_hidden, A taps, H hidden

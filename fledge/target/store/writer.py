@@ -5,25 +5,23 @@ names, a finished one is announced by its own small file in sealed/, and the man
 """
 
 import dataclasses
-import errno
-import fcntl
 import json
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from fledge.console import say
 from fledge.data.tokenize import Sample
-from fledge.errors import UserError
+from fledge.errors import FULL, UserError, free_bytes
+from fledge.outputs import Claim, Output, check, claim, document_has, is_own, replacing, write_file
 from fledge.parsing import read_json
 from fledge.target.head import TargetHead
 from fledge.target.store.manifest import (
     HEAD,
     MANIFEST,
+    PLAN,
     SEALED,
     Identity,
     Manifest,
@@ -31,14 +29,15 @@ from fledge.target.store.manifest import (
     canonical,
     file_sha256,
     read_manifest,
-    replacing,
-    write_atomically,
 )
 from fledge.target.store.plan import Plan, PlannedShard
 from fledge.target.store.shard import ShardBuffer, token_bytes
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-FULL_WORDS = ("No space left", "quota exceeded", "File too large")
+STORE = Output(
+    "extract",
+    (MANIFEST, PLAN, SEALED, HEAD, "shard-*.safetensors", "provenance.json"),
+    lambda folder: document_has(folder / MANIFEST, "kind", "identity") or (folder / SEALED).is_dir(),
+)
 WAIT_FOR_FIRST_RANK_S = 3600.0
 
 
@@ -59,19 +58,29 @@ class StoreWriter:
 
     def __init__(
         self, folder: Path, identity: Identity, head: TargetHead, samples: Iterable[Sample], *, shard_bytes: int,
-        ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+        ranks: Ranks = Ranks(), overwrite: bool = False,  # noqa: B008 - frozen
     ) -> None:  # fmt: skip
+        check(folder, STORE, overwrite=overwrite)
+        self.overwrite = overwrite
         self.folder, self.identity, self.head, self.ranks = folder, identity, head, ranks
         per_shard = max(1, int(shard_bytes / token_bytes(identity)))
-        self._check_identity()
-        self.plan = Plan.read(folder).extended(samples, per_shard)
-        self._lock: IO[bytes] | None = None
+        continues = is_own(folder, STORE)
+        if continues:
+            self._check_identity()
+        self.plan = (Plan.read(folder) if continues else Plan(())).extended(samples, per_shard)
+        self._claim: Claim | None = None
         self._background = ThreadPoolExecutor(1, thread_name_prefix="seal")
         self._under_way: Future[None] | None = None
 
     def __enter__(self) -> "StoreWriter":
         if self.ranks.first:
-            self._begin()
+            self._check_space()
+            self._claim = claim(self.folder, STORE, overwrite=self.overwrite)
+            try:
+                self._begin()
+            except BaseException:
+                self._claim.release()
+                raise
         else:
             self._wait_for_first_rank()
         return self
@@ -85,8 +94,8 @@ class StoreWriter:
                 raise
         finally:
             self._background.shutdown()
-            if self._lock is not None:
-                self._lock.close()
+            if self._claim is not None:
+                self._claim.release()
 
     @property
     def finished(self) -> dict[int, ShardEntry]:
@@ -127,7 +136,7 @@ class StoreWriter:
         with full_disk_is_an_error(self.folder):
             entry = buffer.save(self.folder)
             content = canonical(dataclasses.asdict(entry)) + b"\n"
-            write_atomically(self.folder / SEALED / f"{buffer.shard.name}.json", content)
+            write_file(self.folder / SEALED / f"{buffer.shard.name}.json", content)
             self._write_manifest()
 
     def _write_manifest(self) -> Manifest:
@@ -141,7 +150,7 @@ class StoreWriter:
                 shards=tuple(finished[number] for number in sorted(finished)),
             )  # fmt: skip
             content = json.dumps(manifest.document(), indent=2, ensure_ascii=False).encode() + b"\n"
-            write_atomically(self.folder / MANIFEST, content, tag=f".rank{self.ranks.rank}")
+            write_file(self.folder / MANIFEST, content, tag=f".rank{self.ranks.rank}")
             if self.finished.keys() == finished.keys():
                 return manifest
 
@@ -156,27 +165,15 @@ class StoreWriter:
             )
 
     def _begin(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
         strangers = [path.name for path in self.folder.glob("shard-*.safetensors")]
         if strangers and not (self.folder / SEALED).is_dir():
             raise UserError(f"{self.folder}: has shards but no {SEALED}/ folder. Choose an empty --output-dir.")
         self._check_finished()
-        self._check_space()
         (self.folder / SEALED).mkdir(exist_ok=True)
         with full_disk_is_an_error(self.folder):
             self._write_head()
             self.plan.write(self.folder)
             self._write_manifest()
-
-    def _take_lock(self) -> None:
-        self._lock = open(self.folder / ".lock", "wb")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{self.folder}: another run is writing there. Wait for it or choose another folder."
-            ) from None
 
     def _check_finished(self) -> None:
         for number, entry in self.finished.items():
@@ -192,7 +189,7 @@ class StoreWriter:
         needed = self.estimate_bytes(shard for shard in self.plan.shards if shard.number not in finished)
         if not (self.folder / HEAD).is_file():
             needed += self.head.embedding.nbytes * (1 if self.head.tied else 2)
-        free = shutil.disk_usage(self.folder).free
+        free = free_bytes(self.folder)
         tokens = sum(shard.tokens for shard in self.plan.shards if shard.number not in finished)
         per_token = token_bytes(self.identity) / 1024
         say(f"{self.folder}: {tokens} tokens to extract take about {gib(needed)} ({per_token:.1f} KiB per token); "
@@ -241,7 +238,7 @@ def full_disk_is_an_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL and not any(word in str(error) for word in FULL_WORDS):
+        if error.errno not in FULL:
             raise
         kept = sum(1 for _ in (folder / SEALED).glob("shard-*.json"))
         raise UserError(
