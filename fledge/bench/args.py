@@ -33,7 +33,8 @@ class ModelArgs:
     base_model_path: Annotated[str, tyro.conf.arg(aliases=["--target"])]
     """Target model: a folder or a hub name."""
     eagle_model_path: Annotated[str | None, tyro.conf.arg(aliases=["--draft"])] = None
-    """Draft head: the folder that training wrote. Not needed with --mode baseline or aa."""
+    """Draft head: the folder that training wrote, or `lookup` for prompt lookup. Not needed with --mode baseline or
+    aa."""
     model_id: str | None = None
     """A name for this run in files and reports. None: the last part of the head's (or target's) path."""
     mode: Mode = "both"
@@ -198,6 +199,8 @@ class BenchArgs:
                 f"--mode {self.model.mode} measures a draft head but --eagle-model-path is not given. Give the head's "
                 f"folder, or measure the target alone with --mode baseline."
             )
+        if self.tuning.tune and self.model.eagle_model_path == "lookup":
+            raise UserError("--tune measures the trees of a draft head; prompt lookup proposes chains. Give a head.")
         if self.decoding.adaptive and (self.model.mode not in ("both", "eagle") or self.tuning.tune):
             flag = "--tune" if self.tuning.tune else f"--mode {self.model.mode}"
             raise UserError(f"--adaptive adapts the trees of speculative decoding; {flag} has none to adapt. Drop one.")

@@ -20,7 +20,7 @@ from fledge.bench.rows import BENCHMARK, Results, Row, code_fingerprint, folder_
 from fledge.console import progress, say, show_table, warn
 from fledge.data.image_urls import allow_image_urls
 from fledge.decoding.tree_profile import profile_path, resolve_tree, write_profile
-from fledge.draft.head import read_head
+from fledge.drafters.registry import read_drafter
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError, refuse_missing_folder
 from fledge.outputs import check, document_has
@@ -61,7 +61,7 @@ def bench(args: BenchArgs) -> None:
 
     refuse_missing_folder(args.model.base_model_path)
     if args.needs_head:
-        read_head(Path(str(args.model.eagle_model_path)))
+        read_drafter(str(args.model.eagle_model_path))
     placement = place(args)
     if args.tuning.tune:
         return tune_tree(args, EngineSpec.of(args, TreeShape(), num_gpus=placement.gpus_per_worker))

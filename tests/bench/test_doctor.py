@@ -58,7 +58,7 @@ def stated(head: Head) -> Reading:
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.05, seed=3)], ids=["greedy", "sampled"])
 def test_a_walk_over_the_numbers_is_a_chain_decode(target, prompts, trained, sampling):
-    """The slow twin: generate_speculative, round by round."""
+    """The slow twin: decoding itself, round by round."""
     answers = [generate(target, None, ids, max_new_tokens=TOKENS, sampling=sampling).token_ids for ids in prompts[:6]]
     ward = Ward(target, prompts[:6], TOKENS, answers=answers if sampling.temperature else None)
     score = ward.score(trained, stated(trained))
