@@ -11,7 +11,7 @@ import torch
 from saved_target import save_target
 from tiny import tiny_draft
 
-from fledge.draft.checkpoint import save_draft
+from fledge.drafters.eagle3.checkpoint import save_draft
 from fledge.target.model import Target
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"

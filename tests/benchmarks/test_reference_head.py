@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from saved_target import byte_tokenizer, save_target, write_conversations
 
 from fledge.cli import run_command
-from fledge.draft.checkpoint import load_draft
+from fledge.drafters.eagle3.checkpoint import load_draft
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = sorted(path.parent for path in (ROOT / "heads").glob("*/*/config.json"))

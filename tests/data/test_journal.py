@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fledge.data.journal import Journal
 from fledge.errors import UserError
+from fledge.regeneration.journal import Journal
 
 
 def journal(folder: Path, total: int = 10, shard_size: int = 4, **settings) -> Journal:
