@@ -20,6 +20,7 @@ from fledge.target.model import Target
 from fledge.train import run
 from fledge.train.arguments import TrainArgs, parse_args
 from fledge.train.live import live_source
+from fledge.train.run import open_source
 
 STEPS = 20
 
