@@ -32,14 +32,15 @@ from fledge import provenance
 from fledge.bench.doctor import Ward, trial, walk
 from fledge.bench.prompts import load_questions
 from fledge.data.tokenize import ChatTemplate
-from fledge.decoding.batches import generate_batch
-from fledge.decoding.records import Sampling, TreeShape
+from fledge.decoding.generate import generate_batch
+from fledge.decoding.records import Sampling
 from fledge.draft import ttt
 from fledge.draft.batch import Batch
 from fledge.draft.checkpoint import load_draft
 from fledge.draft.depth import RandomDepth
 from fledge.draft.loss import Teacher
 from fledge.draft.model import DraftModel
+from fledge.drafters.tree import TreeShape
 from fledge.target.model import Target
 from fledge.train import module, run
 from fledge.train.arguments import TrainArgs, parse_args
@@ -207,7 +208,7 @@ def _answers(
         file = kept / f"answers-{Path(task).stem}-{end}-{most}{drawn_at(temperature)}.json"
         if not file.is_file():
             made = generate_batch(target, None, prompts, tree=TreeShape(1, 0, 1), max_new_tokens=most,
-                                  sampling=Sampling(temperature, seed=0), batch_size=8, engine="static")  # fmt: skip
+                                  sampling=Sampling(temperature, seed=0), batch_size=8, shapes="fixed")  # fmt: skip
             provenance.write_json(file, [one.token_ids for one in made])
         wards[task] = Ward(target, prompts, most, answers=json.loads(file.read_text()))
     return wards

@@ -25,10 +25,11 @@ from fledge import provenance
 from fledge.bench.prompts import dataset_label
 from fledge.data.samples import Prompt
 from fledge.decoding.adaptive import Pace
-from fledge.decoding.generate import generate_plain, generate_speculative
-from fledge.decoding.records import Generation, Sampling, TreeShape
+from fledge.decoding.generate import generate
+from fledge.decoding.records import Generation, Sampling
 from fledge.decoding.tune import measure_costs
 from fledge.draft.model import DraftModel
+from fledge.drafters.tree import TreeShape
 from fledge.target.model import Target
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -59,7 +60,7 @@ def main() -> None:
     prompts, tree = prompts_of(target, args), TreeShape(*args.tree)
     costs = costs_of(target, draft, prompts[0], tree)
     heads = {name: HEADS[name](draft) for name in args.heads}
-    ways: Ways = {"plain": lambda ids, n: generate_plain(target, ids, **options(n))}
+    ways: Ways = {"plain": lambda ids, n: generate(target, None, ids, **options(n))}
     for name, head in heads.items():
         if args.fixed or name == "given":
             ways[f"{name} head, fixed tree"] = speculative(target, head, tree, None)
@@ -98,7 +99,7 @@ def in_turns(ways: Ways, prompts: list[list[int]], args: argparse.Namespace) -> 
 
 def costs_of(target: Target, draft: DraftModel, prompt: list[int], tree: TreeShape) -> dict[str, Any]:
     """What `Pace` wants to know, measured as `--tune` measures it."""
-    answer = generate_plain(target, prompt, **options(32)).token_ids
+    answer = generate(target, None, prompt, **options(32)).token_ids
     costs = measure_costs(target, draft, (Prompt(prompt), answer), [tree.top_k], options(32), lambda note: None)
     draft_s = {levels: seconds for (_, levels), seconds in costs.draft_s.items()}
     verify_s = {1: costs.plain_s, **costs.verify_s}
@@ -106,7 +107,7 @@ def costs_of(target: Target, draft: DraftModel, prompt: list[int], tree: TreeSha
 
 
 def speculative(target: Target, draft: DraftModel, tree: TreeShape, pace: Pace | None) -> Callable[..., Generation]:
-    return lambda ids, n: generate_speculative(target, draft, ids, tree=tree, pace=pace, **options(n))
+    return lambda ids, n: generate(target, draft, ids, tree=tree, budget=pace, **options(n))
 
 
 def options(new_tokens: int) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""The static engine beside the dynamic one, one prompt and several at once: tokens per second of all prompts together.
+"""Fixed shapes beside exact ones, one prompt and several at once: tokens per second of all prompts together.
 
     python benchmarks/decode_batches.py MODEL HEAD [--dtype float32] [--tree 8 2 3] [--batches 1 4] [--threads 2]
 
-Same prompts, same process, greedy, no EOS, engines interleaved; the best of the repeats, prefill left out. The dynamic
-engine takes prompts one after another. Outputs of both engines are compared: in float32 they must agree.
+Same prompts, same process, greedy, no EOS, in turns; the best of the repeats, prefill left out. Outputs of both are
+compared: in float32 they must agree.
 """
 
 import argparse
@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from fledge.decoding.batches import generate_batch
-from fledge.decoding.records import Generation, Sampling, TreeShape
+from fledge.decoding.generate import generate_batch
+from fledge.decoding.records import Generation, Sampling
 from fledge.draft.checkpoint import load_draft
 from fledge.draft.config import from_json
+from fledge.drafters.tree import TreeShape
 from fledge.target.model import Target
 
 PROMPTS = (
@@ -25,7 +26,7 @@ PROMPTS = (
     "Explain step by step how to boil an egg, for a child who has never cooked.",
     "List five fruits that grow in cold countries.",
 )
-ENGINES: tuple[Any, ...] = ("dynamic", "static")
+POLICIES: tuple[Any, ...] = ("exact", "fixed")
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second by way, and whether the engines agree."""
+    """Tokens per second by way, and whether the two agree."""
     taps = from_json(options.head / "config.json").tap_layers
     dtype = getattr(torch, options.dtype)
     target = Target.from_pretrained(options.model, dtype=dtype, device=options.device, tap_layers=taps)
@@ -62,18 +63,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for name, head in (("plain", None), ("speculative", draft)):
             best: dict[str, tuple[float, list[Generation]]] = {}
             for repeat in range(-1, options.repeats):  # the first pass warms up
-                for engine in ENGINES:
+                for shapes in POLICIES:
                     made = generate_batch(
                         target, head, asked, tree=TreeShape(*options.tree), sampling=Sampling(), eos_token_ids=(),
-                        max_new_tokens=options.new_tokens if repeat >= 0 else 8, engine=engine,
+                        max_new_tokens=options.new_tokens if repeat >= 0 else 8, shapes=shapes,
                     )  # fmt: skip
                     if repeat >= 0:
-                        best[engine] = max(best.get(engine, (0.0, made)), (speed(made, engine), made), key=first)
+                        best[shapes] = max(best.get(shapes, (0.0, made)), (speed(made), made), key=first)
             tokens = [[one.token_ids for one in made] for _, made in best.values()]
             figures[f"{name}, {batch} at once"] = {
-                **{engine: round(value, 1) for engine, (value, _) in best.items()},
+                **{shapes: round(value, 1) for shapes, (value, _) in best.items()},
                 "same_tokens": tokens[0] == tokens[1],
-                "round_ms": {engine: round_ms(made[0]) for engine, (_, made) in best.items()},
+                "round_ms": {shapes: round_ms(made[0]) for shapes, (_, made) in best.items()},
             }  # fmt: skip
     return figures
 
@@ -82,10 +83,9 @@ def first(pair: tuple[float, Any]) -> float:
     return pair[0]
 
 
-def speed(made: list[Generation], engine: str) -> float:
-    """Tokens per second of all: the static engine's sequences share their time, the dynamic one's add up."""
-    together = max if engine == "static" else sum
-    return sum(len(one.token_ids) - 1 for one in made) / together(one.decode_s for one in made)
+def speed(made: list[Generation]) -> float:
+    """Tokens per second of all, which share their time."""
+    return sum(len(one.token_ids) - 1 for one in made) / max(one.decode_s for one in made)
 
 
 def round_ms(one: Generation) -> dict[str, float]:

@@ -15,9 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-from fledge.decoding.generate import Sampling, generate_plain
-from fledge.decoding.tree import Tree, ancestors_of
-from fledge.decoding.verifying import verifier_of
+from fledge.decoding.generate import Sampling, generate
+from fledge.decoding.tune import verify_time
 from fledge.target.model import Target
 
 PROMPTS = ("Write a short story about a lighthouse keeper who finds a letter in a bottle.",)
@@ -46,7 +45,7 @@ def measure(options: argparse.Namespace, dtype: str) -> dict:
     prompts = [target.tokenizer(text)["input_ids"] for text in PROMPTS]
     ways: dict[str, Callable[[list[int]], list[int]]] = {
         "plain": lambda ids: (
-            generate_plain(target, ids, max_new_tokens=new_tokens, sampling=Sampling(), eos_token_ids=()).token_ids
+            generate(target, None, ids, max_new_tokens=new_tokens, sampling=Sampling(), eos_token_ids=()).token_ids
         ),
         "generate, dynamic cache": lambda ids: library(target, ids, new_tokens),
         "generate, static cache": lambda ids: library(target, ids, new_tokens, cache_implementation="static"),
@@ -69,7 +68,7 @@ def measure(options: argparse.Namespace, dtype: str) -> dict:
             for way, times in seconds.items()
         },
         "same_tokens": {way: outputs[way] == outputs["plain"] for way in ways},
-        "verify_ms": {nodes: round(verify_ms(target, prompts[0], nodes, clock), 2) for nodes in NODES},
+        "verify_ms": {nodes: round(verify_ms(target, prompts[0], nodes), 2) for nodes in NODES},
     }
 
 
@@ -84,21 +83,9 @@ def library(target: Target, ids: list[int], new_tokens: int, **options: str) -> 
     return output[0, len(ids) :].tolist()
 
 
-@torch.inference_mode()
-def verify_ms(target: Target, ids: list[int], nodes: int, clock: Callable[[], float], prefix_len: int = 256) -> float:
+def verify_ms(target: Target, ids: list[int], nodes: int, prefix_len: int = 256) -> float:
     """V(n): one tree of `nodes` tokens behind a prefix of 256, head included."""
-    verifier = verifier_of(target)
-    prompt = torch.tensor((ids * prefix_len)[:prefix_len])
-    parents = torch.arange(nodes).sub(1).clamp_min(0)
-    tree = Tree(prompt[:nodes], parents, torch.arange(nodes), ancestors_of(parents, nodes))
-    times = []
-    with verifier.session(prefix_len + nodes):
-        verifier.prefill(prompt, taps=True)
-        for _ in range(5):
-            start = clock()
-            target.head(verifier.verify(tree, nodes - 1, taps=True).last_hidden)
-            times.append(clock() - start)
-    return 1000 * statistics.median(times[1:])
+    return 1000 * verify_time(target, (ids * prefix_len)[:prefix_len], nodes)
 
 
 if __name__ == "__main__":

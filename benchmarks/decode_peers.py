@@ -3,12 +3,12 @@
     python benchmarks/decode_peers.py SMOLLM2_DIR HEAD --bench-dir QUESTIONS --peer-python PEER_VENV/bin/python \\
         --out benchmarks/decode_peers_2core-cpu_202611
 
-Greedy, no end of text, so every way decodes the same number of tokens. Plain decoding, our dynamic and static engine
-and the peer take one prompt after another in turns, in several rounds after one short one that is not counted. tok/s
-are the tokens after the first over the time after the prompt; what a last round brings beyond --new-tokens counts for
-nobody, its time does. tok/s are medians over rounds of all prompts, ratios medians over single answers with their
-extremes. Token ids must agree in float32; in bfloat16, where two tokens can tie within rounding, the prompts on which
-they do are counted.
+Greedy, no end of text, so every way decodes the same number of tokens. Plain decoding, our rounds of exact and of
+fixed shapes and the peer take one prompt after another in turns, in several rounds after one short one that is not
+counted. tok/s are the tokens after the first over the time after the prompt; what a last round brings beyond
+--new-tokens counts for nobody, its time does. tok/s are medians over rounds of all prompts, ratios medians over single
+answers with their extremes. Token ids must agree in float32; in bfloat16, where two tokens can tie within rounding, the
+prompts on which they do are counted.
 
 The peer runs in a process of its own, with the Python of an environment made for it, and stays loaded:
 
@@ -33,11 +33,12 @@ import torch
 
 from fledge import provenance
 from fledge.bench.prompts import dataset_label, load_questions, turn_text
-from fledge.decoding.batches import generate_batch
-from fledge.decoding.records import Generation, Sampling, TreeShape
+from fledge.decoding.generate import generate_batch
+from fledge.decoding.records import Generation, Sampling
 from fledge.draft.checkpoint import load_draft
 from fledge.draft.config import from_json
 from fledge.draft.model import DraftModel
+from fledge.drafters.tree import TreeShape
 from fledge.target.model import Target
 
 WORKER = Path(__file__).with_name("decode_peers_worker.py")
@@ -91,11 +92,11 @@ def run_case(dtype: str, args: argparse.Namespace) -> tuple[dict[str, Any], dict
     target, draft = load_pair(args.model, args.head, dtype)
     prompts = prompts_of(target, args)
     trees = [TreeShape(*numbers) for numbers in args.tree or TREES]
-    ways: Ways = {"plain": ours(target, None, trees[0], "dynamic")}
+    ways: Ways = {"plain": ours(target, None, trees[0], "exact")}
     peer = Peer(dtype, args) if args.peer_python else None
     for tree in trees:
-        for engine in ("dynamic", "static"):
-            ways[f"{name_of(tree)} {engine}"] = ours(target, draft, tree, engine)
+        for shapes in ("exact", "fixed"):
+            ways[f"{name_of(tree)} {shapes}"] = ours(target, draft, tree, shapes)
         if peer:
             ways[f"{name_of(tree)} peer"] = peer.way(tree)
             if args.as_released:
@@ -144,11 +145,11 @@ def prompts_of(target: Target, args: argparse.Namespace) -> list[list[int]]:
     return [target.tokenizer.apply_chat_template(one, add_generation_prompt=True)["input_ids"] for one in asked]
 
 
-def ours(target: Target, draft: DraftModel | None, tree: TreeShape, engine: Any) -> Callable[[list[int], int], Run]:
+def ours(target: Target, draft: DraftModel | None, tree: TreeShape, shapes: Any) -> Callable[[list[int], int], Run]:
     def decode(prompt: list[int], new_tokens: int) -> Run:
         made = generate_batch(
             target, draft, [prompt], tree=tree, max_new_tokens=new_tokens, sampling=Sampling(), eos_token_ids=(),
-            engine=engine,
+            shapes=shapes,
         )  # fmt: skip
         return run_of(made[0])
 
@@ -252,7 +253,7 @@ def agreement(row: dict[str, Any], key: str) -> str:
 def table(results: dict[str, Any]) -> str:
     """Per number format one row for each way."""
     columns = (
-        "tree, engine", "tok/s", "with the prompt", "tau", "against plain", "tokens as plain", "against the peer",
+        "tree, shapes", "tok/s", "with the prompt", "tau", "against plain", "tokens as plain", "against the peer",
         "tokens as the peer",
     )  # fmt: skip
     lines: list[str] = []

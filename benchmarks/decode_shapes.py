@@ -2,12 +2,12 @@
 
     python benchmarks/decode_shapes.py --shape qwen3-8b --device cuda [--out benchmarks/decode_qwen3-8b_h200_yyyymm]
 
-Reported for both engines, dynamic and static (captured into CUDA graphs on a GPU): plain tokens per second and the
+Reported for exact shapes and fixed ones (captured into CUDA graphs on a GPU): plain tokens per second and the
 share of the memory's measured read speed it reaches; rounds of several trees with a random head: draft, verify, accept
-in milliseconds, and the round over the time of reading the weights of its passes once. The static engine also with
-several prompts at once. Beside them V(n), the dynamic engine's time for n tree nodes. A random head's tokens are
+in milliseconds, and the round over the time of reading the weights of its passes once. Fixed shapes also with
+several prompts at once. Beside them V(n), the time for n tree nodes. A random head's tokens are
 refused, so a round emits one token; acceptance changes how many tokens a round brings, not what it costs. Medians. Keep
---new-tokens well above the trees' depth: near the limit the dynamic engine drafts shallower trees.
+--new-tokens well above the trees' depth: near the limit exact shapes draft shallower trees.
 """
 
 import argparse
@@ -21,11 +21,12 @@ import torch
 
 from fledge import provenance
 from fledge.decoding.answering import read_speed
-from fledge.decoding.batches import generate_batch
-from fledge.decoding.records import Generation, Sampling, TreeShape
+from fledge.decoding.generate import generate_batch
+from fledge.decoding.records import Generation, Sampling
 from fledge.decoding.tune import NODES, verify_time
 from fledge.draft.config import derive
 from fledge.draft.model import DraftModel
+from fledge.drafters.tree import TreeShape
 from fledge.target.model import Target
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "configs"))
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens before the answer")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4], help="prompts at once, static engine")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4], help="prompts at once, in fixed shapes")
     parser.add_argument("--out", type=Path, help="without suffix; a .json is written")
     options = parser.parse_args()
     result = measure(options)
@@ -59,34 +60,34 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     prompt = torch.randint(10, 1000, (options.prompt,)).tolist()
     weights, head = size_of(target.model), size_of(draft)
     fastest = read_speed(target.device)
-    ways = {"dynamic": ("dynamic", 1), **{f"static, {batch} at once": ("static", batch) for batch in options.batches}}
+    ways = {"exact": ("exact", 1), **{f"fixed, {batch} at once": ("fixed", batch) for batch in options.batches}}
     figures: dict[str, Any] = {}
-    for way, (engine, batch) in ways.items():
-        plain = repeated(target, None, TREES[0], prompt, engine, batch, options)
+    for way, (shapes, batch) in ways.items():
+        plain = repeated(target, None, TREES[0], prompt, shapes, batch, options)
         per_token = statistics.median(one.decode_s / one.num_forwards for one in plain)
         figures[way] = {
             "tok_per_s": batch / per_token, "share_of_read_speed": weights / per_token / fastest, "rounds": {},
         }  # fmt: skip
         for tree in TREES:
-            made = repeated(target, draft, tree, prompt, engine, batch, options)
+            made = repeated(target, draft, tree, prompt, shapes, batch, options)
             name = f"{tree.total_token}/{tree.depth}/{tree.top_k}"
             figures[way]["rounds"][name] = round_costs(made, weights, head, tree, fastest)
     nodes = [n for n in (1, *NODES) if n <= 60]
     return {
-        "weights_gb": weights / 1e9, "head_gb": head / 1e9, "read_gb_per_s": fastest / 1e9, "engines": figures,
+        "weights_gb": weights / 1e9, "head_gb": head / 1e9, "read_gb_per_s": fastest / 1e9, "shapes": figures,
         "verify_ms": {n: 1e3 * verify_time(target, prompt, n) for n in nodes},
     }  # fmt: skip
 
 
 def repeated(
-    target: Target, draft: DraftModel | None, tree: TreeShape, prompt: list[int], engine: Any, batch: int,
+    target: Target, draft: DraftModel | None, tree: TreeShape, prompt: list[int], shapes: Any, batch: int,
     options: argparse.Namespace,
 ) -> list[Generation]:  # fmt: skip
     """The first answer of every repeat, after one whole generation unmeasured, in which all buckets are captured."""
     made = [
         generate_batch(
             target, draft, [prompt] * batch, tree=tree, max_new_tokens=options.new_tokens, sampling=Sampling(),
-            eos_token_ids=(), engine=engine,
+            eos_token_ids=(), shapes=shapes,
         )[0]
         for _ in range(options.repeats + 1)
     ]  # fmt: skip

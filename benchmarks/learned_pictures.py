@@ -27,7 +27,7 @@ from fledge.bench.args import BenchArgs, DecodingArgs, ModelArgs, OutputArgs, Pr
 from fledge.bench.run import bench
 from fledge.data.tokenize import ChatTemplate
 from fledge.data.vision import Vision
-from fledge.decoding.generate import Sampling, TreeShape, generate_plain, generate_speculative
+from fledge.decoding.generate import Sampling, TreeShape, generate
 from fledge.draft.checkpoint import load_draft
 from fledge.target.model import Target
 from fledge.train import run as training
@@ -104,8 +104,8 @@ def answer(target: Target, data: Path, seeds: range, task: Task) -> dict[str, in
     for row, seed in zip(rows, seeds, strict=True):
         image, caption = draw(seed, task)
         prompt = prompt_for(template, image)
-        found = generate_plain(
-            target, prompt.ids, max_new_tokens=40, sampling=Sampling(), model_inputs=prompt.model_inputs
+        found = generate(
+            target, None, prompt.ids, max_new_tokens=40, sampling=Sampling(), model_inputs=prompt.model_inputs
         )
         said = " ".join(target.tokenizer.convert_ids_to_tokens(found.token_ids, skip_special_tokens=True))
         row["messages"][1]["content"] = said
@@ -165,10 +165,10 @@ def compare_with_noise(folder: Path, seeds: range, task: Task) -> dict[str, Any]
     for seed in seeds:
         prompts = [prompt_for(template, image) for image in (draw(seed, task)[0], noise(seed, task))]
         plain = [
-            generate_plain(target, p.ids, max_new_tokens=40, sampling=Sampling(), model_inputs=p.model_inputs).token_ids
+            generate(target, None, p.ids, max_new_tokens=40, sampling=Sampling(), model_inputs=p.model_inputs).token_ids
             for p in prompts
         ]
-        found = generate_speculative(
+        found = generate(
             target, draft, prompts[1].ids, tree=TREE, max_new_tokens=40, sampling=Sampling(),
             model_inputs=prompts[1].model_inputs,
         )  # fmt: skip

@@ -1,9 +1,9 @@
-"""Imports go left to right: data -> target -> draft -> decoding -> train -> export -> bench, with a rim below."""
+"""Imports go left to right, stage by stage, with a rim below."""
 
 import ast
 from pathlib import Path
 
-STAGES = ("data", "target", "draft", "decoding", "train", "export", "bench")
+STAGES = ("data", "target", "draft", "drafters", "decoding", "train", "export", "bench")
 RIM = {
     "config", "errors", "escaping", "console", "outputs", "parsing", "provenance", "ranges", "redaction", "servers",
     "workers",

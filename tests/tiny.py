@@ -148,43 +148,36 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 class ScriptedDraft(DraftModel):
-    """A head of the right shape that knows the answer: it proposes script[j] (certain) as token j, others after it.
+    """A head of the right shape that knows the answers: it proposes the script's token j (certain) as token j, others
+    after it. Every `wrong`-th token it proposes is another one.
 
-    Its states carry nothing but the row's position; the real layer runs all the same, so the cache sees traffic.
+    `scripts` are the prompts with their answers. A sequence is recognised by its root, so it may lie in any slot. The
+    states carry nothing but the row's position and the script's number; the real layer runs all the same, so the cache
+    sees traffic.
     """
 
-    def __init__(self, target: Target, script: list[int]) -> None:
+    def __init__(self, target: Target, *scripts: list[int], wrong: int = 0) -> None:
         super().__init__(tiny_config(target, None), target.embedding_weight)
-        self.script = torch.tensor(script)
+        longest = max(map(len, scripts))
+        self.right = torch.tensor([[*script, *[0] * (longest - len(script))] for script in scripts])
+        off = (torch.arange(longest) % wrong == 0) if wrong else torch.zeros(longest, dtype=torch.bool)
+        self.script = (self.right + off) % VOCAB
 
-    def step(self, token_ids, hidden, position_ids, cache, mask=None, *, rope=None, last_only=False):  # noqa: D102
-        output = super().step(token_ids, hidden, position_ids, cache, mask, rope=rope, last_only=last_only)
-        position = torch.full(output.shape[:2], cache.used - 1.0) if last_only else hidden[..., 0] + 1
-        return torch.cat((position[..., None], torch.zeros_like(output[..., 1:])), dim=-1)
+    def step(self, token_ids, hidden, position_ids, cache, mask=None, *, rope=None, asked=None):  # noqa: D102
+        output = super().step(token_ids, hidden, position_ids, cache, mask, rope=rope, asked=asked)
+        if asked is None:
+            place = torch.stack((hidden[..., 0] + 1, hidden[..., 1]), dim=-1)
+        else:
+            position, root = cache.rows.gather(1, asked[:, None]), token_ids.gather(1, asked[:, None])
+            same = self.right[:, (position + 1).clamp(max=self.right.shape[1] - 1)[:, 0]].T == root  # (B, scripts)
+            place = torch.stack((position, same.int().argmax(1, keepdim=True)), dim=-1)
+        return torch.cat((place.to(output.dtype), torch.zeros_like(output[..., 2:])), dim=-1)
 
     def feedback(self, hidden: Tensor) -> Tensor:  # noqa: D102
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:  # noqa: D102
-        next_token = self.script[(hidden[..., 0].long() + 2).clamp(max=len(self.script) - 1)]
-        ranking = -0.1 * torch.arange(self.config.draft_vocab_size).expand(*next_token.shape, -1)
-        return ranking.scatter(-1, next_token[..., None], 10.0)
-
-
-class ScriptedRows(ScriptedDraft):
-    """The same for the static engine: a script for every sequence of a batch."""
-
-    def __init__(self, target: Target, scripts: list[list[int]]) -> None:
-        super().__init__(target, [])
-        longest = max(map(len, scripts))
-        self.script = torch.tensor([[*script, *[0] * (longest - len(script))] for script in scripts])
-
-    def step(self, token_ids, hidden, position_ids, cache, mask=None, *, rope=None, last_only=False, asked=None):  # noqa: D102
-        output = DraftModel.step(self, token_ids, hidden, position_ids, cache, mask, rope=rope, asked=asked)
-        position = hidden[..., 0] + 1 if asked is None else (cache.lengths - 1.0)[:, None]
-        return torch.cat((position[..., None], torch.zeros_like(output[..., 1:])), dim=-1)
-
-    def logits(self, hidden: Tensor) -> Tensor:  # noqa: D102
-        next_token = self.script.gather(1, (hidden[..., 0].long() + 2).clamp(max=self.script.shape[1] - 1))
+        position = (hidden[..., 0].long() + 2).clamp(max=self.script.shape[1] - 1)
+        next_token = self.script[hidden[..., 1].long(), position]
         ranking = -0.1 * torch.arange(self.config.draft_vocab_size).expand(*next_token.shape, -1)
         return ranking.scatter(-1, next_token[..., None], 10.0)

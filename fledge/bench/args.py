@@ -33,7 +33,8 @@ class ModelArgs:
     base_model_path: Annotated[str, tyro.conf.arg(aliases=["--target"])]
     """Target model: a folder or a hub name."""
     eagle_model_path: Annotated[str | None, tyro.conf.arg(aliases=["--draft"])] = None
-    """Draft head: the folder that training wrote. Not needed with --mode baseline or aa."""
+    """Draft head: the folder that training wrote, or `lookup` for prompt lookup. Not needed with --mode baseline or
+    aa."""
     model_id: str | None = None
     """A name for this run in files and reports. None: the last part of the head's (or target's) path."""
     mode: Mode = "both"
@@ -89,9 +90,9 @@ class DecodingArgs:
     adaptive: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Draft only as deep and as wide as it pays, or not at all; the tree flags are then the most that is drafted. Costs
     come from the profile that --tune wrote."""
-    engine: Literal["auto", "dynamic", "static"] = "auto"
-    """static: fixed shapes, captured into CUDA graphs on a GPU. dynamic: shapes as they come, every kind of target.
-    auto: static on a GPU wherever it can be. Both sides are decoded by the same one."""
+    shapes: Literal["auto", "exact", "fixed"] = "auto"
+    """fixed: rounds of fixed shapes, captured into CUDA graphs on a GPU. exact: shapes as they come, every kind of
+    target. auto: fixed on a GPU wherever it can be. Both sides are decoded in the same ones."""
     seed: Seed = 42
     """Seed of the sampled answers and of the bootstrap."""
 
@@ -198,11 +199,13 @@ class BenchArgs:
                 f"--mode {self.model.mode} measures a draft head but --eagle-model-path is not given. Give the head's "
                 f"folder, or measure the target alone with --mode baseline."
             )
+        if self.tuning.tune and self.model.eagle_model_path == "lookup":
+            raise UserError("--tune measures the trees of a draft head; prompt lookup proposes chains. Give a head.")
         if self.decoding.adaptive and (self.model.mode not in ("both", "eagle") or self.tuning.tune):
             flag = "--tune" if self.tuning.tune else f"--mode {self.model.mode}"
             raise UserError(f"--adaptive adapts the trees of speculative decoding; {flag} has none to adapt. Drop one.")
-        if self.server.backend == "server" and (self.decoding.adaptive or self.decoding.engine != "auto"):
-            flag = "--adaptive" if self.decoding.adaptive else "--engine"
+        if self.server.backend == "server" and (self.decoding.adaptive or self.decoding.shapes != "auto"):
+            flag = "--adaptive" if self.decoding.adaptive else "--shapes"
             raise UserError(f"{flag} is about decoding in this process; a server decodes its own way. Drop {flag}.")
         if not self.server.concurrency:
             raise UserError("--concurrency was given without a number; it needs at least one.")

@@ -28,8 +28,7 @@ import torch
 from torch import Tensor
 
 from fledge.data.tokenize import Sample
-from fledge.decoding.generate import generate_plain
-from fledge.decoding.records import Sampling
+from fledge.decoding.generate import generate
 from fledge.draft.batch import pack
 from fledge.draft.config import DraftConfig, rope_of
 from fledge.draft.foreign import t2d_from
@@ -109,7 +108,7 @@ class Ward:
         source = LiveSource(target)
         for index, prompt in enumerate(prompts):
             if answers is None:
-                answer = generate_plain(target, prompt, max_new_tokens=max_new_tokens, sampling=Sampling()).token_ids
+                answer = generate(target, None, prompt, max_new_tokens=max_new_tokens).token_ids
             else:
                 answer = list(answers[index])
             if len(answer) < CHAIN + 2:

@@ -17,15 +17,15 @@ from fledge.bench.args import BenchArgs
 from fledge.data.rejects import Reject
 from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
+from fledge.decoding.accept import one_node
 from fledge.decoding.adaptive import Pace
-from fledge.decoding.batches import Engine, choose_engine, generate_batch
-from fledge.decoding.generate import generate_plain, generate_speculative
-from fledge.decoding.records import Generation, RoundTrace, Sampling, TreeShape
-from fledge.decoding.tree import root_only
+from fledge.decoding.generate import ShapePolicy, generate, uses_fixed_shapes
+from fledge.decoding.records import Generation, RoundTrace, Sampling
+from fledge.decoding.running_state import verifier_of
 from fledge.decoding.tree_profile import profile_path, read_profile
-from fledge.decoding.verifying import verifier_of
-from fledge.draft.checkpoint import bind_head
-from fledge.draft.head import read_head
+from fledge.decoding.verifier import Lengths
+from fledge.drafters.registry import read_drafter
+from fledge.drafters.tree import TreeShape, roots_only
 from fledge.errors import UserError
 from fledge.target.model import Target
 
@@ -51,7 +51,7 @@ class EngineSpec:
     max_gpu_memory: str | None
     max_pixels: int | None = None
     min_pixels: int | None = None
-    decoding_engine: Engine = "auto"
+    shapes: ShapePolicy = "auto"
     profile: str | None = None  # of the costs that adaptive drafting goes by; None: every tree as large as asked for
 
     @classmethod
@@ -72,7 +72,7 @@ class EngineSpec:
             max_gpu_memory=args.workers.max_gpu_memory,
             max_pixels=args.model.max_pixels,
             min_pixels=args.model.min_pixels,
-            decoding_engine=args.decoding.engine,
+            shapes=args.decoding.shapes,
             profile=str(profile_path(args.model.eagle_model_path, args.tuning.profile_path))
             if args.decoding.adaptive else None,
         )  # fmt: skip
@@ -80,16 +80,16 @@ class EngineSpec:
     def load(self) -> "LocalEngine":
         """Load target, head and template."""
         pace = Pace.from_profile(read_profile(Path(self.profile)), self.tree) if self.profile else None
-        head = read_head(Path(self.head)) if self.head else None  # before the target: a bad head costs no loading
+        files = read_drafter(self.head) if self.head else None  # before the target: a bad head costs no loading
         target = Target.from_pretrained(
             self.target,
             dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
-            tap_layers=head.config.tap_layers if head else None,
+            tap_layers=files.tap_layers if files else None,
             max_pixels=self.max_pixels,
             min_pixels=self.min_pixels,
             **self.placement(),
         )
-        draft = bind_head(head, target.embedding_weight, Path(self.head)) if head and self.head else None
+        draft = files.bind(target.embedding_weight) if files else None
         return LocalEngine(self, target, draft, self._template(target), pace)
 
     def _template(self, target: Target) -> ChatTemplate:
@@ -134,23 +134,19 @@ class LocalEngine:
             raise UserError(f"{self.spec.target}: {reject.detail} Measure with another --chat-template-type.") from None
 
     def generate(self, side: str, prompt: Prompt, *, max_new_tokens: int, seed: int, trace: bool = False) -> Generation:
-        """One answer; side `eagle` decodes speculatively, except in an A/A run. Traces are the dynamic engine's."""
+        """One answer; side `eagle` decodes speculatively, except in an A/A run. Traces need exact shapes."""
         spec = self.spec
         sampling = Sampling(temperature=spec.temperature, top_p=spec.top_p, top_k=spec.sample_top_k, seed=seed)
         draft = None if side == "baseline" or spec.mode == "aa" else self.draft
-        options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens, "sampling": sampling, "eos_token_ids": self.eos_token_ids(),
-        }  # fmt: skip
-        chosen = choose_engine(
-            spec.decoding_engine, self.target, self.draft, pictures=bool(prompt.model_inputs),
-            adaptive=self.pace is not None,
+        fixed = uses_fixed_shapes(
+            spec.shapes, self.target, self.draft, pictures=bool(prompt.model_inputs),
+            adaptive=self.pace is not None, trace=trace,
         )  # fmt: skip
-        if chosen == "static" and not trace:
-            return generate_batch(self.target, draft, [prompt.ids], tree=spec.tree, engine=chosen, **options)[0]
-        options |= {"trace": trace, "model_inputs": prompt.model_inputs}
-        if draft is None:
-            return generate_plain(self.target, prompt.ids, **options)
-        return generate_speculative(self.target, draft, prompt.ids, tree=spec.tree, pace=self.pace, **options)
+        return generate(
+            self.target, draft, prompt.ids, tree=spec.tree, max_new_tokens=max_new_tokens, sampling=sampling,
+            eos_token_ids=self.eos_token_ids(), trace=trace, model_inputs=prompt.model_inputs,
+            budget=self.pace if draft is not None else None, shapes="auto" if fixed else "exact",
+        )  # fmt: skip
 
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end an answer."""
@@ -217,16 +213,21 @@ class LocalEngine:
 
     def _logits_one_by_one(self, prompt: Prompt, count: int) -> torch.Tensor:
         """(count + 1, V): after the tokens before the last `count`, then after each of these."""
-        verifier, ids = verifier_of(self.target), torch.tensor(prompt.ids, device=self.target.device)
+        ids = torch.tensor(prompt.ids, device=self.target.device)
+        verifier = verifier_of(self.target, 1, len(ids))
         first = len(ids) - count
-        inputs = prompt.until(first).model_inputs
-        with verifier.session(len(ids)):
+        inputs = prompt.until(first).model_inputs or None
+        with verifier.running():
             positions = self.target.positions(ids[:first], inputs) if inputs else None
-            states = [verifier.prefill(ids[:first], taps=False, positions=positions, model_inputs=inputs or None)]
-            for token in ids[first:].split(1):
-                states.append(verifier.verify(root_only(token), 0, taps=False))
-                verifier.keep([0])
-        return self.target.head(torch.cat([output.last_hidden[0, -1:] for output in states]))
+            read = verifier.prefill(
+                slice(0, 1), ids[None, :first], taps=False, positions=positions, model_inputs=inputs
+            )  # fmt: skip
+            states = [read.last_hidden[0, -1:]]
+            for row in range(first, len(ids)):
+                trees, lengths = roots_only(ids[None, row : row + 1]), Lengths(ids.new_tensor([row]), (row,))
+                states.append(verifier.verify(trees, lengths, row + 1, taps=False).last_hidden[0])
+                verifier.keep(lengths, one_node(ids.device))
+        return self.target.head(torch.cat(states))
 
     def _logits(self, prompt: Prompt, last: int = 1) -> torch.Tensor:
         ids = torch.tensor(prompt.ids, device=self.target.device)

@@ -18,8 +18,8 @@ from fledge.bench.quality import compare_outputs, score_answer
 from fledge.bench.rows import Row
 from fledge.bench.sandbox import Isolation
 from fledge.data.samples import Prompt
-from fledge.decoding.asked import PromptTooLong
 from fledge.decoding.records import Generation
+from fledge.decoding.requests import PromptTooLong
 
 WARM_UP_TOKENS = 48
 SAMPLE_TOKENS = 96

@@ -19,9 +19,9 @@ from fledge.bench.report import PAGE, write_report
 from fledge.bench.rows import BENCHMARK, Results, Row, code_fingerprint, folder_fingerprint, open_results, row_key
 from fledge.console import progress, say, show_table, warn
 from fledge.data.image_urls import allow_image_urls
-from fledge.decoding.records import TreeShape
 from fledge.decoding.tree_profile import profile_path, resolve_tree, write_profile
-from fledge.draft.head import read_head
+from fledge.drafters.registry import read_drafter
+from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError, refuse_missing_folder
 from fledge.outputs import check, document_has
 from fledge.workers import run_jobs
@@ -61,7 +61,7 @@ def bench(args: BenchArgs) -> None:
 
     refuse_missing_folder(args.model.base_model_path)
     if args.needs_head:
-        read_head(Path(str(args.model.eagle_model_path)))
+        read_drafter(str(args.model.eagle_model_path))
     placement = place(args)
     if args.tuning.tune:
         return tune_tree(args, EngineSpec.of(args, TreeShape(), num_gpus=placement.gpus_per_worker))
@@ -248,7 +248,7 @@ def settings_of(args: BenchArgs, tree: dict[str, int], placement: Placement) -> 
         **{key: value for key in ("max_pixels", "min_pixels") if (value := getattr(args.model, key)) is not None},
         **{
             key: getattr(args.decoding, key)
-            for key in ("temperature", "top_p", "sample_top_k", "max_new_token", "seed", "adaptive", "engine")
+            for key in ("temperature", "top_p", "sample_top_k", "max_new_token", "seed", "adaptive", "shapes")
         },
         "tree": tree,
         "placement": dataclasses.asdict(placement),

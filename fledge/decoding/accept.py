@@ -4,75 +4,126 @@ At each node of the draft tree the target chooses its own next token (argmax at 
 from the root follows the chosen tokens as long as they are among the node's children; the last chosen token is the
 bonus. The tree is a deterministic function of the context, so what is emitted follows exactly the target's law.
 
-Knows trees, token ids and logits. Knows nothing of models, caches or time: every function is a pure function of tensors
-(and of an explicit generator).
+A draw inverts the cumulative distribution at a number that depends on the request's seed and the token's position
+alone (`noise.py`). So the same seed gives the same text with and without a draft, as a tree or a chain, alone or in a
+batch, as far as the target's logits are the same.
+
+Knows trees, token ids and logits. Knows nothing of models, caches or time: every function is a pure function of
+tensors.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fledge.decoding.noise import uniforms
 from fledge.decoding.records import Sampling
-from fledge.decoding.tree import Tree
+from fledge.drafters.tree import Trees
 
 NUCLEUS_GUESS = (
     512  # tokens that usually hold top_p; sorting them costs a tenth of sorting 49152 (24 against 286 ms for 60 rows)
 )
 
-# N tree nodes, V target vocabulary, A accepted nodes (root included)
+# B sequences, N tree nodes, V target vocabulary, E slots: the most nodes of a path, root included; R rows
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The accepted path of every sequence. A path has one node of every level down to its last."""
+
+    path: Tensor  # (B, E) nodes, root first; slots behind the path say node 0
+    token_ids: Tensor  # (B, E) the target's choice after each node: what is emitted; the last one is the bonus
+    num_accepted: Tensor  # (B,) nodes of the path, root included, which is also the number of tokens
+
+
+def one_node(device: torch.device) -> Accepted:
+    """What a round of plain decoding accepts: the root."""
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    return Accepted(zero, zero, zero[0] + 1)
 
 
 def accept(
-    tree: Tree, logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """Accepted nodes (A,), root first, and what they emit (A,): the target's choice at each; the last is the bonus.
+    trees: Trees, logits: Tensor, samplings: Sequence[Sampling], seeds: Tensor, lengths: Tensor, num_slots: int, *,
+    lazily: bool,
+) -> Accepted:  # fmt: skip
+    """The accepted path of each tree. logits (B, N, V) are the target's at every node, seeds and lengths (B,).
 
-    logits (N, V) are the target's at every node. Draws are independent, so drawing only where the walk comes by has the
-    same law as drawing everywhere; it pays where a row costs more than a step (60 rows of 49152 tokens, top-p 0.9, on
-    one CPU core: 24 ms for all, 0.6 ms per step of the walk).
+    `lazily`: where tokens are drawn, the target chooses only at the nodes the walk comes by. On a CPU a draw costs more
+    than a step of the walk (60 rows of 49152 tokens, top-p 0.9, on one core: 24 ms for all nodes, 0.6 ms per step).
     """
-    if sampling.temperature > 0 and logits.device.type == "cpu":
-        return walk(tree, logits, sampling, generator)
-    chosen = choose(logits, sampling, generator)
-    path = accepted_nodes(tree, chosen)
-    return path, chosen[path]
+    if lazily and any(sampling.temperature for sampling in samplings):
+        return walk(trees, logits, samplings, seeds, lengths, num_slots)
+    noise = _noise(samplings, seeds, lengths[:, None] + trees.levels + 1)
+    chosen = choose_all(logits.flatten(0, 1), _repeated(samplings, trees.num_nodes), noise).view_as(trees.token_ids)
+    path, num_accepted = accepted_paths(trees, chosen, num_slots)
+    return Accepted(path, chosen.gather(1, path), num_accepted)
 
 
-def accepted_nodes(tree: Tree, chosen: Tensor) -> Tensor:
-    """The walk from the root, all nodes at once: those whose token, and whose ancestors' tokens, the target chose. (A,)
+def accepted_paths(trees: Trees, chosen: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    """The walk from each root along the target's choices (B, N): nodes by level (B, E), and how many they are (B,).
 
-    chosen (N,) is the target's token after each node. Siblings differ, so the kept nodes form one path, root first:
+    Siblings differ, so the nodes whose token, and whose ancestors' tokens, the target chose form one path:
 
         chosen after root = a, after a = c          root a  b  a.c  a.d
         matches its parent's choice                  1   1  0   1    0
         and so do all its ancestors                  1   1  0   1    0      -> nodes 0, 1, 3; bonus chosen[3]
     """
-    matches = tree.token_ids == chosen[tree.parents]
-    matches[0] = True
-    return (matches | ~tree.ancestors).all(dim=-1).nonzero().squeeze(-1)
+    matches = trees.token_ids == chosen.gather(1, trees.parents)
+    matches[:, :1].fill_(True)
+    on_path = (matches[:, None, :] | ~trees.ancestors).all(dim=-1)
+    slot = torch.where(on_path, trees.levels, num_slots)  # the last slot takes all others, and is cut off
+    nodes = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
+    path = torch.zeros(len(chosen), num_slots + 1, dtype=torch.int64, device=chosen.device).scatter_(1, slot, nodes)
+    return path[:, :num_slots], on_path.sum(dim=-1)
 
 
-def walk(tree: Tree, logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """The walk from the root, step by step: the target chooses at a node when the walk comes there."""
-    parents, token_ids = tree.parents.tolist(), tree.token_ids.tolist()
-    child = {(parents[node], token_ids[node]): node for node in range(1, len(tree))}
-    node, path, chosen = 0, [0], []
-    while True:
-        chosen.append(int(choose(logits[node : node + 1], sampling, generator)))
-        if (node := child.get((node, chosen[-1]), -1)) < 0:
+def walk(
+    trees: Trees, logits: Tensor, samplings: Sequence[Sampling], seeds: Tensor, lengths: Tensor, num_slots: int
+) -> Accepted:
+    """The same walk step by step: the target chooses at a node when the walk comes there."""
+    batch = len(logits)
+    path, token_ids = (torch.zeros(batch, num_slots, dtype=torch.int64) for _ in range(2))
+    num_accepted = torch.zeros(batch, dtype=torch.int64)
+    node, going = torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
+    for slot in range(num_slots):
+        laws = [samplings[row] for row in going.tolist()]
+        noise = _noise(laws, seeds[going], (lengths[going] + slot + 1)[:, None])
+        chosen = choose_all(logits[going, node], laws, noise)
+        path[going, slot], token_ids[going, slot] = node, chosen
+        num_accepted[going] += 1
+        follows = (trees.parents[going] == node[:, None]) & (trees.token_ids[going] == chosen[:, None])
+        follows[:, 0] = False  # the root is its own parent
+        found = follows.any(dim=-1)
+        if not found.any():
             break
-        path.append(node)
-    return torch.tensor(path), torch.tensor(chosen)
+        node, going = follows[found].int().argmax(dim=-1), going[found]
+    return Accepted(path, token_ids, num_accepted)
 
 
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """The target's token for each row of logits (N, V): (N,) int64."""
+def choose_all(logits: Tensor, samplings: Sequence[Sampling], noise: Tensor | None) -> Tensor:
+    """The target's token for each row of logits (R, V), each under its own sampling: (R,) int64. noise (R,)."""
+    laws = {sampling.law for sampling in samplings}
+    if len(laws) == 1:
+        return choose(logits, samplings[0], noise)
+    chosen = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    for law in laws:
+        rows = torch.tensor([row for row, one in enumerate(samplings) if one.law == law], device=logits.device)
+        chosen[rows] = choose(logits[rows], law, None if noise is None else noise[rows])
+    return chosen
+
+
+def choose(logits: Tensor, sampling: Sampling, noise: Tensor | None = None) -> Tensor:
+    """The target's token for each row of logits (R, V): (R,) int64. `noise` (R,) uniform in [0, 1), for draws."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    return draw(distribution(logits, sampling), generator)
+    assert noise is not None
+    return draw(distribution(logits, sampling), noise)
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities (N, V) float32 after temperature, top-k and top-p. Tokens tied with the last kept one are kept."""
+    """Probabilities (R, V) float32 after temperature, top-k and top-p. Tokens tied with the last kept one are kept."""
     scores = logits.float() / sampling.temperature
     vocab_size = scores.shape[-1]
     kept = min(sampling.top_k, vocab_size) if sampling.top_k else vocab_size
@@ -87,7 +138,7 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def least_kept(probabilities: Tensor, top_p: float, at_most: int) -> Tensor:
-    """The smallest probability in the nucleus: the least set of most likely tokens that holds top_p. (N, 1)
+    """The smallest probability in the nucleus: the least set of most likely tokens that holds top_p. (R, 1)
 
     at_most bounds the number of tokens with probability > 0, up to ties; only they are sorted.
     """
@@ -99,10 +150,18 @@ def least_kept(probabilities: Tensor, top_p: float, at_most: int) -> Tensor:
     return ranked.gather(-1, inside - 1)
 
 
-def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One token per row of (unnormalised) probabilities (N, V), by inverting the cumulative sum: (N,) int64."""
+def draw(probabilities: Tensor, noise: Tensor) -> Tensor:
+    """One token per row of (unnormalised) probabilities (R, V), by inverting the cumulative sum at noise (R,)."""
     cumulative = probabilities.double().cumsum(dim=-1)
     total = cumulative[..., -1:]
-    uniform = torch.rand(total.shape, dtype=torch.float64, device=total.device, generator=generator)
-    point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    point = torch.minimum(noise[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, point, right=True).squeeze(-1)  # right: never a token of probability 0
+
+
+def _noise(samplings: Sequence[Sampling], seeds: Tensor, positions: Tensor) -> Tensor | None:
+    """Flat noise for positions (B, S); None where nothing is drawn."""
+    return uniforms(seeds, positions).flatten() if any(one.temperature for one in samplings) else None
+
+
+def _repeated(samplings: Sequence[Sampling], times: int) -> list[Sampling]:
+    return [sampling for sampling in samplings for _ in range(times)]

@@ -19,8 +19,8 @@ target's law and a run repeats itself. Knows scores and costs. Knows nothing of 
 import numpy as np
 from torch import Tensor
 
-from fledge.decoding.records import TreeShape
 from fledge.decoding.tree_profile import TreeProfile
+from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 
 ALLOWANCE = 0.01  # of plain decoding's time that drafting may lose by the profile; 2 % is what is promised

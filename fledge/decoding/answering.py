@@ -1,7 +1,6 @@
 """What `fledge decode` and `fledge chat` share: their flags, a loaded target with its head, and text as it streams."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from fledge.console import say, show_table
@@ -9,7 +8,7 @@ from fledge.data.image_urls import AllowImageUrls, allow_image_urls
 from fledge.data.rejects import Reject
 from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
-from fledge.decoding.records import Generation, Sampling, TreeShape
+from fledge.decoding.records import Generation, Sampling
 from fledge.errors import UserError
 from fledge.escaping import printable
 from fledge.ranges import Count, Natural, NotNegative, PositiveShare, Seed
@@ -48,8 +47,8 @@ class SamplingArgs:
 class ModelArgs:
     target: str
     """Target model: a folder or a hub name."""
-    draft: Path | None = None
-    """Draft head: the folder that training wrote. None decodes plainly."""
+    draft: str | None = None
+    """Draft head: the folder that training wrote, or `lookup` for prompt lookup. None decodes plainly."""
     system: str | None = None
     """System turn before everything else."""
     max_new_tokens: Count = 256
@@ -57,9 +56,9 @@ class ModelArgs:
     adaptive: bool = False
     """Draft only as deep and as wide as it pays, or not at all; the tree flags are then the most that is drafted. Costs
     come from the head's tree profile (`fledge bench --tune`)."""
-    engine: Literal["auto", "dynamic", "static"] = "auto"
-    """static: fixed shapes, captured into CUDA graphs on a GPU. dynamic: shapes as they come, every kind of target.
-    auto: static on a GPU wherever it can be, and wherever several prompts are decoded at once."""
+    shapes: Literal["auto", "exact", "fixed"] = "auto"
+    """fixed: rounds of fixed shapes, captured into CUDA graphs on a GPU. exact: shapes as they come, every kind of
+    target. auto: fixed on a GPU wherever it can be."""
     profile: bool = False
     """After an answer, show the time of a round by phase and the memory bandwidth it amounts to."""
     tree: TreeArgs = field(default_factory=TreeArgs)
@@ -87,8 +86,8 @@ class Answerer:
 
         from fledge.decoding.adaptive import Pace
         from fledge.decoding.tree_profile import profile_path, read_profile
-        from fledge.draft.checkpoint import bind_head
-        from fledge.draft.head import read_head
+        from fledge.drafters.registry import read_drafter
+        from fledge.drafters.tree import TreeShape
         from fledge.target.model import Target
 
         allow_image_urls(args.allow_image_urls)
@@ -96,18 +95,18 @@ class Answerer:
         self.args = args
         self.sampling = Sampling(sampling.temperature, sampling.top_p, sampling.sample_top_k, sampling.seed)
         self.tree = TreeShape(args.tree.total_token, args.tree.depth, args.tree.top_k)
-        self.pace = None
+        self.budget = None
         if args.adaptive:
             if args.draft is None:
                 raise UserError("--adaptive adapts the draft tree; give the head with --draft.")
-            self.pace = Pace.from_profile(read_profile(profile_path(str(args.draft), None)), self.tree)
-        head = read_head(args.draft) if args.draft else None  # before the target: a bad head costs no loading
+            self.budget = Pace.from_profile(read_profile(profile_path(args.draft, None)), self.tree)
+        files = read_drafter(args.draft) if args.draft else None  # before the target: a bad head costs no loading
         dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
         self.target = Target.from_pretrained(
-            args.target, dtype=dtype, device=args.device, tap_layers=head.config.tap_layers if head else None,
+            args.target, dtype=dtype, device=args.device, tap_layers=files.tap_layers if files else None,
             min_pixels=args.min_pixels, max_pixels=args.max_pixels,
         )  # fmt: skip
-        self.draft = bind_head(head, self.target.embedding_weight, args.draft) if head and args.draft else None
+        self.draft = files.bind(self.target.embedding_weight) if files else None
         self.stops = self.target.eos_token_ids
 
     def template(self) -> ChatTemplate:
@@ -132,54 +131,37 @@ class Answerer:
         return found, text
 
     def plainly(self, prompt: Prompt, **changes: Any) -> Generation:
-        """The same without the head, by the same engine."""
+        """The same without the head, in the same shapes."""
         return self._generate(None, prompt, **changes)
 
     def answers(self, draft: Any, prompts: list[Prompt], batch_size: int, **changes: Any) -> list[Generation]:
         """Answers to several prompts of text, `batch_size` of them at a time."""
-        from fledge.decoding.batches import choose_engine, generate_batch, obstacle
+        from fledge.decoding.generate import generate_batch
 
-        if self.args.engine == "dynamic" and batch_size > 1:
-            raise UserError(
-                f"--engine dynamic decodes one prompt at a time; --batch-size is {batch_size}. Leave one of them out."
-            )
-        case = {"pictures": any(prompt.model_inputs for prompt in prompts), "adaptive": self.pace is not None}
-        engine = choose_engine(self.args.engine, self.target, self.draft, **case)
-        if engine == "dynamic" and batch_size > 1:
-            if reason := obstacle(self.target, self.draft, **case):
-                say(f"one prompt after another: {reason}")
-            else:
-                engine = "static"
-        if engine == "dynamic":
+        if self.budget is not None or any(prompt.model_inputs for prompt in prompts):
+            if batch_size > 1:
+                say("one prompt after another: --adaptive and pictures decide for one sequence at a time")
             return [self._generate(draft, prompt, **changes) for prompt in prompts]
         return generate_batch(
-            self.target, draft, [prompt.ids for prompt in prompts], tree=self.tree, engine=engine,
-            batch_size=batch_size, **{**self._options(), **changes},
+            self.target, draft, [prompt.ids for prompt in prompts], batch_size=batch_size,
+            **{**self._options(), **changes},
         )  # fmt: skip
 
-    def _generate(self, draft: Any, prompt: Prompt, *, on_tokens: Any = None, **changes: Any) -> Generation:
-        """One answer, with a head or without. Both sides of a comparison go through the same engine."""
-        from fledge.decoding.batches import choose_engine, generate_batch
-        from fledge.decoding.generate import generate_plain, generate_speculative
+    def _generate(self, draft: Any, prompt: Prompt, **changes: Any) -> Generation:
+        """One answer, with a drafter or without. Both sides of a comparison go through the same shapes."""
+        from fledge.decoding.generate import generate
 
-        options = {**self._options(), **changes}
-        engine = choose_engine(
-            self.args.engine, self.target, self.draft, pictures=bool(prompt.model_inputs),
-            adaptive=self.pace is not None,
-        )  # fmt: skip
-        if engine == "static":
-            told = None if on_tokens is None else lambda row, new: on_tokens(new)
-            return generate_batch(
-                self.target, draft, [prompt.ids], tree=self.tree, engine=engine, on_tokens=told, **options
-            )[0]
-        options |= {"on_tokens": on_tokens, "model_inputs": prompt.model_inputs}
-        if draft is None:
-            return generate_plain(self.target, prompt.ids, **options)
-        return generate_speculative(self.target, draft, prompt.ids, tree=self.tree, pace=self.pace, **options)
+        budget = self.budget if draft is not None else None
+        options = {**self._options(), "budget": budget, "model_inputs": prompt.model_inputs, **changes}
+        return generate(self.target, draft, prompt.ids, **options)
 
     def _options(self) -> dict[str, Any]:
+        from fledge.decoding.generate import uses_fixed_shapes
+
+        fixed = uses_fixed_shapes(self.args.shapes, self.target, self.draft, adaptive=self.budget is not None)
         return {
             "max_new_tokens": self.args.max_new_tokens, "sampling": self.sampling, "eos_token_ids": self.stops,
+            "tree": self.tree, "shapes": "auto" if fixed else "exact",
         }  # fmt: skip
 
 

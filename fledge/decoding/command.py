@@ -22,7 +22,7 @@ class DecodeArgs(ModelArgs):
     prompt: list[str]
     """What the user says; - reads it from stdin. Several are answered one after another, or --batch-size at a time."""
     batch_size: Count = 1
-    """Prompts decoded at once, by the static engine."""
+    """Prompts decoded at once; a finished one makes room for the next."""
     image: list[str] = field(default_factory=list)
     """Pictures shown before it, for vision-language targets: paths, URLs or base64."""
     raw: bool = False

@@ -1,160 +1,221 @@
-"""The decoding loops: plain, and speculative with a draft tree. Both emit exactly the target's law.
+"""Decoding as functions: one prompt, several, or a stream of rounds. With a drafter and without, the same engine.
 
-    prompt --prefill--> first token --> draft a tree --> verify it in one target forward --> accept a path + bonus --.
-                                            ^                                                                        |
-                                            '--------------- target features of the accepted tokens ----------------'
-
-Plain decoding is the same machine with a tree of one node: same cache, same masks, same head, same clocks.
+Sessions (`session.py`) are kept for the next call: their caches, and on a GPU their captured rounds. `shapes` says how
+rounds are computed: `exact` shapes follow the sequences, `fixed` ones are captured into CUDA graphs on a GPU; `auto` is
+fixed on a GPU wherever that is possible.
 """
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from fledge.decoding.accept import accept, choose
-from fledge.decoding.adaptive import Pace
-from fledge.decoding.asked import check_pair, emission_limit, seeded_generator, stop_ids
-from fledge.decoding.drafting import Drafter
-from fledge.decoding.records import Generation, RoundTrace, Sampling, TreeShape
-from fledge.decoding.tree import Tree, root_only
-from fledge.decoding.verifying import verifier_of
-from fledge.decoding.writing import Clock, OnTokens, Writer
+from fledge.decoding.records import Generation, RoundTrace, Sampling
+from fledge.decoding.requests import OnTokens, Request, RequestState, check_request
+from fledge.decoding.running_state import keeps_running_state
+from fledge.decoding.session import Session, in_buckets, rows_ahead
 from fledge.draft.model import DraftModel
+from fledge.drafters.registry import Drafter
+from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 from fledge.target.model import Target
 
-__all__ = ["Generation", "RoundTrace", "Sampling", "TreeShape", "generate_plain", "generate_speculative"]
+__all__ = ["Generation", "RoundTrace", "Sampling", "TreeShape", "generate", "generate_batch", "stream"]
 
-ModelInputs = Mapping[str, Tensor]
+ShapePolicy = Literal["auto", "exact", "fixed"]
+OnRowTokens = Callable[[int, list[int]], None]
+KEPT_SESSIONS = 2  # per target: plain and speculative, say
+
+_sessions: "weakref.WeakKeyDictionary[Target, OrderedDict[tuple, Session]]" = weakref.WeakKeyDictionary()
 
 
-@torch.inference_mode()
-def generate_plain(
+def generate(
     target: Target,
+    drafter: Drafter | None,
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
-    sampling: Sampling,
+    tree: TreeShape | None = None,
+    sampling: Sampling | None = None,
     eos_token_ids: Sequence[int] | None = None,
     trace: bool = False,
     on_tokens: OnTokens | None = None,
-    model_inputs: ModelInputs | None = None,
+    model_inputs: Mapping[str, Tensor] | None = None,
+    budget: Any = None,
+    shapes: ShapePolicy = "auto",
 ) -> Generation:
-    """One token per target forward. `on_tokens` is called with every new token as it appears.
+    """The answer to one prompt; plain decoding where `drafter` is None.
 
-    `model_inputs` is what the target takes beside the prompt's ids: the pixels of its pictures and their like.
+    `on_tokens` is called with every round's tokens as they appear. `model_inputs` is what the target takes beside the
+    prompt's ids: the pixels of its pictures and their like. With a `budget` (`adaptive.py`), `tree` is the most that is
+    drafted.
     """
-    limit = emission_limit(target, prompt_ids, max_new_tokens)
-    verifier, generator = verifier_of(target), seeded_generator(target, sampling)
-    clock = Clock(target.device)
-    writer = Writer(limit, stop_ids(target, eos_token_ids), on_tokens)
-    rounds: list[RoundTrace] = []
-    with verifier.session(len(prompt_ids) + limit):
-        prompt = torch.tensor(prompt_ids, device=target.device)
-        output = verifier.prefill(
-            prompt, taps=False, positions=_positions(target, prompt, model_inputs), model_inputs=model_inputs
-        )
-        token = choose(target.head(output.last_hidden[0, -1:]), sampling, generator)
-        writer.write(token.tolist())
-        clock.lap("prefill")
-        while not writer.finished:
-            output = verifier.verify(root_only(token), 0, taps=False)
-            logits = target.head(output.last_hidden[0])
-            clock.lap("verify")
-            previous, token = token, choose(logits, sampling, generator)
-            verifier.keep([0])
-            new = token.tolist()
-            clock.lap("accept")
-            writer.write(new)
-            if trace:
-                rounds.append(RoundTrace(previous.tolist(), [0], [0], new[0]))
-            clock.lap("other")
-    return writer.generation(clock.phases_s, accepted=[], drafted_depth=0, rounds=rounds if trace else None)
+    request = Request(
+        prompt_ids, max_new_tokens, sampling or Sampling(), on_tokens, model_inputs=model_inputs or {}, trace=trace
+    )
+    session = open_session(
+        target, drafter, [request], tree=tree, eos_token_ids=eos_token_ids, budget=budget, shapes=shapes
+    )
+    state = session.add(request)
+    session.run()
+    return state.generation()
 
 
-@torch.inference_mode()
-def generate_speculative(
+def generate_batch(
     target: Target,
-    draft: DraftModel,
-    prompt_ids: Sequence[int],
+    drafter: Drafter | None,
+    prompts: Sequence[Sequence[int]],
     *,
-    tree: TreeShape,
     max_new_tokens: int,
-    sampling: Sampling,
+    tree: TreeShape | None = None,
+    sampling: Sampling | None = None,
     eos_token_ids: Sequence[int] | None = None,
-    trace: bool = False,
-    on_tokens: OnTokens | None = None,
-    model_inputs: ModelInputs | None = None,
-    pace: Pace | None = None,
-) -> Generation:
-    """A verified path of draft tokens and the target's own bonus token per target forward.
+    batch_size: int | None = None,
+    on_tokens: OnRowTokens | None = None,
+    shapes: ShapePolicy = "auto",
+) -> list[Generation]:
+    """The answers to all prompts, in their order, `batch_size` at a time (None: all); a finished one makes room for the
+    next. `on_tokens(prompt's index, new tokens)` as they appear. With a seed, prompt i draws as it does alone with the
+    seed plus i."""
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1.")
+    if not prompts:
+        return []
 
-    With a `pace`, `tree` is the most that is drafted; rounds that drafting cannot pay for decode plainly.
-    """
-    limit = emission_limit(target, prompt_ids, max_new_tokens)
-    check_pair(target, draft)
-    verifier, generator = verifier_of(target), seeded_generator(target, sampling)
-    if verifier.chains_only and tree.top_k > 1 and tree.levels > 0:
+    def told(index: int) -> OnTokens | None:
+        return None if on_tokens is None else lambda new: on_tokens(index, new)
+
+    laws = seeded(sampling or Sampling(), len(prompts))
+    requests = [
+        Request(prompt, max_new_tokens, law, told(index))
+        for index, (prompt, law) in enumerate(zip(prompts, laws, strict=True))
+    ]
+    session = open_session(
+        target, drafter, requests, tree=tree, eos_token_ids=eos_token_ids, batch_size=batch_size, shapes=shapes
+    )
+    states = [session.add(request) for request in requests]
+    session.run()
+    return [state.generation() for state in states]
+
+
+def stream(
+    target: Target,
+    drafter: Drafter | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    tree: TreeShape | None = None,
+    sampling: Sampling | None = None,
+    eos_token_ids: Sequence[int] | None = None,
+    shapes: ShapePolicy = "auto",
+) -> Iterator[list[list[int]]]:
+    """Per round, the new tokens of every prompt; an empty list for those without. Closing the iterator cancels."""
+    laws = seeded(sampling or Sampling(), len(prompts))
+    requests = [Request(prompt, max_new_tokens, law) for prompt, law in zip(prompts, laws, strict=True)]
+    session = open_session(target, drafter, requests, tree=tree, eos_token_ids=eos_token_ids, shapes=shapes)
+    states: list[RequestState] = [session.add(request) for request in requests]
+    try:
+        while not session.idle:
+            new = {id(state): tokens for state, tokens in session.step()}
+            if new:
+                yield [new.get(id(state), []) for state in states]
+    finally:
+        for state in states:
+            session.cancel(state)
+
+
+def seeded(sampling: Sampling, number: int) -> list[Sampling]:
+    """The sampling of every prompt of a batch: prompt i draws as `generate` does with the seed plus i."""
+    seed = sampling.seed
+    return [sampling if seed is None else replace(sampling, seed=seed + index) for index in range(number)]
+
+
+def open_session(
+    target: Target,
+    drafter: Drafter | None,
+    requests: Sequence[Request],
+    *,
+    tree: TreeShape | None = None,
+    eos_token_ids: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    budget: Any = None,
+    shapes: ShapePolicy = "auto",
+) -> Session:
+    """A session for such requests: a kept one that is idle and large enough, else a new one."""
+    if not requests:
+        raise UserError("there are no prompts to answer. Give at least one.")
+    if isinstance(drafter, DraftModel):
+        check_pair(target, drafter)
+    fixed = uses_fixed_shapes(
+        shapes, target, drafter, pictures=any(request.model_inputs for request in requests),
+        adaptive=budget is not None, trace=any(request.trace for request in requests),
+    )  # fmt: skip
+    one_at_a_time = budget is not None or rope_depends_on_company(target)
+    batch = 1 if one_at_a_time else min(batch_size or len(requests), len(requests))
+    tree = tree or TreeShape()
+    stops = frozenset(target.eos_token_ids if eos_token_ids is None else eos_token_ids)
+    needed = max(len(request.prompt_ids) + check_request(target, request) for request in requests)
+    num_rows = in_buckets(needed) + in_buckets(rows_ahead(tree)) if fixed else 0
+    law = requests[0].sampling.law if fixed else None
+    kept = _sessions.setdefault(target, OrderedDict())
+    key = (id(drafter), tree if drafter is not None else None, batch, stops, fixed, law)
+    session = kept.pop(key, None)
+    if session is None or not session.idle or session.capacity < num_rows:
+        session = None  # free its caches first
+        while len(kept) >= KEPT_SESSIONS:
+            kept.popitem(last=False)
+        session = Session(target, drafter, tree, batch, num_rows, fixed, stops)
+    session.budget = budget
+    session.prepare(max(len(request.prompt_ids) for request in requests), needed)
+    kept[key] = session
+    return session
+
+
+def uses_fixed_shapes(
+    shapes: ShapePolicy, target: Target, drafter: Drafter | None, *, pictures: bool = False, adaptive: bool = False,
+    trace: bool = False,
+) -> bool:  # fmt: skip
+    """Whether rounds will have fixed shapes; a UserError where that was asked for and cannot be."""
+    if shapes == "exact" or trace or (shapes == "auto" and target.device.type != "cuda"):
+        return False
+    reason = obstacle(target, drafter, pictures=pictures, adaptive=adaptive)
+    if reason is not None and shapes == "fixed":
+        raise UserError(f"{target.name}: no fixed shapes here: {reason}. Use --shapes auto or exact.")
+    return reason is None
+
+
+def obstacle(
+    target: Target, drafter: Drafter | None, *, pictures: bool = False, adaptive: bool = False
+) -> str | None:  # fmt: skip
+    """Why rounds cannot have fixed shapes; None where they can."""
+    devices = {parameter.device for parameter in target.model.parameters()}
+    if isinstance(drafter, DraftModel):
+        devices.add(drafter.fc.weight.device)
+    reasons = {
+        "its layers keep a running state": keeps_running_state(target),
+        "its rope (longrope) changes with the longest sequence of a batch": rope_depends_on_company(target),
+        f"it is spread over {len(devices)} devices": len(devices) > 1,
+        "there are pictures in the prompt": pictures,
+        "--adaptive decides every tree on the host": adaptive,
+        "prompt lookup reads the tokens on the host": drafter is not None and not isinstance(drafter, DraftModel),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def rope_depends_on_company(target: Target) -> bool:
+    """A longrope takes its factors by the longest sequence of a batch."""
+    rope = getattr(target.text_config, "rope_parameters", None) or {}
+    types = {str(rope.get("rope_type")), *(str(row.get("rope_type")) for row in rope.values() if isinstance(row, dict))}
+    return "longrope" in types
+
+
+def check_pair(target: Target, draft: DraftModel) -> None:
+    """Refuse a head that learned from other layers: it would decode, at an acceptance near zero."""
+    if tuple(draft.config.tap_layers) != target.tap_layers:
         raise UserError(
-            f"{target.name}: its layers keep a running state, which can follow a chain of drafts but no tree. Use a "
-            f"chain: --top-k 1 (found {tree.top_k})."
+            f"the head was trained on tap layers {list(draft.config.tap_layers)}, the target taps "
+            f"{list(target.tap_layers)}. Load the target with the head's tap layers."
         )
-    clock = Clock(target.device)
-    writer = Writer(limit, stop_ids(target, eos_token_ids), on_tokens)
-    accepted: list[int] = []
-    rounds: list[RoundTrace] = []
-    num_rows = len(prompt_ids) + limit
-    with verifier.session(num_rows + tree.total_token):
-        prompt = torch.tensor(prompt_ids, device=target.device)
-        positions = _positions(target, prompt, model_inputs)
-        output = verifier.prefill(prompt, taps=True, positions=positions, model_inputs=model_inputs)
-        first = choose(target.head(output.last_hidden[0, -1:]), sampling, generator)
-        writer.write(first.tolist())
-        clock.lap("prefill")
-        drafter = Drafter(draft, tree, num_rows, positions)
-        new_tokens, tap_hidden = torch.cat((prompt[1:], first)), _taps(output)
-        unread: list[tuple[Tensor, Tensor]] = []  # tokens and taps the head has not followed yet
-        while not writer.finished:
-            levels = min(tree.levels, writer.room - 1)  # deeper nodes could not be emitted
-            unread.append((new_tokens, tap_hidden))
-            if levels < 1 or (pace is not None and not pace.drafts()):
-                nodes = root_only(new_tokens[-1:])  # room for one token only, or a round of plain decoding
-            else:
-                followed, features = (torch.cat(parts) for parts in zip(*unread, strict=True))
-                unread.clear()
-                hidden = drafter.extend(followed, draft.fuse(features))
-                nodes = drafter.grow(followed[-1:], hidden, levels, pace)
-            clock.lap("draft")
-            output = verifier.verify(nodes, levels, taps=True)
-            logits = target.head(output.last_hidden[0])
-            clock.lap("verify")
-            path, new_tokens = accept(nodes, logits, sampling, generator)
-            rows, new = path.tolist(), new_tokens.tolist()
-            verifier.keep(rows)
-            tap_hidden = _taps(output)[path]
-            clock.lap("accept")
-            emitted = writer.write(new)
-            accepted.append(emitted - 1)
-            if pace is not None:
-                pace.record(emitted)
-            if trace:
-                rounds.append(_trace(nodes, rows, new, emitted))
-            clock.lap("other")
-    traced = rounds if trace else None
-    return writer.generation(clock.phases_s, accepted=accepted, drafted_depth=tree.levels, rounds=traced)
-
-
-def _positions(target: Target, prompt: Tensor, model_inputs: ModelInputs | None) -> Tensor | None:
-    """The prompt's rope positions; None where they are the tokens' indices."""
-    return target.positions(prompt, model_inputs) if model_inputs else None
-
-
-def _taps(output) -> Tensor:
-    assert output.tap_hidden is not None
-    return output.tap_hidden[0]
-
-
-def _trace(nodes: Tree, rows: list[int], new: list[int], emitted: int) -> RoundTrace:
-    bonus = new[-1] if emitted == len(new) else None
-    return RoundTrace(nodes.token_ids.tolist(), nodes.parents.tolist(), rows[: emitted + (bonus is None)], bonus)

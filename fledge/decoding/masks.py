@@ -17,9 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fledge.drafters.tree import Trees
 from fledge.errors import UserError
 
-# N query rows, K keys = prefix + N, B sequences
+# N query rows, K keys, B sequences
 
 
 @dataclass(frozen=True)
@@ -84,36 +85,27 @@ class Masks:
         lower = positions[None, :] <= positions[:, None]
         return self._by_kind(lambda kind: self._additive(lower & kind.visible(positions, positions)))
 
-    def tree(self, prefix_len: int, positions: Tensor, ancestors: Tensor, last_position: int) -> Any:
-        """For tree nodes at `positions` (N,) behind a prefix; `last_position` is their largest."""
-        if ancestors.shape[0] == 1 and all(kind.reaches_back(last_position) for kind in self.kinds):
-            return self._by_kind(lambda kind: None)
-        everything = torch.ones(ancestors.shape[0], prefix_len, dtype=torch.bool, device=self.device)
-        seen = torch.cat((everything, ancestors), dim=-1)
-        full = self._additive(seen)
+    def trees(self, lengths: Tensor, trees: Trees, num_keys: int, *, whole: bool) -> Any:
+        """For the nodes of trees behind prefixes of their own lengths (B,), over the first `num_keys` rows.
 
-        def mask(kind: Kind) -> Tensor:
-            if kind.reaches_back(last_position):
-                return full
-            keys = torch.cat((torch.arange(prefix_len, device=self.device), positions))
-            return self._additive(seen & kind.visible(positions, keys))
-
-        return self._by_kind(mask)
-
-    def trees(self, lengths: Tensor, levels: Tensor, ancestors: Tensor, bucket: int) -> Any:
-        """For trees of B sequences (levels (B, N), ancestors (B, N, N)) behind prefixes of their own lengths (B,).
-
-        Keys are the first `bucket` rows of the cache, whatever the lengths: what lies behind a tree is not seen.
+        What lies behind a tree is not seen. `whole`: the host knows that every prefix ends where the trees begin, at
+        row num_keys - N, so a tree of one node sees every row and needs no mask.
         """
-        rows = torch.arange(bucket, device=self.device)
-        nodes = lengths[:, None] + torch.arange(levels.shape[1], device=self.device)
-        seen = (rows < lengths[:, None])[:, None, :].expand(-1, levels.shape[1], -1)
-        seen = seen.scatter(2, nodes[:, None, :].expand_as(ancestors), ancestors)
-        positions = lengths[:, None] + levels
-        keys = rows.expand(len(lengths), -1).scatter(1, nodes, positions)
+        if whole and trees.num_nodes == 1 and all(kind.reaches_back(num_keys - 1) for kind in self.kinds):
+            return self._by_kind(lambda kind: None)
+        rows = torch.arange(num_keys, device=self.device)
+        nodes = lengths[:, None] + torch.arange(trees.num_nodes, device=self.device)
+        seen = (rows < lengths[:, None])[:, None, :].expand(-1, trees.num_nodes, -1)
+        seen = seen.scatter(2, nodes[:, None, :].expand_as(trees.ancestors), trees.ancestors)
         full = self._additive(seen)
+        if all(kind.reaches_back(num_keys - 1) for kind in self.kinds):
+            return self._by_kind(lambda kind: full)
+        positions = lengths[:, None] + trees.levels
+        keys = rows.expand(len(lengths), -1).scatter(1, nodes, positions)
         return self._by_kind(
-            lambda kind: full if kind.reaches_back(bucket - 1) else self._additive(seen & kind.visible(positions, keys))
+            lambda kind: (
+                full if kind.reaches_back(num_keys - 1) else self._additive(seen & kind.visible(positions, keys))
+            )
         )
 
     def _additive(self, visible: Tensor) -> Tensor:

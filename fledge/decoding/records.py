@@ -1,9 +1,10 @@
-"""What goes into a generation and what comes out: sampling, tree shape, the generation itself and its trace.
+"""What goes into a generation and what comes out: sampling, the generation itself and its trace.
 
 Plain records. Knows nothing of models; the numbers are defined here and nowhere else.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from fledge.errors import UserError
@@ -30,29 +31,10 @@ class Sampling:
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k} must be 0 (keep every token) or positive.")
 
-
-@dataclass(frozen=True)
-class TreeShape:
-    """The draft tree of every round. top_k = 1 drafts a chain of min(depth + 1, total_token - 1) tokens."""
-
-    total_token: int = 60
-    """nodes verified per round, the root (last round's bonus token) included"""
-    depth: int = 5
-    """draft rounds after the first level: depth + 1 levels, at most depth + 2 tokens per round"""
-    top_k: int = 10
-    """children per node, and nodes expanded per level"""
-
-    def __post_init__(self) -> None:
-        if self.total_token < 1 or self.depth < 0 or self.top_k < 1:
-            raise UserError(
-                f"tree total_token={self.total_token}, depth={self.depth}, top_k={self.top_k}: needed are "
-                f"total_token >= 1, depth >= 0 and top_k >= 1."
-            )
-
-    @property
-    def levels(self) -> int:
-        """Levels drafted below the root: a level deeper than the number of drafted nodes cannot be reached."""
-        return min(self.depth + 1, self.total_token - 1)
+    @cached_property
+    def law(self) -> "Sampling":
+        """The same without the seed: requests of one law are drawn together."""
+        return replace(self, seed=None)
 
 
 @dataclass(frozen=True)

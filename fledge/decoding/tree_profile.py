@@ -10,7 +10,7 @@ import msgspec
 
 from fledge import provenance
 from fledge.console import say, warn
-from fledge.decoding.records import TreeShape
+from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 from fledge.parsing import convert, read_python_json
 from fledge.ranges import NotNegative, Positive

@@ -16,17 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fledge import provenance
 from fledge.console import progress
 from fledge.data.samples import Prompt
-from fledge.decoding.drafting import Drafter, candidate_levels
-from fledge.decoding.generate import generate_plain, generate_speculative
-from fledge.decoding.records import Generation, Sampling, TreeShape
-from fledge.decoding.tree import Tree, ancestors_of
+from fledge.decoding.generate import generate
+from fledge.decoding.records import Sampling
+from fledge.decoding.running_state import verifier_of
 from fledge.decoding.tree_profile import TreeProfile
-from fledge.decoding.verifying import verifier_of
+from fledge.decoding.verifier import Lengths
 from fledge.draft.model import DraftModel
+from fledge.drafters.base import Emitted
+from fledge.drafters.eagle3.propose import EagleProposer, candidate_levels
+from fledge.drafters.tree import Trees, TreeShape, ancestors_of
 from fledge.errors import UserError
 from fledge.target.model import Target
 
@@ -66,8 +69,10 @@ def tune(
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "sampling": sampling, "eos_token_ids": eos_token_ids,
     }  # fmt: skip
-    plainly(target, prompts[0], {**options, "max_new_tokens": 8})  # warm-up
-    answers = [plainly(target, prompt, options).token_ids for prompt in prompts]
+    generate(target, None, prompts[0].ids, **{**options, "max_new_tokens": 8}, model_inputs=prompts[0].model_inputs)
+    answers = [
+        generate(target, None, prompt.ids, **options, model_inputs=prompt.model_inputs).token_ids for prompt in prompts
+    ]
     pairs = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if len(answer) > MAX_LEVELS]
     if not pairs:
         raise UserError(
@@ -96,16 +101,6 @@ def tune(
     )  # fmt: skip
 
 
-def plainly(target: Target, prompt: Prompt, options: dict[str, Any]) -> Generation:
-    return generate_plain(target, prompt.ids, model_inputs=prompt.model_inputs, **options)
-
-
-def speculatively(
-    target: Target, draft: DraftModel, prompt: Prompt, tree: TreeShape, options: dict[str, Any]
-) -> Generation:
-    return generate_speculative(target, draft, prompt.ids, tree=tree, model_inputs=prompt.model_inputs, **options)
-
-
 # -- acceptance --------------------------------------------------------------------------------------------------------
 
 
@@ -123,15 +118,28 @@ def ranks_along(
             tokens[None], position_ids=None if where is None else where[..., None, :], **beside
         ).tap_hidden  # fmt: skip
         assert taps is not None
-        features = draft.fuse(taps[0])
-        drafter = Drafter(draft, TreeShape(len(levels) + 1, MAX_LEVELS - 1, width), len(tokens), where)
-        done = 1  # token 0 has no feature before it
+        shape = TreeShape(len(levels) + 1, MAX_LEVELS - 1, width)
+        proposer = EagleProposer(draft, shape, 1, len(tokens) + len(levels))
+        rows = torch.arange(len(tokens), device=target.device) if where is None else where
+        done = len(prompt)
+        proposer.fill(0, tokens[:done], taps[0, :done], rows[..., :done])
         for root in positions(len(prompt), len(answer)):
-            hidden = drafter.extend(tokens[done : root + 1], features[done - 1 : root])
+            emitted = emitted_between(tokens, taps[0], done, root)
+            num_keys = root + proposer.rows_ahead
+            proposer.follow(emitted, num_keys)
             done = root + 1
-            scores, drafted, parents = (x.float().cpu().numpy() for x in drafter.candidates(hidden, MAX_LEVELS))
+            found = proposer.candidates(emitted.lengths, MAX_LEVELS, num_keys)
+            scores, drafted, parents = (one[0].float().cpu().numpy() for one in found)
             truth = whole.ids[root + 1 : root + 1 + MAX_LEVELS]
             yield continuation_ranks(scores, drafted, parents, levels, truth)
+
+
+def emitted_between(tokens: Tensor, taps: Tensor, first: int, root: int) -> Emitted:
+    """Tokens `first` .. `root` of a text (T,) as one sequence emitted them, with the taps (T, A, H) before them."""
+    count = torch.tensor([root + 1 - first], device=tokens.device)
+    return Emitted(
+        tokens[None, first : root + 1], count, taps[None, first - 1 : root], torch.tensor([root], device=tokens.device)
+    )  # fmt: skip
 
 
 def positions(prompt_len: int, answer_len: int) -> list[int]:
@@ -206,7 +214,8 @@ def measure_costs(
     draft_s = {
         (width, levels): seconds for width in widths for levels, seconds in draft_times(target, draft, tokens, width)
     }
-    run = speculatively(target, draft, prompt, TreeShape(8, 2, 2), {**options, "max_new_tokens": 32})
+    short = {**options, "max_new_tokens": 32, "model_inputs": prompt.model_inputs}
+    run = generate(target, draft, prompt.ids, tree=TreeShape(8, 2, 2), **short)
     overhead = (run.phases_s["accept"] + run.phases_s["other"]) / max(run.num_forwards, 1)
     step("drafting")
     return Costs(verify_time(target, tokens, 1), verify_s, draft_s, overhead)
@@ -214,29 +223,34 @@ def measure_costs(
 
 def verify_time(target: Target, tokens: list[int], nodes: int) -> float:
     """Seconds for one forward and head over `nodes` tokens behind a prefix."""
-    verifier, device = verifier_of(target), target.device
-    parents = torch.zeros(nodes, dtype=torch.int64, device=device)
-    levels = (torch.arange(nodes, device=device) > 0).long()
-    ids = torch.tensor(tokens, device=device)
-    tree = Tree(ids[-1:].repeat(nodes), parents, levels, ancestors_of(parents, 1))
-    with verifier.session(len(tokens) + nodes):
-        verifier.prefill(ids, taps=False)
-        return median_time(lambda: target.head(verifier.verify(tree, 1, taps=nodes > 1).last_hidden[0]), device)
+    device, length = target.device, len(tokens)
+    verifier = verifier_of(target, 1, length + nodes)
+    ids = torch.tensor([tokens], device=device)
+    parents = torch.zeros(1, nodes, dtype=torch.int64, device=device)
+    levels = (torch.arange(nodes, device=device) > 0).long()[None]
+    trees = Trees(ids[:, -1:].repeat(1, nodes), parents, levels, ancestors_of(parents, 1))
+    lengths = Lengths(torch.tensor([length], device=device), (length,))
+    with verifier.running():
+        verifier.prefill(slice(0, 1), ids, taps=False)
+        return median_time(
+            lambda: target.head(verifier.verify(trees, lengths, length + nodes, taps=nodes > 1).last_hidden), device
+        )  # fmt: skip
 
 
 def draft_times(target: Target, draft: DraftModel, tokens: list[int], width: int) -> Iterator[tuple[int, float]]:
     """Seconds to follow three new tokens and grow a tree, for every number of levels."""
-    device = target.device
-    drafter = Drafter(draft, TreeShape(NODES[-1], MAX_LEVELS - 1, width), len(tokens) + 8)
+    device, length = target.device, len(tokens) - 1
+    shape = TreeShape(max(NODES[-1], MAX_LEVELS + 1), MAX_LEVELS - 1, width)
+    proposer = EagleProposer(draft, shape, 1, len(tokens) + candidate_count(width, MAX_LEVELS))
     ids = torch.tensor(tokens, device=device)
-    features = torch.zeros(len(tokens), draft.config.hidden_size, device=device, dtype=draft.fc.weight.dtype)
-    drafter.extend(ids, features)
-    length = drafter.cache.length
+    size = (len(tokens), len(draft.config.tap_layers), draft.config.hidden_size)
+    taps = torch.zeros(size, device=device, dtype=draft.fc.weight.dtype)
+    proposer.fill(0, ids, taps, torch.arange(len(tokens), device=device))
+    emitted, num_keys = emitted_between(ids, taps, length - 2, length), length + proposer.rows_ahead
 
     def once(levels: int) -> None:
-        drafter.cache.length = length
-        drafter.cache.rewind()
-        drafter.grow(ids[-1:], drafter.extend(ids[-3:], features[-3:]), levels)
+        proposer.follow(emitted, num_keys)
+        proposer.propose(emitted, levels, num_keys)
 
     short = median_time(lambda: once(1), device)
     long = median_time(lambda: once(MAX_LEVELS), device)
@@ -261,15 +275,13 @@ def confirm(
     target: Target, draft: DraftModel, prompts: Sequence[Prompt], tree: TreeShape, options: dict[str, Any]
 ) -> dict[str, float]:
     """Real decoding speeds on the same prompts, interleaved: plain, the chosen tree, the default tree."""
-    ways: dict[str, Callable[[Prompt], Generation]] = {
-        "plain": lambda prompt: plainly(target, prompt, options),
-        "chosen": lambda prompt: speculatively(target, draft, prompt, tree, options),
-        "default": lambda prompt: speculatively(target, draft, prompt, DEFAULT, options),
-    }
+    ways: dict[str, tuple[DraftModel | None, TreeShape | None]] = {
+        "plain": (None, None), "chosen": (draft, tree), "default": (draft, DEFAULT),
+    }  # fmt: skip
     tokens, seconds = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0.0)
     for prompt in prompts:
-        for way, generate in ways.items():
-            made = generate(prompt)
+        for way, (drafter, shape) in ways.items():
+            made = generate(target, drafter, prompt.ids, tree=shape, model_inputs=prompt.model_inputs, **options)
             tokens[way] += len(made.token_ids) - 1
             seconds[way] += made.decode_s
     return {way: tokens[way] / seconds[way] for way in ways}

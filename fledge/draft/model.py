@@ -233,22 +233,20 @@ class DraftModel(nn.Module):
         mask: Tensor | None = None,
         *,
         rope: tuple[Tensor, Tensor] | None = None,
-        last_only: bool = False,
         asked: Tensor | None = None,
     ) -> Tensor:
-        """One forward with a cache: tokens (B, S), features f (B, S, H) -> f'' (B, S, H), or (B, 1, H) of the last row
-        or of the row `asked` (B,) in each sequence.
+        """One forward with a cache: tokens (B, S), features f (B, S, H) -> f'' (B, S, H), or (B, 1, H) of the row
+        `asked` (B,) in each sequence.
 
         Row s pairs the feature of position p with the *next* token; position_ids (B, S) hold p, the feature's
         position (`rope`, cos and sin of those positions, stands in for them). `mask` (.., rows asked, K) is boolean
         (True: may see) or additive over cached + new keys; None means one row that sees everything, or a causal block
         on an empty cache.
         """
-        queries = slice(-1, None) if last_only else None
         if rope is None:
             assert position_ids is not None
             rope = self.rope(position_ids)
-        q, k, v = self.project(self.embed(token_ids), hidden, rope, queries=queries)
+        q, k, v = self.project(self.embed(token_ids), hidden, rope)
         if asked is not None:
             q, hidden = rows_at(q, asked), rows_at(hidden, asked)
         keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2))
@@ -257,7 +255,7 @@ class DraftModel(nn.Module):
         attended = F.scaled_dot_product_attention(
             q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]
         )
-        return self.finish(hidden if queries is None else hidden[:, queries], attended.transpose(1, 2))
+        return self.finish(hidden, attended.transpose(1, 2))
 
 
 def rows_at(states: Tensor, index: Tensor) -> Tensor:

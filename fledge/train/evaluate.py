@@ -19,10 +19,10 @@ from transformers import TrainerCallback
 
 from fledge.console import say, warn
 from fledge.data.samples import Prompt
-from fledge.decoding.generate import generate_speculative
-from fledge.decoding.records import Sampling, TreeShape
+from fledge.decoding.generate import generate
 from fledge.draft.checkpoint import WEIGHTS, save_draft
 from fledge.draft.model import DraftModel
+from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 from fledge.outputs import delete, staged, write_json
 from fledge.parsing import read_python_json
@@ -52,9 +52,9 @@ class DecodingEvaluation:
         """Tau of this head: the same prompts, tree and limit every time."""
         start, tokens, forwards = time.monotonic(), 0, 0
         for prompt in self.prompts:
-            made = generate_speculative(
+            made = generate(
                 self.target, draft, prompt.ids, tree=self.tree, max_new_tokens=self.max_new_tokens,
-                sampling=Sampling(), model_inputs=prompt.model_inputs,
+                model_inputs=prompt.model_inputs,
             )  # fmt: skip
             tokens, forwards = tokens + len(made.token_ids) - 1, forwards + made.num_forwards
         return Decoded(step, tokens / max(forwards, 1), tokens, time.monotonic() - start)

@@ -13,7 +13,8 @@ from fledge.bench.engine import EngineSpec, LocalEngine, refused_path
 from fledge.bench.rows import read_rows
 from fledge.bench.run import bench
 from fledge.config import parse
-from fledge.decoding.records import Generation, RoundTrace, TreeShape
+from fledge.decoding.records import Generation, RoundTrace
+from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "spec_benchmark.py"
@@ -266,10 +267,10 @@ def write_costs(path: Path, overhead_s: float) -> None:
 
 def test_adaptive_drafts_where_it_pays(run_bench, tmp_path, monkeypatch):
     """Same answers; where a round costs fifty plain tokens, hardly any is drafted."""
-    from fledge.decoding.drafting import Drafter
+    from fledge.drafters.eagle3.propose import EagleProposer
 
-    trees, real = [], Drafter.grow
-    monkeypatch.setattr(Drafter, "grow", lambda self, *args: (trees.append(args[-1]), real(self, *args))[1])
+    trees, real = [], EagleProposer.propose
+    monkeypatch.setattr(EagleProposer, "propose", lambda self, *args: (trees.append(args[-1]), real(self, *args))[1])
     flags = ("--temperature", "0", "--max-new-token", "40", "--question-end", "1", "--total-token", "8", "--depth", "2",
              "--top-k", "3", "--samples", "0")  # fmt: skip
     drafted, rounds = {}, {}
@@ -282,20 +283,20 @@ def test_adaptive_drafts_where_it_pays(run_bench, tmp_path, monkeypatch):
         assert figures["quality"]["identical"] == figures["quality"]["compared"]
         drafted[name] = len(trees)
         rounds[name] = sum(turn["eagle"]["num_forwards"] for row in rows for turn in row["turns"])
-        assert all((pace is None) == (name == "always") for pace in trees)
+        assert all((budget is None) == (name == "always") for budget in trees)
     assert drafted["always"] >= rounds["always"] - 2 and drafted["pays"] > 10 > drafted["dear"]
 
 
-def test_the_static_engine_measures_the_same_answers(run_bench, tmp_path):
+def test_fixed_shapes_measure_the_same_answers(run_bench, tmp_path):
     flags = ("--temperature", "0", "--max-new-token", "20", "--question-end", "2")
     texts = {}
-    for engine in ("dynamic", "static"):
-        rows, figures = run_bench(*flags, "--engine", engine, out=tmp_path / engine)
+    for shapes in ("exact", "fixed"):
+        rows, figures = run_bench(*flags, "--shapes", shapes, out=tmp_path / shapes)
         assert figures["quality"]["identical"] == figures["quality"]["compared"] == 3
         assert figures["speedup"]["value"] == pytest.approx(figures["model"]["predicted"], rel=1e-6)
-        texts[engine] = [turn[side]["token_ids"] for row in rows for turn in row["turns"] for side in turn["order"]]
-        assert rows[0]["turns"][0]["sample"], "coloured samples are traced by the dynamic engine"
-    assert texts["static"] == texts["dynamic"]
+        texts[shapes] = [turn[side]["token_ids"] for row in rows for turn in row["turns"] for side in turn["order"]]
+        assert rows[0]["turns"][0]["sample"], "coloured samples are traced in exact shapes"
+    assert texts["fixed"] == texts["exact"]
 
 
 @pytest.mark.parametrize(
@@ -304,9 +305,9 @@ def test_the_static_engine_measures_the_same_answers(run_bench, tmp_path):
         (("--adaptive", "--mode", "baseline"), "--mode baseline has none to adapt"),
         (("--adaptive", "--tune"), "--tune has none to adapt"),
         (("--adaptive", "--backend", "server"), "--adaptive is about decoding in this process"),
-        (("--engine", "static", "--backend", "server"), "--engine is about decoding in this process"),
+        (("--shapes", "fixed", "--backend", "server"), "--shapes is about decoding in this process"),
     ],
 )
-def test_what_adaptive_and_engine_do_not_go_with(folders, flags, message):
+def test_what_adaptive_and_shapes_do_not_go_with(folders, flags, message):
     with pytest.raises(UserError, match=message):
         bench(parse_bench(folders, *flags))

@@ -8,12 +8,13 @@ from tiny import prompt, tiny_draft, tiny_model, tiny_target
 
 from fledge.bench.doctor import CHAIN, Diagnosis, Reading, Ward, diagnose, draft_of, layers_to_tap, walk
 from fledge.bench.inspect_head import measured_findings
-from fledge.decoding.generate import generate_plain, generate_speculative
-from fledge.decoding.records import Sampling, TreeShape
+from fledge.decoding.generate import generate
+from fledge.decoding.records import Sampling
 from fledge.draft.batch import pack
 from fledge.draft.checkpoint import draft_tensors
 from fledge.draft.head import Head
 from fledge.draft.loss import LossSettings
+from fledge.drafters.tree import TreeShape
 from fledge.target.model import Target
 from fledge.train.module import TTTModule
 
@@ -57,8 +58,8 @@ def stated(head: Head) -> Reading:
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.05, seed=3)], ids=["greedy", "sampled"])
 def test_a_walk_over_the_numbers_is_a_chain_decode(target, prompts, trained, sampling):
-    """The slow twin: generate_speculative, round by round."""
-    answers = [generate_plain(target, ids, max_new_tokens=TOKENS, sampling=sampling).token_ids for ids in prompts[:6]]
+    """The slow twin: decoding itself, round by round."""
+    answers = [generate(target, None, ids, max_new_tokens=TOKENS, sampling=sampling).token_ids for ids in prompts[:6]]
     ward = Ward(target, prompts[:6], TOKENS, answers=answers if sampling.temperature else None)
     score = ward.score(trained, stated(trained))
     own = Target(target.model, tap_layers=trained.config.tap_layers, name="own")
@@ -68,7 +69,7 @@ def test_a_walk_over_the_numbers_is_a_chain_decode(target, prompts, trained, sam
     begin = 0
     for record, length in zip(ward.records, ward.prompt_lengths, strict=True):
         ids = record.input_ids[:length].tolist()
-        real = generate_speculative(own, draft, ids, tree=tree, max_new_tokens=TOKENS, sampling=sampling)
+        real = generate(own, draft, ids, tree=tree, max_new_tokens=TOKENS, sampling=sampling)
         tokens = len(record) - length
         lengths = score.lengths[begin : begin + tokens - 1].tolist()
         begin += tokens - 1

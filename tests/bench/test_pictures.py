@@ -15,8 +15,8 @@ from fledge.bench.run import bench
 from fledge.cli import main
 from fledge.config import parse
 from fledge.decoding import tune
-from fledge.decoding.records import TreeShape
 from fledge.draft.checkpoint import save_draft
+from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 from fledge.target.model import Target
 

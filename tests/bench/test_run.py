@@ -10,7 +10,7 @@ from fledge.bench.prompts import Question
 from fledge.bench.rows import read_rows
 from fledge.bench.run import Placement, list_jobs, place
 from fledge.data.samples import Prompt
-from fledge.decoding.asked import PromptTooLong
+from fledge.decoding.requests import PromptTooLong
 from fledge.errors import UserError
 
 SETTINGS = MeasureSettings(sides=("baseline", "eagle"), temperature=0.0, max_new_tokens=40, seed=1)

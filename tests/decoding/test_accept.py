@@ -5,9 +5,9 @@ import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from fledge.decoding import accept as module
-from fledge.decoding.accept import accept, accepted_nodes, choose, distribution, draw, walk
+from fledge.decoding.accept import accept, accepted_paths, choose, choose_all, distribution, draw, walk
 from fledge.decoding.records import Sampling
-from fledge.decoding.tree import Tree, ancestors_of
+from fledge.drafters.tree import Trees, ancestors_of
 
 
 def random_logits(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
@@ -38,23 +38,30 @@ def test_a_tiny_nucleus_keeps_the_best_token():
 
 def test_draws_follow_the_probabilities():
     probabilities = torch.tensor([[0.5, 0.0, 0.2, 0.3, 0.0]])
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.bincount(draw(probabilities.expand(20_000, -1), generator), minlength=5)
+    noise = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    counts = torch.bincount(draw(probabilities.expand(20_000, -1), noise), minlength=5)
     torch.testing.assert_close(counts / 20_000, probabilities[0], atol=0.02, rtol=0)
     assert counts[1] == counts[4] == 0
 
 
 def test_draws_need_no_normalisation_and_never_leave_the_vocabulary():
     probabilities = torch.tensor([[0.0, 1e-7, 0.0]]).expand(1000, -1)
-    assert draw(probabilities, torch.Generator().manual_seed(1)).unique().tolist() == [1]
+    noise = torch.cat((torch.linspace(0, 1, 999, dtype=torch.float64), torch.tensor([1 - 2.0**-53])))
+    assert draw(probabilities, noise).unique().tolist() == [1]
 
 
-def test_the_generator_decides():
-    logits = random_logits(8, 100)
-    once, again, other = (
-        choose(logits, Sampling(1.0), torch.Generator().manual_seed(seed)).tolist() for seed in (5, 5, 6)
-    )
+def test_the_noise_decides():
+    logits, noise = random_logits(8, 100), torch.rand(8, dtype=torch.float64)
+    once, again, other = (choose(logits, Sampling(1.0), value).tolist() for value in (noise, noise, 1 - noise))
     assert once == again != other
+
+
+def test_rows_of_several_laws():
+    """A batch of requests with temperatures of their own: each row as it is chosen alone."""
+    logits, noise = random_logits(6, 50), torch.rand(6, dtype=torch.float64)
+    laws = [Sampling(), Sampling(1.0), Sampling(0.5, 0.9), Sampling(), Sampling(1.0, seed=3), Sampling(2.0, top_k=4)]
+    alone = [int(choose(logits[row : row + 1], law, noise[row : row + 1])) for row, law in enumerate(laws)]
+    assert choose_all(logits, laws, noise).tolist() == alone
 
 
 def test_temperature_zero_is_argmax():
@@ -72,19 +79,26 @@ def test_a_nucleus_wider_than_the_first_guess(monkeypatch):
         monkeypatch.undo()
 
 
-def tree_of(token_ids: list[int], parents: list[int]) -> Tree:
-    parents_t = torch.tensor(parents)
-    zeros = torch.zeros_like(parents_t)  # levels play no part in acceptance
-    return Tree(torch.tensor(token_ids), parents_t, zeros, ancestors_of(parents_t, len(parents)))
+def trees_of(token_ids: list[int], parents: list[int]) -> Trees:
+    levels = [0]
+    for parent in parents[1:]:
+        levels.append(levels[parent] + 1)
+    parents_t = torch.tensor([parents])
+    return Trees(torch.tensor([token_ids]), parents_t, torch.tensor([levels]), ancestors_of(parents_t, len(parents)))
+
+
+def stacked(trees: list[Trees]) -> Trees:
+    return Trees(*(torch.cat([getattr(one, name) for one in trees]) for name in vars(trees[0])))
 
 
 # root 9 -> a b; a -> c d; c -> e        nodes: root a b c d e
-TREE = tree_of([9, 1, 2, 3, 4, 5], [0, 0, 0, 1, 1, 3])
+TREE = trees_of([9, 1, 2, 3, 4, 5], [0, 0, 0, 1, 1, 3])
+SLOTS = 4
 
 
-def certain(chosen: list[int]) -> torch.Tensor:
-    """Logits under which even a draw takes these tokens."""
-    return torch.zeros(len(chosen), 12).scatter(1, torch.tensor(chosen)[:, None], 1e4)
+def certain(chosen: torch.Tensor) -> torch.Tensor:
+    """Logits (B, N, V) under which even a draw takes these tokens (B, N)."""
+    return torch.zeros(*chosen.shape, 12).scatter(2, chosen[..., None], 1e4)
 
 
 @pytest.mark.parametrize(
@@ -98,26 +112,62 @@ def certain(chosen: list[int]) -> torch.Tensor:
     ],
 )
 def test_the_walk_from_the_root(chosen, path):
-    emitted = [chosen[node] for node in path]
-    assert accepted_nodes(TREE, torch.tensor(chosen)).tolist() == path
-    for sampling in (Sampling(), Sampling(1.0, seed=0)):
-        found = accept(TREE, certain(chosen), sampling)
-        assert (found[0].tolist(), found[1].tolist()) == (path, emitted)
+    seeds, lengths, count = torch.tensor([3]), torch.tensor([10]), len(path)
+    for sampling in (Sampling(), Sampling(1.0)):
+        for lazily in (False, True):
+            found = accept(TREE, certain(torch.tensor([chosen])), [sampling], seeds, lengths, SLOTS, lazily=lazily)
+            assert found.num_accepted.tolist() == [count]
+            assert found.path[0, :count].tolist() == path and not found.path[0, count:].any()
+            assert found.token_ids[0, :count].tolist() == [chosen[node] for node in path]
 
 
 def test_both_walks_agree_on_random_trees():
+    """All nodes at once, and step by step; several sequences, drawn tokens and all."""
     generator = torch.Generator().manual_seed(0)
-    lengths = set()
-    for _ in range(200):
+    lengths_seen = set()
+    for _ in range(100):
         num_nodes = int(torch.randint(1, 20, (), generator=generator))
-        parents = [0] + [int(torch.randint(0, node, (), generator=generator)) for node in range(1, num_nodes)]
-        tokens = [11] + [
-            sum(parents[other] == parents[node] for other in range(1, node)) for node in range(1, num_nodes)
-        ]
-        tree = tree_of([min(token, 10) for token in tokens], parents)
-        chosen = torch.randint(0, 3, (num_nodes,), generator=generator)
-        path, emitted = walk(tree, certain(chosen.tolist()), Sampling(1.0), None)
-        assert accepted_nodes(tree, chosen).tolist() == path.tolist()
-        assert chosen[path].tolist() == emitted.tolist()
-        lengths.add(len(path))
-    assert len(lengths) > 3
+        trees = []
+        for _ in range(3):
+            parents = [0] + [int(torch.randint(0, node, (), generator=generator)) for node in range(1, num_nodes)]
+            tokens = [11] + [
+                min(sum(parents[other] == parents[node] for other in range(1, node)), 10)
+                for node in range(1, num_nodes)
+            ]
+            trees.append(trees_of(tokens, parents))
+        batch, slots = stacked(trees), int(max(one.levels.max() for one in trees)) + 1
+        logits = 2 * torch.randn(3, num_nodes, 12, generator=generator)
+        logits[..., :3] += 2
+        laws, seeds, lengths = [Sampling(1.0), Sampling(), Sampling(0.5, 0.8)], torch.arange(3), torch.tensor([9, 4, 7])
+        at_once = accept(batch, logits, laws, seeds, lengths, slots, lazily=False)
+        by_steps = walk(batch, logits, laws, seeds, lengths, slots)
+        assert torch.equal(at_once.num_accepted, by_steps.num_accepted)
+        for row, count in enumerate(at_once.num_accepted.tolist()):
+            assert torch.equal(at_once.path[row, :count], by_steps.path[row, :count])
+            assert torch.equal(at_once.token_ids[row, :count], by_steps.token_ids[row, :count])
+            lengths_seen.add(count)
+    assert len(lengths_seen) > 3
+
+
+def test_a_draw_depends_on_seed_and_position_alone():
+    """The same node behind another sibling, in another slot, in a longer path: the same token."""
+    logits = random_logits(1, 12, seed=4)[None]
+    law, roots = Sampling(1.0), trees_of([9], [0])
+
+    def drawn(seeds: list[int], lengths: list[int], row: int) -> int:
+        batch = stacked([roots] * len(seeds))
+        rows = logits.expand(len(seeds), -1, -1)
+        found = accept(
+            batch, rows, [law] * len(seeds), torch.tensor(seeds), torch.tensor(lengths), 1, lazily=False
+        )  # fmt: skip
+        return int(found.token_ids[row, 0])
+
+    alone = drawn([5], [17], 0)
+    assert drawn([1, 5, 9], [3, 17, 17], 1) == alone
+    assert len({drawn([5], [length], 0) for length in range(40)}) > 3, "another position draws anew"
+
+
+def test_a_root_alone_accepts_itself():
+    roots = stacked([trees_of([4], [0]), trees_of([5], [0])])
+    path, count = accepted_paths(roots, torch.tensor([[1], [2]]), 1)
+    assert path.tolist() == [[0], [0]] and count.tolist() == [1, 1]

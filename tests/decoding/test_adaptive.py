@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fledge.decoding.adaptive import ALLOWANCE, FIRST_CREDIT, Pace
-from fledge.decoding.records import TreeShape
 from fledge.decoding.tree_profile import TreeProfile
+from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 
 VERIFY = {1: 1.0, 2: 1.1, 8: 1.3, 16: 1.6, 60: 4.0}

@@ -1,53 +1,94 @@
-"""Rows written in place, read as views, and compacted."""
+"""Rows written in place or at scattered places, read as views, and compacted."""
 
 import torch
 from tiny import tiny_target
 
-from fledge.decoding.cache import DraftCache, Slab, TargetCache, layout_of
+from fledge.decoding.cache import Slab, TargetCache, layout_of
 
 CPU = torch.device("cpu")
+NARROW, WIDE = Slab(2, 2, torch.float32, CPU), Slab(3, 4, torch.float32, CPU)
 
 
-def rows(values: list[int], heads: int = 1, dim: int = 2) -> torch.Tensor:
-    """(1, heads, S, dim), every entry of row s is values[s]."""
-    return torch.tensor(values, dtype=torch.float32)[None, None, :, None].expand(1, heads, -1, dim)
+def rows(values: list[list[int]], heads: int, dim: int) -> torch.Tensor:
+    """(B, heads, S, dim): value + head / 10, in every dimension."""
+    states = torch.tensor(values, dtype=torch.float32)[:, None, :, None]
+    return states + torch.arange(heads)[None, :, None, None] / 10 + torch.zeros(1, 1, 1, dim)
 
 
-def shown(states: torch.Tensor) -> list[int]:
-    assert (states == states[:, :1, :, :1]).all()
-    return states[0, 0, :, 0].int().tolist()
+def shown(states: torch.Tensor) -> list[list[int]]:
+    assert (states[..., :1] == states).all(), "dimensions of a row were torn apart"
+    heads = torch.arange(states.shape[1])[None, :, None] / 10
+    values = states[..., 0]
+    assert torch.allclose(torch.where(values == 0, 0, values - heads), values[:, :1].expand_as(values).round()), "heads"
+    return values[:, 0].int().tolist()
+
+
+def store(cache: TargetCache, values: list[list[int]]) -> list[list[int]]:
+    """Write the same values into blocks of two shapes, as a model's layers would; what is read back."""
+    found = [
+        *cache.update(rows(values, 2, 2), rows(values, 3, 4), 0),
+        *cache.update(rows(values, 2, 2), rows(values, 2, 2), 2),
+    ]
+    assert all(shown(states) == shown(found[0]) for states in found)
+    return shown(found[0])
+
+
+def two_slots() -> TargetCache:
+    cache = TargetCache({0: (NARROW, WIDE), 2: (NARROW, NARROW)}, num_layers=3, batch=2, capacity=12)
+    for slot, known in enumerate(([1, 2, 3], [4, 5, 6, 7, 8])):
+        cache.open_block(slice(slot, slot + 1), 0, len(known))
+        assert store(cache, [known]) == [known]
+    return cache
 
 
 def test_the_drawing():
-    """keep([0, 2, 3]) moves rows length, length + 2 and length + 3 together, in blocks of every shape."""
-    narrow, wide = Slab(1, 2, torch.float32, CPU), Slab(3, 4, torch.float32, CPU)
-    cache = TargetCache({0: (narrow, wide), 2: (narrow, narrow)}, num_layers=3, capacity=12)
+    """Sequences of their own lengths, read as K rows, compacted to their own paths."""
+    cache, lengths = two_slots(), torch.tensor([3, 5])
+    cache.open_rows(lengths, 3, 8)
+    assert store(cache, [[11, 12, 13], [21, 22, 23]]) == [[1, 2, 3, 11, 12, 13, 0, 0], [4, 5, 6, 7, 8, 21, 22, 23]]
+    cache.compact(lengths, torch.tensor([[0, 2], [0, 0]]))
+    cache.open_rows(lengths + torch.tensor([2, 1]), 1, 8)
+    found = store(cache, [[14], [24]])
+    assert found[0][:6] == [1, 2, 3, 11, 13, 14] and found[1][:7] == [4, 5, 6, 7, 8, 21, 24]
 
-    def store(values: list[int]) -> list[list[int]]:
-        cache.open(len(values))
-        zero = cache.update(rows(values), rows([-v for v in values], 3, 4), 0)
-        two = cache.update(rows([v + 100 for v in values]), rows([v + 200 for v in values]), 2)
-        return [shown(states) for states in (*zero, *two)]
 
-    store([1, 2, 3])
-    cache.keep([0, 1, 2])
-    assert store([10, 11, 12, 13])[0] == [1, 2, 3, 10, 11, 12, 13]
-    cache.keep([0, 2, 3])
-    assert cache.get_seq_length() == 6 and cache.get_mask_sizes(4) == (10, 0)
-    keys, values, keys_2, values_2 = store([20])
-    assert keys == [1, 2, 3, 10, 12, 13, 20] and values == [-v for v in keys]
-    assert keys_2 == [v + 100 for v in keys] and values_2 == [v + 200 for v in keys]
+def test_the_first_slots_alone():
+    """A batch that has shrunk writes, reads and compacts its own slots only; the last one may move into a free slot."""
+    cache = two_slots()
+    cache.open_rows(torch.tensor([3]), 2, 6)
+    assert store(cache, [[11, 12]]) == [[1, 2, 3, 11, 12, 0]]
+    cache.compact(torch.tensor([3]), torch.tensor([[1]]))
+    cache.open_block(slice(0, 1), 4, 1)
+    assert store(cache, [[13]]) == [[1, 2, 3, 12, 13]]
+    cache.move(1, 0)
+    cache.open_block(slice(0, 1), 5, 1)
+    assert store(cache, [[9]]) == [[4, 5, 6, 7, 8, 9]]
+
+
+def test_it_grows_and_says_its_size():
+    cache = two_slots()
+    before = cache.num_bytes
+    cache.reserve(24)
+    assert cache.num_bytes == 2 * before
+    cache.open_block(slice(1, 2), 5, 1)
+    assert store(cache, [[9]]) == [[4, 5, 6, 7, 8, 9]]
+    cache.open_rows(torch.tensor([20, 21]), 1, 24)
+    assert [row[-4:] for row in store(cache, [[30], [31]])] == [[30, 0, 0, 0], [0, 31, 0, 0]]
 
 
 def test_reading_copies_nothing():
-    slab = Slab(1, 2, torch.float32, CPU)
-    cache = TargetCache({0: (slab, slab)}, num_layers=1, capacity=4)
-    cache.open(1)
-    keys, _ = cache.update(rows([1]), rows([1]), 0)
-    cache.keep([0])
-    cache.open(1)
-    more, _ = cache.update(rows([2]), rows([2]), 0)
-    assert more.data_ptr() == keys.data_ptr()
+    cache = two_slots()
+    cache.open_block(slice(0, 2), 0, 1)
+    first, _ = cache.update(rows([[1], [2]], 2, 2), rows([[1], [2]], 3, 4), 0)
+    cache.open_rows(torch.tensor([1, 1]), 1, 4)
+    again, _ = cache.update(rows([[3], [4]], 2, 2), rows([[3], [4]], 3, 4), 0)
+    assert again.data_ptr() == first.data_ptr()
+
+
+def test_what_a_model_asks():
+    cache = two_slots()
+    cache.open_block(slice(0, 1), 3, 2)
+    assert cache.get_seq_length() == 3 and cache.get_mask_sizes(2) == (5, 0)
 
 
 def test_the_layout_is_the_models():
@@ -56,12 +97,3 @@ def test_the_layout_is_the_models():
     assert sorted(layout) == [0, 1, 2, 3]
     assert layout[0] == (Slab(1, 16, torch.float32, CPU), Slab(1, 8, torch.float32, CPU))
     assert layout_of(tiny_target("qwen3"))[3] == (Slab(2, 32, torch.float32, CPU),) * 2
-
-
-def test_a_draft_cache_forgets_the_tree():
-    cache = DraftCache(1, 2, 8, torch.float32, CPU)
-    cache.update(rows([1, 2]), rows([1, 2]))
-    cache.commit()
-    assert shown(cache.update(rows([7, 8]), rows([7, 8]))[0]) == [1, 2, 7, 8]
-    cache.rewind()
-    assert shown(cache.update(rows([3]), rows([3]))[1]) == [1, 2, 3]

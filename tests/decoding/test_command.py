@@ -12,9 +12,10 @@ from fledge import provenance
 from fledge.cli import main
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.answering import Stream, speed_line
-from fledge.decoding.records import Generation, TreeShape
+from fledge.decoding.records import Generation
 from fledge.decoding.tree_profile import NAME, TreeProfile, write_profile
 from fledge.draft.checkpoint import save_draft
+from fledge.drafters.tree import TreeShape
 
 TEMPLATE = "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <eos> ' }}{% endfor %}<assistant> "
 
@@ -63,14 +64,14 @@ def test_without_a_head_it_decodes_plainly_the_same_text(folders, capsys):
     assert capsys.readouterr().out == alone.out and "tau" not in alone.err
 
 
-def test_the_static_engine_streams_the_same_text(folders, capsys):
+def test_fixed_shapes_stream_the_same_text(folders, capsys):
     target, head = folders
     common = ("--target", target, "--draft", head, "--prompt", "w20 w30", "--max-new-tokens", 12)
-    assert run(*common, "--engine", "dynamic") == 0
-    dynamic = capsys.readouterr().out
-    assert run(*common, "--engine", "static", "--compare", "--profile") == 0
+    assert run(*common, "--shapes", "exact") == 0
+    exact = capsys.readouterr().out
+    assert run(*common, "--shapes", "fixed", "--compare", "--profile") == 0
     shown = capsys.readouterr()
-    assert shown.out == dynamic and "outputs identical" in shown.err and "verify" in shown.err
+    assert shown.out == exact and "outputs identical" in shown.err and "verify" in shown.err
 
 
 def test_several_prompts_at_once(folders, capsys):
@@ -81,12 +82,38 @@ def test_several_prompts_at_once(folders, capsys):
     for text in prompts:
         assert run(*common, "--prompt", text) == 0
         alone.append(capsys.readouterr().out)
-    for more in (("--batch-size", 2, "--compare"), ("--engine", "static"), ()):
+    for more in (("--batch-size", 2, "--compare"), ("--shapes", "fixed"), ()):
         assert run(*common, "--prompt", *prompts, *more) == 0
         shown = capsys.readouterr()
         assert shown.out == "".join(alone) and "3 prompts, " in shown.err and "tok/s in all" in shown.err
         if "--compare" in more:
             assert "speed-up of all: " in shown.err and shown.err.count("outputs identical") == 3
+
+
+def test_prompt_lookup_needs_no_head(folders, capsys):
+    words = (
+        "--target",
+        folders[0],
+        "--draft",
+        "lookup",
+        "--prompt",
+        "w20 w30 w20",
+        "--max-new-tokens",
+        40,
+        "--compare",
+    )
+    assert run(*words) == 0
+    shown = capsys.readouterr().err
+    assert "outputs identical" in shown and "tau" in shown
+
+
+def test_a_seed_decides_the_text_with_a_head_and_without(folders, capsys):
+    words = ("--target", folders[0], "--prompt", "w20 w30", "--max-new-tokens", 12, "--temperature", 1, "--seed", 5)
+    texts = []
+    for more in ((), ("--draft", folders[1]), ("--draft", "lookup")):
+        assert run(*words, *more) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
 
 
 def test_sampling_says_that_draws_differ(folders, capsys):
@@ -101,7 +128,7 @@ def test_sampling_says_that_draws_differ(folders, capsys):
     [
         (("--draft", "/nowhere"), "/nowhere/config.json: no such file"),
         (("--raw", "--system", "w9"), "--system has no place"),
-        (("w30", "--batch-size", 2, "--engine", "dynamic"), "--engine dynamic decodes one prompt at a time"),
+        (("--draft", "lookup", "--shapes", "fixed"), "prompt lookup reads the tokens on the host"),
         (("w30", "--image", "a.png"), "--image belongs to one prompt; --prompt has 2"),
     ],
 )
@@ -162,10 +189,10 @@ def test_adaptive_drafting_and_its_profile(folders, capsys, tmp_path):
     assert run(*words, "--profile") == 0
     shown = capsys.readouterr().err
     assert "outputs identical" in shown and "GB/s" in shown and "verify" in shown
-    assert run(*words, "--engine", "static") == 1
+    assert run(*words, "--shapes", "fixed") == 1
     assert "--adaptive decides every tree on the host" in " ".join(capsys.readouterr().err.split())
     assert run(*words, "--prompt", "w20", "w30", "--batch-size", 2) == 0
-    assert "one prompt after another: --adaptive decides" in " ".join(capsys.readouterr().err.split())
+    assert "one prompt after another: --adaptive and pictures decide" in " ".join(capsys.readouterr().err.split())
     assert run("--target", target, "--prompt", "w20", "--adaptive") == 1
     assert "--adaptive adapts the draft tree" in capsys.readouterr().err
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from fledge.decoding.masks import FULL, Kind, Masks, kinds_of
-from fledge.decoding.tree import ancestors_of
+from fledge.drafters.tree import Trees, ancestors_of, roots_only
 from fledge.errors import UserError
 
-PARENTS = torch.tensor([0, 0, 0, 1])
-POSITIONS = torch.tensor([3, 4, 4, 5])
+PARENTS = torch.tensor([[0, 0, 0, 1]])
+TREES = Trees(torch.arange(4)[None], PARENTS, torch.tensor([[0, 1, 1, 2]]), ancestors_of(PARENTS, 2))
+LENGTHS = torch.tensor([3])
 
 
 def masks(*kinds: Kind, causal_by_default: bool = True) -> Masks:
@@ -24,7 +25,7 @@ def seen(mask: torch.Tensor) -> list[list[int]]:
 
 def test_the_drawing():
     sliding = Kind("sliding_attention", 3)
-    both = masks(FULL, sliding).tree(3, POSITIONS, ancestors_of(PARENTS, 2), 5)
+    both = masks(FULL, sliding).trees(LENGTHS, TREES, 7, whole=True)
     assert seen(both["full_attention"]) == [
         [1, 1, 1, 1, 0, 0, 0],
         [1, 1, 1, 1, 1, 0, 0],
@@ -40,19 +41,20 @@ def test_the_drawing():
 
 
 def test_chunks_cut_where_positions_do():
-    mask = masks(Kind("chunked_attention", 4)).tree(3, POSITIONS, ancestors_of(PARENTS, 2), 5)
+    mask = masks(Kind("chunked_attention", 4)).trees(LENGTHS, TREES, 7, whole=True)
     assert seen(mask) == [[1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0, 1]]
 
 
 def test_a_window_that_reaches_back_shares_the_full_mask():
-    both = masks(FULL, Kind("sliding_attention", 6)).tree(3, POSITIONS, ancestors_of(PARENTS, 2), 5)
+    both = masks(FULL, Kind("sliding_attention", 7)).trees(LENGTHS, TREES, 7, whole=True)
     assert both["sliding_attention"] is both["full_attention"]
 
 
 def test_one_row_needs_no_mask_until_the_window_is_full():
-    one, root = torch.ones(1, 1, dtype=torch.bool), torch.tensor([4])
-    assert masks(Kind("sliding_attention", 5)).tree(4, root, one, 4) is None
-    assert seen(masks(Kind("sliding_attention", 4)).tree(4, root, one, 4)) == [[0, 1, 1, 1, 1]]
+    roots, lengths = roots_only(torch.tensor([[9]])), torch.tensor([4])
+    assert masks(Kind("sliding_attention", 5)).trees(lengths, roots, 5, whole=True) is None
+    assert seen(masks(Kind("sliding_attention", 4)).trees(lengths, roots, 5, whole=True)) == [[0, 1, 1, 1, 1]]
+    assert seen(masks(FULL).trees(lengths, roots, 6, whole=False)) == [[1, 1, 1, 1, 1, 0]]
 
 
 @pytest.mark.parametrize("window", [3, 20])
@@ -79,21 +81,21 @@ def test_kinds_come_from_the_config():
 
 @pytest.mark.parametrize("kind", [FULL, Kind("sliding_attention", 3), Kind("chunked_attention", 4)])
 def test_trees_of_a_batch_are_each_alone(kind):
-    """Behind prefixes of 3 and 6 rows, in a bucket of 12: the same rows as alone, and nothing behind the tree."""
-    lengths, levels = torch.tensor([3, 6]), torch.tensor([[0, 1, 1, 2], [0, 1, 2, 3]])
-    parents = (PARENTS, torch.tensor([0, 0, 1, 2]))
-    ancestors = torch.stack([ancestors_of(one, 3) for one in parents])
-    found = masks(kind).trees(lengths, levels, ancestors, 12)
+    """Behind prefixes of 3 and 6 rows, over 12 keys: the same rows as alone, and nothing behind the tree."""
+    lengths, parents = torch.tensor([3, 6]), torch.tensor([[0, 0, 0, 1], [0, 0, 1, 2]])
+    levels = torch.tensor([[0, 1, 1, 2], [0, 1, 2, 3]])
+    batch = Trees(torch.zeros_like(parents), parents, levels, ancestors_of(parents, 3))
+    found = masks(kind).trees(lengths, batch, 12, whole=False)
     for row, length in enumerate(lengths.tolist()):
-        alone = masks(kind).tree(length, levels[row] + length, ancestors[row], length + 3)
+        one = Trees(*(getattr(batch, name)[row : row + 1] for name in vars(batch)))
+        alone = masks(kind).trees(lengths[row : row + 1], one, length + 4, whole=True)
         assert seen(found[row : row + 1]) == [[*line, *[0] * (8 - length)] for line in seen(alone)]
     assert found.shape == (2, 1, 4, 12)
 
 
-def test_trees_of_a_batch_share_the_full_mask_within_the_window():
-    lengths, levels = torch.tensor([3]), torch.tensor([[0]])
-    ones = torch.ones(1, 1, 1, dtype=torch.bool)
-    wide = masks(FULL, Kind("sliding_attention", 16)).trees(lengths, levels, ones, 16)
+def test_trees_share_the_full_mask_within_the_window():
+    roots = roots_only(torch.tensor([[9]]))
+    wide = masks(FULL, Kind("sliding_attention", 16)).trees(LENGTHS, roots, 16, whole=False)
     assert wide["sliding_attention"] is wide["full_attention"]
-    narrow = masks(FULL, Kind("sliding_attention", 15)).trees(lengths, levels, ones, 16)
+    narrow = masks(FULL, Kind("sliding_attention", 15)).trees(LENGTHS, roots, 16, whole=False)
     assert narrow["sliding_attention"] is not narrow["full_attention"]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from fledge.decoding.records import Generation, Sampling, TreeShape
+from fledge.decoding.records import Generation, Sampling
+from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 
 

@@ -7,10 +7,10 @@ from tiny import prompt, tiny_draft, tiny_target
 
 from fledge.data.samples import Prompt
 from fledge.decoding import tune
-from fledge.decoding.drafting import Drafter, candidate_levels
-from fledge.decoding.records import TreeShape
 from fledge.decoding.tree_profile import TreeProfile, profile_path, read_profile, resolve_tree, write_profile
-from fledge.decoding.tune import MAX_LEVELS, Costs, best_by_nodes, continuation_ranks, expected_tau
+from fledge.decoding.tune import MAX_LEVELS, Costs, best_by_nodes, continuation_ranks, emitted_between, expected_tau
+from fledge.drafters.eagle3.propose import EagleProposer, candidate_levels
+from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 
 
@@ -32,20 +32,32 @@ def test_expected_tau_is_what_the_tree_of_decoding_keeps(width):
     target = tiny_target("llama")
     draft = tiny_draft(target, "random", draft_vocab_size=None)
     tokens = torch.tensor(prompt(30))
-    features = draft.fuse(target.forward(tokens[None]).tap_hidden[0])
+    taps = target.forward(tokens[None]).tap_hidden[0].clone()
+
+    def followed(shape: TreeShape, root: int):
+        """A proposer behind the text up to the root, which it has just followed."""
+        proposer = EagleProposer(draft, shape, 1, 64 + shape.total_token)
+        proposer.fill(0, tokens[:root], taps[:root], torch.arange(root))
+        emitted = emitted_between(tokens, taps, root, root)
+        proposer.follow(emitted, root + proposer.rows_ahead)
+        return proposer, emitted, root + proposer.rows_ahead
+
     for root in (5, 12, 20):
         truth = tokens[root + 1 :].tolist()
-        large = Drafter(draft, TreeShape(len(candidate_levels(width, MAX_LEVELS)) + 1, MAX_LEVELS - 1, width), 64)
-        hidden = large.extend(tokens[1 : root + 1], features[:root])
-        scores, drafted, parents = (x.float().numpy() for x in large.candidates(hidden, MAX_LEVELS))
+        shape = TreeShape(len(candidate_levels(width, MAX_LEVELS)) + 1, MAX_LEVELS - 1, width)
+        large, emitted, num_keys = followed(shape, root)
+        found = large.candidates(emitted.lengths, MAX_LEVELS, num_keys)
+        scores, drafted, parents = (x[0].float().detach().numpy() for x in found)
         truth[: min(2, width)] = [int(drafted[width - 1]), *truth[1:2]]  # make the continuation go at least one level
         ranks = continuation_ranks(scores, drafted, parents, candidate_levels(width, MAX_LEVELS).numpy(), truth)
         for nodes, levels in ((width + 1, 1), (6, 2), (9, 4), (30, 8)):
-            small = Drafter(draft, TreeShape(nodes, levels - 1, width), 64)
-            tree = small.grow(tokens[root : root + 1], small.extend(tokens[1 : root + 1], features[:root]), levels)
+            small, emitted, num_keys = followed(TreeShape(nodes, levels - 1, width), root)
+            trees = small.propose(emitted, levels, num_keys)
+            parents_of, tokens_of = trees.parents[0].tolist(), trees.token_ids[0].tolist()
             node, kept = 0, 0
             for token in truth:
-                children = [i for i in range(1, len(tree)) if tree.parents[i] == node and tree.token_ids[i] == token]
+                below = range(1, len(tokens_of))
+                children = [i for i in below if parents_of[i] == node and tokens_of[i] == token]
                 if not children:
                     break
                 node, kept = children[0], kept + 1

@@ -26,10 +26,11 @@ import torch
 from fledge.bench.client import acceptance_of, metrics_between, parse_metrics
 from fledge.bench.prompts import load_questions
 from fledge.data.tokenize import ChatTemplate
-from fledge.decoding.generate import generate_plain, generate_speculative
-from fledge.decoding.records import Sampling, TreeShape
+from fledge.decoding.generate import generate
+from fledge.decoding.records import Sampling
 from fledge.draft.checkpoint import load_draft
 from fledge.draft.config import from_json, to_json
+from fledge.drafters.tree import TreeShape
 from fledge.export.convert import ExportArgs, export_head
 from fledge.target.model import Target
 
@@ -65,8 +66,7 @@ class Reference:
         self.answers = [self.plain(prompt) for prompt in self.prompts]
 
     def plain(self, prompt: list[int]) -> list[int]:
-        return generate_plain(
-            self.target, prompt, max_new_tokens=NEW_TOKENS, sampling=Sampling(), eos_token_ids=()
+        return generate(self.target, None, prompt, max_new_tokens=NEW_TOKENS, sampling=Sampling(), eos_token_ids=()
         ).token_ids  # fmt: skip
 
     def chain(self, head: Path, length: int) -> Counts:
@@ -88,7 +88,7 @@ def chain(target: Target, prompts: list[list[int]], head: Path, length: int) -> 
     tree = TreeShape(total_token=length + 1, depth=length - 1, top_k=1)
     reached = [0] * (length + 1)
     for prompt in prompts:
-        found = generate_speculative(
+        found = generate(
             target, draft, prompt, tree=tree, max_new_tokens=NEW_TOKENS + length + 1, sampling=Sampling(),
             eos_token_ids=(),
         )  # fmt: skip

@@ -21,10 +21,11 @@ import pytest
 import torch
 
 from fledge.data.tokenize import ChatTemplate
-from fledge.decoding.generate import generate_plain, generate_speculative
-from fledge.decoding.records import Sampling, TreeShape
+from fledge.decoding.generate import generate
+from fledge.decoding.records import Sampling
 from fledge.draft.checkpoint import load_draft
 from fledge.draft.model import DraftModel
+from fledge.drafters.tree import TreeShape
 from fledge.export.convert import ExportArgs, export_head
 from fledge.target.model import Target
 
@@ -118,7 +119,7 @@ class Ours:
 
     def answers(self) -> list[list[int]]:
         return [
-            generate_plain(self.target, prompt.ids, max_new_tokens=NEW_TOKENS, sampling=Sampling(), eos_token_ids=(),
+            generate(self.target, None, prompt.ids, max_new_tokens=NEW_TOKENS, sampling=Sampling(), eos_token_ids=(),
                            model_inputs=prompt.model_inputs).token_ids
             for prompt in self.prompts
         ]  # fmt: skip
@@ -127,7 +128,7 @@ class Ours:
         """How many rounds kept at least so many drafts. Drafts past the limit count, as they do in vLLM."""
         counts = [0] * (DRAFTS + 1)
         for prompt in self.prompts:
-            found = generate_speculative(
+            found = generate(
                 self.target, draft, prompt.ids, tree=TreeShape(DRAFTS + 1, DRAFTS - 1, 1), eos_token_ids=(),
                 max_new_tokens=NEW_TOKENS + DRAFTS + 1, sampling=Sampling(), model_inputs=prompt.model_inputs,
             )  # fmt: skip

@@ -4,12 +4,12 @@ import functools
 
 import pytest
 import torch
-from tiny import HYBRIDS, VOCAB, ScriptedDraft, prompt, tiny_draft, tiny_model, tiny_target
+from tiny import HYBRIDS, ScriptedDraft, prompt, tiny_draft, tiny_model, tiny_target
 
-from fledge.decoding import chains
-from fledge.decoding.chains import ChainVerifier, keeps_running_state
-from fledge.decoding.generate import Sampling, TreeShape, generate_plain, generate_speculative
-from fledge.decoding.verifying import Verifier, verifier_of
+from fledge.decoding import running_state
+from fledge.decoding.generate import Sampling, TreeShape, generate, generate_batch
+from fledge.decoding.running_state import RunningState, RunningStateVerifier, keeps_running_state, verifier_of
+from fledge.decoding.verifier import AttentionVerifier
 from fledge.errors import UserError
 from fledge.target.model import Target
 
@@ -21,26 +21,25 @@ OPTIONS = {"max_new_tokens": NEW, "sampling": Sampling(), "eos_token_ids": ()}
 
 @functools.cache
 def plain(name: str, length: int) -> list[int]:
-    return generate_plain(tiny_target(name), prompt(length), **OPTIONS).token_ids
+    return generate(tiny_target(name), None, prompt(length), **OPTIONS).token_ids
 
 
 def heads(name: str, ids: list[int]) -> list:
     """Never right, always right, wrong at every third token: every length of accepted chains."""
     target, script = tiny_target(name), ids + plain(name, len(ids))
-    wrong = [(token + (j % 3 == 0)) % VOCAB for j, token in enumerate(script)]
-    return [tiny_draft(target, "random"), ScriptedDraft(target, script), ScriptedDraft(target, wrong)]
+    return [tiny_draft(target, "random"), ScriptedDraft(target, script), ScriptedDraft(target, script, wrong=3)]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_chains_are_plain(name):
     target = tiny_target(name)
-    assert isinstance(verifier_of(target), ChainVerifier)
+    assert isinstance(verifier_of(target, 1, 8), RunningStateVerifier)
     taken, turn = set(), 0
     for kind in range(3):
         for chain in CHAINS:
             length = (1, 20, 5)[turn % 3]
             head = heads(name, prompt(length))[kind]
-            found = generate_speculative(target, head, prompt(length), tree=chain, **OPTIONS)
+            found = generate(target, head, prompt(length), tree=chain, **OPTIONS)
             assert found.token_ids == plain(name, length), (length, chain)
             taken |= set(found.accepted)
             turn += 1
@@ -56,27 +55,40 @@ def test_plain_is_the_librarys_generate(name):
     assert plain(name, 20) == theirs[0, 20:].tolist() and len(set(plain(name, 20))) > 4
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_is_each_prompt_alone(name):
+    """Every sequence has a state of its own; a place that gets free goes to the next prompt."""
+    target, lengths = tiny_target(name), (1, 20, 5)
+    head = ScriptedDraft(target, *(prompt(length) + plain(name, length) for length in lengths), wrong=3)
+    for one_head, batch_size in ((head, 2), (None, 3)):
+        found = generate_batch(
+            target, one_head, [prompt(n) for n in lengths], tree=CHAINS[0], batch_size=batch_size, **OPTIONS
+        )  # fmt: skip
+        assert [one.token_ids for one in found] == [plain(name, length) for length in lengths]
+
+
 @pytest.mark.parametrize("waiting", [0, 3])
 def test_waiting_tokens_get_a_forward_of_their_own(waiting, monkeypatch):
-    monkeypatch.setattr(chains, "MOST_WAITING", waiting)
+    monkeypatch.setattr(running_state, "MOST_WAITING", waiting)
     name, ids = "qwen3_next", prompt(5)
-    found = generate_speculative(tiny_target(name), heads(name, ids)[2], ids, tree=CHAINS[0], **OPTIONS)
+    found = generate(tiny_target(name), heads(name, ids)[2], ids, tree=CHAINS[0], **OPTIONS)
     assert found.token_ids == plain(name, 5)
 
 
 def test_a_state_that_is_not_put_back_shows(monkeypatch):
     """Control: a wrong state does not merely cost acceptance, it changes the output."""
-    monkeypatch.setattr(ChainVerifier, "_put_back", lambda self, copies: None)
+    monkeypatch.setattr(RunningState, "_put_back", lambda self, copies: None)
     name, ids = "qwen3_next", prompt(5)
-    found = generate_speculative(tiny_target(name), heads(name, ids)[2], ids, tree=CHAINS[0], **OPTIONS)
+    found = generate(tiny_target(name), heads(name, ids)[2], ids, tree=CHAINS[0], **OPTIONS)
     assert found.token_ids != plain(name, 5)
 
 
 def test_trees_are_refused_and_other_targets_keep_them():
     target = tiny_target("qwen3_next")
     with pytest.raises(UserError, match="running state.*--top-k 1"):
-        generate_speculative(target, tiny_draft(target), prompt(5), tree=TreeShape(8, 2, 3), **OPTIONS)
-    assert not keeps_running_state(tiny_target("llama")) and isinstance(verifier_of(tiny_target("llama")), Verifier)
+        generate(target, tiny_draft(target), prompt(5), tree=TreeShape(8, 2, 3), **OPTIONS)
+    assert not keeps_running_state(tiny_target("llama"))
+    assert isinstance(verifier_of(tiny_target("llama"), 1, 8), AttentionVerifier)
 
 
 def test_a_cache_of_another_kind_is_refused(monkeypatch):
@@ -85,4 +97,4 @@ def test_a_cache_of_another_kind_is_refused(monkeypatch):
     monkeypatch.setitem(HYBRIDS, "minimax", ("MiniMaxConfig", differs))
     target = Target(tiny_model("minimax"), tap_layers=(1, 2, 3), name="tiny-minimax")
     with pytest.raises(UserError, match="a cache of their own kind"):
-        generate_plain(target, prompt(5), **OPTIONS)
+        generate(target, None, prompt(5), **OPTIONS)

@@ -4,15 +4,16 @@ Every tiny target, every kind of head, every kind of tree, prompts in turn on th
 """
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny import EOS, NAMES, VOCAB, ScriptedDraft, prompt, tiny_draft, tiny_model, tiny_target
+from tiny import EOS, NAMES, ScriptedDraft, prompt, tiny_draft, tiny_model, tiny_target
 
-from fledge.decoding import generate
+from fledge.decoding import round
 from fledge.decoding.accept import accept
 from fledge.decoding.adaptive import Pace
-from fledge.decoding.generate import Generation, Sampling, TreeShape, generate_plain, generate_speculative
+from fledge.decoding.generate import Generation, Sampling, TreeShape, generate
 from fledge.errors import UserError
 from fledge.target.model import Target
 
@@ -28,14 +29,13 @@ HEADS = ("random", "zero", "adversarial", "every third token wrong")
 
 @functools.cache
 def plain(name: str, length: int, new: int = NEW) -> Generation:
-    return generate_plain(
-        tiny_target(name), prompt(length), max_new_tokens=new, sampling=GREEDY, eos_token_ids=(), trace=True
+    return generate(
+        tiny_target(name), None, prompt(length), max_new_tokens=new, sampling=GREEDY, eos_token_ids=(), trace=True
     )
 
 
 def half_right(target: Target, ids: list[int], answer: list[int]) -> ScriptedDraft:
-    script = ids + answer
-    return ScriptedDraft(target, [(token + (j % 3 == 0)) % VOCAB for j, token in enumerate(script)])
+    return ScriptedDraft(target, ids + answer, wrong=3)
 
 
 def check_books(found: Generation, tree: TreeShape) -> None:
@@ -72,7 +72,7 @@ def test_speculative_is_plain(name):
             ids = prompt(PROMPTS[turn % 3])
             expected = plain(name, len(ids)).token_ids
             head = heads.get(kind) or half_right(target, ids, expected)
-            found = generate_speculative(
+            found = generate(
                 target, head, ids, tree=tree, max_new_tokens=NEW, sampling=GREEDY, eos_token_ids=(), trace=True
             )
             assert found.token_ids == expected, (kind, tree, len(ids))
@@ -106,9 +106,9 @@ def test_an_adaptive_tree_is_lossless(name):
     for head in heads:
         pace = Pace(plain_s=1.0, verify_s={1: 1.0, 60: 1.5}, draft_s={n: 0.05 * n for n in range(1, 7)}, overhead_s=0.1)
         for length in (8, 5):
-            found = generate_speculative(
+            found = generate(
                 target, head, prompt(length), tree=TreeShape(60, 5, 4), max_new_tokens=30, sampling=GREEDY,
-                eos_token_ids=(), trace=True, pace=pace,
+                eos_token_ids=(), trace=True, budget=pace,
             )  # fmt: skip
             assert found.token_ids == plain(name, length, 30).token_ids
             kinds |= {len(round_.token_ids) for round_ in found.rounds or ()}
@@ -120,7 +120,7 @@ def test_a_head_that_is_always_right_fills_every_round(name):
     target, ids = tiny_target(name), prompt(8)
     answer = plain(name, 8, 30).token_ids
     for tree, length in ((TreeShape(60, 5, 10), 7), (TreeShape(6, 4, 1), 6), (TreeShape(4, 5, 1), 4)):
-        found = generate_speculative(
+        found = generate(
             target, ScriptedDraft(target, ids + answer), ids, tree=tree, max_new_tokens=1 + 3 * length, sampling=GREEDY,
             eos_token_ids=(), trace=True,
         )  # fmt: skip
@@ -133,7 +133,7 @@ def test_a_head_that_is_always_right_fills_every_round(name):
 def test_the_limit_cuts_mid_tree(limit):
     target, ids = tiny_target("llama"), prompt(8)
     answer = plain("llama", 8, 30).token_ids
-    found = generate_speculative(
+    found = generate(
         target, ScriptedDraft(target, ids + answer), ids, tree=TreeShape(60, 5, 10), max_new_tokens=limit,
         sampling=GREEDY, eos_token_ids=(), trace=True,
     )  # fmt: skip
@@ -149,10 +149,8 @@ def test_eos_cuts_mid_tree(position):
     first = answer.index(answer[position])
     stops = (127 if 127 not in answer else 126, answer[position])
     arguments = dict(max_new_tokens=30, sampling=GREEDY, eos_token_ids=stops, trace=True)
-    found = generate_speculative(
-        target, ScriptedDraft(target, ids + answer), ids, tree=TreeShape(60, 5, 10), **arguments
-    )
-    alone = generate_plain(target, ids, **arguments)
+    found = generate(target, ScriptedDraft(target, ids + answer), ids, tree=TreeShape(60, 5, 10), **arguments)
+    alone = generate(target, None, ids, **arguments)
     assert found.token_ids == alone.token_ids == answer[: first + 1]
     assert found.finish_reason == alone.finish_reason == "stop"
     check_books(found, TreeShape(60, 5, 10))
@@ -164,8 +162,8 @@ def test_eos_defaults_to_the_targets():
     stop = plain("llama", 8, 30).token_ids[4]
     target.model.generation_config.eos_token_id = [EOS, stop]
     try:
-        one = generate_plain(target, ids, max_new_tokens=30, sampling=GREEDY)
-        two = generate_speculative(target, script, ids, tree=TreeShape(), max_new_tokens=30, sampling=GREEDY)
+        one = generate(target, None, ids, max_new_tokens=30, sampling=GREEDY)
+        two = generate(target, script, ids, tree=TreeShape(), max_new_tokens=30, sampling=GREEDY)
     finally:
         target.model.generation_config.eos_token_id = EOS
     assert one.token_ids[-1] == two.token_ids[-1] == stop and one.token_ids == two.token_ids
@@ -176,16 +174,16 @@ def test_positions_end_the_generation_cleanly():
     target = Target(model, tap_layers=(1, 2, 3), name="short")
     ids = prompt(20)
     arguments = dict(max_new_tokens=50, sampling=GREEDY, eos_token_ids=())
-    one = generate_plain(target, ids, **arguments)
-    two = generate_speculative(target, tiny_draft(target), ids, tree=TreeShape(), **arguments)
+    one = generate(target, None, ids, **arguments)
+    two = generate(target, tiny_draft(target), ids, tree=TreeShape(), **arguments)
     assert one.token_ids == two.token_ids and len(one.token_ids) == 4 and one.finish_reason == "length"
     with pytest.raises(UserError, match="the prompt has 24 tokens, but short has 24 positions"):
-        generate_plain(target, prompt(24), **arguments)
+        generate(target, None, prompt(24), **arguments)
 
 
 def test_streams_what_it_returns():
     target, pieces = tiny_target("llama"), []
-    found = generate_speculative(
+    found = generate(
         target, tiny_draft(target), prompt(8), tree=TreeShape(), max_new_tokens=12, sampling=GREEDY,
         on_tokens=pieces.append,
     )  # fmt: skip
@@ -194,9 +192,7 @@ def test_streams_what_it_returns():
 
 def test_phases_add_up():
     target = tiny_target("llama")
-    found = generate_speculative(
-        target, tiny_draft(target), prompt(8), tree=TreeShape(), max_new_tokens=12, sampling=GREEDY
-    )
+    found = generate(target, tiny_draft(target), prompt(8), tree=TreeShape(), max_new_tokens=12, sampling=GREEDY)
     assert list(found.phases_s) == ["prefill", "draft", "verify", "accept", "other"]
     assert found.ttft_s == found.phases_s["prefill"] and min(found.phases_s.values()) > 0
     assert found.decode_s == pytest.approx(sum(found.phases_s.values()) - found.ttft_s)
@@ -213,7 +209,7 @@ def test_phases_add_up():
 )
 def test_bad_calls_are_user_errors(ids, change, message):
     with pytest.raises(UserError, match=message):
-        generate_plain(tiny_target("llama"), ids, **{"max_new_tokens": 4, "sampling": GREEDY, **change})
+        generate(tiny_target("llama"), None, ids, **{"max_new_tokens": 4, "sampling": GREEDY, **change})
 
 
 def test_a_head_with_other_taps_is_refused():
@@ -221,19 +217,19 @@ def test_a_head_with_other_taps_is_refused():
     target = tiny_target("llama")
     other = Target(tiny_model("llama"), tap_layers=(1, 3, 4), name="other")
     with pytest.raises(UserError, match=r"tap layers \[1, 3, 4\], the target taps \[2, 4, 5\]"):
-        generate_speculative(target, tiny_draft(other), [5], tree=TreeShape(), max_new_tokens=4, sampling=GREEDY)
+        generate(target, tiny_draft(other), [5], tree=TreeShape(), max_new_tokens=4, sampling=GREEDY)
 
 
 def test_this_file_notices_a_wrong_rule(monkeypatch):
     """Accepting the draft's favourite unseen changes the output: the comparison above is not vacuous."""
 
-    def credulous(tree, logits, sampling, generator):
-        path, emitted = accept(tree, logits, sampling, generator)
-        return (path, emitted) if len(tree) == 1 else (path[:1], tree.token_ids[1:2])
+    def credulous(trees, logits, *more, **options):
+        accepted = accept(trees, logits, *more, **options)
+        return accepted if trees.num_nodes == 1 else replace(accepted, token_ids=trees.token_ids[:, 1:2])
 
-    monkeypatch.setattr(generate, "accept", credulous)
+    monkeypatch.setattr(round, "accept", credulous)
     target, ids = tiny_target("llama"), prompt(20)
-    found = generate_speculative(
+    found = generate(
         target, tiny_draft(target), ids, tree=TreeShape(), max_new_tokens=NEW, sampling=GREEDY, eos_token_ids=()
     )
     assert found.token_ids != plain("llama", 20).token_ids

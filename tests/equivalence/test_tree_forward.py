@@ -3,11 +3,12 @@
 import pytest
 import torch
 from tiny import NAMES, prompt, tiny_target
+from tree_rounds import keep_path, verify_one
 
-from fledge.decoding import verifying
+from fledge.decoding.cache import TargetCache
 from fledge.decoding.masks import Kind
-from fledge.decoding.tree import Tree, ancestors_of
-from fledge.decoding.verifying import Verifier
+from fledge.decoding.verifier import AttentionVerifier
+from fledge.drafters.tree import Trees, ancestors_of
 from fledge.target.model import Target
 
 PARENTS = [0, 0, 0, 0, 1, 1, 2, 4, 4, 7, 9, 9]
@@ -16,10 +17,10 @@ TOLERANCE = 2e-5
 WINDOWED = [name for name in NAMES if name in ("qwen2", "gemma2", "gemma3", "gpt_oss", "cohere2", "mistral")]
 
 
-def tree_of(seed: int) -> Tree:
-    parents = torch.tensor(PARENTS)
-    token_ids = torch.tensor(prompt(len(PARENTS), seed))
-    return Tree(token_ids, parents, torch.tensor(LEVELS), ancestors_of(parents, max(LEVELS)))
+def tree_of(seed: int) -> Trees:
+    parents = torch.tensor([PARENTS])
+    token_ids = torch.tensor([prompt(len(PARENTS), seed)])
+    return Trees(token_ids, parents, torch.tensor([LEVELS]), ancestors_of(parents, max(LEVELS)))
 
 
 def path_to(node: int) -> list[int]:
@@ -30,22 +31,22 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-def tree_error(target: Target, *, tree: Tree | None = None) -> float:
+def tree_error(target: Target, *, tree: Trees | None = None) -> float:
     """The largest error of states and taps over two rounds: a tree, one of its paths kept, a tree behind it."""
-    ids, verifier = prompt(10), Verifier(target)
+    ids, verifier = prompt(10), AttentionVerifier(target, 1, 64)
     found: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []  # tokens up to a row, its state, its taps
-    with torch.inference_mode(), verifier.session(10 + 2 * len(PARENTS)):
-        prefill = verifier.prefill(torch.tensor(ids), taps=True)
+    with verifier.running():
+        prefill = verifier.prefill(slice(0, 1), torch.tensor([ids]), taps=True)
         found.append((ids, prefill.last_hidden[0, -1], prefill.tap_hidden[0, -1]))
         for kept, seed in ((10, 1), (None, 2)):
             nodes = tree or tree_of(seed)
-            output = verifier.verify(nodes, max(LEVELS), taps=True)
+            output = verify_one(verifier, nodes, len(ids))
             for node in range(len(PARENTS)):
-                tokens = ids + nodes.token_ids[path_to(node)].tolist()
+                tokens = ids + nodes.token_ids[0, path_to(node)].tolist()
                 found.append((tokens, output.last_hidden[0, node], output.tap_hidden[0, node]))
             if kept is not None:
-                verifier.keep(path_to(kept))
-                ids = ids + nodes.token_ids[path_to(kept)].tolist()
+                keep_path(verifier, path_to(kept), len(ids))
+                ids = ids + nodes.token_ids[0, path_to(kept)].tolist()
     worst = 0.0  # outside the session: the reference is the stock model with its own masks and attention
     for tokens, last_hidden, tap_hidden in found:
         expected = target.forward(torch.tensor([tokens]))
@@ -68,25 +69,22 @@ def test_a_dropped_window_is_found(name, monkeypatch):
 def test_a_chain_mask_on_a_tree_is_found():
     nodes = tree_of(1)
     chain = torch.ones_like(nodes.ancestors).tril()
-    wrong = Tree(nodes.token_ids, nodes.parents, nodes.levels, chain)
+    wrong = Trees(nodes.token_ids, nodes.parents, nodes.levels, chain)
     assert tree_error(tiny_target("llama"), tree=wrong) > 100 * TOLERANCE
 
 
 def test_a_wrong_compaction_is_found(monkeypatch):
-    def lazy(self, rows):
-        self.length += len(rows)  # the rows stay where they were written
-
-    monkeypatch.setattr(verifying.TargetCache, "keep", lazy)
+    monkeypatch.setattr(TargetCache, "compact", lambda self, lengths, path: None)  # the rows stay where they are
     assert tree_error(tiny_target("llama")) > 100 * TOLERANCE
 
 
 def test_a_cache_grows_and_serves_again():
-    """One verifier, generations of growing and shrinking length: nothing of an earlier one is left."""
+    """One verifier, prompts of growing and shrinking length: nothing of an earlier one is left."""
     target = tiny_target("gemma3")
-    verifier = Verifier(target)
-    for length in (5, 30, 7):
+    verifier = AttentionVerifier(target, 2, 8)
+    for length, capacity in ((5, 16), (30, 64), (7, 64)):
         ids = prompt(length)
-        with torch.inference_mode(), verifier.session(length * 9):
-            found = verifier.prefill(torch.tensor(ids), taps=False).last_hidden
+        with verifier.running():
+            verifier.reserve(capacity)
+            found = verifier.prefill(slice(1, 2), torch.tensor([ids]), taps=False).last_hidden
         assert relative_error(found, target.forward(torch.tensor([ids])).last_hidden) < TOLERANCE
-        assert verifier.cache.capacity >= length * 9

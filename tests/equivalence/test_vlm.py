@@ -4,14 +4,16 @@ import pytest
 import torch
 from tiny import tiny_draft
 from tiny_vlm import MULTIMODAL_ROPE, NAMES, image_prompt, tiny_vlm
+from tree_rounds import keep_path, verify_one
 
 from fledge.data.samples import Prompt
-from fledge.decoding import generate, verifying
-from fledge.decoding.batches import choose_engine, generate_batch
-from fledge.decoding.generate import Sampling, TreeShape, generate_plain, generate_speculative
-from fledge.decoding.tree import Tree, ancestors_of
-from fledge.decoding.verifying import Verifier
+from fledge.decoding import session, verifier
+from fledge.decoding.generate import Sampling, TreeShape, generate, generate_batch, uses_fixed_shapes
+from fledge.decoding.verifier import AttentionVerifier
+from fledge.draft.model import DraftModel
 from fledge.draft.rope import LAYOUTS
+from fledge.drafters.registry import proposer_of as real_proposer
+from fledge.drafters.tree import Trees, ancestors_of
 from fledge.errors import UserError
 from fledge.target.model import Target
 
@@ -95,29 +97,31 @@ def path_to(node: int) -> list[int]:
     return [0] if node == 0 else [*path_to(PARENTS[node]), node]
 
 
-def tree_of(target: Target, seed: int) -> Tree:
-    parents = torch.tensor(PARENTS)
-    drawn = torch.randint(0, 256, (len(PARENTS),), generator=torch.Generator().manual_seed(seed))
-    return Tree(drawn, parents, torch.tensor(LEVELS), ancestors_of(parents, max(LEVELS)))
+def tree_of(seed: int) -> Trees:
+    parents = torch.tensor([PARENTS])
+    drawn = torch.randint(0, 256, (1, len(PARENTS)), generator=torch.Generator().manual_seed(seed))
+    return Trees(drawn, parents, torch.tensor([LEVELS]), ancestors_of(parents, max(LEVELS)))
 
 
 def tree_error(target: Target, prompt: Prompt) -> float:
     """The largest error of states over two rounds: a tree, one of its paths kept, a tree behind it."""
-    ids, verifier = prompt.ids, Verifier(target)
+    ids, verifier = prompt.ids, AttentionVerifier(target, 1, len(prompt.ids) + 2 * len(PARENTS))
     found: list[tuple[list[int], torch.Tensor]] = []
-    with torch.inference_mode(), verifier.session(len(ids) + 2 * len(PARENTS)):
+    with verifier.running():
         tensor = torch.tensor(ids)
         positions = target.positions(tensor, prompt.model_inputs)
-        prefill = verifier.prefill(tensor, taps=False, positions=positions, model_inputs=prompt.model_inputs)
+        prefill = verifier.prefill(
+            slice(0, 1), tensor[None], taps=False, positions=positions, model_inputs=prompt.model_inputs
+        )  # fmt: skip
         found.append((ids, prefill.last_hidden[0, -1]))
         for kept, seed in ((10, 1), (None, 2)):
-            nodes = tree_of(target, seed)
-            output = verifier.verify(nodes, max(LEVELS), taps=False)
+            nodes = tree_of(seed)
+            output = verify_one(verifier, nodes, len(ids))
             for node in (0, 5, 8, 10, 11):
-                found.append((ids + nodes.token_ids[path_to(node)].tolist(), output.last_hidden[0, node]))
+                found.append((ids + nodes.token_ids[0, path_to(node)].tolist(), output.last_hidden[0, node]))
             if kept is not None:
-                verifier.keep(path_to(kept))
-                ids = ids + nodes.token_ids[path_to(kept)].tolist()
+                keep_path(verifier, path_to(kept), len(ids))
+                ids = ids + nodes.token_ids[0, path_to(kept)].tolist()
     return max(
         relative_error(target.head(last_hidden), stock(target, prompt, tokens).logits[0, -1])
         for tokens, last_hidden in found
@@ -131,7 +135,14 @@ def test_a_tree_behind_pictures_is_its_paths_and_compaction_is_recomputation(nam
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
 def test_a_forgotten_rope_delta_is_found(name, two_pictures, monkeypatch):
-    monkeypatch.setattr(Verifier, "rope_delta", property(lambda self: 0, lambda self, value: None), raising=False)
+    real = AttentionVerifier.prefill
+
+    def forgetful(self, *args, **options):
+        output = real(self, *args, **options)
+        self._offsets.zero_()
+        return output
+
+    monkeypatch.setattr(AttentionVerifier, "prefill", forgetful)
     assert tree_error(tiny_vlm(name), two_pictures(name)) > 100 * TOLERANCE
 
 
@@ -139,7 +150,7 @@ def test_a_causal_mask_over_gemmas_pictures_is_found(two_pictures, monkeypatch):
     """Gemma 3's picture tokens see each other in both directions: with fledge's own causal mask the states differ."""
     from contextlib import nullcontext
 
-    monkeypatch.setattr(verifying, "stock_attention", lambda config: nullcontext())
+    monkeypatch.setattr(verifier, "stock_attention", lambda config: nullcontext())
     assert tree_error(tiny_vlm("gemma3"), two_pictures("gemma3")) > 100 * TOLERANCE
 
 
@@ -151,9 +162,10 @@ def test_plain_is_the_librarys_generate(name, two_pictures):
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None,
         **prompt.model_inputs,
     )  # fmt: skip
-    found = generate_plain(
-        target, prompt.ids, max_new_tokens=NEW, sampling=GREEDY, eos_token_ids=(), model_inputs=prompt.model_inputs
-    )
+    found = generate(
+        target, None, prompt.ids, max_new_tokens=NEW, sampling=GREEDY, eos_token_ids=(),
+        model_inputs=prompt.model_inputs,
+    )  # fmt: skip
     assert found.token_ids == theirs[0, len(prompt.ids) :].tolist()
     assert len(set(found.token_ids)) > 2, "a repeated token would prove little"
 
@@ -165,10 +177,10 @@ def test_speculative_is_plain(name, two_pictures, monkeypatch):
     turn = 0
     for prompt in (two_pictures(name), Prompt([5, 9, 33]), two_pictures(name, seed=3)):
         options = {"max_new_tokens": NEW, "sampling": GREEDY, "eos_token_ids": (), "model_inputs": prompt.model_inputs}
-        expected = generate_plain(target, prompt.ids, **options).token_ids
+        expected = generate(target, None, prompt.ids, **options).token_ids
         for kind in ("random", "adversarial"):
             head = tiny_draft(target, kind, eagle31=turn % 2 == 1)
-            found = generate_speculative(target, head, prompt.ids, tree=TREES[turn % 3], **options)
+            found = generate(target, head, prompt.ids, tree=TREES[turn % 3], **options)
             assert found.token_ids == expected, (kind, turn)
             turn += 1
 
@@ -177,23 +189,26 @@ def test_speculative_is_plain(name, two_pictures, monkeypatch):
 def test_the_drafter_uses_the_targets_positions(name, two_pictures, monkeypatch):
     """What the head is given at row j is the rope of the target's position of token j, behind the prompt, too."""
     target, prompt = tiny_vlm(name), two_pictures(name)
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+    real = DraftModel.rope
+    monkeypatch.setattr(DraftModel, "rope", lambda self, ids: (given.append(ids), real(self, ids))[1])
     made = []
-    original = generate.Drafter
-
-    def spy(*args, **kwargs):
-        made.append(original(*args, **kwargs))
-        return made[-1]
-
-    monkeypatch.setattr(generate, "Drafter", spy)
+    monkeypatch.setattr(
+        session, "proposer_of", lambda *args: (made.append(real_proposer(*args)), made[-1])[1]
+    )  # fmt: skip
     options = {"max_new_tokens": NEW, "sampling": GREEDY, "eos_token_ids": (), "model_inputs": prompt.model_inputs}
-    found = generate_speculative(target, tiny_draft(target), prompt.ids, tree=TREES[0], **options)
+    found = generate(target, tiny_draft(target), prompt.ids, tree=TREES[0], **options)
     ids = torch.tensor(prompt.ids + found.token_ids)
     inputs = dict(prompt.model_inputs)
     if "mm_token_type_ids" in inputs:
         inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, NEW))
-    expected = made[0].draft.rope(target.positions(ids, inputs))
-    for mine, theirs in zip(made[0].rope, expected, strict=True):
-        assert torch.equal(mine[: len(ids)], theirs)
+    expected = target.positions(ids, inputs)
+    last = len(prompt.ids) - 1
+    assert any(one.shape[-1] == last and torch.equal(one, expected[..., :last]) for one in given), "the prompt's rows"
+    rows = torch.arange(last, len(ids))
+    rope = made[0]._rope_of(rows[None])
+    for mine, theirs in zip(rope, real(made[0].draft, expected[..., last:]), strict=True):
+        assert torch.equal(mine[0], theirs)
 
 
 def test_every_multimodal_rope_of_the_table_has_a_layout():
@@ -201,11 +216,11 @@ def test_every_multimodal_rope_of_the_table_has_a_layout():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_text_goes_through_the_static_engine_and_pictures_do_not(name):
+def test_text_takes_fixed_shapes_and_pictures_do_not(name):
     target, options = tiny_vlm(name), dict(tree=TREES[2], max_new_tokens=8, sampling=GREEDY, eos_token_ids=())
     prompts = [[token % 60 + 4 for token in range(first, 60, 5)] for first in (0, 30)]
-    found = generate_batch(target, tiny_draft(target), prompts, engine="static", **options)
-    alone = generate_batch(target, None, prompts, engine="dynamic", **options)
+    found = generate_batch(target, tiny_draft(target), prompts, shapes="fixed", **options)
+    alone = [generate(target, None, one, shapes="exact", **options) for one in prompts]
     assert [one.token_ids for one in found] == [one.token_ids for one in alone]
     with pytest.raises(UserError, match="pictures in the prompt"):
-        choose_engine("static", target, None, pictures=True)
+        uses_fixed_shapes("fixed", target, None, pictures=True)

@@ -11,12 +11,12 @@ from tiny import tiny_draft
 from tiny_vlm import MULTIMODAL_ROPE, NAMES, TAPS, save_vlm, tiny_template, tiny_vlm, write_image_conversations
 
 from fledge.data.dataset import TokenizedData
-from fledge.decoding.cache import DraftCache
 from fledge.draft.batch import pack
 from fledge.draft.checkpoint import load_draft
 from fledge.draft.config import from_json
 from fledge.draft.head import WEIGHTS, read_tensors
 from fledge.draft.ttt import align, unroll
+from fledge.drafters.eagle3.propose import DraftCache
 from fledge.errors import UserError
 from fledge.target.extract import ExtractArgs, extract
 from fledge.target.head import TargetEnds, TargetHead
@@ -100,19 +100,22 @@ def test_unrolled_is_decoding_with_a_cache(name, eagle31, records):
     batch = pack([record])
     alignment = align(batch, steps)
     logits = draft.lm_head(torch.stack(unroll(draft, batch, alignment, steps)))
-    config, ids = draft.config, record.input_ids
+    ids = record.input_ids
     for index in (0, len(alignment.rows) // 2):
         row = int(alignment.rows[index])
         rope = draft.rope(record.position_ids[..., : row + 1])
-        cache = DraftCache(config.num_key_value_heads, config.head_dim, len(ids) + steps, torch.float32, ids.device)
+        cache = DraftCache(draft, 1)
+        cache.reserve(len(ids) + steps)
+        cache.open(torch.arange(row + 1)[None], row + 1)
         hidden = draft.fuse(record.tap_hidden[: row + 1])
-        out = draft.step(ids[None, 1 : row + 2], hidden[None], None, cache, rope=rope, last_only=True)
+        out = draft.step(ids[None, 1 : row + 2], hidden[None], None, cache, rope=rope, asked=torch.tensor([row]))
         for step in range(steps):
             if not (alignment.row_index[step] == index).any():
                 break
             torch.testing.assert_close(draft.logits(out)[0, 0], logits[step, index], rtol=1e-4, atol=1e-4)
             position = record.position_ids[..., row : row + 1] + step + 1
             token = ids[row + 2 + step]
+            cache.open(torch.tensor([[row + 1 + step]]), row + 2 + step)
             out = draft.step(token[None, None], draft.feedback(out), None, cache, rope=draft.rope(position))
 
 

@@ -5,17 +5,17 @@ The law is computed exactly, from the target's probabilities after every prefix;
 
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from scipy import stats
 from tiny import tiny_draft, tiny_model
 
-from fledge.decoding import generate
-from fledge.decoding.accept import accept, accepted_nodes, choose, distribution
-from fledge.decoding.batches import generate_batch
-from fledge.decoding.generate import Sampling, TreeShape, generate_plain, generate_speculative
-from fledge.decoding.static_round import Round
+from fledge.decoding import round
+from fledge.decoding.accept import accept, distribution
+from fledge.decoding.generate import Sampling, TreeShape, generate, generate_batch
+from fledge.decoding.round import Round
 from fledge.target.model import Target
 
 VOCAB, LENGTH, DRAWS = 8, 3, 1000
@@ -67,7 +67,7 @@ def speculative_sequences(setting: str) -> list[tuple[int, ...]]:
     head.warm_start_head(target.head_weight)
     found, accepted = [], 0
     for seed in range(DRAWS):
-        generation = generate_speculative(
+        generation = generate(
             target, head, IDS, tree=TreeShape(6, 1, 3), max_new_tokens=LENGTH, eos_token_ids=(),
             sampling=Sampling(*SETTINGS[setting], seed=seed),
         )  # fmt: skip
@@ -77,22 +77,20 @@ def speculative_sequences(setting: str) -> list[tuple[int, ...]]:
     return found
 
 
-def all_at_once(tree, logits, sampling, generator):
+def all_at_once(*args, lazily):
     """Acceptance as accelerators do it: the target draws at every node in parallel."""
-    chosen = choose(logits, sampling, generator)
-    path = accepted_nodes(tree, chosen)
-    return path, chosen[path]
+    return accept(*args, lazily=False)
 
 
 @pytest.mark.parametrize("setting, in_parallel", [("T=1", False), ("T=1", True), ("T=0.7 top-p 0.9 top-k 20", False)])
 def test_speculative_sampling_follows_the_targets_law(setting, in_parallel, monkeypatch):
     if in_parallel:
-        monkeypatch.setattr(generate, "accept", all_at_once)
+        monkeypatch.setattr(round, "accept", all_at_once)
     assert p_value(speculative_sequences(setting), law(*SETTINGS[setting])) > 1e-3
 
 
-def static_sequences(setting: str, tree: TreeShape | None, batch: int = 50) -> list[tuple[int, ...]]:
-    """The static engine: batches of the same prompt, all rows drawing from one generator."""
+def batch_sequences(setting: str, tree: TreeShape | None, batch: int = 50) -> list[tuple[int, ...]]:
+    """Batches of the same prompt in fixed shapes, each row with a seed of its own."""
     target = small_target()
     head = tiny_draft(target, draft_vocab_size=None)
     head.warm_start_head(target.head_weight)
@@ -100,7 +98,7 @@ def static_sequences(setting: str, tree: TreeShape | None, batch: int = 50) -> l
     for seed in range(DRAWS // batch):
         made = generate_batch(
             target, head if tree else None, [IDS] * batch, tree=tree or TreeShape(), max_new_tokens=LENGTH,
-            eos_token_ids=(), sampling=Sampling(*SETTINGS[setting], seed=seed), engine="static",
+            eos_token_ids=(), sampling=Sampling(*SETTINGS[setting], seed=seed * batch), shapes="fixed",
         )  # fmt: skip
         found += [tuple(one.token_ids) for one in made]
         accepted += sum(sum(one.accepted) for one in made)
@@ -111,31 +109,31 @@ def static_sequences(setting: str, tree: TreeShape | None, batch: int = 50) -> l
 @pytest.mark.parametrize("setting, tree", [
     ("T=1", TreeShape(6, 1, 3)), ("T=0.7 top-p 0.9 top-k 20", TreeShape(6, 1, 3)), ("T=1", None),
 ])  # fmt: skip
-def test_the_static_engine_follows_the_targets_law(setting, tree):
-    assert p_value(static_sequences(setting, tree), law(*SETTINGS[setting])) > 1e-3
+def test_batches_follow_the_targets_law(setting, tree):
+    assert p_value(batch_sequences(setting, tree), law(*SETTINGS[setting])) > 1e-3
 
 
-def test_a_static_rule_that_favours_the_draft_is_found(monkeypatch):
+def test_a_batched_rule_that_favours_the_draft_is_found(monkeypatch):
     """The planted wrong rule: at every node its children's tokens are e times likelier than the target says."""
     real = Round.accept
 
-    def wrong(self):
-        trees, favoured = self._trees, torch.zeros_like(self._logits)
+    def wrong(self, shapes):
+        trees, favoured = self.trees, torch.zeros_like(self._logits)
         rows = torch.arange(len(favoured))[:, None]
         favoured[rows, trees.parents[:, 1:], trees.token_ids[:, 1:]] = 1.0
         self._logits = self._logits + favoured
-        real(self)
+        real(self, shapes)
 
     monkeypatch.setattr(Round, "accept", wrong)
-    assert p_value(static_sequences("T=1", TreeShape(6, 1, 3)), law(*SETTINGS["T=1"])) < 1e-6
+    assert p_value(batch_sequences("T=1", TreeShape(6, 1, 3)), law(*SETTINGS["T=1"])) < 1e-6
 
 
 def test_plain_sampling_follows_the_targets_law():
     target, setting = small_target(), SETTINGS["T=1"]
     found = [
         tuple(
-            generate_plain(
-                target, IDS, max_new_tokens=LENGTH, eos_token_ids=(), sampling=Sampling(*setting, seed=seed)
+            generate(
+                target, None, IDS, max_new_tokens=LENGTH, eos_token_ids=(), sampling=Sampling(*setting, seed=seed)
             ).token_ids
         )
         for seed in range(DRAWS)
@@ -147,18 +145,20 @@ def test_a_rule_that_favours_the_draft_is_found(monkeypatch):
     """The planted wrong rule: three times in ten the head's favourite is accepted whatever the target drew."""
     coin = torch.Generator().manual_seed(0)
 
-    def wrong(tree, logits, sampling, generator):
-        if len(tree) > 1 and torch.rand((), generator=coin) < 0.3:
-            return torch.tensor([0]), tree.token_ids[1:2]
-        return accept(tree, logits, sampling, generator)
+    def wrong(trees, *args, **options):
+        accepted = accept(trees, *args, **options)
+        if trees.num_nodes > 1 and torch.rand((), generator=coin) < 0.3:
+            one = torch.ones(1, dtype=torch.int64)
+            return replace(accepted, path=0 * one[None], token_ids=trees.token_ids[:, 1:2], num_accepted=one)
+        return accepted
 
-    monkeypatch.setattr(generate, "accept", wrong)
+    monkeypatch.setattr(round, "accept", wrong)
     assert p_value(speculative_sequences("T=1"), law(*SETTINGS["T=1"])) < 1e-6
 
 
 def test_the_seed_decides():
     target = small_target()
-    draw = functools.partial(generate_plain, target, IDS, max_new_tokens=20, eos_token_ids=())
+    draw = functools.partial(generate, target, None, IDS, max_new_tokens=20, eos_token_ids=())
     first, again, other = (draw(sampling=Sampling(1.0, seed=seed)).token_ids for seed in (1, 1, 2))
     assert first == again != other
     assert len({tuple(draw(sampling=Sampling(1.0)).token_ids) for _ in range(3)}) == 3  # no seed: fresh draws
@@ -167,7 +167,7 @@ def test_the_seed_decides():
 def test_the_seed_decides_for_batches():
     def draw(seed: int | None) -> list[list[int]]:
         found = generate_batch(
-            small_target(), None, [IDS] * 3, tree=TreeShape(), max_new_tokens=20, eos_token_ids=(), engine="static",
+            small_target(), None, [IDS] * 3, max_new_tokens=20, eos_token_ids=(), shapes="fixed",
             sampling=Sampling(1.0, seed=seed),
         )  # fmt: skip
         return [one.token_ids for one in found]

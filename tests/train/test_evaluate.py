@@ -7,10 +7,11 @@ import pytest
 import torch
 from saved_target import save_target, write_conversations
 
-from fledge.decoding.generate import generate_speculative
-from fledge.decoding.records import Sampling, TreeShape
+from fledge.decoding.generate import generate
+from fledge.decoding.records import Sampling
 from fledge.draft.checkpoint import load_draft
 from fledge.draft.head import WEIGHTS, read_tensors
+from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 from fledge.target.extract import ExtractArgs, extract
 from fledge.target.model import Target
@@ -66,7 +67,7 @@ def test_tau_is_that_of_decoding_and_training_is_not_disturbed(work, tmp_path):
     tokens = forwards = 0
     for prompt in prompts:
         head = load_draft(tmp_path / "with", target.embedding_weight)
-        made = generate_speculative(target, head, prompt.ids, tree=TreeShape(*map(int, TREE)), max_new_tokens=12,
+        made = generate(target, head, prompt.ids, tree=TreeShape(*map(int, TREE)), max_new_tokens=12,
                                     sampling=Sampling())  # fmt: skip
         tokens, forwards = tokens + len(made.token_ids) - 1, forwards + made.num_forwards
     assert logged[4]["decode_tau"] == tokens / forwards and logged[4]["decode_tokens"] == tokens

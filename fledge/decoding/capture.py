@@ -1,7 +1,8 @@
 """Running the parts of a round: as they are, or captured once per bucket into CUDA graphs and replayed.
 
-A capture needs the parts to have run before, on memory of their own; that rehearsal must leave no trace, so the state
-and the generator are put back after it. (Caches need no such care: a rehearsal writes only behind the committed rows.)
+A capture needs the parts to have run before, on memory of their own. That rehearsal must leave no trace, so the state
+is put back after it. Caches need no such care: a rehearsal writes only behind the committed rows. Draws need none
+either, they are functions of seeds and positions.
 """
 
 import time
@@ -11,15 +12,15 @@ from typing import Any
 import torch
 
 from fledge.console import warn
-from fledge.decoding.static_round import Round
+from fledge.decoding.round import Round, Shapes
 
 Lap = Callable[[str], None]
 REHEARSALS = 2
 
 
-def run_parts(round_: Round, bucket: int, lap: Lap) -> None:
+def run_parts(round_: Round, shapes: Shapes, lap: Lap) -> None:
     """One round, launch by launch."""
-    for name, part in round_.parts(bucket).items():
+    for name, part in round_.parts(shapes).items():
         part()
         lap(name)
 
@@ -27,62 +28,72 @@ def run_parts(round_: Round, bucket: int, lap: Lap) -> None:
 def rehearse(round_: Round, bucket: int) -> None:
     """Run the parts and take back what they did."""
     state = round_.state.copy()
-    generator = round_.generator
-    draws = generator.get_state() if generator is not None else None
     for _ in range(REHEARSALS):
-        run_parts(round_, bucket, lambda name: None)
+        run_parts(round_, Shapes(bucket), lambda name: None)
         round_.state.set(**state)
-    if generator is not None and draws is not None:
-        generator.set_state(draws)
 
 
 class Captured:
     """The parts of a round as CUDA graphs, one set per bucket."""
 
-    def __init__(self, round_: Round) -> None:
-        self._round = round_
+    def __init__(self, round_: Round, name: str) -> None:
+        self._round, self._name = round_, name
         self._graphs: dict[int, dict[str, Any]] = {}
         self._pool: Any = None
+        self._stream: Any = None
         self.refused = ""  # why the device would not capture this target
 
     def prepare(self, bucket: int) -> None:
-        """Capture this bucket, unless it is or cannot be. The state must hold a generation, if any made-up one."""
+        """Capture this bucket, unless it is or cannot be. The state must hold sequences, if any made-up ones."""
         if bucket not in self._graphs and not self.refused:
             self._capture(bucket)
 
     def run(self, bucket: int, lap: Lap) -> None:
         """One round of a prepared bucket."""
         if self.refused:
-            return run_parts(self._round, bucket, lap)
+            return run_parts(self._round, Shapes(bucket), lap)
         for name, graph in self._graphs[bucket].items():
             graph.replay()
             lap(name)
 
     def _capture(self, bucket: int) -> None:
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            rehearse(self._round, bucket)
-        current.wait_stream(stream)
-        torch.cuda.synchronize()
+        """Rehearse and capture on a stream of our own. An operation that waits for the device is found in the rehearsal
+        by torch's sync debug mode, so that a capture is never begun that would have to be abandoned half way."""
+        self._stream = self._stream or torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
         graphs: dict[str, Any] = {}
         try:
-            for name, part in self._round.parts(bucket).items():
-                graph = torch.cuda.CUDAGraph()
-                if self._round.generator is not None:
-                    graph.register_generator_state(self._round.generator)
-                with torch.cuda.graph(graph, pool=self._pool):
-                    part()
-                self._pool = graph.pool()
-                graphs[name] = graph
+            with torch.cuda.stream(self._stream):
+                rehearse(self._round, bucket)
+                with waiting_is_an_error():
+                    rehearse(self._round, bucket)
+                for name, part in self._round.parts(Shapes(bucket)).items():
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                        part()
+                    self._pool = graph.pool()
+                    graphs[name] = graph
         except RuntimeError as error:  # an operation of this model that waits for the device
             self.refused = str(error).strip().splitlines()[0]
-            warn(f"{self._round.target.name}: not captured ({self.refused}); rounds run launch by launch.")
-            return
-        self._graphs[bucket] = graphs
+            warn(f"{self._name}: not captured ({self.refused}); rounds run launch by launch.")
+        finally:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        if not self.refused:
+            self._graphs[bucket] = graphs
 
 
-class Stopwatch:
+class waiting_is_an_error:
+    """A context in which an operation that waits for the device raises RuntimeError."""
+
+    def __enter__(self) -> None:
+        self._before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *error: object) -> None:
+        torch.cuda.set_sync_debug_mode(self._before)
+
+
+class Timer:
     """Seconds of a round's parts: the host's clock on a CPU, events on a device, which nobody waits for."""
 
     def __init__(self, device: torch.device) -> None:

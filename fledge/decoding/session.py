@@ -1,0 +1,322 @@
+"""The engine: requests join a session, rounds answer them, finished ones leave.
+
+    prompts --prefill--> first tokens --> [ draft a tree -> verify it in one target forward -> accept a path + bonus ]*
+
+Every way to decode is this loop: plain decoding is a tree of one node, a stream is a session of one request,
+regeneration one of thousands that waits until slots are free. On a CPU, and for targets, proposers and budgets that
+need the host, rounds have exact shapes and are read at once. On a GPU shapes are fixed, rounds are captured, and the
+host reads a round behind:
+
+    host     launch 1 | launch 2, read 1 | launch 3, read 2 | ..
+    device            [ round 1 ][ round 2 ][ round 3 ] ..
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fledge.decoding.capture import Captured, Timer, run_parts
+from fledge.decoding.noise import seed_word
+from fledge.decoding.records import RoundTrace, Sampling
+from fledge.decoding.requests import Request, RequestState, check_request
+from fledge.decoding.round import Round, Shapes
+from fledge.decoding.running_state import verifier_of
+from fledge.drafters.base import Budget
+from fledge.drafters.registry import Drafter, proposer_of
+from fledge.drafters.tree import TreeShape
+from fledge.errors import UserError
+from fledge.target.model import Target
+
+BUCKET = 256  # rows: caches grow, and fixed shapes are captured, in steps of so many
+PREPARED = 8  # buckets captured before a session begins; later ones when it reaches them
+PREFILL_TOKENS = 2048  # filled-up tokens of prompts that are read together
+
+
+@dataclass
+class _Flight:
+    """A round that was launched and not read yet."""
+
+    news: Tensor  # (B, 1 + E) on the host, once `event` has happened
+    event: Any
+    timer: Timer
+    states: list[RequestState | None]  # who sat in the slots
+
+
+@dataclass
+class Session:
+    """Sequences of one target and drafter, at most `batch_size` at a time. See `open_session`."""
+
+    target: Target
+    drafter: Drafter | None
+    tree: TreeShape
+    batch_size: int
+    capacity: int
+    fixed: bool = False
+    stop_token_ids: frozenset[int] = frozenset()
+    budget: Any = None  # an adaptive.Pace; exact shapes and one sequence only
+    waiting: deque[RequestState] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        target, batch, capacity = self.target, self.batch_size, in_buckets(self.capacity)
+        verifier = verifier_of(target, batch, 0)
+        proposer = proposer_of(self.drafter, self.tree, batch, 0) if self.drafter is not None else None
+        if verifier.chains_only and proposer is not None and self.tree.top_k > 1:
+            raise UserError(
+                f"{target.name}: its layers keep a running state, which can follow a chain of drafts but no tree. "
+                f"Use a chain: --top-k 1 (found {self.tree.top_k})."
+            )
+        self.round = Round(target, verifier, proposer, batch)
+        self._set_stops()
+        self.capacity = 0
+        self._reserve(capacity)
+        self._slots: list[RequestState | None] = [None] * batch
+        on_device = target.device.type == "cuda"
+        self._captured = Captured(self.round, target.name) if self.fixed and on_device else None
+        self._behind = 1 if self.fixed and on_device else 0
+        self._flights: deque[_Flight] = deque()
+        self._buffers = [
+            torch.zeros_like(self.round.state.news, device="cpu", pin_memory=on_device) for _ in range(2)
+        ]  # fmt: skip
+
+    # -- what a user of the session asks
+
+    def add(self, request: Request) -> RequestState:
+        """Queue a request; it is read when a slot is free."""
+        if self.fixed and self._laws() - {request.sampling.law}:
+            raise UserError("requests of one captured session share temperature, top_p and top_k.")
+        state = RequestState(request, check_request(self.target, request), self.stop_token_ids)
+        state.drafts, state.drafted_depth = self.drafter is not None, self.round.num_slots - 1
+        self.waiting.append(state)
+        return state
+
+    def cancel(self, state: RequestState) -> None:
+        """The request leaves; what it has is kept."""
+        state.cancelled = True
+        if state in self.waiting:
+            self.waiting.remove(state)
+
+    @property
+    def num_live(self) -> int:
+        return sum(state is not None for state in self._slots)
+
+    @property
+    def num_free(self) -> int:
+        return self.batch_size - self.num_live
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and self.num_live == 0
+
+    def prepare(self, first: int, last: int) -> None:
+        """Capture the buckets of sequences that grow from `first` to `last` rows, before anybody looks at the clock;
+        the first few of them, if they are many. The session must be idle."""
+        if self._captured is None:
+            return
+        assert self.idle, "preparing makes up a state"
+        self.round.forget()
+        buckets = range(self._bucket(first), self._bucket(last) + 1, BUCKET)
+        with self.round.verifier.running():
+            for bucket in buckets[:PREPARED]:
+                self._captured.prepare(bucket)
+
+    def _bucket(self, longest: int) -> int:
+        return min(in_buckets(longest + self.round.rows_ahead), self.capacity)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[RequestState, list[int]]]:
+        """Let requests join, run a round, and return the new tokens of every request that has some."""
+        with self.round.verifier.running():
+            self._drop_finished()
+            new = self._admit()
+            if new or self.num_live == 0:
+                return new
+            self._flights.append(self._launch())
+            return self._read() if len(self._flights) > self._behind else []
+
+    def run(self) -> None:
+        """Steps until every request is answered."""
+        while not self.idle:
+            self.step()
+
+    # -- prompts
+
+    def _admit(self) -> list[tuple[RequestState, list[int]]]:
+        """Waiting requests take free slots. Joining costs a forward, so a full batch waits until an eighth is free."""
+        if not self.waiting or self.num_free < min(max(self.batch_size // 8, 1), len(self.waiting)):
+            return []
+        new: list[tuple[RequestState, list[int]]] = []
+        while self._flights:  # nobody joins while a round of the old company is under way
+            new += self._read()
+        self._drop_finished()
+        joining = [self.waiting.popleft() for _ in range(min(self.num_free, len(self.waiting)))]
+        for group in self._groups(joining):
+            new += self._prefill(group)
+        return new
+
+    def _groups(self, joining: list[RequestState]) -> list[list[RequestState]]:
+        """Requests whose prompts are read together: similar lengths, PREFILL_TOKENS at most when filled up."""
+        groups: list[list[RequestState]] = []
+        for state in sorted(joining, key=lambda state: len(state.request.prompt_ids)):
+            alone = self.round.verifier.one_by_one or self.fixed or bool(state.request.model_inputs)
+            width = len(state.request.prompt_ids)
+            last = groups[-1] if groups else []
+            if last and not alone and not last[0].request.model_inputs and width * (len(last) + 1) <= PREFILL_TOKENS:
+                last.append(state)
+            else:
+                groups.append([state])
+        return groups
+
+    def _prefill(self, group: list[RequestState]) -> list[tuple[RequestState, list[int]]]:
+        """Read prompts into the next free slots and choose their first tokens."""
+        start, device = time.perf_counter(), self.target.device
+        prompts = [torch.tensor(state.request.prompt_ids, device=device) for state in group]
+        width = max(map(len, prompts))
+        self._reserve(in_buckets(width + self.round.rows_ahead))
+        first = next(slot for slot in range(self.batch_size) if self._slots[slot] is None)
+        slots = slice(first, first + len(group))
+        proposer, inputs = self.round.proposer, group[0].request.model_inputs or None
+        positions = self.target.positions(prompts[0], inputs) if inputs else None
+        padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        taps = proposer is not None and proposer.needs_taps
+        output = self.round.verifier.prefill(slots, padded, taps=taps, positions=positions, model_inputs=inputs)
+        ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+        rows = torch.arange(len(group), device=device)
+        for row, prompt in enumerate(prompts):
+            if proposer is not None:
+                known = None if output.tap_hidden is None else output.tap_hidden[row, : len(prompt)]
+                where = torch.arange(len(prompt), device=device) if positions is None else positions
+                proposer.fill(first + row, prompt, known, where)
+        self.round.start(
+            slots, prompts, output.last_hidden[rows, ends],
+            None if output.tap_hidden is None else output.tap_hidden[rows, ends],
+            torch.tensor([state.limit for state in group], device=device),
+            torch.tensor([seed_word(state.request.sampling.seed) for state in group], device=device),
+            [state.request.sampling for state in group],
+        )  # fmt: skip
+        self._slots[slots] = group
+        tokens = self.round.state.tokens[slots, 0].tolist()
+        seconds = time.perf_counter() - start
+        return [(state, state.started([token], seconds)) for state, token in zip(group, tokens, strict=True)]
+
+    # -- rounds
+
+    def _launch(self) -> _Flight:
+        """Begin a round, and the copy of its news to the host."""
+        timer = Timer(self.target.device)
+        longest = max(self._lengths()) + len(self._flights) * self.round.num_slots
+        if self.fixed:
+            bucket = self._bucket(longest)
+            if self._captured is not None:
+                self._captured.prepare(bucket)
+                timer.lap("begin")
+                self._captured.run(bucket, timer.lap)
+            else:
+                timer.lap("begin")
+                run_parts(self.round, Shapes(bucket), timer.lap)
+        else:
+            self._reserve(in_buckets(longest + self.round.rows_ahead))
+            shapes = self._exact_shapes()
+            timer.lap("begin")
+            run_parts(self.round, shapes, timer.lap)
+        buffer = self._buffers.pop(0)
+        self._buffers.append(buffer)
+        buffer.copy_(self.round.state.news, non_blocking=True)
+        event = None
+        if buffer.is_pinned():
+            event = torch.cuda.Event()
+            event.record()
+        return _Flight(buffer, event, timer, list(self._slots))
+
+    def _exact_shapes(self) -> Shapes:
+        live = [state for state in self._slots if state is not None]
+        lengths = tuple(self._lengths())
+        num_levels = min(self.round.num_slots - 1, max(state.room for state in live) - 1)
+        budget: Budget | None = self.budget
+        if self.budget is not None and not self.budget.drafts():
+            num_levels = 0
+        return Shapes(
+            num_keys=max(lengths) + self.round.rows_ahead, lengths=lengths, num_levels=num_levels, budget=budget,
+            num_slots=max(state.num_new for state in live),
+        )  # fmt: skip
+
+    def _read(self) -> list[tuple[RequestState, list[int]]]:
+        """The news of the oldest round under way, waited for, into the records of those it belongs to."""
+        flight = self._flights.popleft()
+        if flight.event is not None:
+            flight.event.synchronize()
+        seconds, new = flight.timer.seconds(), []
+        rows = flight.news.tolist()
+        for slot, state in enumerate(flight.states):
+            if state is None or state.finished:
+                continue
+            count, *tokens = rows[slot]
+            trace = self._trace(slot, count) if state.request.trace else None
+            new.append((state, state.emitted(tokens[:count], seconds, trace)))
+            if self.budget is not None:
+                self.budget.record(count)
+        return new
+
+    def _trace(self, slot: int, emitted: int) -> RoundTrace:
+        """The round just read, as a tree. Exact shapes only: nothing has overwritten it."""
+        trees, accepted = self.round.trees, self.round.accepted
+        assert trees is not None and accepted is not None and not self.fixed, "traces need exact shapes"
+        count = int(accepted.num_accepted[slot])
+        path, bonus = accepted.path[slot, :count].tolist(), int(accepted.token_ids[slot, count - 1])
+        whole = emitted == count
+        return RoundTrace(
+            trees.token_ids[slot].tolist(), trees.parents[slot].tolist(), path[: emitted + (not whole)],
+            bonus if whole else None,
+        )  # fmt: skip
+
+    # -- slots
+
+    def _lengths(self) -> list[int]:
+        """Committed rows of the live sequences, as far as the host has read."""
+        return [len(s.request.prompt_ids) + len(s.token_ids) - 1 for s in self._slots if s is not None]
+
+    def _drop_finished(self) -> None:
+        """Finished sequences leave. With exact shapes the last ones move into their slots, so that no gap is left."""
+        for slot, state in enumerate(self._slots):
+            if state is not None and (state.finished or state.cancelled):
+                self._slots[slot] = None
+                self.round.release(slot)
+        if self.fixed:
+            return
+        live = [slot for slot, state in enumerate(self._slots) if state is not None]
+        for goal in range(len(live)):
+            if self._slots[goal] is None:
+                source = live.pop()
+                self.round.move(source, goal)
+                self._slots[goal], self._slots[source] = self._slots[source], None
+
+    def _reserve(self, capacity: int) -> None:
+        """Caches of `capacity` rows at least."""
+        if capacity <= self.capacity:
+            return
+        assert not self.fixed or not self.capacity, "fixed shapes do not grow"
+        self.round.verifier.reserve(capacity)
+        if self.round.proposer is not None:
+            self.round.proposer.reserve(capacity)
+        self.capacity = capacity
+
+    def _set_stops(self) -> None:
+        inside = [token for token in self.stop_token_ids if 0 <= token < self.target.vocab_size]
+        self.round.stops.zero_()[torch.tensor(inside, dtype=torch.int64, device=self.target.device)] = True
+
+    def _laws(self) -> set[Sampling]:
+        states = [*self.waiting, *(state for state in self._slots if state is not None)]
+        return {state.request.sampling.law for state in states}
+
+
+def rows_ahead(tree: TreeShape) -> int:
+    """At least `Round.rows_ahead` of any drafter."""
+    return max(tree.total_token, tree.levels + 1, min(tree.top_k, tree.total_token) * tree.levels)
+
+
+def in_buckets(num_rows: int) -> int:
+    """Rows, in whole buckets."""
+    return -(-num_rows // BUCKET) * BUCKET

@@ -1,0 +1,187 @@
+"""The target's side of a round: read prompts, verify trees behind the cached prefixes, keep the accepted rows.
+
+Two kinds behind one interface: `AttentionVerifier` for targets whose layers cache keys and values, and, in
+`running_state.py`, one for targets with layers that keep a running state, which can follow chains but no trees. Knows
+the target, its cache and its masks. Knows nothing of drafts, acceptance or sampling.
+
+Rows and rope positions are two things. Masks and windows count rows. Rope positions are rows too, until a prompt has
+pictures and the target a multimodal rope: a picture of 100 tokens then takes some ten positions, and all text behind it
+is off by an `offset` (a negative number).
+"""
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fledge.decoding.accept import Accepted
+from fledge.decoding.attention import can_replace, decoding_attention, stock_attention
+from fledge.decoding.cache import TargetCache, layout_of
+from fledge.decoding.masks import Masks, kinds_of
+from fledge.drafters.tree import Trees
+from fledge.target.model import Target
+from fledge.target.record import TargetOutput
+
+# B sequences, P prompt tokens, N tree nodes, R axes of a multimodal rope, E slots of a path
+
+ModelInputs = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How many rows the sequences of a round have committed: on the device, and on the host where it knows them."""
+
+    device: Tensor  # (B,)
+    host: tuple[int, ...] | None = None
+
+    @property
+    def equal(self) -> int | None:
+        """The length of all sequences, where the host knows that they agree."""
+        return self.host[0] if self.host is not None and len(set(self.host)) == 1 else None
+
+
+class Verifier(Protocol):
+    """What a round asks of a target. Sequences lie in slots 0 .. B-1."""
+
+    chains_only: bool  # trees must not branch
+    one_by_one: bool  # prompts are read one by one
+
+    def running(self) -> Any:
+        """A context in which everything below is called."""
+        ...
+
+    def prefill(
+        self, slots: slice, prompts: Tensor, *, taps: bool, positions: Tensor | None = None,
+        model_inputs: ModelInputs | None = None,
+    ) -> TargetOutput:  # fmt: skip
+        """Prompts (b, P) enter these slots; shorter ones are filled up behind their end. Shapes (b, P, ..)."""
+        ...
+
+    def verify(self, trees: Trees, lengths: Lengths, num_keys: int, *, taps: bool) -> TargetOutput:
+        """All nodes of the trees (B, N). Shapes (B, N, ..)."""
+        ...
+
+    def keep(self, lengths: Lengths, accepted: Accepted) -> None:
+        """Commit the accepted nodes of the trees just verified."""
+        ...
+
+    def reserve(self, capacity: int) -> None:
+        """Room for sequences of so many rows."""
+        ...
+
+    def move(self, source: int, goal: int) -> None:
+        """The sequence of slot `source` goes on in slot `goal`, whose own has ended."""
+        ...
+
+
+class AttentionVerifier:
+    """Runs a target with a key-value cache over prompts and trees, `batch` sequences at once."""
+
+    chains_only = False
+    one_by_one = False
+
+    def __init__(self, target: Target, batch: int, capacity: int) -> None:
+        config = target.text_config
+        self._target = weakref.ref(target)
+        self.cache = TargetCache(layout_of(target), target.num_layers, batch, capacity)
+        self._offsets = torch.zeros(batch, dtype=torch.int64, device=target.device)  # rope position minus row
+        self._last_position = (getattr(config, "max_position_embeddings", None) or 1 << 62) - 1
+        self._masks = Masks(
+            kinds_of(config, target.name), target.dtype, target.device,
+            causal_by_default=can_replace(target.model, config),
+        )  # fmt: skip
+        self._ropes = [module for module in target.model.modules() if _is_dynamic(getattr(module, "rope_type", ""))]
+
+    @property
+    def target(self) -> Target:
+        target = self._target()
+        assert target is not None
+        return target
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Our attention function, and ropes that do not look at the positions.
+
+        The library looks at every batch's largest position where a rope is 'dynamic', and waits for the device to do
+        so. Frequencies change past max_position_embeddings only, where nothing is decoded.
+        """
+        before = [module.rope_type for module in self._ropes]
+        with torch.inference_mode(), decoding_attention(self.target.model, self.target.text_config):
+            for module in self._ropes:
+                module.rope_type = _frozen(module.rope_type)
+            try:
+                yield
+            finally:
+                for module, rope_type in zip(self._ropes, before, strict=True):
+                    module.rope_type = rope_type
+
+    def reserve(self, capacity: int) -> None:
+        self.cache.reserve(capacity)
+
+    def move(self, source: int, goal: int) -> None:
+        self.cache.move(source, goal)
+        self._offsets[goal] = self._offsets[source]
+
+    def prefill(
+        self, slots: slice, prompts: Tensor, *, taps: bool, positions: Tensor | None = None,
+        model_inputs: ModelInputs | None = None,
+    ) -> TargetOutput:  # fmt: skip
+        """See `Verifier`. `positions` (P,) or (R, P) of a single prompt, where they are not simply the rows. With
+        pictures (`model_inputs`) the target makes the mask: in some, the tokens of a picture see each other."""
+        num_rows = prompts.shape[1]
+        self.cache.open_block(slots, 0, num_rows)
+        self._offsets[slots] = 0
+        if positions is None:
+            positions = torch.arange(num_rows, device=prompts.device).expand_as(prompts)
+        else:
+            self._offsets[slots] = positions[..., -1].max() + 1 - num_rows
+            positions = positions[..., None, :]
+        if not model_inputs:
+            return self._forward(prompts, positions, self._masks.causal(num_rows), taps)
+        with stock_attention(self.target.text_config):
+            return self._forward(prompts, positions, None, taps, model_inputs)
+
+    def verify(self, trees: Trees, lengths: Lengths, num_keys: int, *, taps: bool) -> TargetOutput:
+        """See `Verifier`. Positions past the target's last one belong to nodes that cannot be emitted."""
+        batch, num_nodes = trees.token_ids.shape
+        whole = lengths.equal is not None and lengths.equal + num_nodes == num_keys
+        if whole:
+            self.cache.open_block(slice(0, batch), num_keys - num_nodes, num_nodes)
+        else:
+            self.cache.open_rows(lengths.device, num_nodes, num_keys)
+        mask = self._masks.trees(lengths.device, trees, num_keys, whole=whole)
+        first = lengths.device + self._offsets[:batch]
+        positions = (first[:, None] + trees.levels).clamp(max=self._last_position)
+        return self._forward(trees.token_ids, positions, mask, taps)
+
+    def keep(self, lengths: Lengths, accepted: Accepted) -> None:
+        """Compaction is skipped where the host sees that every path already lies where it belongs."""
+        if lengths.host is not None:
+            slots = torch.arange(accepted.path.shape[1], device=accepted.path.device)
+            inside = slots < accepted.num_accepted[:, None]
+            if not ((accepted.path != slots) & inside).any():
+                return
+        self.cache.compact(lengths.device, accepted.path)
+
+    def _forward(
+        self, token_ids: Tensor, positions: Tensor, mask: object, taps: bool, model_inputs: ModelInputs | None = None
+    ) -> TargetOutput:
+        beside: dict[str, Any] = dict(model_inputs or {})
+        return self.target.forward(
+            token_ids, position_ids=positions, attention_mask=mask, past_key_values=self.cache, taps=taps, **beside
+        )
+
+
+def _is_dynamic(rope_type: object) -> bool:
+    types = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
+    return any("dynamic" in str(name) for name in types)
+
+
+def _frozen(rope_type: object) -> object:
+    if isinstance(rope_type, dict):
+        return {layer_type: _frozen(name) for layer_type, name in rope_type.items()}
+    return "default" if "dynamic" in str(rope_type) else rope_type

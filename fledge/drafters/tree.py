@@ -1,0 +1,124 @@
+"""Draft trees of B sequences: which candidates are verified, and who descends from whom.
+
+Knows parents, levels and scores. Knows nothing of models or tokens' meaning. A chain is a tree with one child each, and
+plain decoding a tree of one node. All sequences of a batch have the same number of nodes:
+
+    candidates, level by level           scores (cumulative log-probability)
+      root -> a b                         a -0.1   b -2.5
+      a -> c d,  b -> e f                 c -0.4   d -1.9   e -2.6   f -4.0
+
+    total_token = 4 keeps the root and the 3 best: a, c, d (closed under parents: a child never beats its parent)
+
+      node    0     1    2    3
+      token   root  a    c    d
+      parent  0     0    1    1
+      level   0     1    2    2
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fledge.errors import UserError
+
+# B sequences, N tree nodes, C candidates
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """The draft tree of every round. top_k = 1 drafts a chain of min(depth + 1, total_token - 1) tokens."""
+
+    total_token: int = 60
+    """nodes verified per round, the root (last round's bonus token) included"""
+    depth: int = 5
+    """draft rounds after the first level: depth + 1 levels, at most depth + 2 tokens per round"""
+    top_k: int = 10
+    """children per node, and nodes expanded per level"""
+
+    def __post_init__(self) -> None:
+        if self.total_token < 1 or self.depth < 0 or self.top_k < 1:
+            raise UserError(
+                f"tree total_token={self.total_token}, depth={self.depth}, top_k={self.top_k}: needed are "
+                f"total_token >= 1, depth >= 0 and top_k >= 1."
+            )
+
+    @property
+    def levels(self) -> int:
+        """Levels drafted below the root: a level deeper than the number of drafted nodes cannot be reached."""
+        return min(self.depth + 1, self.total_token - 1)
+
+
+@dataclass(frozen=True)
+class Trees:
+    """Node 0 is the root of each sequence, its last emitted token; parents precede children."""
+
+    token_ids: Tensor  # (B, N) target ids
+    parents: Tensor  # (B, N) int64; the root is its own parent
+    levels: Tensor  # (B, N) int64; 0 for the root
+    ancestors: Tensor  # (B, N, N) bool; row: node; True for its ancestors and itself
+
+    @property
+    def num_nodes(self) -> int:
+        return self.token_ids.shape[1]
+
+
+def roots_only(token_ids: Tensor) -> Trees:
+    """Trees of a round without drafting: token_ids (B, 1)."""
+    zero = torch.zeros_like(token_ids)
+    return Trees(token_ids, zero, zero, torch.ones_like(token_ids, dtype=torch.bool)[..., None])
+
+
+def chains(token_ids: Tensor) -> Trees:
+    """Trees without branches: token_ids (B, N), each the child of the one before it."""
+    batch, num_nodes = token_ids.shape
+    nodes = torch.arange(num_nodes, device=token_ids.device)
+    lower = torch.ones(num_nodes, num_nodes, dtype=torch.bool, device=token_ids.device).tril()
+    parents = (nodes - 1).clamp_min(0)
+    return Trees(
+        token_ids, parents.expand(batch, -1), nodes.expand(batch, -1), lower.expand(batch, -1, -1)
+    )  # fmt: skip
+
+
+def build_trees(
+    roots: Tensor, token_ids: Tensor, parents: Tensor, levels: Tensor, scores: Tensor, num_drafted: int, num_levels: int
+) -> Trees:
+    """The trees of the best `num_drafted` candidates of each sequence.
+
+    roots (B, 1); token_ids, parents, scores (B, C) of all candidates, level by level; levels (C,); parents are
+    candidate indices, -1 for the root. Candidates stand level by level, so a parent stands before its children, and no
+    child scores higher than its parent; the stable sort keeps the parent on a tie. Hence the choice is closed under
+    parents.
+    """
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :num_drafted]
+    chosen = best.sort(dim=-1).values
+    parent_of = parents.gather(1, chosen)
+    node_of_parent = (torch.searchsorted(chosen, parent_of) + 1).masked_fill(parent_of < 0, 0)
+    zero = torch.zeros_like(roots)
+    node_parents = torch.cat((zero, node_of_parent), dim=1)
+    return Trees(
+        token_ids=torch.cat((roots, token_ids.gather(1, chosen)), dim=1),
+        parents=node_parents,
+        levels=torch.cat((zero, levels[chosen]), dim=1),
+        ancestors=ancestors_of(node_parents, num_levels),
+    )
+
+
+def ancestors_of(parents: Tensor, num_levels: int) -> Tensor:
+    """(B, N, N) bool: row i is True at node i and all its ancestors. Each step doubles the number of generations seen.
+
+    parents = [[0, 0, 0, 1]]:
+
+        root  1 . . .
+        a     1 1 . .
+        b     1 . 1 .
+        a.c   1 1 . 1
+    """
+    batch, num_nodes = parents.shape
+    seen = torch.eye(num_nodes, dtype=torch.bool, device=parents.device).expand(batch, -1, -1)
+    jump, reach = parents, 1  # seen covers reach - 1 generations above each node; jump leads reach generations up
+    while reach <= num_levels:
+        seen = seen | seen.gather(1, jump[..., None].expand(-1, -1, num_nodes))
+        jump = jump.gather(1, jump)
+        reach *= 2
+    return seen
