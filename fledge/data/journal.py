@@ -40,10 +40,9 @@ FORMAT = 1
 MANIFEST_EVERY_S = 10.0
 ROW, REJECT = b"row", b"reject"
 ANSWERS = Output(
-    "regenerate",
-    ("shard-*.jsonl", "manifest.json", "rejects.jsonl", "run.json", ".journal"),
+    "regenerate", ("shard-*.jsonl", "manifest.json", "rejects.jsonl", "run.json", ".journal"),
     lambda folder: (folder / ".journal").is_dir(),
-)
+)  # fmt: skip
 
 
 @dataclass
