@@ -40,10 +40,9 @@ FORMAT = 1
 MANIFEST_EVERY_S = 10.0
 ROW, REJECT = b"row", b"reject"
 ANSWERS = Output(
-    "regenerate",
-    ("shard-*.jsonl", "manifest.json", "rejects.jsonl", "run.json", ".journal"),
+    "regenerate", ("shard-*.jsonl", "manifest.json", "rejects.jsonl", "run.json", ".journal"),
     lambda folder: (folder / ".journal").is_dir(),
-)
+)  # fmt: skip
 
 
 @dataclass
@@ -289,8 +288,7 @@ class Journal:
             with naming(Path(shard.file.name)):
                 _write_all(shard.file, line)
         except OSError:  # a full disk: what is there of the line must not stand before the next one
-            shard.file.truncate(shard.end)
-            shard.file.seek(shard.end)
+            shard.file.truncate(shard.file.seek(shard.end))
             raise
         shard.end += len(line)
         return shard.end - 1 - len(payload), len(payload)
