@@ -200,6 +200,7 @@ def candidate_count(width: int, levels: int) -> int:
 # -- costs -------------------------------------------------------------------------------------------------------------
 
 
+@torch.inference_mode()
 def measure_costs(
     target: Target, draft: DraftModel, pair: tuple[Prompt, list[int]], widths: Sequence[int],
     options: dict[str, Any], step: Callable[[str], None],

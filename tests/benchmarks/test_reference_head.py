@@ -188,7 +188,7 @@ def test_answers_that_differ_are_not_published(publish, monkeypatch):
         return accepted if trees.num_nodes == 1 else replace(accepted, token_ids=(accepted.token_ids + 1) % 256)
 
     monkeypatch.setattr(round, "accept", wrong)
-    with pytest.raises(SystemExit, match=r"answers differ .*T0-tuned mt_bench: 2 of 2"):
+    with pytest.raises(SystemExit, match="`fledge bench` ended with status 1"):
         publish("--temperatures", 0)
 
 
