@@ -29,17 +29,17 @@ from typing import Any
 import torch
 
 from fledge import provenance
-from fledge.bench.doctor import Ward, trial, walk
 from fledge.bench.prompts import load_questions
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.generate import generate_batch
 from fledge.decoding.records import Sampling
-from fledge.draft import ttt
-from fledge.draft.batch import Batch
-from fledge.draft.checkpoint import load_draft
-from fledge.draft.depth import RandomDepth
-from fledge.draft.loss import Teacher
-from fledge.draft.model import DraftModel
+from fledge.doctor.readings import Ward, trial, walk
+from fledge.drafters.batch import Batch
+from fledge.drafters.depth import RandomDepth
+from fledge.drafters.eagle3 import ttt
+from fledge.drafters.eagle3.checkpoint import load_draft
+from fledge.drafters.eagle3.model import DraftModel
+from fledge.drafters.loss import Teacher
 from fledge.drafters.tree import TreeShape
 from fledge.target.model import Target
 from fledge.train import module, run
@@ -185,7 +185,7 @@ def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Tau of each task, pooled over its questions, and their mean.
 
     The text does not depend on the head: the target answers once, and a decode with chains is a walk over what chains
-    begun at each token would have accepted (`fledge.bench.doctor`; a test compares with decoding). Chains hold the
+    begun at each token would have accepted (`fledge.doctor.readings`; a test compares with decoding). Chains hold the
     draft's likeliest tokens at every temperature, so sampled answers give the tau of sampling in the same way.
     """
     found = {}

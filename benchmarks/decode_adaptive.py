@@ -28,7 +28,7 @@ from fledge.decoding.adaptive import Pace
 from fledge.decoding.generate import generate
 from fledge.decoding.records import Generation, Sampling
 from fledge.decoding.tune import measure_costs
-from fledge.draft.model import DraftModel
+from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.tree import TreeShape
 from fledge.target.model import Target
 

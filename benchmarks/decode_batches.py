@@ -15,8 +15,8 @@ import torch
 
 from fledge.decoding.generate import generate_batch
 from fledge.decoding.records import Generation, Sampling
-from fledge.draft.checkpoint import load_draft
-from fledge.draft.config import from_json
+from fledge.drafters.eagle3.checkpoint import load_draft
+from fledge.drafters.eagle3.config import from_json
 from fledge.drafters.tree import TreeShape
 from fledge.target.model import Target
 

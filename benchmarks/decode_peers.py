@@ -35,9 +35,9 @@ from fledge import provenance
 from fledge.bench.prompts import dataset_label, load_questions, turn_text
 from fledge.decoding.generate import generate_batch
 from fledge.decoding.records import Generation, Sampling
-from fledge.draft.checkpoint import load_draft
-from fledge.draft.config import from_json
-from fledge.draft.model import DraftModel
+from fledge.drafters.eagle3.checkpoint import load_draft
+from fledge.drafters.eagle3.config import from_json
+from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.tree import TreeShape
 from fledge.target.model import Target
 

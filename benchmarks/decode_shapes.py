@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from fledge import provenance
-from fledge.decoding.answering import read_speed
+from fledge.commands.answering import read_speed
 from fledge.decoding.generate import generate_batch
 from fledge.decoding.records import Generation, Sampling
 from fledge.decoding.tune import NODES, verify_time
-from fledge.draft.config import derive
-from fledge.draft.model import DraftModel
+from fledge.drafters.eagle3.config import derive
+from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.tree import TreeShape
 from fledge.target.model import Target
 

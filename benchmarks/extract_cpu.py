@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 from fledge import provenance
-from fledge.target.extract import ExtractArgs, Samples, fill, open_target
-from fledge.target.store.manifest import MANIFEST, Manifest, read_manifest
-from fledge.target.store.reader import HiddenStore
+from fledge.extraction.extract import ExtractArgs, Samples, fill, open_target
+from fledge.storage.states.manifest import MANIFEST, Manifest, read_manifest
+from fledge.storage.states.reader import HiddenStore
 from fledge.train.records import Part, Records
 
 STEPS = 3

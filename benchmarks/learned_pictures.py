@@ -28,7 +28,7 @@ from fledge.bench.run import bench
 from fledge.data.tokenize import ChatTemplate
 from fledge.data.vision import Vision
 from fledge.decoding.generate import Sampling, TreeShape, generate
-from fledge.draft.checkpoint import load_draft
+from fledge.drafters.eagle3.checkpoint import load_draft
 from fledge.target.model import Target
 from fledge.train import run as training
 from fledge.train.arguments import TrainArgs, parse_args

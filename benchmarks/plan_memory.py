@@ -21,7 +21,7 @@ import torch
 import train_step_worker
 from torch.profiler import ProfilerActivity, profile
 
-from fledge.draft.config import DraftConfig
+from fledge.drafters.eagle3.config import DraftConfig
 from fledge.train.memory import step_memory
 
 WORKER = Path(__file__).with_name("train_step_worker.py")

@@ -30,12 +30,12 @@ from safetensors import safe_open
 from fledge import provenance
 from fledge.bench.rows import folder_fingerprint
 from fledge.cli import run_command
+from fledge.commands.quickstart import num_gpus
+from fledge.commands.serve import check_draft
 from fledge.console import say
-from fledge.draft.checkpoint import WEIGHTS
+from fledge.drafters.eagle3.checkpoint import WEIGHTS
 from fledge.errors import UserError
-from fledge.export.serving import check_draft
-from fledge.quickstart import num_gpus
-from fledge.target.engine import CPU_CACHE, ServeArgs, plan, running
+from fledge.servers.processes import CPU_CACHE, ServeArgs, plan, running
 
 LARGEST_BYTES = 25e6
 TRAINED_FILES = ("config.json", WEIGHTS, "provenance.json")

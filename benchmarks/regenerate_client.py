@@ -21,9 +21,9 @@ from collections import Counter
 from pathlib import Path
 
 from fledge import provenance
-from fledge.data import regenerate as command
-from fledge.data.engine import Answer
-from fledge.data.regenerate_args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
+from fledge.commands import regenerate as command
+from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
+from fledge.regeneration.engine import Answer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RATE = re.compile(r"(\d+) answer tokens \(([\d.]+) tok/s")

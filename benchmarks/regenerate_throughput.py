@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from fledge import provenance
-from fledge.target.engine import ServeArgs, plan, running, visible_gpus
+from fledge.servers.processes import ServeArgs, plan, running, visible_gpus
 
 RATE = re.compile(r"(\d+) answer tokens \(([\d.]+) tok/s")
 

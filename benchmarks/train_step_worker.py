@@ -130,10 +130,10 @@ def head_and_vocab(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor
 def fledge(args: argparse.Namespace, docs: list[dict[str, torch.Tensor]]) -> Callable[[], float]:
     """The module and the optimizer of `fledge train`."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from fledge.draft.batch import fill_for, pack
-    from fledge.draft.config import DraftConfig
-    from fledge.draft.loss import LossSettings
-    from fledge.draft.model import DraftModel
+    from fledge.drafters.batch import fill_for, pack
+    from fledge.drafters.eagle3.config import DraftConfig
+    from fledge.drafters.eagle3.model import DraftModel
+    from fledge.drafters.loss import LossSettings
     from fledge.target.head import TargetHead
     from fledge.target.quirks import LogitQuirks
     from fledge.target.record import TargetRecord, TeacherSummary
@@ -190,8 +190,8 @@ def flop_per_token(args: argparse.Namespace) -> int:
 
 def compare_attention(device: torch.device) -> None:
     """The flash kernels of this device against the dense twin, in bf16 against fp32, whole and with a window."""
-    from fledge.draft.runs import Run
-    from fledge.draft.ttt_attention import dense_ttt_attention, ttt_attention
+    from fledge.drafters.eagle3.runs import Run
+    from fledge.drafters.eagle3.ttt_attention import dense_ttt_attention, ttt_attention
 
     generator = torch.Generator().manual_seed(0)
     shapes = [(200, 8, 64), (300, 2, 64), (300, 2, 64), *[(200, 2, 64)] * 4]

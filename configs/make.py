@@ -12,8 +12,8 @@ from typing import Any
 import transformers
 from targets import TARGETS, Row
 
-from fledge.draft.config import DraftConfig, derive, to_json
-from fledge.plan import HARDWARE, ROOM, PlanArgs, estimate
+from fledge.commands.plan import HARDWARE, ROOM, PlanArgs, estimate
+from fledge.drafters.eagle3.config import DraftConfig, derive, to_json
 from fledge.target.record import default_tap_layers
 
 HERE = Path(__file__).parent

@@ -29,23 +29,27 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "serve": Command("fledge.export.serving", "ServeArgs", "serve", "start vLLM servers, one per GPU group"),
+    "serve": Command("fledge.commands.serve", "ServeArgs", "serve", "start vLLM servers, one per GPU group"),
     "regenerate": Command(
-        "fledge.data.regenerate", "RegenerateArgs", "regenerate", "let the target answer every conversation again"
+        "fledge.commands.regenerate", "RegenerateArgs", "regenerate", "let the target answer every conversation again"
     ),
-    "decode": Command("fledge.decoding.command", "DecodeArgs", "decode", "answer a prompt with a draft head"),
-    "chat": Command("fledge.decoding.chat", "ChatArgs", "chat", "talk to the target with a draft head"),
+    "decode": Command("fledge.commands.decode", "DecodeArgs", "decode", "answer a prompt with a draft head"),
+    "chat": Command("fledge.commands.chat", "ChatArgs", "chat", "talk to the target with a draft head"),
     "bench": Command("fledge.bench.run", "BenchArgs", "bench", "measure plain against speculative decoding"),
     "report": Command(
         "fledge.bench.compare", "ReportArgs", "report", "draw a benchmark report again, or compare several"
     ),
-    "plan": Command("fledge.plan", "PlanArgs", "plan", "what a training run will need: memory, disk, hours"),
-    "extract": Command("fledge.target.extract", "ExtractArgs", "extract", "store the target's hidden states"),
+    "plan": Command("fledge.commands.plan", "PlanArgs", "plan", "what a training run will need: memory, disk, hours"),
+    "extract": Command("fledge.extraction.extract", "ExtractArgs", "extract", "store the target's hidden states"),
     "train": Command("fledge.train.run", "TrainArgs", "train", "train a draft head, online or from stored states"),
     "export": Command("fledge.export.convert", "ExportArgs", "export_head", "write a head as vLLM or SGLang read it"),
     "convert": Command("fledge.export.convert", "ConvertArgs", "convert_head", "bring another trainer's head here"),
-    "inspect": Command("fledge.inspect", "InspectArgs", "inspect", "look into data, stored hidden states or a head"),
-    "quickstart": Command("fledge.quickstart", "QuickstartArgs", "quickstart", "the whole path on a small real model"),
+    "inspect": Command(
+        "fledge.commands.inspect", "InspectArgs", "inspect", "look into data, stored hidden states or a head"
+    ),
+    "quickstart": Command(
+        "fledge.commands.quickstart", "QuickstartArgs", "quickstart", "the whole path on a small real model"
+    ),
 }
 
 

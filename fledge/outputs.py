@@ -54,8 +54,9 @@ class Output:
     """Whether the command wrote this folder before fledge left markers."""
 
     def found(self, folder: Path) -> list[Path]:
-        """What lies in the folder under names of this command."""
-        return sorted({path for pattern in self.names for path in folder.glob(pattern)})
+        """What lies in the folder under names of this command; what this module keeps there is none of it."""
+        found = {path for pattern in self.names for path in folder.glob(pattern)}
+        return sorted(path for path in found if path.name not in (MARKER, LOCK, STAGING, READY))
 
 
 def owner(folder: Path, command: str) -> Owner | None:

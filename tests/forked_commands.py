@@ -21,10 +21,10 @@ from kills import finish, kill_again_and_again, start
 
 import fledge.bench.engine
 import fledge.bench.run
-import fledge.data.local_engine
-import fledge.data.regenerate
+import fledge.commands.regenerate
 import fledge.export.convert
-import fledge.target.extract
+import fledge.extraction.extract
+import fledge.regeneration.local_engine
 import fledge.train.run  # noqa: F401
 from fledge.cli import run_command
 

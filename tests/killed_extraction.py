@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from fledge.target.extract import ExtractArgs, Samples, fill, open_target
-from fledge.target.store.manifest import MANIFEST
-from fledge.target.store.reader import HiddenStore
+from fledge.extraction.extract import ExtractArgs, Samples, fill, open_target
+from fledge.storage.states.manifest import MANIFEST
+from fledge.storage.states.reader import HiddenStore
 
 
 def main(target: str, data: str, folder: Path, wanted: int) -> None:

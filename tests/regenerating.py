@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from fledge.data.regenerate import regenerate
-from fledge.data.regenerate_args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
+from fledge.commands.regenerate import regenerate
+from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
 
 
 def write(path: Path, rows: list[dict]) -> Path:

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from tiny import tiny_config, tiny_target, tiny_vocab
 from tiny_trainer import samples
 
-from fledge.draft.batch import pack
-from fledge.draft.loss import LossSettings
-from fledge.draft.model import DraftModel
+from fledge.drafters.batch import pack
+from fledge.drafters.eagle3.model import DraftModel
+from fledge.drafters.loss import LossSettings
 from fledge.target.live import LiveSource
 from fledge.train.module import TTTModule
 from fledge.train.run import leave

@@ -138,8 +138,8 @@ class Latin1:
 
 @pytest.mark.parametrize("reader", ["decode", "chat"])
 def test_standard_input_that_is_not_utf8_is_one_line(reader, monkeypatch):
-    from fledge.decoding.chat import next_turn
-    from fledge.decoding.command import _standard_input
+    from fledge.commands.chat import next_turn
+    from fledge.commands.decode import _standard_input
 
     read = {"decode": _standard_input, "chat": next_turn}[reader]
     monkeypatch.setattr("sys.stdin", Latin1())

@@ -266,3 +266,15 @@ def test_staged_files_need_no_claim(tmp_path):
     with staged(tmp_path / "best") as building:
         (building / "config.json").write_text("{}")
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["config.json"]
+
+
+def test_a_command_that_writes_every_name_does_not_refuse_its_own_lock(tmp_path):
+    """`fledge quickstart` refused the folder it had just made: `*` matched the lock that it had taken."""
+    everything = Output("quickstart", ("*",))
+    with written(tmp_path / "target", everything) as folder:
+        (folder / "model.txt").write_text("whole")
+    assert (tmp_path / "target" / "model.txt").read_text() == "whole"
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "model.txt").write_text("theirs")
+    with pytest.raises(UserError, match="holds model.txt"), written(tmp_path / "foreign", everything):
+        pass

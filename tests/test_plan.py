@@ -8,13 +8,13 @@ from saved_target import save_target, write_conversations
 from tiny import tiny_target
 
 from fledge import cli
-from fledge.draft.batch import pack
-from fledge.draft.config import DraftConfig
-from fledge.draft.loss import LossSettings
-from fledge.draft.model import DraftModel
-from fledge.draft.ttt import align, unroll
+from fledge.commands.plan import PlanArgs, count, estimate, longest_that_fits, target_size
+from fledge.drafters.batch import pack
+from fledge.drafters.eagle3.config import DraftConfig
+from fledge.drafters.eagle3.model import DraftModel
+from fledge.drafters.eagle3.ttt import align, unroll
+from fledge.drafters.loss import LossSettings
 from fledge.errors import UserError
-from fledge.plan import PlanArgs, count, estimate, longest_that_fits, target_size
 from fledge.target.record import TargetRecord
 from fledge.train.memory import num_parameters, step_memory
 from fledge.train.module import TTTModule

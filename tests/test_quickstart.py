@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from saved_target import byte_tokenizer, save_target
 
-from fledge import quickstart as module
+from fledge.commands import quickstart as module
+from fledge.commands.quickstart import QuickstartArgs, closing_lines, default_work_dir, quickstart
 from fledge.errors import UserError
-from fledge.quickstart import QuickstartArgs, closing_lines, default_work_dir, quickstart
 
 SHORT = {"num_prompts": 3, "max_tokens": 6, "epochs": 1, "num_questions": 1, "draft_vocab_size": 64}
 

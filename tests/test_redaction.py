@@ -8,12 +8,12 @@ import pytest
 from fakes.hostile_server import MODELS, completion, http, serving
 
 from fledge import cli, console, provenance
-from fledge.data import regenerate_args
-from fledge.data.journal import Journal
-from fledge.data.regenerate import regenerate
+from fledge.commands.regenerate import regenerate
 from fledge.data.rejects import Rejects
 from fledge.errors import UserError
 from fledge.redaction import keep_secret, redact, redacted
+from fledge.regeneration import args as regenerate_args
+from fledge.regeneration.journal import Journal
 from fledge.train.resume import check_same_run
 
 

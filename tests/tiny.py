@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fledge.draft.config import derive
-from fledge.draft.model import DraftModel
+from fledge.drafters.eagle3.config import derive
+from fledge.drafters.eagle3.model import DraftModel
 from fledge.target.model import Target
 
 VOCAB = 128

@@ -22,9 +22,9 @@ from tiny import tiny_config, tiny_target, tiny_vocab
 from transformers import TrainerCallback
 
 from fledge.data.tokenize import Sample
-from fledge.draft.loss import LossSettings
-from fledge.draft.low_rank import LowRankHead
-from fledge.draft.model import DraftModel
+from fledge.drafters.eagle3.low_rank import LowRankHead
+from fledge.drafters.eagle3.model import DraftModel
+from fledge.drafters.loss import LossSettings
 from fledge.target.head import TargetHead
 from fledge.target.live import LiveSource
 from fledge.train.arguments import TrainerArguments

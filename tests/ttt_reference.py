@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from fledge.draft.config import DraftConfig
-from fledge.draft.loss import PositionWeights
-from fledge.draft.model import DraftModel
-from fledge.draft.position_weights import dynamic_weights
-from fledge.draft.ttt import Alignment
+from fledge.drafters.eagle3.config import DraftConfig
+from fledge.drafters.eagle3.model import DraftModel
+from fledge.drafters.eagle3.ttt import Alignment
+from fledge.drafters.loss import PositionWeights
+from fledge.drafters.position_weights import dynamic_weights
 from fledge.target.quirks import LogitQuirks
 from fledge.target.record import TargetRecord
 

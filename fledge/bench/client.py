@@ -13,7 +13,7 @@ from typing import Any
 
 from msgspec import UNSET
 
-from fledge.servers.client import Client, Limits, ServerError
+from fledge.http_client import Client, Limits, ServerError
 from fledge.servers.replies import Chunk, Usage, error_text, read_reply
 
 DRAFTS = "vllm:spec_decode_num_drafts"

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fledge.bench.prompts import BENCH_DIR_VARIABLE, PICTURE_SETS, Question
+from fledge.bench.questions import BENCH_DIR_VARIABLE, PICTURE_SETS, Question
 from fledge.data.images import source_of_value
 from fledge.errors import UserError
 from fledge.parsing import parse_json

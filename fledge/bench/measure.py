@@ -13,8 +13,9 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from fledge.bench.prompts import Question, turn_text
+from fledge.bench.prompts import turn_text
 from fledge.bench.quality import compare_outputs, score_answer
+from fledge.bench.questions import Question
 from fledge.bench.rows import Row
 from fledge.bench.sandbox import Isolation
 from fledge.data.samples import Prompt

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from fledge.bench.questions import BENCH_DIR_VARIABLE, NAMED_SETS, PICTURE_SETS, Question, Turn
 from fledge.data.image_urls import IMAGE_TYPES, anchored
 from fledge.data.images import with_row_images
 from fledge.data.rejects import Reject
@@ -21,23 +22,6 @@ from fledge.errors import UserError, nearest
 from fledge.parsing import convert, read_json_lines
 
 QUICK_FILE = Path(__file__).with_name("quick.jsonl")
-PICTURE_SETS = ("textvqa", "mmmu", "mmstar")
-NAMED_SETS = ("mt_bench", "humaneval", "gsm8k", "alpaca", "qa", "sum", "math500", *PICTURE_SETS)
-Turn = str | list[dict[str, Any]]
-BENCH_DIR_VARIABLE = "FLEDGE_BENCH_DIR"
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """One question: its user turns in order, and what a right answer is, where the set says so."""
-
-    dataset: str
-    id: str
-    category: str
-    turns: tuple[Turn, ...]
-    system: str | None = None
-    reference: tuple[str, ...] = ()
-    code_check: dict[str, str] | None = None  # humaneval: prompt, test, entry_point
 
 
 class CodeCheck(msgspec.Struct):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from fledge.bench.prompts import Question
+from fledge.bench.questions import Question
 from fledge.bench.sandbox import Isolation, passes_tests
 from fledge.data.samples import Prompt
 

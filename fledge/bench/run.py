@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import fledge.provenance as provenance
 from fledge.bench.args import SIDES, BenchArgs
 from fledge.bench.measure import Engine, Job, MeasureSettings, measure, warm_up
-from fledge.bench.prompts import Question, load_questions
+from fledge.bench.prompts import load_questions
+from fledge.bench.questions import Question
 from fledge.bench.report import PAGE, write_report
 from fledge.bench.rows import BENCHMARK, Results, Row, code_fingerprint, folder_fingerprint, open_results, row_key
 from fledge.console import progress, say, show_table, warn

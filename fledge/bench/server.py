@@ -22,7 +22,8 @@ from fledge import provenance
 from fledge.bench.args import SIDES, BenchArgs
 from fledge.bench.client import Answer, Request, acceptance_of, ask, metrics, metrics_between
 from fledge.bench.measure import Job, turn_seed
-from fledge.bench.prompts import Question, load_questions
+from fledge.bench.prompts import load_questions
+from fledge.bench.questions import Question
 from fledge.bench.report import write_report
 from fledge.bench.rows import Results, Row, open_results, row_key
 from fledge.bench.stats import speedup
@@ -30,8 +31,8 @@ from fledge.console import progress, say, warn
 from fledge.data.image_urls import with_data_urls
 from fledge.data.rejects import Reject
 from fledge.errors import UserError
+from fledge.http_client import Client, Limits, ServerError, base_url
 from fledge.redaction import redact
-from fledge.servers.client import Client, Limits, ServerError, base_url
 from fledge.servers.replies import served_model
 
 THINKING = {"default": None, "on": True, "off": False}
@@ -134,8 +135,8 @@ def served(args: BenchArgs, sides: set[str]) -> Iterator[dict[str, str]]:
         yield urls
         return
     (side,) = absent  # servers started here run one at a time: `groups`
-    from fledge.export.serving import check_draft
-    from fledge.target.engine import ServeArgs, plan, running, visible_gpus
+    from fledge.export.servable import check_draft
+    from fledge.servers.processes import ServeArgs, plan, running, visible_gpus
 
     if side == "eagle" and args.model.eagle_model_path:
         check_draft(args.model.eagle_model_path, args.model.base_model_path)

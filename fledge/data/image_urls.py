@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fledge.data.rejects import Reject
-from fledge.servers.client import Address, Limits, ServerError, get, is_public
+from fledge.http_client import Address, Limits, ServerError, get, is_public
 
 if TYPE_CHECKING:
     from PIL import Image

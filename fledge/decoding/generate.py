@@ -17,7 +17,7 @@ from fledge.decoding.records import Generation, RoundTrace, Sampling
 from fledge.decoding.requests import OnTokens, Request, RequestState, check_request
 from fledge.decoding.running_state import keeps_running_state
 from fledge.decoding.session import Session, in_buckets, rows_ahead
-from fledge.draft.model import DraftModel
+from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.registry import Drafter
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError

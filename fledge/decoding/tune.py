@@ -26,8 +26,8 @@ from fledge.decoding.records import Sampling
 from fledge.decoding.running_state import verifier_of
 from fledge.decoding.tree_profile import TreeProfile
 from fledge.decoding.verifier import Lengths
-from fledge.draft.model import DraftModel
 from fledge.drafters.base import Emitted
+from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.eagle3.propose import EagleProposer, candidate_levels
 from fledge.drafters.tree import Trees, TreeShape, ancestors_of
 from fledge.errors import UserError
@@ -200,6 +200,7 @@ def candidate_count(width: int, levels: int) -> int:
 # -- costs -------------------------------------------------------------------------------------------------------------
 
 
+@torch.inference_mode()
 def measure_costs(
     target: Target, draft: DraftModel, pair: tuple[Prompt, list[int]], widths: Sequence[int],
     options: dict[str, Any], step: Callable[[str], None],

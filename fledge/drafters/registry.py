@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fledge.draft.checkpoint import bind_head
-from fledge.draft.head import read_head
-from fledge.draft.model import DraftModel
 from fledge.drafters.base import Proposer
+from fledge.drafters.eagle3.checkpoint import bind_head
+from fledge.drafters.eagle3.head import read_head
+from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.eagle3.propose import EagleProposer
 from fledge.drafters.lookup.propose import LookupProposer
 from fledge.drafters.tree import TreeShape

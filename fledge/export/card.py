@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from fledge.draft.config import DraftConfig
+from fledge.drafters.eagle3.config import DraftConfig
 from fledge.errors import UserError
 from fledge.escaping import markdown
 from fledge.export.layouts import LAYOUTS

@@ -1,7 +1,7 @@
 """`fledge export` and `fledge convert`: heads to and from other programs' layouts.
 
 The round trip is the identity on tensors; an unknown or missing tensor is an error that lists it. How a layout is
-written is a row in `layouts`, how another trainer's head is read a row in `fledge.draft.foreign`.
+written is a row in `layouts`, how another trainer's head is read a row in `fledge.drafters.eagle3.foreign`.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from fledge import provenance
 from fledge.config import Overwrite
 from fledge.console import say
-from fledge.draft.checkpoint import WEIGHTS
-from fledge.draft.config import to_json
-from fledge.draft.foreign import TapConvention, origin_of, read_any, read_config
-from fledge.draft.head import Head, read_head
+from fledge.drafters.eagle3.checkpoint import WEIGHTS
+from fledge.drafters.eagle3.config import to_json
+from fledge.drafters.eagle3.foreign import TapConvention, origin_of, read_any, read_config
+from fledge.drafters.eagle3.head import Head, read_head
 from fledge.errors import UserError, naming
 from fledge.export.card import CARD, Licence, model_card
 from fledge.export.hub import push_folder

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fledge.draft.checkpoint import WEIGHTS
-from fledge.draft.foreign import config_of, our_name, read_config, read_weights, stated_tap_ids
-from fledge.draft.head import expected_shapes
+from fledge.drafters.eagle3.checkpoint import WEIGHTS
+from fledge.drafters.eagle3.foreign import config_of, our_name, read_config, read_weights, stated_tap_ids
+from fledge.drafters.eagle3.head import expected_shapes
 from fledge.errors import UserError
 from fledge.target.record import default_tap_layers
 

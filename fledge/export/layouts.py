@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fledge.draft.config import DraftConfig, to_json
+from fledge.drafters.eagle3.config import DraftConfig, to_json
 from fledge.errors import UserError
 
 JSON = dict[str, Any]

@@ -10,8 +10,8 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from fledge.errors import UserError
+from fledge.http_client import Client, Limits, Reply, ServerError, one_line
 from fledge.parsing import parse_json
-from fledge.servers.client import Client, Limits, Reply, ServerError, one_line
 
 Record = TypeVar("Record")
 Count = Annotated[int, Meta(ge=0, lt=2**31)]

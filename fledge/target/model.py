@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fledge.data.batch_decoder import cache_argument
 from fledge.data.vision import Vision, has_vision, load_vision
 from fledge.errors import UserError, refuse_missing_folder
 from fledge.target.linear import head_logits
@@ -244,6 +243,12 @@ class Target:
                 f"{self.name}: head(last_hidden) differs from the model's logits by {error:.1e} (relative). "
                 f"Model type {self.text_config.model_type!r} needs a row in fledge/target/quirks.py."
             )
+
+
+def cache_argument(model: Any) -> str:
+    """What this model's forward calls its cache: `past_key_values`, from transformers 5.24 on `cache`."""
+    parameters = inspect.signature(getattr(model, "forward", model)).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def auto_class(config: Any) -> Any:

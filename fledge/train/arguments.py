@@ -18,7 +18,7 @@ from fledge.config import OVERWRITE, field_names, read_recipe
 from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
 from fledge.data.image_urls import ALLOW_HELP
 from fledge.data.traces import UNTRACED_HELP, Untraced
-from fledge.draft.loss import LossSettings
+from fledge.drafters.loss import LossSettings
 from fledge.errors import UserError, nearest
 from fledge.ranges import (
     Count,
@@ -32,7 +32,7 @@ from fledge.ranges import (
     Whole,
     check_ranges,
 )
-from fledge.target.states_folder import SERVER_FOLDER
+from fledge.servers.states_folder import SERVER_FOLDER
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 

@@ -15,18 +15,18 @@ import torch
 from fledge.console import say
 from fledge.data.tokenize import ChatTemplate
 from fledge.errors import UserError
-from fledge.target.engine_states import EngineTarget
-from fledge.target.extract import OpenTarget, Samples, fill, ranks_of_environment
+from fledge.extraction.extract import OpenTarget, Samples, fill, ranks_of_environment
+from fledge.servers.hidden_states import EngineTarget
+from fledge.storage.states.describe import describe_states
+from fledge.storage.states.manifest import MANIFEST, read_manifest
+from fledge.storage.states.plan import check_same
+from fledge.storage.states.reader import HiddenStore
 from fledge.target.head import TargetHead
 from fledge.target.live import LiveSource
 from fledge.target.model import Target
-from fledge.target.store.describe import describe_states
-from fledge.target.store.manifest import MANIFEST, read_manifest
-from fledge.target.store.plan import check_same
-from fledge.target.store.reader import HiddenStore
 from fledge.train.arguments import TrainArgs
 from fledge.train.records import Part, Records, by_id, without
-from fledge.train.run import Source, count_supervised, tokenise_all
+from fledge.train.sources import Source, count_supervised, tokenise_all
 from fledge.train.stored import count_stored, open_stores, source_from
 
 SHARD_BYTES = 256 << 20

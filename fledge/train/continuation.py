@@ -18,7 +18,7 @@ from fledge.outputs import write_json
 from fledge.parsing import read_json
 
 if TYPE_CHECKING:
-    from fledge.train.run import Source
+    from fledge.train.sources import Source
 
 INPUTS = "train_inputs.json"
 VALUES = 256  # of every tensor: a fine-tune changes nearly all of them

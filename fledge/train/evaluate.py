@@ -20,8 +20,8 @@ from transformers import TrainerCallback
 from fledge.console import say, warn
 from fledge.data.samples import Prompt
 from fledge.decoding.generate import generate
-from fledge.draft.checkpoint import WEIGHTS, save_draft
-from fledge.draft.model import DraftModel
+from fledge.drafters.eagle3.checkpoint import WEIGHTS, save_draft
+from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 from fledge.outputs import delete, staged, write_json

@@ -10,12 +10,12 @@ from fledge.console import say, warn
 from fledge.data.tokenize import load_tokenizer, model_eos_token_ids
 from fledge.data.vocab import control_ids
 from fledge.errors import UserError
-from fledge.target.angelslim import VOCAB_FILE, AngelSlimFolder, read_vocab_mapping
+from fledge.storage.angelslim import VOCAB_FILE, AngelSlimFolder, read_vocab_mapping
 from fledge.target.head import TargetEnds
 from fledge.target.record import TargetRecord, default_tap_layers
 from fledge.train.arguments import TrainArgs
 from fledge.train.records import Part, Records, as_it_is, split
-from fledge.train.run import Source, limited
+from fledge.train.sources import Source, limited
 
 
 def angelslim_source(args: TrainArgs) -> Source:

@@ -8,8 +8,8 @@ benchmarks/plan_memory.py the whole with a measured peak.
 
 from dataclasses import dataclass
 
-from fledge.draft.config import DraftConfig
-from fledge.draft.loss import pair_bytes, pairs_per_chunk
+from fledge.drafters.eagle3.config import DraftConfig
+from fledge.drafters.loss import pair_bytes, pairs_per_chunk
 
 # H hidden, I intermediate, h heads, g kv heads, d head_dim, D draft vocab, V vocab, A taps, K steps
 

@@ -9,7 +9,7 @@ coverage    share of positions whose target argmax is a draft token: the ceiling
 import torch
 from torch import Tensor
 
-from fledge.draft.loss import LossOutput
+from fledge.drafters.loss import LossOutput
 
 
 class MetricSums:
@@ -47,5 +47,5 @@ class MetricSums:
 
 
 def taught_positions(loss_mask: Tensor) -> int:
-    """Positions of one document that teach a row at step 0: the unit of per-token averaging (see fledge.draft.ttt)."""
+    """Positions of one document that teach a row at step 0: what per-token averaging counts (`ttt.align`)."""
     return int((loss_mask[1:-1] & loss_mask[2:]).sum())

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fledge.draft.batch import Batch
-from fledge.draft.depth import RandomDepth
-from fledge.draft.loss import LossOutput, LossSettings, Teacher, ttt_loss
-from fledge.draft.low_rank import LowRankHead
-from fledge.draft.model import DraftModel
-from fledge.draft.ttt import align, unroll
+from fledge.drafters.batch import Batch
+from fledge.drafters.depth import RandomDepth
+from fledge.drafters.eagle3.low_rank import LowRankHead
+from fledge.drafters.eagle3.model import DraftModel
+from fledge.drafters.eagle3.ttt import align, unroll
+from fledge.drafters.loss import LossOutput, LossSettings, Teacher, ttt_loss
 from fledge.errors import UserError
 
 HeadRows = Callable[[Tensor], Callable[[Tensor], Tensor] | None]
@@ -29,7 +29,7 @@ class TTTModule(nn.Module):
     ) -> None:  # fmt: skip
         """`teacher_rows`: the same head for some ids only (`TargetHead.rows`), which batches with a summary use.
 
-        With `survival` below 1, rows are unrolled to depths drawn at random (`fledge.draft.depth`).
+        With `survival` below 1, rows are unrolled to depths drawn at random (`fledge.drafters.depth`).
         """
         super().__init__()
         self.draft, self.ttt_steps, self.settings = draft, ttt_steps, settings

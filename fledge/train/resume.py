@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fledge.console import warn
-from fledge.draft.checkpoint import WEIGHTS
+from fledge.drafters.eagle3.checkpoint import WEIGHTS
 from fledge.errors import UserError
 from fledge.outputs import MARKER, Claim, Output, check, claim, delete, document_has, is_own, mark, owner, write_json
 from fledge.parsing import read_json

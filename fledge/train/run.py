@@ -5,40 +5,35 @@ Puts the stages together: source -> draft vocabulary -> draft -> Trainer -> fina
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils.data import ConcatDataset
 from transformers import set_seed
 
 from fledge import provenance
 from fledge.console import say, show_table, warn
-from fledge.data.dataset import TokenizedData
 from fledge.data.image_urls import allow_image_urls
 from fledge.data.rows import check_source
-from fledge.data.tokenize import ChatTemplate
 from fledge.data.vocab import build_vocab
-from fledge.draft.config import DraftConfig, derive, read_overrides, to_json
-from fledge.draft.foreign import read_config
-from fledge.draft.low_rank import LowRankHead
-from fledge.draft.model import DraftModel
+from fledge.drafters.eagle3.config import DraftConfig, derive, read_overrides, to_json
+from fledge.drafters.eagle3.foreign import read_config
+from fledge.drafters.eagle3.low_rank import LowRankHead
+from fledge.drafters.eagle3.model import DraftModel
 from fledge.errors import UserError
-from fledge.target.head import TargetHead
-from fledge.target.live import LiveSource
+from fledge.storage.angelslim import ckpt_files
+from fledge.storage.states.manifest import MANIFEST
 from fledge.target.model import Target
 from fledge.target.record import TargetRecord
-from fledge.train.arguments import DataArguments, DraftArguments, TrainArgs, TrainerArguments, parse_args
+from fledge.train.arguments import DraftArguments, TrainArgs, TrainerArguments, parse_args
 from fledge.train.continuation import check_resumable, check_same_inputs
 from fledge.train.evaluate import DecodingCallback, decoding_evaluation
-from fledge.train.module import HeadRows, TTTModule
-from fledge.train.records import warn_of_shared
+from fledge.train.module import TTTModule
 from fledge.train.resume import begin, check_same_run, check_start, find_checkpoint
+from fledge.train.sources import Source
 from fledge.train.trainer import DraftTrainer
 from fledge.train.warm_start import architecture_of, continue_from
 
@@ -48,27 +43,6 @@ DEFAULT_DRAFT_VOCAB = 32_000
 STARTING_SAMPLES = 8  # whose states set the scale of a fresh head
 
 _goodbyes: list = []  # what `leave` keeps
-
-
-@dataclass(frozen=True)
-class Source:
-    """What training needs to know, whoever provides it: a live target or stored states."""
-
-    train: Any  # dataset of samples or records
-    eval: Any
-    to_record: Callable[[Any], TargetRecord]
-    counts: Tensor  # (V,) supervised tokens of the training data
-    always: Sequence[int]  # ids that belong to every draft vocabulary
-    text_config: Any
-    tap_layers: tuple[int, ...]
-    embedding: Tensor  # (V, H)
-    head_weight: Tensor  # (V, H)
-    teacher_head: Callable[[Tensor], Tensor]
-    target_name: str
-    device: torch.device
-    target: Target | None = None  # where it lives in this process
-    teacher_rows: HeadRows | None = None  # where records have summaries: the head of some tokens only
-    states_digest: str = ""  # of stored states
 
 
 def train(args: TrainArgs) -> None:
@@ -140,12 +114,35 @@ def run_folder(args: TrainArgs, source: Source) -> Iterator[tuple[str, str | Non
 
 
 def open_source(args: TrainArgs) -> Source:
-    """The stored source when hidden states are given, else the live one."""
-    if args.data.train_hidden_path:
-        from fledge.train.stored import stored_source
+    """What the flags ask to train on. Each kind is imported only when it is asked for."""
+    data = args.data
+    if not data.train_hidden_path:
+        if not data.target_model_name_or_path:
+            raise UserError("--target_model_name_or_path is needed for online training: its folder or hub name.")
+        if not data.train_data_path:
+            raise UserError("--train_data_path is needed (conversations), or --train_hidden_path (stored states).")
+        if data.target_backend == "vllm":
+            from fledge.train.served import served_source
 
-        return stored_source(args)
-    return live_source(args)
+            return served_source(args)
+        from fledge.train.live import live_source
+
+        return live_source(args)
+    folders = [Path(path).expanduser() for path in (*data.train_hidden_path, *data.eval_hidden_path)]
+    foreign = [folder for folder in folders if not (folder / MANIFEST).is_file() and ckpt_files(folder)]
+    if foreign and len(foreign) < len(folders):
+        raise UserError(f"{foreign[0]} holds .ckpt files, the other paths stores of fledge: train on one kind.")
+    if foreign:
+        from fledge.train.foreign import angelslim_source
+
+        return angelslim_source(args)
+    if data.train_data_path or data.eval_data_path:
+        from fledge.train.cached import cached_source
+
+        return cached_source(args)
+    from fledge.train.stored import stored_source
+
+    return stored_source(args)
 
 
 def target_for_evaluation(args: TrainArgs, source: Source) -> Target:
@@ -166,95 +163,6 @@ def target_for_evaluation(args: TrainArgs, source: Source) -> Target:
             f"the same target, or leave --eval_decode_steps out."
         )
     return target
-
-
-def live_source(args: TrainArgs) -> Source:
-    """The target, in this process or on servers, over tokenised conversations."""
-    data = args.data
-    if not data.target_model_name_or_path:
-        raise UserError("--target_model_name_or_path is needed for online training: the target's folder or hub name.")
-    if not data.train_data_path:
-        raise UserError("--train_data_path is needed (conversations), or --train_hidden_path (stored hidden states).")
-    if data.target_backend == "vllm":
-        from fledge.train.served import served_source
-
-        return served_source(args)
-    if data.server:
-        raise UserError("--server is for --target_backend vllm; the hf backend runs the target in this process.")
-    target = Target.from_pretrained(
-        data.target_model_name_or_path, dtype=args.draft.target_dtype, device=args.trainer.device,
-        tap_layers=args.draft.tap_layers or None, min_pixels=data.min_pixels, max_pixels=data.max_pixels,
-    )  # fmt: skip
-    template = ChatTemplate(
-        target.tokenizer, data.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision,
-        last_turn_only=data.train_last_turn_only, untraced=data.untraced,
-    )  # fmt: skip
-    train_data, held_out, counts, always = conversations(data, template, target.vocab_size)
-    return Source(
-        train=train_data,
-        eval=held_out,
-        to_record=LiveSource(target).record,
-        counts=counts,
-        always=always,
-        text_config=target.text_config,
-        tap_layers=target.tap_layers,
-        embedding=target.embedding_weight,
-        head_weight=target.head_weight,
-        teacher_head=target.head,
-        target_name=target.name,
-        device=args.trainer.device,
-        target=target,
-        teacher_rows=TargetHead.of(target).rows,
-    )
-
-
-def conversations(
-    data: DataArguments, template: ChatTemplate, vocab_size: int
-) -> tuple[Any, Any | None, Tensor, list[int]]:
-    """Samples to train on, samples held out, (V,) supervised tokens of the former, ids of every draft vocabulary."""
-    parts, held_out = tokenise_all(data, template)
-    train_data = limited(with_pixels(parts), data.max_samples)
-    if not len(train_data):
-        raise UserError(f"{', '.join(data.train_data_path)}: no trainable samples. `fledge inspect` says why.")
-    return train_data, with_pixels(held_out) if held_out else None, *count_supervised(parts, vocab_size)
-
-
-def with_pixels(parts: Sequence[TokenizedData]) -> Any:
-    """The samples of these parts; whoever reads one (a loader's worker) makes its pictures pixels."""
-    loaded: list[Any] = [part.loaded() for part in parts]
-    return ConcatDataset(loaded)
-
-
-def tokenise_all(data: DataArguments, template: ChatTemplate) -> tuple[list[TokenizedData], list[TokenizedData]]:
-    """The conversations to train and to evaluate on."""
-    parts = [tokenize(path, template, data) for path in data.train_data_path]
-    held_out = [tokenize(path, template, data) for path in data.eval_data_path]
-    if not held_out and data.eval_fraction:
-        split = [part.split(data.eval_fraction) for part in parts]
-        parts, held_out = [train for train, _ in split], [held for _, held in split]
-    warn_of_shared((id for part in parts for id in part.ids), (id for part in held_out for id in part.ids))
-    return parts, held_out
-
-
-def count_supervised(parts: Sequence[TokenizedData], vocab_size: int) -> tuple[Tensor, list[int]]:
-    """(V,) supervised tokens of the training data, and the ids that belong to every draft vocabulary."""
-    counts = torch.stack([_padded(part.counts, vocab_size) for part in parts]).sum(0)
-    return counts, sorted({token for part in parts for token in part.always})
-
-
-def tokenize(path: str, template: ChatTemplate, data: DataArguments) -> TokenizedData:
-    return TokenizedData.from_path(
-        path, template, max_length=data.model_max_length, data_format=data.data_format,
-        max_reject_share=data.max_reject_share, num_proc=data.num_proc or 1, columns=data.columns,
-        repeated_ids=data.repeated_ids,
-    )  # fmt: skip
-
-
-def limited(dataset: Any, max_samples: int | None) -> Any:
-    """The first `max_samples` of a dataset."""
-    if max_samples is None or max_samples >= len(dataset):
-        return dataset
-    return torch.utils.data.Subset(dataset, range(max_samples))
 
 
 def draft_config(args: DraftArguments, source: Source) -> DraftConfig:
@@ -344,7 +252,3 @@ def leave(device: torch.device) -> None:
         _goodbyes.append(goodbye)
         time.sleep(0.1)
         dist.destroy_process_group()
-
-
-def _padded(counts: Tensor, size: int) -> Tensor:
-    return torch.nn.functional.pad(counts, (0, size - len(counts)))

@@ -14,10 +14,10 @@ from torch.utils.data import Dataset
 from fledge.console import say
 from fledge.data.tokenize import ChatTemplate, Sample
 from fledge.errors import UserError
-from fledge.target.engine_states import EngineSource, EngineTarget
+from fledge.servers.hidden_states import EngineSource, EngineTarget
 from fledge.target.record import TargetRecord
 from fledge.train.arguments import TrainArgs
-from fledge.train.run import Source, conversations
+from fledge.train.sources import Source, conversations
 
 
 class Asked:

@@ -10,31 +10,18 @@ from torch import Tensor
 from fledge.console import say, warn
 from fledge.data.vocab import control_ids
 from fledge.errors import UserError
-from fledge.target.angelslim import ckpt_files
+from fledge.storage.states.describe import plain_config, read_text_config
+from fledge.storage.states.manifest import Identity
+from fledge.storage.states.reader import HiddenStore
 from fledge.target.head import TargetEnds
-from fledge.target.store.describe import plain_config, read_text_config
-from fledge.target.store.manifest import MANIFEST, Identity
-from fledge.target.store.reader import HiddenStore
 from fledge.train.arguments import TrainArgs
 from fledge.train.records import Part, Records, as_it_is, split, warn_of_shared
-from fledge.train.run import Source, limited
+from fledge.train.sources import Source, limited
 
 
 def stored_source(args: TrainArgs) -> Source:
-    """The source for --train_hidden_path: a store, AngelSlim's files, or (with conversations) a store as a cache."""
+    """Stores of hidden states: the target is not loaded."""
     data = args.data
-    folders = [Path(path).expanduser() for path in (*data.train_hidden_path, *data.eval_hidden_path)]
-    foreign = [folder for folder in folders if not (folder / MANIFEST).is_file() and ckpt_files(folder)]
-    if foreign and len(foreign) < len(folders):
-        raise UserError(f"{foreign[0]} holds .ckpt files, the other paths stores of fledge: train on one kind.")
-    if foreign:
-        from fledge.train.foreign import angelslim_source
-
-        return angelslim_source(args)
-    if data.train_data_path or data.eval_data_path:
-        from fledge.train.cached import cached_source
-
-        return cached_source(args)
     train_stores, eval_stores = open_stores(args)
     train, held_out = [Part.whole(store) for store in train_stores], [Part.whole(store) for store in eval_stores]
     if not held_out and data.eval_fraction:

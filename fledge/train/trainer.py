@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from fledge.draft.batch import Batch, fill_for, pack
-from fledge.draft.checkpoint import save_draft
-from fledge.draft.head import read_head, read_tensors
-from fledge.draft.loss import LossOutput
-from fledge.draft.low_rank import FACTORS, WHOLE, LowRankHead, factors, merged
-from fledge.draft.model import DraftModel
+from fledge.drafters.batch import Batch, fill_for, pack
+from fledge.drafters.eagle3.checkpoint import save_draft
+from fledge.drafters.eagle3.head import read_head, read_tensors
+from fledge.drafters.eagle3.low_rank import FACTORS, WHOLE, LowRankHead, factors, merged
+from fledge.drafters.eagle3.model import DraftModel
+from fledge.drafters.loss import LossOutput
 from fledge.errors import UserError
 from fledge.outputs import delete, mark, replacing
 from fledge.target.record import TargetRecord

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.console import say, warn
-from fledge.draft.config import SIZES, DraftConfig
-from fledge.draft.foreign import read_any
-from fledge.draft.head import Head
-from fledge.draft.model import DraftModel
+from fledge.drafters.eagle3.config import SIZES, DraftConfig
+from fledge.drafters.eagle3.foreign import read_any
+from fledge.drafters.eagle3.head import Head
+from fledge.drafters.eagle3.model import DraftModel
 from fledge.errors import UserError
 from fledge.target.record import TargetRecord
 

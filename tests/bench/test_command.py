@@ -32,7 +32,7 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from fledge.draft.checkpoint import save_draft
+    from fledge.drafters.eagle3.checkpoint import save_draft
     from fledge.target.model import Target
 
     root = tmp_path_factory.mktemp("tiny")

@@ -6,14 +6,14 @@ import pytest
 import torch
 from tiny import prompt, tiny_draft, tiny_model, tiny_target
 
-from fledge.bench.doctor import CHAIN, Diagnosis, Reading, Ward, diagnose, draft_of, layers_to_tap, walk
-from fledge.bench.inspect_head import measured_findings
 from fledge.decoding.generate import generate
 from fledge.decoding.records import Sampling
-from fledge.draft.batch import pack
-from fledge.draft.checkpoint import draft_tensors
-from fledge.draft.head import Head
-from fledge.draft.loss import LossSettings
+from fledge.doctor.inspect_head import measured_findings
+from fledge.doctor.readings import CHAIN, Diagnosis, Reading, Ward, diagnose, draft_of, layers_to_tap, walk
+from fledge.drafters.batch import pack
+from fledge.drafters.eagle3.checkpoint import draft_tensors
+from fledge.drafters.eagle3.head import Head
+from fledge.drafters.loss import LossSettings
 from fledge.drafters.tree import TreeShape
 from fledge.target.model import Target
 from fledge.train.module import TTTModule

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fledge.bench.doctor import Diagnosis, Ward, diagnose, layers_to_tap
-from fledge.bench.inspect_head import measured_findings
 from fledge.bench.prompts import load_questions
 from fledge.data.tokenize import ChatTemplate
-from fledge.draft.head import Head, read_head
+from fledge.doctor.inspect_head import measured_findings
+from fledge.doctor.readings import Diagnosis, Ward, diagnose, layers_to_tap
+from fledge.drafters.eagle3.head import Head, read_head
 from fledge.target.model import Target
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -44,7 +44,7 @@ def answered(bedside):
     with pytest.MonkeyPatch.context() as patch:
         target, prompts = bedside
         ward = Ward(target, prompts, TOKENS)
-        patch.setattr("fledge.bench.doctor.Ward", lambda *_: ward)
+        patch.setattr("fledge.doctor.readings.Ward", lambda *_: ward)
         yield target, prompts
 
 

@@ -10,8 +10,8 @@ from saved_target import save_target, write_conversations
 from tiny import tiny_draft
 
 from fledge.cli import run_command
-from fledge.draft.checkpoint import WEIGHTS, save_draft
-from fledge.draft.head import read_head
+from fledge.drafters.eagle3.checkpoint import WEIGHTS, save_draft
+from fledge.drafters.eagle3.head import read_head
 from fledge.target.model import Target
 
 

@@ -15,7 +15,8 @@ from fledge.bench.run import bench
 from fledge.cli import main
 from fledge.config import parse
 from fledge.decoding import tune
-from fledge.draft.checkpoint import save_draft
+from fledge.decoding.generate import generate
+from fledge.drafters.eagle3.checkpoint import save_draft
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 from fledge.target.model import Target
@@ -77,9 +78,10 @@ def test_tuning_follows_answers_about_pictures(folders, monkeypatch):
     engine = EngineSpec.of(flags(folders), TreeShape(), num_gpus=0).load()
     prompt = engine.prompt([{"role": "user", "content": [
         {"type": "image", "image": str(picture_file(folders, 0))}, {"type": "text", "text": "what?"}]}])  # fmt: skip
-    options = {"max_new_tokens": 14, "sampling": tune.Sampling(), "eos_token_ids": ()}
     with torch.inference_mode():
-        answer = tune.plainly(engine.target, prompt, options).token_ids
+        answer = generate(
+            engine.target, None, prompt.ids, model_inputs=prompt.model_inputs, max_new_tokens=14, eos_token_ids=()
+        ).token_ids  # fmt: skip
         ranks = list(tune.ranks_along(engine.target, engine.draft, [(prompt, answer)], 3))
     assert len(ranks) == 2
 

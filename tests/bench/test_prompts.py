@@ -8,13 +8,13 @@ from PIL import Image
 
 from fledge.bench import hub
 from fledge.bench.prompts import (
-    NAMED_SETS,
     QUICK_FILE,
     dataset_label,
     load_questions,
     read_question_file,
     turn_text,
 )
+from fledge.bench.questions import NAMED_SETS
 from fledge.data.image_urls import read_image
 from fledge.data.images import decode
 from fledge.errors import UserError

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fledge.bench.prompts import Question
 from fledge.bench.quality import code_of, compare_outputs, first_difference, last_number, same_boxed, score_answer
+from fledge.bench.questions import Question
 from fledge.data.samples import Prompt
 
 

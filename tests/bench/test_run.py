@@ -6,7 +6,7 @@ import json
 import pytest
 
 from fledge.bench.measure import Job, MeasureSettings, measure
-from fledge.bench.prompts import Question
+from fledge.bench.questions import Question
 from fledge.bench.rows import read_rows
 from fledge.bench.run import Placement, list_jobs, place
 from fledge.data.samples import Prompt

@@ -98,7 +98,7 @@ def test_servers_without_url_are_started_and_stopped_one_at_a_time(start, server
     """Through the engine behind `fledge serve`: first without the head, then with it, never both."""
     import contextlib
 
-    from fledge.target import engine
+    from fledge.servers import processes as engine
 
     urls = {False: start(StreamingServer(has_head=False)), True: start(StreamingServer(has_head=True))}
     events = []
@@ -111,7 +111,7 @@ def test_servers_without_url_are_started_and_stopped_one_at_a_time(start, server
         events.append(("down", has_head))
 
     checked = []
-    monkeypatch.setattr("fledge.export.serving.check_draft", lambda draft, target: checked.append(draft))
+    monkeypatch.setattr("fledge.commands.serve.check_draft", lambda draft, target: checked.append(draft))
     monkeypatch.setattr(engine, "running", running)
     monkeypatch.setattr(
         engine.Server, "url", property(lambda self: urls["--speculative-config" in self.command]), raising=True

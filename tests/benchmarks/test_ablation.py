@@ -9,8 +9,8 @@ import pytest
 import torch
 from saved_target import save_target, write_conversations
 
-from fledge.draft.batch import pack
-from fledge.target.extract import ExtractArgs, extract
+from fledge.drafters.batch import pack
+from fledge.extraction.extract import ExtractArgs, extract
 from fledge.target.record import TargetRecord
 from fledge.train import module
 from fledge.train.trainer import DraftTrainer

@@ -11,7 +11,7 @@ import torch
 from saved_target import save_target
 from tiny import tiny_draft
 
-from fledge.draft.checkpoint import save_draft
+from fledge.drafters.eagle3.checkpoint import save_draft
 from fledge.target.model import Target
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -57,7 +57,7 @@ def run(script: types.ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch,
     return json.loads((folder / f"{script.__name__}.json").read_text())
 
 
-def test_our_engines_agree_and_another_answer_is_seen(folders, monkeypatch, tmp_path):
+def test_our_shapes_agree_and_another_answer_is_seen(folders, monkeypatch, tmp_path):
     script = load("decode_peers", monkeypatch)
     worker = tmp_path / "worker.py"
     worker.write_text(FAKE_PEER)
@@ -65,8 +65,8 @@ def test_our_engines_agree_and_another_answer_is_seen(folders, monkeypatch, tmp_
     found = run(script, folders, monkeypatch, "--tree", 8, 2, 3, "--new-tokens", 12, "--peer-python", sys.executable,
                 "--as-released")  # fmt: skip
     rows = found["results"]["float32"]
-    ours, peer = rows["8/2/3 dynamic"], rows["8/2/3 peer"]
-    assert rows["8/2/3 static"]["against_plain"]["same_tokens"] == ours["against_plain"]["same_tokens"] == 2
+    ours, peer = rows["8/2/3 exact"], rows["8/2/3 peer"]
+    assert rows["8/2/3 fixed"]["against_plain"]["same_tokens"] == ours["against_plain"]["same_tokens"] == 2
     assert peer["against_plain"]["same_tokens"] == ours["against_peer"]["same_tokens"] == 0
     assert peer["tau"] == peer["tok_per_s"] == 5.5 and found["peer"] == {"fake": "1"}  # 11 tokens, 2 rounds, 2 seconds
     assert "PYTHON" not in json.dumps(found["config"]) and str(folders) not in json.dumps(found)

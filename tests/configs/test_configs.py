@@ -18,9 +18,9 @@ import yaml
 from saved_target import save_target, write_conversations
 from tiny_vlm import save_vlm
 
-from fledge.draft.config import from_json
+from fledge.drafters.eagle3.config import from_json
 from fledge.errors import UserError
-from fledge.target.extract import ExtractArgs, extract
+from fledge.extraction.extract import ExtractArgs, extract
 from fledge.train.arguments import TrainArgs, parse_args
 from fledge.train.run import train
 

@@ -13,8 +13,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from fledge.data.batch_decoder import BatchDecoder, Job, nucleus, prefill_groups, repetition_penalised, sample
 from fledge.data.sampling import ExtraSampling
+from fledge.regeneration.batch_decoder import BatchDecoder, Job, nucleus, prefill_groups, repetition_penalised, sample
 
 EOS = 3
 

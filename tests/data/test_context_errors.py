@@ -2,9 +2,9 @@
 
 import pytest
 
-from fledge.data.chat_completions import CONTEXT_ERROR, ContextTooLong, room, shorter
-from fledge.data.engine import Request
 from fledge.data.rejects import Reject
+from fledge.regeneration.chat_completions import CONTEXT_ERROR, ContextTooLong, room, shorter
+from fledge.regeneration.engine import Request
 
 # (who says it, the whole message, room for the answer)
 WORDINGS = [

@@ -14,7 +14,7 @@ from fledge.data import image_urls
 from fledge.data.image_urls import allow_image_urls, open_image, read_image, with_data_urls
 from fledge.data.images import decode, read_pictures
 from fledge.data.rejects import Reject
-from fledge.servers.client import Limits
+from fledge.http_client import Limits
 
 EVERYWHERE = lambda address: True  # noqa: E731
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n0 0 moveto 9 9 lineto stroke showpage\n%%EOF\n"

@@ -1,12 +1,14 @@
 """Shards that hold every row once: what is on disk after crashes, torn lines, other settings and second tries."""
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
-from fledge.data.journal import Journal
 from fledge.errors import UserError
+from fledge.regeneration import journal as module
+from fledge.regeneration.journal import Journal
 
 
 def journal(folder: Path, total: int = 10, shard_size: int = 4, **settings) -> Journal:
@@ -116,6 +118,39 @@ def test_other_settings_are_refused_and_named(tmp_path):
         journal(tmp_path, shard_size=5, temperature="0.7", model="a").__enter__()
     with journal(tmp_path, temperature="0.7", model="a") as out:  # the refusals changed nothing
         assert out.is_done(0)
+
+
+@pytest.mark.parametrize("cut_back", [True, False])
+def test_half_a_line_on_a_full_disk_does_not_stand_before_the_next(tmp_path, monkeypatch, cut_back):
+    """Answers that arrive while the run stops used to be written behind half a line, and the shard was sealed from the
+    wrong places. Without the cut (the control) it still is."""
+
+    def full(file, line):
+        file.write(line[: len(line) // 2])
+        if not cut_back:
+            monkeypatch.setattr(out._open[0], "file", Uncut(file), raising=True)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Uncut:
+        def __init__(self, file):
+            self.write, self.fileno, self.close, self.name = file.write, file.fileno, file.close, file.name
+
+        def truncate(self, size):
+            pass
+
+        seek = truncate
+
+    with journal(tmp_path) as out:
+        out.add(0, row(0))
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_write_all", full)
+            with pytest.raises(OSError, match=r"partial"):
+                out.add(1, row(1))
+        for index in (1, 2, 3):
+            out.add(index, row(index))
+    lines = (tmp_path / "shard-00000.jsonl").read_bytes()
+    whole = b"".join(json.dumps(row(index), ensure_ascii=False).encode() + b"\n" for index in range(4))
+    assert (lines == whole) == cut_back
 
 
 def test_two_runs_cannot_write_at_once(tmp_path):

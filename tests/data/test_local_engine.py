@@ -11,14 +11,14 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from fledge.data.engine import Request
-from fledge.data.local_engine import LocalEngine, split_calls
-from fledge.data.regenerate import regenerate
-from fledge.data.regenerate_args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
+from fledge.commands.regenerate import regenerate
 from fledge.data.rejects import Reject
 from fledge.data.sampling import ExtraSampling
 from fledge.data.tokenize import ChatTemplate
 from fledge.errors import UserError
+from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
+from fledge.regeneration.engine import Request
+from fledge.regeneration.local_engine import LocalEngine, split_calls
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ import time
 import pytest
 from fakes.openai_server import FakeServer, ServerThread, answer_to
 
-from fledge.data.chat_completions import parse_retry_after, room
-from fledge.data.engine import Request
-from fledge.data.openai_client import OpenAIClient, Patience, normal_url
 from fledge.data.rejects import Reject
 from fledge.errors import UserError
+from fledge.regeneration.chat_completions import parse_retry_after, room
+from fledge.regeneration.engine import Request
+from fledge.regeneration.openai_client import OpenAIClient, Patience, normal_url
 
 QUICK = Patience(request_s=1.0, give_up_after_s=2.0, backoff_s=0.01, probe_every_s=0.1, probe_timeout_s=0.2)
 

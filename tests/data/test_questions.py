@@ -3,8 +3,8 @@
 import pytest
 
 from fledge.data.conversations import Conversation
-from fledge.data.questions import Exchange, prompt_digest, turns_of
 from fledge.data.rejects import Reject
+from fledge.regeneration.questions import Exchange, prompt_digest, turns_of
 
 
 def call(name: str, arguments, id: str | None = None) -> dict:

@@ -17,14 +17,14 @@ from PIL import Image
 from regenerating import prompts, regenerate_only, rejects_of, rows_of, run, write
 
 from fledge.cli import run_command
+from fledge.commands.regenerate import _engine, _settings
 from fledge.data.conversations import Conversation, read_conversations
-from fledge.data.engine import Answer
-from fledge.data.regenerate import _engine, _settings
-from fledge.data.regenerate_args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
 from fledge.data.rejects import Rejects
 from fledge.data.tokenize import ChatTemplate
-from fledge.data.turns import token_fields
 from fledge.errors import UserError
+from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
+from fledge.regeneration.engine import Answer
+from fledge.regeneration.turns import token_fields
 
 
 @pytest.fixture
@@ -295,7 +295,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
         tracemalloc.stop()
         return top
 
-    monkeypatch.setattr("fledge.data.regenerate._engine", lambda args: InstantEngine())
+    monkeypatch.setattr("fledge.commands.regenerate._engine", lambda args: InstantEngine())
     peak(200)  # imports and caches
     small, large = peak(600), peak(1800)
     assert large - small < 1200 * 400, f"{(large - small) / 1200:.0f} bytes per row, a row is 1000"

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from fakes.openai_server import FakeServer, ServerThread
 
-from fledge.data.regenerate import regenerate
-from fledge.data.regenerate_args import EngineArgs, PromptArgs, RegenerateArgs
+from fledge.commands.regenerate import regenerate
+from fledge.regeneration.args import EngineArgs, PromptArgs, RegenerateArgs
 
 KILLS = 25
 ROWS = 2500

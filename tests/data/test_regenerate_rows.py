@@ -8,10 +8,10 @@ from regenerating import prompts, rejects_of, rows_of, run, write
 
 from fledge import config
 from fledge.data.conversations import read_conversations
-from fledge.data.regenerate_args import RegenerateArgs
 from fledge.data.rejects import Rejects
 from fledge.data.samples import conversation_id
 from fledge.errors import UserError
+from fledge.regeneration.args import RegenerateArgs
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fledge.data.journal import Journal
 from fledge.data.sealed import INNER, verify_sealed
 from fledge.errors import UserError
+from fledge.regeneration.journal import Journal
 
 
 def journal(folder: Path) -> Journal:

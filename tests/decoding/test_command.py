@@ -10,11 +10,11 @@ from tiny import VOCAB, tiny_draft, tiny_model, tiny_target
 
 from fledge import provenance
 from fledge.cli import main
+from fledge.commands.answering import Stream, speed_line
 from fledge.data.tokenize import ChatTemplate
-from fledge.decoding.answering import Stream, speed_line
 from fledge.decoding.records import Generation
 from fledge.decoding.tree_profile import NAME, TreeProfile, write_profile
-from fledge.draft.checkpoint import save_draft
+from fledge.drafters.eagle3.checkpoint import save_draft
 from fledge.drafters.tree import TreeShape
 
 TEMPLATE = "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <eos> ' }}{% endfor %}<assistant> "

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import prompt, tiny_draft, tiny_target
 
-from fledge.draft.model import DraftModel
 from fledge.drafters.base import Emitted
+from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.eagle3.propose import DraftCache, EagleProposer
 from fledge.drafters.tree import Trees, TreeShape
 

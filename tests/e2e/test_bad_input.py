@@ -10,7 +10,7 @@ from saved_target import write_conversations
 from tiny import tiny_draft, tiny_target
 
 from fledge.cli import run_command
-from fledge.draft.checkpoint import WEIGHTS, save_draft
+from fledge.drafters.eagle3.checkpoint import WEIGHTS, save_draft
 from fledge.target.model import Target
 
 

@@ -17,9 +17,9 @@ from tiny import tiny_draft
 
 from fledge import outputs
 from fledge.cli import run_command
-from fledge.draft.checkpoint import WEIGHTS, save_draft
+from fledge.drafters.eagle3.checkpoint import WEIGHTS, save_draft
+from fledge.storage.states.reader import HiddenStore
 from fledge.target.model import Target
-from fledge.target.store.reader import HiddenStore
 
 Words = Callable[[Path, Path], list]  # the inputs, the output folder -> a command line
 

@@ -10,7 +10,7 @@ import pytest
 from saved_target import save_target, write_conversations
 from tiny_vlm import save_vlm, write_image_conversations
 
-from fledge.target.store.reader import HiddenStore
+from fledge.storage.states.reader import HiddenStore
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "speculative"
 SHORT = ("--max_steps", "2", "--ttt_steps", "2", "--draft_vocab_size", "64", "--save_strategy", "no")

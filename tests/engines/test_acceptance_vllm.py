@@ -28,8 +28,8 @@ from fledge.bench.prompts import load_questions
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.generate import generate
 from fledge.decoding.records import Sampling
-from fledge.draft.checkpoint import load_draft
-from fledge.draft.config import from_json, to_json
+from fledge.drafters.eagle3.checkpoint import load_draft
+from fledge.drafters.eagle3.config import from_json, to_json
 from fledge.drafters.tree import TreeShape
 from fledge.export.convert import ExportArgs, export_head
 from fledge.target.model import Target

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fledge.target.engine_states import server_flags
-from fledge.target.extract import ExtractArgs, extract
-from fledge.target.store.reader import HiddenStore
+from fledge.extraction.extract import ExtractArgs, extract
+from fledge.servers.hidden_states import server_flags
+from fledge.storage.states.reader import HiddenStore
 
 ROOT = Path(__file__).parents[2]
 PORT = 8177

@@ -15,8 +15,8 @@ import torch
 from tiny import tiny_draft
 from tiny_vlm import tiny_vlm
 
-from fledge.draft.checkpoint import save_draft
-from fledge.draft.model import rotate
+from fledge.drafters.eagle3.checkpoint import save_draft
+from fledge.drafters.eagle3.model import rotate
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")

@@ -23,8 +23,8 @@ import torch
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.generate import generate
 from fledge.decoding.records import Sampling
-from fledge.draft.checkpoint import load_draft
-from fledge.draft.model import DraftModel
+from fledge.drafters.eagle3.checkpoint import load_draft
+from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.tree import TreeShape
 from fledge.export.convert import ExportArgs, export_head
 from fledge.target.model import Target

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from fledge.commands.regenerate import regenerate
 from fledge.data.conversations import read_conversations
-from fledge.data.regenerate import regenerate
-from fledge.data.regenerate_args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
 from fledge.data.rejects import Rejects
 from fledge.data.tokenize import ChatTemplate
-from fledge.target.engine import ServeArgs, plan, running, visible_gpus
+from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
+from fledge.servers.processes import ServeArgs, plan, running, visible_gpus
 
 pytestmark = pytest.mark.vllm
 PORT = 8151

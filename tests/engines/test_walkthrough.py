@@ -19,9 +19,9 @@ import pytest
 from pages import BLOCK, ROOT
 from safetensors import safe_open
 
-from fledge.draft.checkpoint import load_draft
+from fledge.drafters.eagle3.checkpoint import load_draft
+from fledge.storage.states.reader import HiddenStore
 from fledge.target.model import Target
-from fledge.target.store.reader import HiddenStore
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(5400)]
 PAGE = "docs/walkthrough.md"

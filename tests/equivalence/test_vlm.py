@@ -10,8 +10,8 @@ from fledge.data.samples import Prompt
 from fledge.decoding import session, verifier
 from fledge.decoding.generate import Sampling, TreeShape, generate, generate_batch, uses_fixed_shapes
 from fledge.decoding.verifier import AttentionVerifier
-from fledge.draft.model import DraftModel
-from fledge.draft.rope import LAYOUTS
+from fledge.drafters.eagle3.model import DraftModel
+from fledge.drafters.eagle3.rope import LAYOUTS
 from fledge.drafters.registry import proposer_of as real_proposer
 from fledge.drafters.tree import Trees, ancestors_of
 from fledge.errors import UserError

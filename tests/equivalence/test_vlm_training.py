@@ -11,19 +11,19 @@ from tiny import tiny_draft
 from tiny_vlm import MULTIMODAL_ROPE, NAMES, TAPS, save_vlm, tiny_template, tiny_vlm, write_image_conversations
 
 from fledge.data.dataset import TokenizedData
-from fledge.draft.batch import pack
-from fledge.draft.checkpoint import load_draft
-from fledge.draft.config import from_json
-from fledge.draft.head import WEIGHTS, read_tensors
-from fledge.draft.ttt import align, unroll
+from fledge.drafters.batch import pack
+from fledge.drafters.eagle3.checkpoint import load_draft
+from fledge.drafters.eagle3.config import from_json
+from fledge.drafters.eagle3.head import WEIGHTS, read_tensors
 from fledge.drafters.eagle3.propose import DraftCache
+from fledge.drafters.eagle3.ttt import align, unroll
 from fledge.errors import UserError
-from fledge.target.extract import ExtractArgs, extract
+from fledge.extraction.extract import ExtractArgs, extract
+from fledge.storage.states.reader import HiddenStore
 from fledge.target.head import TargetEnds, TargetHead
 from fledge.target.live import LiveSource
 from fledge.target.model import Target
 from fledge.target.record import TargetRecord
-from fledge.target.store.reader import HiddenStore
 from fledge.train import run
 from fledge.train.arguments import TrainArgs, parse_args
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from tiny import tiny_draft, tiny_target
 
-from fledge.draft.checkpoint import save_draft
+from fledge.drafters.eagle3.checkpoint import save_draft
 from fledge.errors import UserError
 from fledge.export.card import Licence
 from fledge.export.convert import ExportArgs, export_head

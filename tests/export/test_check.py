@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_draft, tiny_target
 
-from fledge.draft.checkpoint import WEIGHTS, save_draft
-from fledge.draft.head import check_head, read_head
+from fledge.doctor.check import examine, findings
+from fledge.doctor.repair import repaired
+from fledge.drafters.eagle3.checkpoint import WEIGHTS, save_draft
+from fledge.drafters.eagle3.head import check_head, read_head
 from fledge.errors import UserError
-from fledge.export.check import examine, findings
-from fledge.export.repair import repaired
 
 DISEASES = {
     "rope theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},

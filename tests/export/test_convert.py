@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_draft, tiny_target
 
-from fledge.draft.checkpoint import WEIGHTS, draft_tensors, save_draft
-from fledge.draft.config import from_json, to_json
-from fledge.draft.head import expected_shapes, read_head
+from fledge.drafters.eagle3.checkpoint import WEIGHTS, draft_tensors, save_draft
+from fledge.drafters.eagle3.config import from_json, to_json
+from fledge.drafters.eagle3.head import expected_shapes, read_head
 from fledge.errors import UserError
 from fledge.export.convert import ConvertArgs, ExportArgs, convert_head, export_head
 from fledge.export.layouts import LAYOUTS

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_draft, tiny_target
 
-from fledge.draft.checkpoint import WEIGHTS, save_draft
-from fledge.draft.config import to_json
-from fledge.draft.foreign import read_config
+from fledge.drafters.eagle3.checkpoint import WEIGHTS, save_draft
+from fledge.drafters.eagle3.config import to_json
+from fledge.drafters.eagle3.foreign import read_config
 from fledge.errors import UserError
 from fledge.export.convert import ExportArgs, export_head
 from fledge.export.engines import ENGINES, SGLANG, VLLM, check_servable, file_shapes, problems

@@ -7,10 +7,10 @@ import torch
 from tiny import tiny_draft
 from tiny_vlm import MULTIMODAL_ROPE, tiny_vlm
 
-from fledge.draft.checkpoint import save_draft
-from fledge.draft.head import read_head
-from fledge.draft.model import DraftModel
-from fledge.export.check import findings
+from fledge.doctor.check import findings
+from fledge.drafters.eagle3.checkpoint import save_draft
+from fledge.drafters.eagle3.head import read_head
+from fledge.drafters.eagle3.model import DraftModel
 from fledge.export.convert import ConvertArgs, ExportArgs, convert_head, export_head
 from fledge.export.layouts import LAYOUTS
 

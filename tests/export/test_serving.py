@@ -7,10 +7,10 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_draft, tiny_model, tiny_target
 
 from fledge.cli import run_command
-from fledge.draft.checkpoint import WEIGHTS, save_draft
+from fledge.commands.serve import check_draft
+from fledge.drafters.eagle3.checkpoint import WEIGHTS, save_draft
 from fledge.errors import UserError
 from fledge.export.convert import ExportArgs, export_head
-from fledge.export.serving import check_draft
 
 
 @pytest.fixture

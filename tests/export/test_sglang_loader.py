@@ -12,8 +12,8 @@ from sglang_stubs import load_module
 from tiny import tiny_draft, tiny_target
 from transformers import LlamaConfig
 
-from fledge.draft.checkpoint import WEIGHTS, save_draft
-from fledge.draft.head import read_head
+from fledge.drafters.eagle3.checkpoint import WEIGHTS, save_draft
+from fledge.drafters.eagle3.head import read_head
 from fledge.export.convert import ExportArgs, export_head
 
 T = 9

@@ -11,8 +11,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from fledge.data.dataset import TokenizedData
-from fledge.data.journal import Journal
 from fledge.data.rejects import Reject
+from fledge.regeneration.journal import Journal
 from fuzz.documents import NO_COUNT, NO_INT, NO_OBJECT, NO_TEXT, broken_fields, broken_text
 from fuzz.harness import Case, WrongValue
 from fuzz.states import template

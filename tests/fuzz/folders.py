@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from saved_target import write_conversations
 
 from fledge.data.dataset import TokenizedData
-from fledge.target.angelslim import VOCAB_FILE, AngelSlimFolder, read_vocab_mapping
+from fledge.storage.angelslim import VOCAB_FILE, AngelSlimFolder, read_vocab_mapping
 from fledge.train.resume import check_same_run, find_checkpoint
 from fuzz.documents import broken_text
 from fuzz.harness import Case, WrongValue

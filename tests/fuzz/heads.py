@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_draft, tiny_target
 from torch import Tensor
 
-from fledge.draft.checkpoint import WEIGHTS, load_draft, save_draft
-from fledge.draft.config import from_json
-from fledge.draft.foreign import read_any
-from fledge.draft.head import read_head
+from fledge.doctor.check import examine
+from fledge.drafters.eagle3.checkpoint import WEIGHTS, load_draft, save_draft
+from fledge.drafters.eagle3.config import from_json
+from fledge.drafters.eagle3.foreign import read_any
+from fledge.drafters.eagle3.head import read_head
 from fledge.errors import UserError
-from fledge.export.check import examine
 from fuzz.documents import (
     NO_FLAG,
     NO_INT,

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import strategies as st
 from tiny import tiny_target
 
-from fledge.draft.config import derive, read_overrides
+from fledge.drafters.eagle3.config import derive, read_overrides
 from fuzz.documents import NO_FLAG, NO_INT, NO_SIZE, broken_fields, broken_text, encoded
 from fuzz.flags import value_of
 from fuzz.harness import Case, WrongValue

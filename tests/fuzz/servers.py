@@ -9,9 +9,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from fledge.data.engine import Request
-from fledge.data.openai_client import OpenAIClient, Patience
 from fledge.errors import UserError
+from fledge.regeneration.engine import Request
+from fledge.regeneration.openai_client import OpenAIClient, Patience
 from fuzz.documents import NO_COUNT, NO_LIST, NO_OBJECT, NO_SIZE, NO_TEXT, broken_fields, broken_text, encoded
 from fuzz.harness import Case, WrongValue
 from fuzz.replies_server import CHAT, MODELS, Endless, Reply, server

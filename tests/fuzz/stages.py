@@ -23,16 +23,16 @@ from fuzz.harness import Reached
 HEAVY = (
     "fledge.target.model.Target.from_pretrained",
     "fledge.target.head.TargetEnds.from_files",
-    "fledge.target.store.reader.HiddenStore.__init__",
+    "fledge.storage.states.reader.HiddenStore.__init__",
     "fledge.data.tokenize.ChatTemplate.from_pretrained",
-    "fledge.data.local_engine.LocalEngine.__init__",
-    "fledge.data.openai_client.OpenAIClient.__aenter__",
+    "fledge.regeneration.local_engine.LocalEngine.__init__",
+    "fledge.regeneration.openai_client.OpenAIClient.__aenter__",
     "fledge.export.convert.read_head",
     "fledge.export.convert.read_any",
     "fledge.bench.compare.read_summary",
     "fledge.bench.server.measure_levels",
     "fledge.workers._ray",
-    "fledge.target.engine.subprocess.Popen",
+    "fledge.servers.processes.subprocess.Popen",
     "transformers.AutoConfig.from_pretrained",
 )
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fledge.data.samples import Sample
 from fledge.data.tokenize import ChatTemplate
-from fledge.target.engine_states import EngineTarget
+from fledge.servers.hidden_states import EngineTarget
 from fuzz.documents import NO_OBJECT, NO_TEXT, broken_fields, broken_text, encoded
 from fuzz.harness import Case, WrongValue
 from fuzz.replies_server import COMPLETIONS, MODELS, Endless, Reply, server

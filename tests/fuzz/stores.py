@@ -16,9 +16,9 @@ import torch
 from hypothesis import strategies as st
 from saved_target import equal_records, write_conversations
 
-from fledge.target.extract import ExtractArgs, extract
-from fledge.target.store.manifest import canonical
-from fledge.target.store.reader import HiddenStore
+from fledge.extraction.extract import ExtractArgs, extract
+from fledge.storage.states.manifest import canonical
+from fledge.storage.states.reader import HiddenStore
 from fuzz.documents import NO_INT, NO_LIST, NO_OBJECT, NO_SIZE, NO_TEXT, broken_fields, broken_text
 from fuzz.harness import Case, WrongValue
 from fuzz.states import target

@@ -10,7 +10,7 @@ import pytest
 from fakes.hostile_server import always, forever, http, serving
 
 from fledge.errors import UserError
-from fledge.servers.client import Client, Limits, ServerError, base_url, blocking, get, is_public, post
+from fledge.http_client import Client, Limits, ServerError, base_url, blocking, get, is_public, post
 
 SMALL = Limits(total_s=5.0, body_bytes=100_000, line_bytes=1000, lines=50)
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"

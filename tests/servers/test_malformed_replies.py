@@ -14,10 +14,10 @@ from fakes.hostile_server import MODELS, choice, completion, event, http, servin
 from fledge.bench.args import BenchArgs, DecodingArgs, ModelArgs, OutputArgs, PromptArgs, ServerArgs
 from fledge.bench.client import acceptance_of, metrics_between, parse_metrics
 from fledge.bench.run import bench
-from fledge.data import regenerate_args
-from fledge.data.regenerate import regenerate
+from fledge.commands.regenerate import regenerate
 from fledge.errors import UserError
-from fledge.servers.client import ServerError
+from fledge.http_client import ServerError
+from fledge.regeneration import args as regenerate_args
 from fledge.servers.replies import Completion, error_text, read_reply
 
 DEEP = b"[" * 100_000

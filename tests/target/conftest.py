@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from saved_target import save_target, write_conversations
 
-from fledge.target.extract import ExtractArgs, extract
+from fledge.extraction.extract import ExtractArgs, extract
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ import pytest
 
 from fledge.config import parse
 from fledge.errors import UserError
-from fledge.target import engine
-from fledge.target.engine import ServeArgs, parse_args, plan, running, serve, visible_gpus
+from fledge.servers import processes as engine
+from fledge.servers.processes import ServeArgs, parse_args, plan, running, serve, visible_gpus
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -8,9 +8,9 @@ import torch
 from fake_states_server import FakeStatesServer
 
 from fledge.errors import UserError
-from fledge.target.engine_states import EngineSource, open_engine, server_flags
-from fledge.target.extract import Samples, extract, open_target
-from fledge.target.store.reader import HiddenStore
+from fledge.extraction.extract import Samples, extract, open_served, open_target
+from fledge.servers.hidden_states import EngineSource, server_flags
+from fledge.storage.states.reader import HiddenStore
 
 TOLERANCE = 1e-5  # fp32, and the norm applied to all rows at once
 
@@ -53,7 +53,7 @@ def test_the_final_norm_matters(serve, extract_args, tmp_path):
     expected = live.producer.target.forward(sample.input_ids[None]).last_hidden[0]
     raw = EngineSource(args.server, torch.nn.Identity(), 3, 64, folder=args.server_folder).record(sample).last_hidden
     assert (raw - expected).abs().max() > 0.1 * expected.abs().max()
-    normed = open_engine(args).producer.record(sample).last_hidden
+    normed = open_served(args).producer.record(sample).last_hidden
     assert (normed - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 

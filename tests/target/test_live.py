@@ -6,9 +6,9 @@ from tiny import NAMES, prompt, tiny_target
 
 from fledge.data.tokenize import Sample
 from fledge.errors import UserError
-from fledge.target.extract import extract, open_target
+from fledge.extraction.extract import extract, open_target
+from fledge.storage.states.reader import HiddenStore
 from fledge.target.live import BatchedSource, LiveSource, length_batches
-from fledge.target.store.reader import HiddenStore
 
 LENGTHS = (3, 40, 17, 17, 5, 61, 1, 30)
 TOLERANCE = 2e-5

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fledge.servers.client import ServerError
-from fledge.target.states_folder import take_states
+from fledge.http_client import ServerError
+from fledge.servers.states_folder import take_states
 
 IDS, LAYERS, HIDDEN = [5, 6, 7], 2, 4
 REQUEST = "0123456789abcdef"
@@ -135,7 +135,7 @@ def test_a_server_that_names_no_file_or_answers_oddly(tmp_path):
 
     from fledge.data.samples import Sample
     from fledge.errors import UserError
-    from fledge.target.engine_states import EngineSource
+    from fledge.servers.hidden_states import EngineSource
 
     precious = write(tmp_path / "model.safetensors")
     answers = [b"<html>", b'{"kv_transfer_params": []}', b'{"kv_transfer_params": {"hidden_states_path": 5}}', b"{}",

@@ -12,10 +12,10 @@ import torch
 from saved_target import equal_records, tree_bytes, write_conversations
 
 from fledge.errors import UserError
-from fledge.target.extract import Samples, extract, fill, open_target
-from fledge.target.store.plan import Plan, PlannedSample, cut
-from fledge.target.store.reader import HiddenStore
-from fledge.target.store.writer import Ranks
+from fledge.extraction.extract import Samples, extract, fill, open_target
+from fledge.storage.states.plan import Plan, PlannedSample, cut
+from fledge.storage.states.reader import HiddenStore
+from fledge.storage.states.writer import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_a_plan_keeps_order_and_size():
 
 def test_a_second_writer_is_refused(opened, tmp_path, extract_args):
     target, samples = opened
-    from fledge.target.store.writer import StoreWriter
+    from fledge.storage.states.writer import StoreWriter
 
     with StoreWriter(tmp_path, target.identity, target.head, samples, shard_bytes=2**18):
         with pytest.raises(UserError, match="another run is writing there"):

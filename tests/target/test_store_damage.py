@@ -14,9 +14,9 @@ import pytest
 from saved_target import save_target, tree_bytes
 
 from fledge.errors import UserError
-from fledge.target.extract import extract
-from fledge.target.store.manifest import canonical, read_manifest
-from fledge.target.store.reader import HiddenStore
+from fledge.extraction.extract import extract
+from fledge.storage.states.manifest import canonical, read_manifest
+from fledge.storage.states.reader import HiddenStore
 
 
 @pytest.fixture

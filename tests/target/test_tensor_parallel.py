@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fledge.errors import UserError
-from fledge.target.extract import extract
-from fledge.target.store.reader import HiddenStore
+from fledge.extraction.extract import extract
+from fledge.storage.states.reader import HiddenStore
 
 TOLERANCE = 1e-5  # fp32, sums joined in another order
 

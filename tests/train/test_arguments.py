@@ -2,8 +2,8 @@
 
 import pytest
 
+from fledge.commands.plan import PlanArgs
 from fledge.errors import UserError
-from fledge.plan import PlanArgs
 from fledge.train.arguments import TrainArgs, parse_args
 
 

@@ -8,9 +8,9 @@ import torch
 from saved_target import save_target, write_conversations
 
 from fledge.errors import UserError
-from fledge.target.extract import ExtractArgs, extract
+from fledge.extraction.extract import ExtractArgs, extract
+from fledge.storage.states.reader import HiddenStore
 from fledge.target.head import TargetEnds
-from fledge.target.store.reader import HiddenStore
 from fledge.train import run
 from fledge.train.arguments import TrainArgs, parse_args
 from fledge.train.continuation import check_resumable, weights_digest

@@ -9,13 +9,13 @@ from saved_target import save_target, write_conversations
 
 from fledge.decoding.generate import generate
 from fledge.decoding.records import Sampling
-from fledge.draft.checkpoint import load_draft
-from fledge.draft.head import WEIGHTS, read_tensors
+from fledge.drafters.eagle3.checkpoint import load_draft
+from fledge.drafters.eagle3.head import WEIGHTS, read_tensors
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
-from fledge.target.extract import ExtractArgs, extract
+from fledge.extraction.extract import ExtractArgs, extract
 from fledge.target.model import Target
-from fledge.train import evaluate, run
+from fledge.train import evaluate, live, run
 from fledge.train.arguments import TrainArgs, parse_args
 from fledge.train.evaluate import held_out_prompts, read_best
 
@@ -62,7 +62,7 @@ def test_tau_is_that_of_decoding_and_training_is_not_disturbed(work, tmp_path):
     logged = {entry["step"]: entry for entry in history(tmp_path / "with") if "decode_tau" in entry}
     assert sorted(logged) == [2, 4]
     target = Target.from_pretrained(str(work / "target"))
-    source = run.live_source(arguments(work, tmp_path / "again"))
+    source = live.live_source(arguments(work, tmp_path / "again"))
     prompts = held_out_prompts(source.eval, 3, 400)
     tokens = forwards = 0
     for prompt in prompts:
@@ -74,7 +74,7 @@ def test_tau_is_that_of_decoding_and_training_is_not_disturbed(work, tmp_path):
 
 
 def test_prompts_are_first_turns(work, tmp_path):
-    source = run.live_source(arguments(work, tmp_path))
+    source = live.live_source(arguments(work, tmp_path))
     tokenizer = Target.from_pretrained(str(work / "target")).tokenizer
     prompts = held_out_prompts(source.eval, 2, 400)
     assert len(prompts) == 2

@@ -9,8 +9,8 @@ from fake_states_server import FakeStatesServer
 from saved_target import save_target, write_conversations
 
 from fledge.errors import UserError
+from fledge.storage.states.manifest import read_manifest
 from fledge.target.model import Target
-from fledge.target.store.manifest import read_manifest
 from fledge.train import run
 from fledge.train.arguments import TrainArgs, parse_args
 

@@ -9,17 +9,18 @@ import pytest
 import torch
 from saved_target import save_target, write_conversations
 
-from fledge.draft.head import WEIGHTS, read_tensors
+from fledge.drafters.eagle3.head import WEIGHTS, read_tensors
 from fledge.errors import UserError
-from fledge.target.extract import ExtractArgs, extract
+from fledge.extraction.extract import ExtractArgs, extract
+from fledge.storage.states.describe import plain_config
+from fledge.storage.states.manifest import read_manifest
+from fledge.storage.states.reader import HiddenStore
 from fledge.target.head import TargetEnds, TargetHead
 from fledge.target.model import Target
-from fledge.target.store.describe import plain_config
-from fledge.target.store.manifest import read_manifest
-from fledge.target.store.reader import HiddenStore
 from fledge.train import run
 from fledge.train.arguments import TrainArgs, parse_args
-from fledge.train.stored import stored_source
+from fledge.train.live import live_source
+from fledge.train.run import open_source
 
 STEPS = 20
 
@@ -101,7 +102,7 @@ def test_a_store_in_front_of_the_target(work, online, tmp_path, monkeypatch):
         raise AssertionError("the target was loaded")
 
     monkeypatch.setattr(Target, "from_pretrained", load)
-    source = stored_source(arguments(tmp_path / "b", *flags))
+    source = open_source(arguments(tmp_path / "b", *flags))
     assert len(source.train) == 48 and source.train[47].sample_id.startswith("second")
 
 
@@ -110,18 +111,18 @@ def test_held_out_conversations_are_neither_trained_on_nor_counted(work, tmp_pat
     """--train_hidden_path and --eval_data_path alone: the store gets the held-out samples, the training does not."""
     data = ["first.jsonl", "second.jsonl"] if stored_before else ["first.jsonl"]
     folder = store(work, tmp_path / "store", data)
-    source = stored_source(arguments(
+    source = open_source(arguments(
         tmp_path, "--target_model_name_or_path", work / "target", "--train_hidden_path", folder, "--eval_data_path",
         work / "second.jsonl",
     ))  # fmt: skip
-    alone = stored_source(arguments(tmp_path, "--train_hidden_path", work / "first"))
+    alone = open_source(arguments(tmp_path, "--train_hidden_path", work / "first"))
     trained_on, wanted, held_out = (
         [records[i].sample_id for i in range(len(records))] for records in (source.train, alone.train, source.eval)
     )
     assert len(HiddenStore(folder)) == 48 and len(held_out) == 24 and trained_on == wanted
     assert torch.equal(source.counts, alone.counts) and list(source.always) == list(alone.always)
     with pytest.raises(UserError, match="no records to train on are left"):
-        stored_source(arguments(
+        open_source(arguments(
             tmp_path, "--target_model_name_or_path", work / "target", "--train_hidden_path", work / "second",
             "--eval_data_path", work / "second.jsonl",
         ))  # fmt: skip
@@ -129,19 +130,19 @@ def test_held_out_conversations_are_neither_trained_on_nor_counted(work, tmp_pat
 
 def test_held_out_conversations_that_are_trained_on_are_said(work, tmp_path, capsys):
     for train, eval, said in (("first", "second", False), ("first", "first", True)):
-        stored_source(arguments(tmp_path, "--train_hidden_path", work / train, "--eval_hidden_path", work / eval))
+        open_source(arguments(tmp_path, "--train_hidden_path", work / train, "--eval_hidden_path", work / eval))
         assert ("24 of 24 held-out conversations have the id" in capsys.readouterr().err) is said
         live = ("--target_model_name_or_path", work / "target", "--train_data_path", work / f"{train}.jsonl")
-        run.live_source(arguments(tmp_path, *live, "--eval_data_path", work / f"{eval}.jsonl"))
+        live_source(arguments(tmp_path, *live, "--eval_data_path", work / f"{eval}.jsonl"))
         assert ("24 of 24 held-out conversations have the id" in capsys.readouterr().err) is said
 
 
 def test_the_split_and_the_counts_are_those_of_online(work, tmp_path):
     more = ("--eval_fraction", 0.2, "--max_samples", 11)
-    live = run.live_source(arguments(
+    live = live_source(arguments(
         tmp_path, "--target_model_name_or_path", work / "target", "--train_data_path", work / "first.jsonl", *more
     ))  # fmt: skip
-    stored = stored_source(arguments(tmp_path, "--train_hidden_path", work / "first", *more))
+    stored = open_source(arguments(tmp_path, "--train_hidden_path", work / "first", *more))
     for name in ("train", "eval"):
         mine, theirs = getattr(stored, name), getattr(live, name)
         assert [mine[i].sample_id for i in range(len(mine))] == [theirs[i].id for i in range(len(theirs))]
@@ -160,22 +161,22 @@ def test_the_split_and_the_counts_are_those_of_online(work, tmp_path):
 )  # fmt: skip
 def test_flags_that_contradict_the_store(work, tmp_path, flags, says):
     with pytest.raises(UserError, match=says) as raised:
-        stored_source(arguments(tmp_path, "--train_hidden_path", work / "first", *flags))
+        open_source(arguments(tmp_path, "--train_hidden_path", work / "first", *flags))
     assert "\n" not in str(raised.value)
 
 
 def test_another_target_s_folder_is_found_by_its_config(work, tmp_path):
     other = save_target(tmp_path / "target", num_hidden_layers=9)
     with pytest.raises(UserError, match="num_hidden_layers differ"):
-        stored_source(arguments(tmp_path, "--train_hidden_path", work / "first", "--target_model_name_or_path", other))
+        open_source(arguments(tmp_path, "--train_hidden_path", work / "first", "--target_model_name_or_path", other))
     moved = shutil.copytree(work / "target", tmp_path / "moved")
-    stored_source(arguments(tmp_path, "--train_hidden_path", work / "first", "--target_model_name_or_path", moved))
+    open_source(arguments(tmp_path, "--train_hidden_path", work / "first", "--target_model_name_or_path", moved))
 
 
 def test_stores_of_different_settings_do_not_mix(work, tmp_path):
     other = store(work, tmp_path / "fp8", ["second.jsonl"], tap_storage="fp8")
     with pytest.raises(UserError, match='tap_storage "fp8", not "same"'):
-        stored_source(arguments(tmp_path, "--train_hidden_path", work / "first", other))
+        open_source(arguments(tmp_path, "--train_hidden_path", work / "first", other))
 
 
 # -- AngelSlim's folders
@@ -205,7 +206,7 @@ def test_angelslim_folders(work, tmp_path):
     torch.save({"d2t": head["d2t"], "t2d": head["t2d"]}, folder / "vocab_mapping.pt")
     args = arguments(tmp_path / "c", "--train_hidden_path", folder, *target)
     args.draft.draft_vocab_size = None
-    source = stored_source(args)
+    source = open_source(args)
     assert list(source.always) == (head["d2t"] + torch.arange(64)).tolist() and args.draft.draft_vocab_size == 64
 
 
@@ -213,17 +214,17 @@ def test_angelslim_files_run_no_code_and_must_fit(work, tmp_path):
     folder = save_ckpts(work, tmp_path / "ckpts")
     flags = ("--train_hidden_path", folder, "--target_model_name_or_path", work / "target")
     with pytest.raises(UserError, match="--target_model_name_or_path is needed with .ckpt"):
-        stored_source(arguments(tmp_path, *flags[:2]))
+        open_source(arguments(tmp_path, *flags[:2]))
     with pytest.raises(UserError, match="hold no tensor 'lm_head.wait'.*did you mean 'lm_head.weight'"):
-        stored_source(arguments(tmp_path, *flags, "--lm_head_key", "lm_head.wait"))
+        open_source(arguments(tmp_path, *flags, "--lm_head_key", "lm_head.wait"))
     first = folder / "rank_0" / "rows_0-10" / "data_0.ckpt"
     saved = torch.load(first)
     torch.save({**saved, "hidden_states": saved["hidden_states"][..., :-1]}, first)
     with pytest.raises(UserError, match="hidden_states is .*, needed is"):
-        stored_source(arguments(tmp_path, *flags))
+        open_source(arguments(tmp_path, *flags))
     torch.save({**saved, "code": Path("/")}, first)
     with pytest.raises(UserError, match="cannot be loaded as plain tensors"):
-        stored_source(arguments(tmp_path, *flags))
+        open_source(arguments(tmp_path, *flags))
 
 
 @pytest.mark.parametrize("tied", [False, True])

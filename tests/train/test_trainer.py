@@ -9,8 +9,8 @@ from tiny import tiny_target
 from tiny_trainer import STEPS, losses, make_trainer, samples
 
 from fledge.data.tokenize import Sample
-from fledge.draft.checkpoint import load_draft
-from fledge.draft.head import read_tensors
+from fledge.drafters.eagle3.checkpoint import load_draft
+from fledge.drafters.eagle3.head import read_tensors
 from fledge.errors import UserError
 from fledge.outputs import mark
 from fledge.train.resume import TRAIN, check_same_run, find_checkpoint

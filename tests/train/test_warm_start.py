@@ -9,9 +9,9 @@ from saved_target import save_target, write_conversations
 from tiny import tiny_config, tiny_draft, tiny_target, tiny_vocab
 
 from fledge.cli import run_command
-from fledge.draft.checkpoint import draft_tensors, save_draft
-from fledge.draft.head import Head, read_head
-from fledge.draft.model import DraftModel
+from fledge.drafters.eagle3.checkpoint import draft_tensors, save_draft
+from fledge.drafters.eagle3.head import Head, read_head
+from fledge.drafters.eagle3.model import DraftModel
 from fledge.errors import UserError
 from fledge.export.convert import ExportArgs, export_head
 from fledge.target.record import TargetRecord

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fledge.draft.model import DraftModel
 from fledge.drafters.base import Budget, Emitted
+from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.tree import Trees, TreeShape, build_trees
 
 # B sequences, E slots of new tokens, k beam width, W rows of the beam so far, S rows, H hidden size, K keys,

@@ -1,0 +1,131 @@
+"""`fledge inspect PATH`: look at what a path is, and show it with the module that knows it.
+
+A folder whose manifest.json says hidden_store holds stored hidden states, a folder with config.json is a draft head;
+everything else is data (regenerated answers have a manifest, too).
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import tyro
+
+from fledge.config import Overwrite
+from fledge.console import say
+from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
+from fledge.data.image_urls import AllowImageUrls, allow_image_urls
+from fledge.data.traces import UNTRACED_HELP, Untraced
+from fledge.errors import UserError
+from fledge.parsing import read_python_json
+from fledge.ranges import Count, Natural, Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectArgs:
+    path: Annotated[str, tyro.conf.Positional]
+    """Data (jsonl, json, parquet, a folder of those, a hub data set name), stored hidden states, or a draft head."""
+    target: str | None = None
+    """The target: its tokenizer and template render data (needed for data); a head is compared with it and tried."""
+    fix: Path | None = None
+    """Of a head: write a repaired copy here (what the files prove and what was measured), and say what changed."""
+    overwrite: Overwrite = False
+    measure: bool = True
+    """Of a head with --target: load the target and measure what the files cannot say (rope, taps, norms)."""
+    measure_prompts: Count = 12
+    """Built-in prompts the target answers for that; more make smaller differences visible."""
+    measure_tokens: Count = 64
+    """Longest of these answers, in tokens."""
+    data: str | None = None
+    """Of a head with --target: conversations whose supervised tokens its draft vocabulary should cover."""
+    chat_template_type: str | None = None
+    """Named chat template instead of the tokenizer's own (qwen3, hunyuan, llama3, gemma, gpt_oss, chatml ...)."""
+    enable_thinking: bool | None = None
+    """Passed to templates that know thinking modes; use what the data was generated with."""
+    train_last_turn_only: bool = False
+    """Supervise only the last answer of each conversation, as `train` and `extract` do with the same flag."""
+    model_max_length: Count | None = None
+    """Cut samples to this many tokens. None keeps them whole."""
+    data_format: DataFormat = "auto"
+    """Format of the rows."""
+    data_split: str = "train"
+    """Split of a hub data set."""
+    columns: Annotated[tuple[str, ...], tyro.conf.arg(help=COLUMNS_HELP)] = ()
+    repeated_ids: Annotated[RepeatedIds, tyro.conf.arg(help=REPEATED_IDS_HELP)] = "reject"
+    untraced: Annotated[Untraced, tyro.conf.arg(help=UNTRACED_HELP)] = "reject"
+    sample: Natural = 0
+    """Which sample to print first, counted from 0; two more follow it."""
+    max_reject_share: Share = 0.05
+    """Stop when a larger share of rows is rejected."""
+    num_proc: Count = 1
+    """Processes that tokenise; worth it from about 50,000 rows."""
+    json: Path | None = None
+    """Also write every figure to this file, as JSON."""
+    trust_remote_code: bool = False
+    """Run tokenizer code that comes with the target."""
+    max_pixels: Count | None = None
+    """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
+    min_pixels: Count | None = None
+    """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
+    allow_image_urls: AllowImageUrls = False
+
+
+class Manifest(msgspec.Struct):
+    """What a folder with a manifest.json is; others' manifests say nothing of the kind."""
+
+    kind: Any = None
+
+
+def inspect(args: InspectArgs) -> None:
+    """Show what is in a data set (as training will see it), a store of hidden states or a draft head."""
+    allow_image_urls(args.allow_image_urls)
+    folder = Path(args.path).expanduser()
+    manifest = folder / "manifest.json"
+    if manifest.is_file() and read_python_json(manifest, Manifest).kind == "hidden_store":
+        _call("fledge.storage.states.inspect", "inspect_store", args, "stored hidden states")
+    elif (folder / "config.json").is_file():
+        _call("fledge.doctor.inspect_head", "inspect_head", args, "draft heads")
+    else:
+        inspect_data(args)
+
+
+def inspect_data(args: InspectArgs) -> None:
+    """Tokenise the data with the target's template and print what training would see."""
+    from fledge.data.dataset import TokenizedData
+    from fledge.data.inspect import SAMPLES_SHOWN, figures, show
+    from fledge.data.rows import check_source
+    from fledge.data.tokenize import ChatTemplate
+    from fledge.outputs import write_json
+
+    check_source(args.path)
+    if args.target is None:
+        raise UserError(f"{args.path} is data: give --target MODEL, whose tokenizer and chat template render it.")
+    template = ChatTemplate.from_pretrained(
+        args.target, args.chat_template_type, enable_thinking=args.enable_thinking,
+        trust_remote_code=args.trust_remote_code, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
+        last_turn_only=args.train_last_turn_only, untraced=args.untraced,
+    )  # fmt: skip
+    data = TokenizedData.from_path(
+        args.path, template, max_length=args.model_max_length, data_format=args.data_format, split=args.data_split,
+        max_reject_share=args.max_reject_share, num_proc=args.num_proc, columns=args.columns,
+        repeated_ids=args.repeated_ids,
+    )  # fmt: skip
+    if not 0 <= args.sample < len(data):
+        raise UserError(f"--sample {args.sample}: the data has samples 0 to {len(data) - 1}.")
+    document = figures(data, args.path, args.data_format, args.data_split, args.columns, args.repeated_ids)
+    show(document, [data[index] for index in range(len(data))[args.sample :][:SAMPLES_SHOWN]], template)
+    if args.json is not None:
+        write_json(args.json, document)
+        say(f"figures written to {args.json}")
+
+
+def _call(module: str, function: str, args: InspectArgs, what: str) -> None:
+    """Hand over to the stage that knows this kind of path."""
+    try:
+        inspect_it = getattr(import_module(module), function)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name != module:
+            raise
+        raise UserError(f"{args.path}: this version of fledge cannot inspect {what} ({module} is missing).") from None
+    inspect_it(args)

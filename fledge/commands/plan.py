@@ -1,0 +1,293 @@
+"""`fledge plan`: what a training run will need, before anything is loaded or started.
+
+Reads the target's config (no weights), counts tokens by sampling the data, and works out memory by part, disk, FLOP,
+hours online and offline, and the longest sequence that fits. Memory is arithmetic (`fledge.train.memory`); hours are
+FLOP over an assumed share of the hardware's peak, and say so.
+"""
+
+import dataclasses
+import json
+import math
+import random
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fledge.console import say, show_table, warn
+from fledge.errors import UserError, nearest
+from fledge.ranges import Count, Natural, Positive, PositiveShare, Share
+
+GIB = 2**30
+# name -> memory in GiB, dense bf16 TFLOP/s as the makers state them
+HARDWARE = {
+    "h200": (141e9 / GIB, 989.0), "h100": (80e9 / GIB, 989.0), "a100-80": (80e9 / GIB, 312.0),
+    "a100-40": (40e9 / GIB, 312.0), "l40s": (48e9 / GIB, 362.0), "rtx4090": (24e9 / GIB, 165.0),
+    "mi300x": (192e9 / GIB, 1307.0),
+}  # fmt: skip
+RUNTIME_BYTES = int(0.7 * GIB)  # CUDA context, library workspaces
+ROOM = 0.94  # share of a GPU's memory that can be used: the rest is lost between blocks
+
+
+@dataclass(kw_only=True)
+class PlanArgs:
+    target_model_name_or_path: str
+    """The target: only its config is read."""
+    data: list[str] | None = None
+    """Conversations; tokens are counted on a sample with the target's tokenizer. None: give num_tokens."""
+    columns: tuple[str, ...] = ()
+    """Columns under other names, as OURS=YOURS; see `fledge train --help`."""
+    num_tokens: Count | None = None
+    """Tokens of the data set instead of data."""
+    supervised_share: Share = 0.7
+    """With num_tokens: share of the tokens that the assistant wrote."""
+    sample: Count = 200
+    """Conversations that are tokenised to estimate the rest."""
+    chat_template_type: str | None = None
+    """Named chat template that overrides the tokenizer's own."""
+    model_max_length: Count = 2048
+    """Longest sample in tokens."""
+    per_device_train_batch_size: Count = 4
+    """Sequences per device and step."""
+    num_train_epochs: Positive = 10
+    """Passes over the data."""
+    ttt_steps: Count = 7
+    """Draft steps unrolled per position."""
+    depth_survival: PositiveShare = 0.8
+    """Share of the positions that go on from one TTT step to the next, as in `fledge train`."""
+    draft_vocab_size: Natural = 32_000
+    """Target tokens the draft may propose. 0: all."""
+    draft_type: Literal["eagle3", "eagle3.1"] = "eagle3"
+    """As in `fledge train`."""
+    activation_checkpointing: bool = False
+    """Compute TTT steps again in the backward."""
+    fp32: bool = False
+    """Train without bfloat16 mixed precision."""
+    tap_storage: Literal["same", "fp8"] = "same"
+    """As in `fledge extract`."""
+    last_storage: Literal["all", "supervised"] = "all"
+    """As in `fledge extract`."""
+    hardware: str | None = None
+    """h200, h100, a100-80, a100-40, l40s, rtx4090, mi300x, or cpu. None: gpu_memory_gb and tflops."""
+    gpu_memory_gb: Positive | None = None
+    """Memory of a GPU in GiB."""
+    tflops: Positive | None = None
+    """Dense bf16 peak of a device, TFLOP/s."""
+    num_gpus: Count = 1
+    """Devices."""
+    train_efficiency: PositiveShare = 0.35
+    """Share of the peak that training is assumed to reach."""
+    target_efficiency: PositiveShare = 0.45
+    """Share of the peak that forward passes of the target are assumed to reach."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The data set."""
+
+    conversations: int
+    tokens: int
+    supervised: int
+    longest: int
+
+
+def plan(args: PlanArgs) -> None:
+    """What a training run needs: memory by part, disk, hours, and the longest sequence that fits."""
+    document = estimate(args)
+    memory = document["memory_gib"]
+    show_table("memory of one process, GiB", ["part", "offline", "online"], [
+        [part, f"{memory['offline'].get(part, 0):.2f}", f"{memory['online'].get(part, 0):.2f}"]
+        for part in memory["online"]
+    ])  # fmt: skip
+    show_table("run", ["", "value"], [[key.replace("_", " "), value] for key, value in document["run"].items()])
+    for message in document["warnings"]:
+        warn(message)
+    print(json.dumps(document))
+
+
+def estimate(args: PlanArgs) -> dict[str, Any]:
+    """Everything `fledge plan` prints, as one document."""
+    from transformers import AutoConfig
+
+    from fledge.drafters.eagle3.config import derive
+    from fledge.target.record import default_tap_layers
+    from fledge.train.memory import flop_per_step, num_parameters, step_memory
+
+    device_memory, tflops, device_type = hardware(args)
+    config = AutoConfig.from_pretrained(args.target_model_name_or_path)
+    text = config.get_text_config()
+    target = target_size(config)
+    draft = derive(
+        text, vocab_size=text.vocab_size, tap_layers=default_tap_layers(text.num_hidden_layers),
+        draft_vocab_size=args.draft_vocab_size or text.vocab_size, eagle31=args.draft_type == "eagle3.1",
+    )  # fmt: skip
+    work = count(args)
+    mean = work.tokens / max(work.conversations, 1)
+    share = work.supervised / max(work.tokens, 1)
+
+    def memory(rows: int) -> Any:
+        active = min(rows, round(rows * share) + args.ttt_steps)
+        return step_memory(
+            draft, rows=rows, active_rows=active, ttt_steps=args.ttt_steps, bf16=not args.fp32,
+            recompute=args.activation_checkpointing, state_bytes=target.bytes_per_number, device_type=device_type,
+            survival=args.depth_survival,
+        )  # fmt: skip
+
+    def sides(rows: int, length: int) -> dict[str, dict[str, float]]:
+        step, ends = memory(rows), target.ends * target.bytes_per_number
+        shared = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
+        online = target.parameters * target.bytes_per_number
+        forward = length * target.bytes_per_number * (6 * text.hidden_size + 3 * draft.intermediate_size)
+        runtime = RUNTIME_BYTES if device_type == "cuda" else 0
+        return {
+            "offline": {**shared, "target": ends, "target's forward": 0, "runtime": runtime,
+                        "peak": step.peak + ends + runtime},
+            "online": {**shared, "target": online, "target's forward": forward, "runtime": runtime,
+                       "peak": step.peak + online + runtime + forward},
+        }  # fmt: skip
+
+    rows = args.per_device_train_batch_size * args.model_max_length
+    needed = sides(rows, args.model_max_length)
+    steps = math.ceil(work.conversations / args.per_device_train_batch_size / args.num_gpus)
+    per_row = flop_per_step(
+        draft, rows=round(mean), active_rows=min(round(mean), round(mean * share) + args.ttt_steps),
+        taught=round(mean * share), ttt_steps=args.ttt_steps, survival=args.depth_survival,
+    )  # fmt: skip
+    train_flop = per_row * work.conversations * args.num_train_epochs
+    target_flop = 2.0 * target.active * work.tokens
+    speed = tflops * 1e12 * args.num_gpus * 3600
+    train_h, target_h = train_flop / speed / args.train_efficiency, target_flop / speed / args.target_efficiency
+    longest = {
+        side: longest_that_fits(lambda length, side=side: sides(length, length)[side]["peak"], device_memory * GIB)
+        for side in ("offline", "online")
+    }  # fmt: skip
+    run = {
+        "conversations": work.conversations, "tokens": work.tokens, "supervised_tokens": work.supervised,
+        "target_parameters": target.parameters, "draft_parameters": sum(num_parameters(draft).values()),
+        "steps_per_epoch": steps, "store_gib": round(store_bytes(args, target, draft, work) / GIB, 2),
+        "train_flop": f"{train_flop:.2e}", "target_flop_per_epoch": f"{target_flop:.2e}",
+        "hours_offline": round(train_h + target_h, 2),
+        "hours_online": round(train_h + target_h * args.num_train_epochs, 2),
+        "longest_sequence_offline": longest["offline"], "longest_sequence_online": longest["online"],
+    }  # fmt: skip
+    in_gib = {side: {part: value / GIB for part, value in parts.items()} for side, parts in needed.items()}
+    return {"memory_gib": in_gib, "run": run, "warnings": warnings(in_gib, device_memory, args, longest)}
+
+
+def warnings(memory: dict[str, dict[str, float]], device_gib: float, args: PlanArgs, longest: dict) -> list[str]:
+    """What does not fit, and what to do."""
+    found = []
+    for side in ("offline", "online"):
+        if memory[side]["peak"] > ROOM * device_gib:
+            what = (
+                f"lower --per_device_train_batch_size {args.per_device_train_batch_size} or --model_max_length "
+                f"{args.model_max_length}, or set --activation_checkpointing"
+                if longest[side]
+                else "even one short sequence does not fit: shard the draft (FSDP, ZeRO), and the target over GPUs"
+            )
+            found.append(f"{side} needs {memory[side]['peak']:.1f} GiB of {device_gib:.1f}: {what}.")
+    return found
+
+
+def hardware(args: PlanArgs) -> tuple[float, float, str]:
+    """Memory in GiB, peak in TFLOP/s and kind of the device."""
+    memory, tflops, kind = args.gpu_memory_gb, args.tflops, "cuda"
+    if args.hardware == "cpu":
+        kind = "cpu"
+    elif args.hardware is not None:
+        if args.hardware not in HARDWARE:
+            known = nearest(args.hardware, HARDWARE)
+            raise UserError(f"--hardware {args.hardware!r} is unknown{known}. Known: {', '.join(HARDWARE)}, cpu.")
+        memory, tflops = memory or HARDWARE[args.hardware][0], tflops or HARDWARE[args.hardware][1]
+    if memory is None or tflops is None:
+        raise UserError(
+            f"--gpu-memory-gb and --tflops are needed with --hardware {args.hardware}: memory and dense bf16 peak of "
+            f"one device. Or name one of {', '.join(HARDWARE)}."
+        )
+    return memory, tflops, kind
+
+
+@dataclass(frozen=True)
+class TargetSize:
+    """Parameters of a target by its config."""
+
+    parameters: int
+    active: int  # of a mixture of experts: those one token meets
+    ends: int  # embedding and head
+    bytes_per_number: int
+
+
+def target_size(config: Any) -> TargetSize:
+    """Builds the model without memory and counts; nothing is downloaded but the config."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from fledge.target.model import auto_class
+
+    text = config.get_text_config()
+    dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.bfloat16
+    maker = AutoModelForCausalLM if text is config else auto_class(config)
+    with torch.device("meta"):
+        model = maker.from_config(config)
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
+    experts = experts or getattr(text, "n_routed_experts", None)
+    chosen = getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_topk", None) or experts
+    total = routed = 0
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        routed += parameter.numel() if ".experts." in name else 0
+    active = total - routed + (round(routed * chosen / experts) if experts and chosen else 0)
+    ends = text.vocab_size * text.hidden_size * (1 if getattr(config, "tie_word_embeddings", False) else 2)
+    return TargetSize(total, active, ends, torch.empty(0, dtype=dtype).element_size())
+
+
+def store_bytes(args: PlanArgs, target: TargetSize, draft: Any, work: Work) -> int:
+    """Size of the hidden states on disk, with the target's head beside them."""
+    size, taps, element = draft.hidden_size, len(draft.tap_layers), target.bytes_per_number
+    per_tap = size + 4 if args.tap_storage == "fp8" else size * element
+    last_rows = work.supervised if args.last_storage == "supervised" else work.tokens
+    return work.tokens * (taps * per_tap + 5) + last_rows * size * element + target.ends * element
+
+
+def count(args: PlanArgs) -> Work:
+    """Conversations and tokens of the data, from a random sample of it."""
+    if args.data is None:
+        if args.num_tokens is None:
+            raise UserError("--data or --num-tokens is needed: how much there is to train on.")
+        length = args.model_max_length
+        number = max(1, args.num_tokens // length)
+        return Work(number, args.num_tokens, round(args.num_tokens * args.supervised_share), length)
+    from fledge.data.conversations import Conversation, read_conversations
+    from fledge.data.rejects import Rejects
+    from fledge.data.tokenize import ChatTemplate
+
+    template = ChatTemplate.from_pretrained(
+        args.target_model_name_or_path, args.chat_template_type or None, untraced="train"
+    )
+    chance, seen = random.Random(0), 0
+    chosen: list[Conversation] = []
+    for path in args.data:
+        for conversation in read_conversations(path, rejects=Rejects(), columns=args.columns):
+            seen += 1
+            if len(chosen) < args.sample:
+                chosen.append(conversation)
+            elif (place := chance.randrange(seen)) < args.sample:
+                chosen[place] = conversation
+    samples = [s for conversation in chosen for s in template.samples(conversation, args.model_max_length)]
+    if not samples:
+        raise UserError(f"{', '.join(args.data)}: none of {len(chosen)} sampled conversations has an answer to learn.")
+    scale = seen / len(chosen)
+    tokens = sum(len(sample.input_ids) for sample in samples)
+    supervised = sum(int(sample.loss_mask.sum()) for sample in samples)
+    say(f"{len(chosen)} of {seen} conversations tokenised; the rest is scaled up")
+    longest = max(len(sample.input_ids) for sample in samples)
+    return Work(round(len(samples) * scale), round(tokens * scale), round(supervised * scale), longest)
+
+
+def longest_that_fits(peak: Any, memory: float) -> int:
+    """The longest single sequence, in steps of 64 tokens, whose peak fits; 0 when none does."""
+    if peak(64) > ROOM * memory:
+        return 0
+    low, high = 1, 1 << 14  # units of 64 tokens: up to a million
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if peak(64 * middle) <= ROOM * memory else (low, middle - 1)
+    return 64 * low

@@ -1,0 +1,87 @@
+"""How deep rows are unrolled: all of them to the last TTT step, or each to a depth drawn at random.
+
+The loss of step k counts 0.8 ** k or less, yet step k costs as much as step 0. With `survival` s a row goes on from one
+step to the next with probability s, and what is learned at step k is weighted by 1 / s ** k: every row's gradient is
+right in expectation, and K steps cost 1 + s + .. + s ** (K - 1) of one: 3.95 of 7 at s = 0.8. (Weights that depend on
+how sure the draft is at later steps, `position_weights`, have to guess what is left out.) A row's later steps read its
+own keys and those of step 0, which every row has, so the rows that stop change nothing for those that go on.
+
+Rows stop in pieces of neighbours, so that their attention stays a few blocks, and pieces lie by depth, the deepest
+first: the rows of every step are a prefix.
+
+    a run of 8 rows, pieces of 2, depths 1 4 2 3      rows    2 3 | 6 7 | 4 5 | 0 1
+                                                      step 0  . .   . .   . .   . .
+                                                      step 1  . .   . .   . .
+                                                      step 2  . .   . .
+                                                      step 3  . .
+
+What is unrolled at a step is filled up to a multiple of 64 rows with rows that could go on.
+
+A document's draws depend on its id, the seed and the step: not on the other documents, nor on who holds them.
+"""
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fledge.drafters.eagle3.runs import Run
+from fledge.drafters.products import FULL
+
+SMALLEST_PIECE = 32  # rows
+PIECES_OF_A_RUN = 16  # at most; more would cost attention more calls than they even out
+
+
+@dataclass(frozen=True)
+class RandomDepth:
+    """A draw for every piece of every document."""
+
+    survival: float  # probability of a row to go on to the next step
+    seed: tuple[int, int]  # of the run, and the number of the optimisation step
+
+    def expected(self, ttt_steps: int) -> list[float]:
+        """(K,) probability of a row to be unrolled at step k."""
+        return [self.survival**step for step in range(ttt_steps)]
+
+    def pieces(self, runs: Sequence[Run], sample_ids: Mapping[int, str], ttt_steps: int) -> list[tuple[Run, int]]:
+        """The runs in pieces, each with its number of steps, deepest first. `sample_ids` by a document's first row."""
+        documents: dict[int, list[Run]] = {}
+        for run in runs:
+            documents.setdefault(run.first, []).extend(cut(run))
+        found: list[tuple[Run, int]] = []
+        for first, pieces in documents.items():
+            found += zip(pieces, self.draw(sample_ids[first], len(pieces), ttt_steps), strict=True)
+        return sorted(found, key=lambda piece: -piece[1])
+
+    def draw(self, sample_id: str, number: int, ttt_steps: int) -> list[int]:
+        """Depths of a document's pieces, 1 to K each: stratified, so that few pieces have even shares of all depths."""
+        chance = np.random.default_rng([*self.seed, zlib.crc32(sample_id.encode())])
+        strata = (chance.permutation(number) + chance.random()) / number  # each uniform in [0, 1)
+        return [min(ttt_steps, 1 + math.floor(math.log(max(u, 1e-12)) / math.log(self.survival))) for u in strata]
+
+
+def num_rows(pieces: Sequence[tuple[Run, int]], ttt_steps: int) -> list[int]:
+    """(K,) rows of the pieces that go as far as each step."""
+    return [sum(run.stop - run.start for run, steps in pieces if steps > step) for step in range(ttt_steps)]
+
+
+def unrolled(pieces: Sequence[tuple[Run, int]], ttt_steps: int) -> tuple[tuple[Run, ...], ...]:
+    """The runs of each step: the pieces that go as far, and of the next one as much as fills them up."""
+    found = []
+    for rows in num_rows(pieces, ttt_steps):
+        runs, left = [], -(-rows // FULL) * FULL
+        for run, _ in pieces:
+            if left > 0:
+                runs.append(Run(run.first, run.start, min(run.stop, run.start + left)))
+                left -= run.stop - run.start
+        found.append(tuple(runs))
+    return tuple(found)
+
+
+def cut(run: Run) -> list[Run]:
+    """A run in pieces of equal size (the last may be short)."""
+    size = max(SMALLEST_PIECE, math.ceil((run.stop - run.start) / PIECES_OF_A_RUN))
+    starts = range(run.start, run.stop, size)
+    return [Run(run.first, start, min(start + size, run.stop)) for start in starts]

@@ -1,0 +1,278 @@
+"""The EAGLE-3 draft head: one decoder layer over the target's tapped states (EAGLE-3 paper, section 3).
+
+    g      = [tap_low | tap_mid | tap_high]                       (.., A * H)
+    f      = fc(g)                                                (.., H)      `fuse`: on target features only
+    x      = [RMSNorm_input(e) | RMSNorm_hidden(f)]               (.., 2H)     embedding first, hidden second
+    f'     = f + Attention(x)                                     residual is the un-normed f
+    f''    = f' + SwiGLU(RMSNorm_post(f'))                        `finish`
+    logits = lm_head(RMSNorm_norm(f''))                           `logits`
+    next f = f''            EAGLE-3.1: RMSNorm_norm(f'')          `feedback`
+
+Module names are the checkpoint's names, so the state dict *is* the EAGLE layout. The same module trains
+(`fledge.train`), exports and decodes; it knows nothing of trees, losses or files.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fledge.drafters.eagle3.config import DraftConfig
+from fledge.drafters.eagle3.layers import RMSNorm, SwiGLU
+from fledge.drafters.eagle3.rope import as_index, axis_of_dims, num_axes, pick
+from fledge.drafters.products import linear
+from fledge.target.linear import head_logits
+
+# leading dims "..": any batch shape; H hidden, A taps, D draft vocab, V target vocab, h heads, g kv heads, d head_dim
+
+
+class KeyValueCache(Protocol):
+    """What `DraftModel.step` needs of a cache: store new keys and values, return all of them."""
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Attention(nn.Module):
+    """Projections of the draft's attention; the attention itself differs between training and decoding."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        size, head_dim = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(2 * size, config.num_attention_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(2 * size, config.num_key_value_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(2 * size, config.num_key_value_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, size, bias=False)
+
+
+class MidLayer(nn.Module):
+    """The one decoder layer."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+
+class DraftModel(nn.Module):
+    """An EAGLE-3 (or 3.1) head bound to the target's embedding."""
+
+    axis_of_dim: Tensor | None  # (R,) axis of a multimodal rope that each dimension follows
+    d2t: Tensor  # (D,) int64 offsets: target_id = draft_id + d2t[draft_id]
+    t2d: Tensor  # (V,) bool: v is in the draft vocabulary
+
+    def __init__(self, config: DraftConfig, embedding: Tensor) -> None:
+        """`embedding` (V, H) is the target's, shared, frozen and never saved."""
+        super().__init__()
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        self.config = config
+        size, num_taps = config.hidden_size, len(config.tap_layers)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(RMSNorm(size, eps=config.rms_norm_eps) for _ in range(num_taps))
+        self.fc = nn.Linear(num_taps * size, size, bias=False)
+        self.midlayer = MidLayer(config)
+        self.norm = RMSNorm(size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
+        self.rotary = LlamaRotaryEmbedding(config.rotary_config())
+        self.rope_axes = num_axes(config.rope_parameters)
+        axes = as_index(axis_of_dims(config.rope_parameters, 2 * self.rotary.inv_freq.shape[0]))
+        self.register_buffer("axis_of_dim", axes, persistent=False)
+        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+        self.register_buffer("t2d", torch.ones(config.vocab_size, dtype=torch.bool))
+        self.bind_embedding(embedding)
+
+    # -- the target's side ---------------------------------------------------------------------------------------------
+
+    def bind_embedding(self, embedding: Tensor) -> None:
+        """Share the target's embedding (V, H). Not a parameter: neither trained, saved nor moved with the head."""
+        assert embedding.shape[1] == self.config.hidden_size, f"{embedding.shape=} {self.config.hidden_size=}"
+        self._embedding = [embedding.detach()]  # in a list, so that nn.Module does not register it
+
+    @property
+    def embedding(self) -> Tensor:
+        return self._embedding[0]
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """(..) target ids -> (.., H) in the head's dtype."""
+        table = self.embedding
+        return F.embedding(token_ids.to(table.device), table).to(self.fc.weight.device, self.fc.weight.dtype)
+
+    def set_vocab(self, d2t: Tensor, t2d: Tensor) -> None:
+        """Fix which target tokens the head may propose."""
+        self.d2t.copy_(d2t)
+        self.t2d.copy_(t2d)
+
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Draft vocabulary ids (..) to target ids (..)."""
+        return draft_ids + self.d2t[draft_ids]
+
+    @torch.no_grad()
+    def warm_start_head(self, target_head: Tensor) -> None:
+        """Start lm_head from the target's rows (V, H) of the draft vocabulary."""
+        draft_ids = torch.arange(self.config.draft_vocab_size, device=self.d2t.device)
+        self.lm_head.weight.copy_(target_head[self.target_ids(draft_ids).to(target_head.device)])
+
+    @torch.no_grad()
+    def warm_start(self, target_head: Tensor, tap_hidden: Tensor) -> None:
+        """Start where the target's states are: head rows (V, H), and a few hundred rows of taps (N, A, H).
+
+        - lm_head takes the target's rows;
+        - fc passes the highest tap on, with the others mixed in weakly, scaled so that f has RMS 1: raw states have RMS
+          8 in SmolLM2, and next to them what attention and MLP add at first is lost;
+        - the final norm starts low, so that the first logits are unsure (standard deviation 1.25): through the target's
+          rows an untrained state is confident and wrong.
+        Measured together: +5 points of top-1 after 60 steps on SmolLM2 (docs/log.md, "How a head starts").
+        """
+        self.warm_start_head(target_head)
+        size = self.config.hidden_size
+        self.fc.weight.mul_(0.1)
+        self.fc.weight[:, -size:] += torch.eye(size, device=self.fc.weight.device)
+        self.fc.weight.div_(self.fuse(tap_hidden).float().pow(2).mean(-1).sqrt().median().clamp_min(1e-6))
+        row_norm = self.lm_head.weight.float().norm(dim=-1).median()
+        self.norm.weight.fill_(min(1.0, 1.25 / max(float(row_norm), 1e-6)))
+
+    # -- the layer, in the parts that training and decoding share ------------------------------------------------------
+
+    def fuse(self, tap_hidden: Tensor) -> Tensor:
+        """Target states (.., A, H) to the step-0 feature f (.., H)."""
+        taps = tap_hidden.to(self.fc.weight.device, self.fc.weight.dtype)
+        if self.config.fc_norm:
+            taps = torch.stack([norm(tap) for norm, tap in zip(self.fc_norm, taps.unbind(-2), strict=True)], dim=-2)
+        return linear(taps.flatten(-2), self.fc.weight)
+
+    def rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (.., R) for positions (..); R <= head_dim where the target rotates only a part.
+
+        A head with a multimodal rope takes positions (axes, N), one row per axis, or (N,) where all axes agree (text).
+        """
+        shape = position_ids.shape
+        like = self.norm.weight  # dtype and device of the result
+        cos, sin = self.rotary(like, position_ids.reshape(1, -1))
+        cos, sin = (part.reshape(*shape, part.shape[-1]) for part in (cos, sin))
+        if self.axis_of_dim is None or position_ids.dim() == 1:
+            return cos, sin
+        assert shape[0] == self.rope_axes, f"{shape=}, a rope of {self.rope_axes} axes"
+        return pick(cos, self.axis_of_dim), pick(sin, self.axis_of_dim)
+
+    def project(
+        self, embeds: Tensor, hidden: Tensor, rope: tuple[Tensor, Tensor], *, queries: slice | Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q (.., h, d), k and v (.., g, d) from token embeddings and hidden states (.., H).
+
+        `queries` picks the rows (dimension -2) whose queries are needed; keys are made for all rows.
+        """
+        layer, head_dim = self.midlayer, self.config.head_dim
+        inputs = torch.cat((layer.input_layernorm(embeds), layer.hidden_norm(hidden)), dim=-1)
+        cos, sin = rope
+        asked = inputs if queries is None else inputs[..., queries, :]
+        asked_rope = (cos, sin) if queries is None else (cos[..., queries, :], sin[..., queries, :])
+        q = layer.self_attn.q_proj(asked).unflatten(-1, (-1, head_dim))
+        k = layer.self_attn.k_proj(inputs).unflatten(-1, (-1, head_dim))
+        v = layer.self_attn.v_proj(inputs).unflatten(-1, (-1, head_dim))
+        return rotate(q, *asked_rope), rotate(k, cos, sin), v
+
+    def split_projection(self) -> tuple[Tensor, Tensor]:
+        """q, k and v as one projection of token embeddings and one of states: twice ((h + 2g) * d, H).
+
+        A linear layer over [e | f] is one over e plus one over f, and the first depends on the token alone: the steps
+        of training-time test share it (`fledge.drafters.eagle3.ttt`), which spares them half of these products.
+        """
+        layer = self.midlayer.self_attn
+        whole = torch.cat((layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight))
+        return whole[:, : self.config.hidden_size], whole[:, self.config.hidden_size :]
+
+    def project_sum(
+        self, tokens: Tensor, hidden: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor], *,
+        queries: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """What `project` returns, from the tokens' half of the projection (N, (h + 2g) * d) and states (N, H).
+
+        `weight` is the states' half; `queries` picks the rows whose queries are needed.
+        """
+        head_dim, width = self.config.head_dim, self.config.num_attention_heads * self.config.head_dim
+        normed, (cos, sin) = self.midlayer.hidden_norm(hidden), rope
+        if queries is None:
+            q, kv = (tokens + linear(normed, weight)).split((width, weight.shape[0] - width), -1)
+            asked_rope = rope
+        else:
+            q = tokens[queries, :width] + linear(normed[queries], weight[:width])
+            kv = tokens[:, width:] + linear(normed, weight[width:])
+            asked_rope = (cos[queries], sin[queries])
+        k, v = kv.unflatten(-1, (-1, head_dim)).chunk(2, dim=-2)
+        # v as a copy: a view would keep the whole projection alive until the backward
+        return rotate(q.unflatten(-1, (-1, head_dim)), *asked_rope), rotate(k, cos, sin), v.contiguous()
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Residual, output projection and MLP: f (.., H) and attention output (.., h, d) -> f'' (.., H)."""
+        layer = self.midlayer
+        residual = layer.hidden_norm(hidden) if self.config.norm_before_residual else hidden
+        hidden = residual + linear(attended.flatten(-2), layer.self_attn.o_proj.weight)
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+    def feedback(self, hidden: Tensor) -> Tensor:
+        """f'' to the f of the next draft step."""
+        return self.norm(hidden) if self.config.norm_output else hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """f'' (.., H) -> (.., D)."""
+        return head_logits(self.lm_head, self.norm(hidden))
+
+    # -- decoding ------------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        token_ids: Tensor,
+        hidden: Tensor,
+        position_ids: Tensor | None,
+        cache: KeyValueCache,
+        mask: Tensor | None = None,
+        *,
+        rope: tuple[Tensor, Tensor] | None = None,
+        asked: Tensor | None = None,
+    ) -> Tensor:
+        """One forward with a cache: tokens (B, S), features f (B, S, H) -> f'' (B, S, H), or (B, 1, H) of the row
+        `asked` (B,) in each sequence.
+
+        Row s pairs the feature of position p with the *next* token; position_ids (B, S) hold p, the feature's
+        position (`rope`, cos and sin of those positions, stands in for them). `mask` (.., rows asked, K) is boolean
+        (True: may see) or additive over cached + new keys; None means one row that sees everything, or a causal block
+        on an empty cache.
+        """
+        if rope is None:
+            assert position_ids is not None
+            rope = self.rope(position_ids)
+        q, k, v = self.project(self.embed(token_ids), hidden, rope)
+        if asked is not None:
+            q, hidden = rows_at(q, asked), rows_at(hidden, asked)
+        keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2))
+        causal = mask is None and q.shape[1] > 1
+        assert not causal or keys.shape[2] == q.shape[1], "a block of rows on a filled cache needs a mask"
+        attended = F.scaled_dot_product_attention(
+            q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]
+        )
+        return self.finish(hidden, attended.transpose(1, 2))
+
+
+def rows_at(states: Tensor, index: Tensor) -> Tensor:
+    """states (B, S, ..), index (B,) -> (B, 1, ..)."""
+    return states.gather(1, index.view(-1, *[1] * (states.dim() - 1)).expand(-1, 1, *states.shape[2:]))
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, half-split layout: states (.., heads, d), cos and sin (.., R) with R <= d."""
+    rotary_dim = cos.shape[-1]
+    cos, sin = cos.unsqueeze(-2).to(states.dtype), sin.unsqueeze(-2).to(states.dtype)
+    turned, kept = states[..., :rotary_dim], states[..., rotary_dim:]
+    low, high = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-high, low), dim=-1) * sin
+    return turned if kept.shape[-1] == 0 else torch.cat((turned, kept), dim=-1)
+
+
+def trainable_names(model: DraftModel) -> Sequence[str]:
+    """Names of the tensors a checkpoint holds, besides d2t and t2d."""
+    return [name for name, _ in model.named_parameters()]

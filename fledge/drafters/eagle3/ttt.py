@@ -1,0 +1,228 @@
+"""Unrolling the draft over its own outputs: which row learns what, and the K forward passes (training-time test).
+
+Alignment of row t at TTT step k, in a document x_0 .. x_{T-1} with tap features g and loss mask l:
+
+    input token    x_{t+1+k}                  the ground truth, for k > 0 too
+    hidden         k = 0: fuse(g_t)           k > 0: the draft's own output of step k - 1 at the same row
+    rope position  position_t + k
+    teacher        softmax(L_p), p = t+1+k    the target's distribution of x_{p+1}
+    trained        where l_p and l_{p+1}      so everything about training a step depends on p alone
+
+The shift is made here and nowhere else. For a prompt of P tokens the first token the draft proposes is x_{P+1}; its
+teacher is p = P and, at k = 0, its row is P - 1: the last prompt row. With the mask left unshifted that row is never
+trained.
+
+    P = 3, T = 6          x  p p p a a a        l  0 0 0 1 1 1
+    taught positions p    . . . 3 4 .
+    rows at k = 0         . . 2 3 . .           row = p - 1 - k
+    rows at k = 1         . 1 2 . . .
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fledge.drafters.batch import Batch
+from fledge.drafters.depth import RandomDepth, num_rows, unrolled
+from fledge.drafters.eagle3.model import DraftModel
+from fledge.drafters.eagle3.runs import Run, runs_of
+from fledge.drafters.eagle3.ttt_attention import ttt_attention
+from fledge.drafters.products import FULL, linear
+
+# N rows of all documents, P taught positions, S active rows, R of them that learn, K TTT steps, M pairs, H hidden
+
+
+class Chunk(NamedTuple):
+    """Consecutive rows with all that they learn."""
+
+    rows: slice  # of the R rows that learn
+    pairs: slice  # of the M pairs
+    places: slice  # of the P positions: those of the pairs, and what lies between
+    seen: int  # how many of these positions earlier chunks have had
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """All that is learned: M pairs of a TTT step and a taught position, by row and then by step."""
+
+    place: Tensor  # (M,) int64 index into the positions
+    step: Tensor  # (M,) int64
+    state: Tensor  # (M,) int64 row of the states of all steps, end to end
+    row: Tensor  # (M,) int64 0 .. R - 1, ascending
+    asked: Tensor  # (K, R) bool: a taught position asks the row at this step; a draw may leave it out nevertheless
+    ends: Sequence[int]  # R numbers: pairs of the rows up to each, itself included
+    lowest: Sequence[int]  # R places, of each row's first pair
+    highest: Sequence[int]  # R places, of each row's last pair
+
+    def chunks(self, most: int, num_positions: int) -> Iterator[Chunk]:
+        """Chunks with at most so many pairs (at least one row); together they have every pair and every position."""
+        if not self.ends and num_positions:
+            yield Chunk(slice(0, 0), slice(0, 0), slice(0, num_positions), 0)
+        row = first = seen = 0
+        while row < len(self.ends):
+            end = max(row + 1, bisect_right(self.ends, first + most))
+            last = self.ends[end - 1]
+            begin = min(seen, *self.lowest[row:end])
+            stop = num_positions if end == len(self.ends) else 1 + max(self.highest[row:end])
+            yield Chunk(slice(row, end), slice(first, last), slice(begin, stop), seen - begin)
+            row, first, seen = end, last, max(seen, stop)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Which rows of a batch are trained, and by which teacher positions."""
+
+    positions: Tensor  # (P,) int64 rows p whose target distribution teaches
+    document: Tensor  # (P,) int64 document of each position
+    rows: Tensor  # (S,) int64 rows that are trained at some step: ascending, or those unrolled to more steps first
+    row_index: Tensor  # (K, P) int64 index into rows of row p - 1 - k; -1 where that is not trained
+    asked: Tensor  # (K, P) bool: row p - 1 - k is in p's document. What a draw of depths leaves of it is `trained`
+    share: Tensor  # (K,) probability of an asked row to be trained
+    runs: tuple[tuple[Run, ...], ...]  # K: the rows unrolled at each step, a prefix of `rows`, as contiguous runs;
+    #                                    the last few may be there to fill up and are not trained
+    last_row: Tensor  # (S,) int64 last row of each active row's document
+    pairs: Pairs
+
+    @property
+    def trained(self) -> Tensor:
+        """(K, P) bool: position p teaches a row at step k."""
+        return self.row_index >= 0
+
+    @property
+    def alive(self) -> list[int]:
+        """K: how many of the rows are unrolled at each step."""
+        return [sum(run.stop - run.start for run in runs) for runs in self.runs]
+
+
+def align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = None) -> Alignment:
+    """Apply the shift: teacher positions, active rows and the map between them. Without `depth`, all rows go all steps.
+
+    Everything is worked out on the CPU: rows, runs and pairs decide how much there is to compute.
+    """
+    device = batch.loss_mask.device
+    lengths = torch.tensor(batch.lengths)
+    stops = lengths.cumsum(0)
+    document = torch.repeat_interleave(torch.arange(len(batch.lengths)), lengths)
+    first_row, last_row = (stops - lengths)[document], (stops - 1)[document]
+
+    supervised = batch.loss_mask.cpu()
+    row = torch.arange(len(supervised))
+    taught = supervised & supervised.roll(-1) & (row < last_row)
+    positions = taught.nonzero()[:, 0]
+
+    wanted = positions - 1 - torch.arange(ttt_steps)[:, None]  # (K, P)
+    inside = wanted >= first_row[positions]
+    active = torch.zeros_like(supervised)
+    active[wanted[inside]] = True
+    whole, spare = runs_of(active, batch.lengths), spare_rows(batch, int(active.sum()))
+    if depth is None:
+        runs, share = (whole + spare,) * ttt_steps, [1.0] * ttt_steps
+        num_trained = torch.full((ttt_steps,), len(row))
+    else:
+        sample_ids = dict(zip((stops - lengths).tolist(), batch.sample_ids, strict=True))
+        pieces = [*depth.pieces(whole, sample_ids, ttt_steps), *((run, 1) for run in spare)]
+        runs, share = unrolled(pieces, ttt_steps), depth.expected(ttt_steps)
+        num_trained = torch.tensor(num_rows(pieces, ttt_steps))
+
+    rows = torch.cat([torch.arange(run.start, run.stop) for run in runs[0]] or [row[:0]])
+    index_of = torch.full_like(row, -1)
+    index_of[rows] = torch.arange(len(rows))
+    alive = torch.tensor([sum(run.stop - run.start for run in step_runs) for step_runs in runs])
+    index = torch.where(inside, index_of[wanted.clamp_min(0)], -1)
+    row_index = torch.where(index < num_trained[:, None], index, -1)
+    return Alignment(
+        positions=positions.to(device),
+        document=document[positions].to(device),
+        rows=rows.to(device),
+        row_index=row_index.to(device),
+        asked=inside.to(device),
+        share=torch.tensor(share, device=device),
+        runs=runs,
+        last_row=last_row[rows].to(device),
+        pairs=make_pairs(row_index, wanted, inside, alive, device),
+    )
+
+
+def make_pairs(row_index: Tensor, wanted: Tensor, inside: Tensor, alive: Tensor, device: torch.device) -> Pairs:
+    """row_index, wanted, inside (K, P) as in `align`, alive (K,) rows unrolled at each step: all on the CPU."""
+    num_steps, num_positions = row_index.shape
+    step, place = (row_index >= 0).nonzero().T
+    row, row_of_pair, number = wanted[step, place].unique(return_inverse=True, return_counts=True)
+    order = (row_of_pair * num_steps + step).argsort()
+    step, place, row_of_pair = step[order], place[order], row_of_pair[order]
+    ends = number.cumsum(0)
+    asked = torch.zeros(num_steps, len(row) + 1, dtype=torch.bool)
+    column = torch.searchsorted(row, wanted)  # of rows that a draw leaves out altogether: another's, or behind the last
+    same = inside & (F.pad(row, (0, 1), value=-1)[column] == wanted)
+    asked[torch.arange(num_steps)[:, None].expand_as(wanted)[same], column[same]] = True
+    return Pairs(
+        place=place.to(device),
+        step=step.to(device),
+        state=(row_index[step, place] + (alive.cumsum(0) - alive)[step]).to(device),
+        row=row_of_pair.to(device),
+        asked=asked[:, :-1].to(device),
+        ends=ends.tolist(),
+        lowest=place[ends - number].tolist(),
+        highest=place[ends - 1].tolist(),
+    )
+
+
+def spare_rows(batch: Batch, num_rows: int) -> tuple[Run, ...]:
+    """Rows of the filler that bring so many active rows to a multiple of FULL; they are unrolled and not trained."""
+    first, number = len(batch.loss_mask) - batch.filler, min(-num_rows % FULL, batch.filler)
+    return (Run(first, first, first + number),) if number else ()
+
+
+def unroll(
+    draft: DraftModel, batch: Batch, alignment: Alignment, ttt_steps: int, *, recompute: bool = False
+) -> tuple[Tensor, ...]:
+    """K draft forwards. Returns for each step (S_k, H): normed states of the rows unrolled so far, ready for `lm_head`.
+
+    Prompt rows cost only their step-0 keys and values: nothing reads their outputs. With `recompute`, a step keeps what
+    the other steps need of it (its keys, values and output) and computes the rest again in the backward.
+    """
+    rows, last_row, alive = alignment.rows, alignment.last_row, alignment.alive
+    features = draft.fuse(batch.tap_hidden)
+    window = draft.config.sliding_window
+    of_tokens, of_states = (weight.to(features.dtype) for weight in draft.split_projection())
+    # The tokens' half of q, k and v: row r holds that of x_{r+1}, and step k of row t reads row t + k.
+    next_tokens = draft.embed(batch.input_ids.roll(-1)).to(features.dtype)
+    tokens = linear(draft.midlayer.input_layernorm(next_tokens), of_tokens)
+
+    def step(number: int, hidden: Tensor, tokens: Tensor, *seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """f'' (S_k, H), keys and values of one step. `seen`: keys of all earlier steps, then their values."""
+        mine = rows[: alive[number]]
+        if number == 0:
+            q, k, v = draft.project_sum(tokens, hidden, of_states, draft.rope(batch.position_ids), queries=mine)
+            hidden, keys, values = hidden[mine], [k], [v]
+        else:
+            hidden = hidden[: len(mine)]
+            own = tokens.index_select(0, torch.minimum(mine + number, last_row[: len(mine)] - 1))
+            q, k, v = draft.project_sum(own, hidden, of_states, draft.rope(batch.position_ids[..., mine] + number))
+            keys, values = [*seen[:number], k], [*seen[number:], v]
+        reach = None if window is None else window - number  # of the step-0 rows; the row itself has moved on
+        own_keys, own_values = ([own[: len(mine)] for own in part[1:]] for part in (keys, values))
+        attended = ttt_attention(q, keys[0], values[0], own_keys, own_values, alignment.runs[number], reach)
+        return draft.finish(hidden, attended), k, v
+
+    hidden, states = features, []
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    for number in range(ttt_steps):
+        if recompute and torch.is_grad_enabled():
+            out, k, v = checkpoint(
+                step, number, hidden, tokens, *keys, *values, use_reentrant=False, preserve_rng_state=False
+            )  # fmt: skip
+        else:
+            out, k, v = step(number, hidden, tokens, *keys, *values)
+        keys.append(k)
+        values.append(v)
+        states.append(draft.norm(out))
+        hidden = states[-1] if draft.config.norm_output else out
+    return tuple(states)

@@ -1,0 +1,389 @@
+"""`fledge extract`: conversations in, a store of hidden states out.
+
+Lays the samples out in shards, then fills what is missing, one sample per forward pass. Started again it goes on where
+it stopped; started with more data it adds to the store. Knows where records come from only as a `Producer`.
+"""
+
+import json
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+import tyro
+
+from fledge import provenance
+from fledge.config import Overwrite
+from fledge.console import Bar, progress, say, show_table, warn
+from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
+from fledge.data.dataset import TokenizedData
+from fledge.data.image_urls import AllowImageUrls, allow_image_urls
+from fledge.data.tokenize import ChatTemplate, Sample
+from fledge.data.traces import UNTRACED_HELP, Untraced
+from fledge.errors import UserError
+from fledge.outputs import check
+from fledge.ranges import Count, Natural, Positive, Share
+from fledge.servers.hidden_states import EngineTarget
+from fledge.servers.states_folder import SERVER_FOLDER
+from fledge.storage.states.describe import describe_states
+from fledge.storage.states.manifest import Identity, LastStorage, Manifest, TapStorage
+from fledge.storage.states.shard import ShardBuffer
+from fledge.storage.states.writer import STORE, Ranks, StoreWriter, gib
+from fledge.target import tensor_parallel
+from fledge.target.head import TargetEnds, TargetHead
+from fledge.target.live import BatchedSource, LiveSource
+from fledge.target.model import Target, default_device
+from fledge.target.record import TargetRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractArgs:
+    """The command's flags."""
+
+    model_name: str
+    """The target: a transformers model folder or hub name."""
+    dataset_path: list[str]
+    """Conversations: files, folders or hub names, one or more."""
+    output_dir: Path
+    """The store. An existing one is continued; what it holds already is not made again."""
+    overwrite: Overwrite = False
+    target_backend: Literal["hf", "vllm"] = "hf"
+    """hf: the target in this process. vllm: a vLLM server that extracts hidden states (see docs/formats.md)."""
+    server: list[str] | None = None
+    """With --target-backend vllm: base URLs of the servers, e.g. http://localhost:8000."""
+    server_folder: Path = SERVER_FOLDER
+    """With --target-backend vllm: the folder where the servers write states (their `shared_storage_path`). Files
+    anywhere else are neither read nor removed."""
+    model_max_length: Count = 2048
+    """Longest sample in tokens; longer ones are cut and counted."""
+    chat_template_type: str | None = None
+    """Named chat template that overrides the tokenizer's own."""
+    train_last_turn_only: bool = False
+    """Supervise only the last answer of each conversation. Part of the store's identity."""
+    data_format: DataFormat = "auto"
+    """Format of the rows."""
+    columns: Annotated[tuple[str, ...], tyro.conf.arg(help=COLUMNS_HELP)] = ()
+    repeated_ids: Annotated[RepeatedIds, tyro.conf.arg(help=REPEATED_IDS_HELP)] = "reject"
+    untraced: Annotated[Untraced, tyro.conf.arg(help=UNTRACED_HELP)] = "reject"
+    max_samples: Count | None = None
+    """Only the first so many samples."""
+    max_reject_share: Share = 0.05
+    """Stop when more than this share of the rows is unusable."""
+    num_proc: Count = 1
+    """Processes for tokenisation; threads that read pictures ahead of the target."""
+    max_pixels: Count | None = None
+    """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
+    min_pixels: Count | None = None
+    """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
+    allow_image_urls: AllowImageUrls = False
+    revision: str | None = None
+    """Revision of a target on the hub."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """dtype the target runs in, and of the stored states. auto: as the checkpoint says."""
+    tap_layers: list[Natural] | None = None
+    """Decoder layers whose inputs are stored. None: 2, N // 2, N - 3."""
+    batch_tokens: Natural = 0
+    """Most tokens of a forward pass, padding included; samples of similar length share one. 0: one sample per pass, and
+    states equal to online training's bit for bit (with batches: to rounding)."""
+    attn_implementation: str | None = None
+    """Attention kernel of transformers, e.g. sdpa, flash_attention_2."""
+    device_map: str | None = None
+    """`auto` spreads a target over all visible GPUs (and the CPU)."""
+    tp_plan: str | None = None
+    """`auto` cuts every layer over the processes of torchrun (tensor parallel): one target on all of them."""
+    tap_storage: TapStorage = "same"
+    """fp8 halves the taps' size: one scale per row and tap."""
+    last_storage: LastStorage = "all"
+    """supervised keeps the last state only where the assistant wrote: nothing else teaches."""
+    shard_mb: Positive = 256
+    """Size of a shard; at most one shard of work is lost when the run is killed."""
+    num_workers: Count = 1
+    """Processes, each with its own copy of the target, spread over GPUs and nodes by Ray."""
+    gpus_per_worker: Natural = 1
+    """GPUs of each worker (0: CPU). More than one needs --device-map auto."""
+
+
+class Producer(Protocol):
+    """Whoever turns samples into records."""
+
+    def records(self, samples: Iterable[Sample]) -> Iterator[TargetRecord]: ...
+
+
+def extract(args: ExtractArgs) -> None:
+    """Store the target's hidden states for a data set, so that training needs no target.
+
+    Resumes where it stopped, adds what is new, refuses to mix targets or templates, and checks the disk first. Runs on
+    several GPUs under torchrun, or with --num-workers through Ray.
+    """
+    check(args.output_dir, STORE, overwrite=args.overwrite)
+    alone = args.num_workers <= 1
+    manifest = extract_share(args, ranks_of_environment()) if alone else extract_with_workers(args)
+    if manifest is None:
+        return
+    provenance.write(args.output_dir / "provenance.json", args)
+    counts = manifest.document()["counts"]
+    rows = [("records", counts["records"]), ("tokens", counts["tokens"]), ("supervised tokens", counts["supervised"]),
+            ("shards", len(manifest.shards)), ("size", gib(counts["bytes"]))]  # fmt: skip
+    show_table(str(args.output_dir), ("", "count"), rows)
+    if not manifest.complete:
+        missing = manifest.planned_records - manifest.records
+        warn(f"{missing} planned records are not there yet; the run that makes them is still to finish.")
+    print(json.dumps({"output_dir": str(args.output_dir), "complete": manifest.complete, **counts}))
+
+
+def extract_share(args: ExtractArgs, ranks: Ranks) -> Manifest | None:
+    """One process's part of the work. The manifest for the first rank, None for the others."""
+    if args.tp_plan:
+        return extract_in_parts(args, ranks)
+    return fill_from(open_target(args), args, ranks)
+
+
+def extract_in_parts(args: ExtractArgs, ranks: Ranks) -> Manifest | None:
+    """One target over all ranks: the first writes the whole store."""
+    tensor_parallel.check_world(ranks.world, str(args.tp_plan))
+    if args.target_backend != "hf" or args.num_workers > 1 or args.device_map or args.batch_tokens:
+        raise UserError(
+            "--tp-plan is for --target-backend hf under torchrun, without --num-workers, --device-map, --batch-tokens."
+        )
+    target = load_target(args)
+    if not ranks.first:
+        tensor_parallel.follow(target)
+        return None
+    try:
+        # the loaded head may be a part of the whole
+        head = TargetEnds.from_files(args.model_name, dtype=target.dtype, revision=args.revision).head
+        producer = tensor_parallel.LeadingSource(target, head.to(target.device))
+        return fill_from(open_loaded(args, target, head, producer), args, Ranks())
+    finally:
+        tensor_parallel.dismiss()
+
+
+def fill_from(opened: "OpenTarget", args: ExtractArgs, ranks: Ranks) -> Manifest | None:
+    samples = Samples.read(args, opened.template)
+    manifest = fill(
+        args.output_dir, opened.identity, opened.head, opened.producer, samples, shard_bytes=int(args.shard_mb * 2**20),
+        ranks=ranks, pinned=opened.pinned, overwrite=args.overwrite,
+    )  # fmt: skip
+    return manifest if ranks.first else None
+
+
+def fill(
+    folder: Path, identity: Identity, head: TargetHead, producer: Producer, samples: "Samples", *, shard_bytes: int,
+    ranks: Ranks = Ranks(), pinned: bool = False, overwrite: bool = False,  # noqa: B008 - frozen
+) -> Manifest:  # fmt: skip
+    """Bring a store up to these samples: the plan, then every pending shard of this rank."""
+    with StoreWriter(
+        folder, identity, head, samples, shard_bytes=shard_bytes, ranks=ranks, overwrite=overwrite
+    ) as writer:
+        pending = writer.pending()
+        away = [shard for shard in pending if any(s.id not in samples.index for s in shard.samples)]
+        if away:
+            warn(f"{len(away)} shards planned by an earlier run wait for samples that are not in this data.")
+        todo = [shard for shard in pending if shard not in away]
+        total = sum(shard.tokens for shard in writer.plan.shards if shard.number % ranks.world == ranks.rank)
+        left = sum(shard.tokens for shard in pending)
+        if todo:
+            done = f", {total - left} are there already" if total > left else ""
+            say(f"extracting {sum(s.tokens for s in todo)} tokens in {len(todo)} shards{done}")
+        with _shown(ranks, total, total - left) as bar:
+            for shard in todo:
+                buffer = ShardBuffer(shard, identity, pinned=pinned)
+                for record in producer.records(samples.ahead([planned.id for planned in shard.samples])):
+                    buffer.put(record)
+                    bar.advance(len(record))
+                writer.seal(buffer)
+        return writer.finish()
+
+
+class Samples:
+    """The samples of several data paths, in order, found by id."""
+
+    def __init__(self, data: Any, loaded: Any, ids: Iterable[str], positions: Iterable[int], threads: int = 0) -> None:
+        """`data` and `loaded` are the same samples, the latter with pixels; `threads` read those ahead (0: none do)."""
+        self._data, self._loaded, self.ids, self._positions = data, loaded, list(ids), list(positions)
+        self._threads = threads
+        self.index = dict(zip(self.ids, self._positions, strict=True))
+
+    @classmethod
+    def read(cls, args: ExtractArgs, template: ChatTemplate) -> "Samples":
+        """Tokenise the data of the command."""
+        parts = [
+            TokenizedData.from_path(
+                path, template, max_length=args.model_max_length, data_format=args.data_format,
+                max_reject_share=args.max_reject_share, num_proc=args.num_proc, columns=args.columns,
+                repeated_ids=args.repeated_ids,
+            )
+            for path in args.dataset_path
+        ]  # fmt: skip
+        return cls.of(parts, args.max_samples, threads=args.num_proc if template.vision else 0)
+
+    @classmethod
+    def of(cls, parts: Sequence[TokenizedData], max_samples: int | None = None, threads: int = 0) -> "Samples":
+        """All samples of these parts, or the first so many."""
+        data: Any = torch.utils.data.ConcatDataset(parts) if parts else []  # type: ignore[arg-type]
+        pixels: list[Any] = [part.loaded() for part in parts]
+        loaded: Any = torch.utils.data.ConcatDataset(pixels) if parts else []
+        ids = [id for part in parts for id in part.ids][:max_samples]
+        return cls(data, loaded, ids, range(len(ids)), threads)
+
+    def only(self, ids: Set[str]) -> "Samples":
+        """Those with these ids, in the same order."""
+        kept = [(id, at) for id, at in zip(self.ids, self._positions, strict=True) if id in ids]
+        return Samples(self._data, self._loaded, [id for id, _ in kept], [at for _, at in kept], self._threads)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self._data[position] for position in self._positions)
+
+    def get(self, id: str) -> Sample:
+        """One sample, its pictures made pixels."""
+        return self._loaded[self.index[id]]
+
+    def ahead(self, ids: Sequence[str]) -> Iterator[Sample]:
+        """Samples in this order; threads read the next ones' pictures while the target works on one."""
+        if not self._threads:
+            yield from map(self.get, ids)
+            return
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="pictures") as pool:
+            under_way: deque[Future[Sample]] = deque()
+            for id in ids:
+                under_way.append(pool.submit(self.get, id))
+                if len(under_way) > 2 * self._threads:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+
+
+@dataclass(frozen=True)
+class OpenTarget:
+    """What a run needs of the target, whichever backend runs it."""
+
+    template: ChatTemplate
+    identity: Identity
+    head: TargetHead
+    producer: Producer
+    pinned: bool
+
+
+def open_target(args: ExtractArgs) -> OpenTarget:
+    """Load the target (hf), or its ends and a client of the server (vllm)."""
+    allow_image_urls(args.allow_image_urls)
+    if args.target_backend == "vllm":
+        if args.batch_tokens:
+            raise UserError("--batch-tokens is for --target-backend hf; a server makes its own batches.")
+        return open_served(args)
+    if args.batch_tokens < 0:
+        raise UserError(f"--batch-tokens {args.batch_tokens}: give a number of tokens, or 0 for one sample per pass.")
+    if args.server:
+        raise UserError("--server is for --target-backend vllm; the hf backend runs the target in this process.")
+    target = load_target(args)
+    producer = BatchedSource(target, args.batch_tokens) if args.batch_tokens else LiveSource(target)
+    return open_loaded(args, target, TargetHead.of(target), producer)
+
+
+def load_target(args: ExtractArgs) -> Target:
+    return Target.from_pretrained(
+        args.model_name, dtype=args.dtype, device=device_of_rank(), device_map=args.device_map, tp_plan=args.tp_plan,
+        tap_layers=args.tap_layers or None, revision=args.revision, attn_implementation=args.attn_implementation,
+        min_pixels=args.min_pixels, max_pixels=args.max_pixels,
+    )  # fmt: skip
+
+
+def open_served(args: ExtractArgs) -> OpenTarget:
+    """The client of `fledge extract --target-backend vllm`."""
+    target = EngineTarget.open(
+        args.model_name, args.server or (), dtype=args.dtype, tap_layers=args.tap_layers, revision=args.revision,
+        folder=args.server_folder,
+    )  # fmt: skip
+    template = ChatTemplate.from_pretrained(
+        args.model_name, args.chat_template_type or None, untraced=args.untraced,
+        last_turn_only=args.train_last_turn_only,
+    )  # fmt: skip
+    identity = target.identity(
+        template, max_length=args.model_max_length, tap_storage=args.tap_storage, last_storage=args.last_storage,
+        revision=args.revision,
+    )  # fmt: skip
+    return OpenTarget(template, identity, target.ends.head, target.source, False)
+
+
+def open_loaded(args: ExtractArgs, target: Target, head: TargetHead, producer: Producer) -> OpenTarget:
+    """A loaded target with its template and the identity of its states."""
+    template = ChatTemplate(
+        target.tokenizer, args.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision,
+        last_turn_only=args.train_last_turn_only, untraced=args.untraced,
+    )  # fmt: skip
+    identity = identity_of(target, head, template, args)
+    return OpenTarget(template, identity, head, producer, target.device.type == "cuda")
+
+
+def identity_of(target: Target, head: TargetHead, template: ChatTemplate, args: ExtractArgs) -> Identity:
+    """What the states of this run depend on."""
+    return describe_states(
+        target.name, target.revision, target.text_config, head, target.tap_layers, template,
+        dtype=str(target.dtype).removeprefix("torch."), max_length=args.model_max_length,
+        tap_storage=args.tap_storage, last_storage=args.last_storage,
+    )  # fmt: skip
+
+
+def ranks_of_environment() -> Ranks:
+    """This process's place under torchrun (or any launcher that sets RANK and WORLD_SIZE); alone otherwise."""
+    return Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def device_of_rank() -> torch.device:
+    """The accelerator of this local rank."""
+    device = default_device()
+    local = os.environ.get("LOCAL_RANK")
+    return torch.device(device.type, int(local)) if local is not None and device.type != "cpu" else device
+
+
+def extract_with_workers(args: ExtractArgs) -> Manifest:
+    """The same work by several Ray workers: each is a rank and makes its own shards."""
+    from fledge.storage.states.manifest import read_manifest
+    from fledge.workers import run_jobs
+
+    gpus = args.gpus_per_worker if torch.accelerator.is_available() else 0
+    if gpus > 1 and not args.device_map:
+        raise UserError(f"--gpus-per-worker {gpus} without --device-map auto: one GPU of each group would do the work.")
+    one = replace(args, num_workers=1)
+    ranks = [Ranks(rank, args.num_workers) for rank in range(args.num_workers)]
+    with _watch(args.output_dir):
+        finished = run_jobs(
+            lambda: None, lambda _, rank: extract_share(one, rank) and None, ranks, num_workers=args.num_workers,
+            gpus_per_worker=gpus, describe=lambda rank: f"share {rank.rank + 1} of {rank.world}",
+        )  # fmt: skip
+        for rank, _ in finished:
+            say(f"worker {rank.rank + 1} of {rank.world} is done")
+    return read_manifest(args.output_dir)
+
+
+@contextmanager
+def _watch(folder: Path) -> Iterator[None]:
+    """Say now and then how many shards are finished, while workers that cannot be heard make them."""
+    stop = threading.Event()
+
+    def tell() -> None:
+        told = -1
+        while not stop.wait(5.0):
+            count = sum(1 for _ in (folder / "sealed").glob("shard-*.json"))
+            if count != told:
+                say(f"{folder}: {count} shards finished")
+                told = count
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _shown(ranks: Ranks, total: int, done: int) -> AbstractContextManager[Bar]:
+    title = "extracting" if ranks.world == 1 else f"extracting (rank {ranks.rank} of {ranks.world})"
+    return progress(title, total, done)

@@ -1,0 +1,187 @@
+"""TTT attention against its dense twin: values and every gradient, packed documents, runs in the middle, GQA."""
+
+import pytest
+import torch
+
+from fledge.drafters import attention_products as products
+from fledge.drafters.eagle3 import attention_blocks as blocks
+from fledge.drafters.eagle3.runs import Run, runs_of
+from fledge.drafters.eagle3.ttt_attention import _own_backward, dense_ttt_attention, ttt_attention
+
+
+def tensors(num_rows: int, num_queries: int, later: int, heads: int = 4, kv_heads: int = 2, dim: int = 8):
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(rows: int, num_heads: int) -> torch.Tensor:
+        return torch.randn(rows, num_heads, dim, generator=generator).requires_grad_()
+
+    return (
+        rand(num_queries, heads), rand(num_rows, kv_heads), rand(num_rows, kv_heads),
+        [rand(num_queries, kv_heads) for _ in range(later)], [rand(num_queries, kv_heads) for _ in range(later)],
+    )  # fmt: skip
+
+
+def test_runs_are_cut_at_documents():
+    active = torch.tensor([0, 1, 1, 1, 0, 1], dtype=torch.bool)
+    assert runs_of(active, (3, 3)) == (Run(0, 1, 3), Run(3, 3, 4), Run(3, 5, 6))
+
+
+def by_products(monkeypatch):
+    """What 16-bit numbers on a CPU run, here in fp32 and in small chunks."""
+    monkeypatch.setattr(products, "suits", lambda q: True)
+    monkeypatch.setattr(products, "ROWS", 3)
+
+
+ACTIVE = {
+    "every row": ([1] * 7, (7,)),
+    "suffix": ([0, 0, 0, 1, 1, 1, 1], (7,)),
+    "packed": ([0, 1, 1, 0, 0, 1, 1, 1, 1, 1], (4, 6)),
+    "holes": ([0, 1, 1, 0, 1, 0, 1, 1, 0], (9,)),
+}
+
+
+@pytest.mark.parametrize("case", ACTIVE)
+@pytest.mark.parametrize("later", [0, 1, 3])
+@pytest.mark.parametrize("kernel", ["flash", "plain", "products"])
+def test_equals_dense(case: str, later: int, kernel: str, monkeypatch):
+    if kernel == "plain":  # what a device without a flash kernel runs
+        monkeypatch.setattr(blocks, "_flash", blocks._plain)
+        monkeypatch.setattr(blocks, "_flash_backward", blocks._plain_backward)
+    if kernel == "products":
+        by_products(monkeypatch)
+    flags, lengths = ACTIVE[case]
+    active = torch.tensor(flags, dtype=torch.bool)
+    runs = runs_of(active, lengths)
+    q, k, v, later_k, later_v = tensors(len(flags), int(active.sum()), later)
+    leaves = [q, k, v, *later_k, *later_v]
+    weight = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+
+    fast = ttt_attention(q, k, v, later_k, later_v, runs)
+    fast_grads = torch.autograd.grad((fast * weight).sum(), leaves)
+    dense = dense_ttt_attention(q, k, v, later_k, later_v, runs)
+    dense_grads = torch.autograd.grad((dense * weight).sum(), leaves)
+
+    torch.testing.assert_close(fast, dense, atol=2e-6, rtol=1e-5)
+    for found, wanted in zip(fast_grads, dense_grads, strict=True):
+        torch.testing.assert_close(found, wanted, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["every row", "packed", "holes"])
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 50])
+@pytest.mark.parametrize("kernel", ["flash", "products"])
+def test_a_sliding_window_equals_dense(case: str, window: int, kernel: str, monkeypatch):
+    """Chunks of a window's length; the triangle of oldest keys is computed as a causal block read backwards."""
+    if kernel == "products":
+        by_products(monkeypatch)
+    flags, lengths = ACTIVE[case]
+    active = torch.tensor(flags, dtype=torch.bool)
+    runs = runs_of(active, lengths)
+    q, k, v, later_k, later_v = tensors(len(flags), int(active.sum()), 2)
+    leaves = [q, k, v, *later_k, *later_v]
+    weight = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    results = []
+    for attend in (ttt_attention, dense_ttt_attention):
+        out = attend(q, k, v, later_k, later_v, runs, window)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True)])
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, torch.zeros_like(found) if wanted is None else wanted, atol=3e-6, rtol=1e-5)
+    wide = dense_ttt_attention(q, k, v, later_k, later_v, runs)
+    assert ((wide - results[1][0]).abs().max() > 1e-3) == (window < max(lengths))  # control: the window shows
+
+
+def test_blocks_of_a_window_cover_each_pair_once():
+    """Every (row, key) inside the window lies in exactly one block, for all sizes of run, document and window."""
+    for first, start, stop, window in [(0, 0, 9, 4), (2, 5, 20, 3), (0, 3, 11, 8), (1, 1, 30, 1), (4, 6, 9, 50)]:
+        seen = torch.zeros(stop - start, stop, dtype=torch.int64)
+        for _, parts in blocks.blocks_of([Run(first, start, stop)], window):
+            for block in parts:
+                part = seen[block.queries, block.keys]
+                ones = torch.ones(part.shape, dtype=torch.int64)
+                part += (
+                    (ones.flip(0, 1).tril().flip(0, 1) if block.backwards else ones.tril()) if block.causal else ones
+                )
+        row, key = torch.arange(start, stop)[:, None], torch.arange(stop)
+        assert torch.equal(seen, ((key <= row) & (key > row - window) & (key >= first)).long()), (first, start, window)
+
+
+def test_dense_twin_would_notice_a_leak_between_documents():
+    """Negative control: the same rows as one document give other values."""
+    q, k, v, later_k, later_v = tensors(6, 6, 1)
+    active = torch.ones(6, dtype=torch.bool)
+    two = ttt_attention(q, k, v, later_k, later_v, runs_of(active, (3, 3)))
+    one = ttt_attention(q, k, v, later_k, later_v, runs_of(active, (6,)))
+    assert (two[:3] - one[:3]).abs().max() < 1e-6
+    assert (two[3:] - one[3:]).abs().max() > 0.05
+
+
+def test_merged_statistics_are_what_makes_the_backward_exact():
+    """Negative control: the block's own log-sum-exp instead of the merged one gives wrong gradients."""
+    q, k, v, later_k, later_v = tensors(5, 5, 2)
+    runs = (Run(0, 0, 5),)
+    plan = blocks.plan(runs, None)
+    _, lse = blocks.attend(q, k, v, plan)
+    merged = ttt_attention(q, k, v, later_k, later_v, runs)
+    grad = torch.ones_like(merged)
+    wrong_q, *_ = blocks.attend_backward(grad, q, k, v, merged, lse, plan)
+    right_q, *_ = torch.autograd.grad(dense_ttt_attention(q, k, v, later_k, later_v, runs).sum(), [q])
+    own = _own_backward(grad, q, merged, lse, later_k, later_v, wrong_q)
+    assert len(own) == 4 and (wrong_q - right_q).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kernel", ["flash", "products"])
+def test_runs_may_come_in_any_order(kernel, monkeypatch):
+    """Depths at random put deep runs first: rows move, their values do not."""
+    if kernel == "products":
+        by_products(monkeypatch)
+    runs = (Run(4, 7, 10), Run(0, 1, 2), Run(4, 4, 6), Run(0, 3, 4))
+    q, k, v, later_k, later_v = tensors(10, 7, 2)
+    leaves = [q, k, v, *later_k, *later_v]
+    weight = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    results = []
+    for attend in (ttt_attention, dense_ttt_attention):
+        out = attend(q, k, v, later_k, later_v, runs)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, atol=3e-6, rtol=1e-5)
+    turned = ttt_attention(q, k, v, later_k, later_v, runs[::-1])
+    assert (turned - results[1][0]).abs().max() > 0.05  # control: the order of the runs is the order of the rows
+
+
+@pytest.mark.parametrize("later", [0, 3])
+@pytest.mark.parametrize("window", [None, 100])
+def test_products_in_bf16_are_near_fp32(later: int, window: int | None):
+    """Confident rows too: their log-sum-exp is large, and one 16-bit number would not hold it."""
+    runs = (Run(0, 0, 150), Run(200, 240, 400))
+    rough = [tensor.detach() * 2 for tensor in flat(tensors(400, 310, later, heads=6, dim=64))]
+    rough = [tensor.bfloat16().requires_grad_() for tensor in rough]
+    exact = [tensor.detach().float().requires_grad_() for tensor in rough]
+    weight = torch.randn(310, 6, 64, generator=torch.Generator().manual_seed(1))
+
+    def results(leaves, attend=ttt_attention):
+        q, k, v, *own = leaves
+        out = attend(q, k, v, own[:later], own[later:], runs, window)
+        return [out.float(), *torch.autograd.grad((out * weight).sum(), leaves)]
+
+    wanted = results(exact, dense_ttt_attention)
+    assert products.suits(rough[0]) and not products.suits(exact[0])
+    for found, right in zip(results(rough), wanted, strict=True):
+        assert error(found, right) < 0.02
+    coarse = [tensor.detach().requires_grad_() for tensor in rough]
+    original = products._beside
+    try:  # control: the second part of the log-sum-exp and of delta is left out
+        products._beside = lambda states, number=None: original(
+            states, None if number is None else number.bfloat16().float()
+        )
+        worse = results(coarse)
+    finally:
+        products._beside = original
+    assert error(worse[2], wanted[2]) > 1.3 * error(results(rough)[2], wanted[2])
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found.float() - wanted).norm() / wanted.norm()).item()
+
+
+def flat(parts) -> list[torch.Tensor]:
+    q, k, v, later_k, later_v = parts
+    return [q, k, v, *later_k, *later_v]
