@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fledge import provenance
 from fledge.bench.rows import open_results
-from fledge.decoding.records import TreeShape
 from fledge.decoding.tree_profile import TreeProfile, read_profile, write_profile
+from fledge.drafters.tree import TreeShape
 from fuzz.documents import NO_INT, NO_LIST, NO_NUMBER, NO_OBJECT, NO_SIZE, NO_TEXT, broken_fields, broken_text, encoded
 from fuzz.harness import Case, WrongValue
 from fuzz.stages import run_through
