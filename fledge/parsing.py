@@ -10,6 +10,7 @@ and that a file may be missing, unreadable, too large, not UTF-8 or nested too d
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,10 +81,10 @@ def convert(value: Any, kind: type[Record], where: str, *, hint: str = "") -> Re
 
 
 def read_bytes(path: Path, *, hint: str = "", largest: int = LARGEST_DOCUMENT) -> bytes:
-    """A whole file of at most `largest` bytes."""
+    """A whole file of at most `largest` bytes. `read` reserves what it is asked for, so that is the file's size."""
     try:
         with open(path, "rb") as file:
-            content = file.read(largest + 1)
+            content = file.read(min(os.fstat(file.fileno()).st_size, largest) + 1)
     except FileNotFoundError:
         raise UserError(_sentence(str(path), "no such file", hint)) from None
     except OSError as error:
