@@ -33,7 +33,7 @@ def read_yaml(path: Path, kind: type[Record], *, hint: str = "", largest: int = 
     """The YAML document of a file as a `kind`; an empty file is an empty mapping."""
     content = decode_text(read_bytes(path, hint=hint, largest=largest), str(path), hint=hint)
     try:
-        value = yaml.safe_load(content)
+        value = yaml.load(content, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-01
         raise UserError(_sentence(str(path), f"not valid YAML ({_one_line(error)})", hint)) from None
     return convert({} if value is None else value, kind, str(path), hint=hint)
@@ -103,6 +103,18 @@ def decode_text(content: bytes, where: str, *, hint: str = "") -> str:
         raise UserError(
             _sentence(f"{where}:{line}", f"not UTF-8 (byte {error.start} is 0x{content[error.start]:02x})", hint)
         ) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and no key twice in a mapping: YAML's own reader takes the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def _line_of(content: bytes, error: Exception, where: str) -> str:

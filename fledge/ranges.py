@@ -22,6 +22,7 @@ LARGEST = 2**53  # what JSON and floats hold exactly; no count of ours comes nea
 Count = Annotated[int, Meta(ge=1, le=LARGEST)]
 Natural = Annotated[int, Meta(ge=0, le=LARGEST)]
 Whole = Annotated[int, Meta(ge=-LARGEST, le=LARGEST)]
+TreeNodes = Annotated[int, Meta(ge=2, le=LARGEST)]  # the root and something to verify
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # numpy takes no more
 Port = Annotated[int, Meta(ge=1, le=65_535)]
 Positive = Annotated[float, Meta(gt=0)]

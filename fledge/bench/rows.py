@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ MODEL_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+FINGERPRINT = re.compile("[0-9a-f]{12}")
 KEY_FIELDS = ("dataset", "question_id", "question_sha", "repeat", "side", "concurrency")  # the last two: servers only
 
 
@@ -149,15 +151,22 @@ def read_rows(path: Path) -> list[Row]:
             continue
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate could not be written back
         except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and isinstance(row.get("dataset"), str):
+        if isinstance(row, dict) and _is_whole(row):
             rows.append(row)
         else:
             torn += 1
     if torn:
         warn(f"{path}: {torn} unreadable line(s), torn by an interrupted run, were dropped; they are measured again.")
     return rows
+
+
+def _is_whole(row: Row) -> bool:
+    """Whether a line is a row of a benchmark. Its fingerprint names a file: 12 hex digits, and nothing else."""
+    mark = row.get("fingerprint")
+    return isinstance(row.get("dataset"), str) and isinstance(mark, str) and bool(FINGERPRINT.fullmatch(mark))
 
 
 def _rewrite(path: Path, rows: list[Row]) -> None:

@@ -28,6 +28,7 @@ from fledge.data.image_urls import allow_image_urls
 from fledge.data.rejects import Reject, Rejects
 from fledge.data.sampling import ExtraSampling, TemperatureMixture, describe, read_generation_config, resolve_extra
 from fledge.errors import UserError
+from fledge.http_client import base_url
 from fledge.outputs import check, is_own
 from fledge.parsing import read_json
 from fledge.regeneration.args import AnswerArgs, PromptArgs, RegenerateArgs
@@ -53,6 +54,8 @@ async def _regenerate(args: RegenerateArgs) -> None:
     allow_image_urls(args.prompts.allow_image_urls)
     check(args.output_dir, ANSWERS, overwrite=args.overwrite)
     _check_answers(args.answers, args.prompts.samples_per_prompt)
+    for endpoint in args.engines.endpoints:
+        base_url(endpoint)
     input_rejects = Rejects(max_share=args.prompts.max_reject_share)
     total, digest = _count(args.prompts, input_rejects)
     if _all_there(args, total, digest):

@@ -1,5 +1,6 @@
 """summary.json of a benchmark, checked as far as it is read again: by model cards, comparisons and redrawn reports."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,33 +9,44 @@ import msgspec
 from fledge.parsing import convert, read_python_json
 from fledge.ranges import Natural
 
+MOST = sys.float_info.max  # so infinity is none, as NaN is
+Real = Annotated[float, msgspec.Meta(ge=-MOST, le=MOST)]
+Figure = Annotated[float, msgspec.Meta(ge=0, le=MOST)]
 HINT = "Run the benchmark's command again to rewrite it."
 
 
 class Interval(msgspec.Struct):
     """A figure, and where it may lie; None where one question allows no interval."""
 
-    value: float
-    low: float | None = None
-    high: float | None = None
+    value: Real
+    low: Real | None = None
+    high: Real | None = None
+
+
+class Ratio(msgspec.Struct):
+    """How many times as fast, and where that may lie."""
+
+    value: Figure
+    low: Figure | None = None
+    high: Figure | None = None
 
 
 class Acceptance(msgspec.Struct):
-    tau: float | None = None
-    tau_macro: float | None = None
-    by_position: list[float | None] | None = None
+    tau: Figure | None = None
+    tau_macro: Figure | None = None
+    by_position: list[Figure | None] | None = None
 
 
 class Side(msgspec.Struct):
-    tokens_per_s: float | None
-    ttft_s_median: float | None = None
+    tokens_per_s: Figure | None
+    ttft_s_median: Figure | None = None
 
 
 class Quality(msgspec.Struct):
     compared: Natural = 0
     identical: Natural = 0
     unexplained: Natural | None = None
-    score: dict[str, float | None] | None = None
+    score: dict[str, Real | None] | None = None
     log_likelihood_difference: Interval | None = None
 
 
@@ -42,7 +54,7 @@ class Figures(msgspec.Struct):
     """One data set."""
 
     questions: Natural = 0
-    speedup: Interval | None = None
+    speedup: Ratio | None = None
     acceptance: Acceptance | None = None
     quality: Quality | None = None
     baseline: Side | None = None
