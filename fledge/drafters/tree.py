@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fledge.errors import UserError
+from fledge.ranges import TreeNodes
 
 # B sequences, N tree nodes, C candidates
 
@@ -29,8 +30,8 @@ from fledge.errors import UserError
 class TreeShape:
     """The draft tree of every round. top_k = 1 drafts a chain of min(depth + 1, total_token - 1) tokens."""
 
-    total_token: int = 60
-    """nodes verified per round, the root (last round's bonus token) included"""
+    total_token: TreeNodes = 60
+    """nodes verified per round, the root (last round's bonus token) included; 1, of a round, drafts nothing"""
     depth: int = 5
     """draft rounds after the first level: depth + 1 levels, at most depth + 2 tokens per round"""
     top_k: int = 10

@@ -1,52 +1,48 @@
 """summary.json of a benchmark, checked as far as it is read again: by model cards, comparisons and redrawn reports."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
 from fledge.parsing import convert, read_python_json
-from fledge.ranges import Natural
+from fledge.ranges import Finite, Natural, NotNegative
 
-MOST = sys.float_info.max  # so infinity is none, as NaN is
-Real = Annotated[float, msgspec.Meta(ge=-MOST, le=MOST)]
-Figure = Annotated[float, msgspec.Meta(ge=0, le=MOST)]
 HINT = "Run the benchmark's command again to rewrite it."
 
 
 class Interval(msgspec.Struct):
     """A figure, and where it may lie; None where one question allows no interval."""
 
-    value: Real
-    low: Real | None = None
-    high: Real | None = None
+    value: Finite
+    low: Finite | None = None
+    high: Finite | None = None
 
 
 class Ratio(msgspec.Struct):
     """How many times as fast, and where that may lie."""
 
-    value: Figure
-    low: Figure | None = None
-    high: Figure | None = None
+    value: NotNegative
+    low: NotNegative | None = None
+    high: NotNegative | None = None
 
 
 class Acceptance(msgspec.Struct):
-    tau: Figure | None = None
-    tau_macro: Figure | None = None
-    by_position: list[Figure | None] | None = None
+    tau: NotNegative | None = None
+    tau_macro: NotNegative | None = None
+    by_position: list[NotNegative | None] | None = None
 
 
 class Side(msgspec.Struct):
-    tokens_per_s: Figure | None
-    ttft_s_median: Figure | None = None
+    tokens_per_s: NotNegative | None
+    ttft_s_median: NotNegative | None = None
 
 
 class Quality(msgspec.Struct):
     compared: Natural = 0
     identical: Natural = 0
     unexplained: Natural | None = None
-    score: dict[str, Real | None] | None = None
+    score: dict[str, Finite | None] | None = None
     log_likelihood_difference: Interval | None = None
 
 
