@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fledge.errors import UserError
-from fledge.ranges import TreeNodes
+from fledge.ranges import Count, Natural, TreeNodes
 
 # B sequences, N tree nodes, C candidates
 
@@ -32,9 +32,9 @@ class TreeShape:
 
     total_token: TreeNodes = 60
     """nodes verified per round, the root (last round's bonus token) included; 1, of a round, drafts nothing"""
-    depth: int = 5
+    depth: Natural = 5
     """draft rounds after the first level: depth + 1 levels, at most depth + 2 tokens per round"""
-    top_k: int = 10
+    top_k: Count = 10
     """children per node, and nodes expanded per level"""
 
     def __post_init__(self) -> None:
