@@ -62,6 +62,7 @@ def test_yaml(tmp_path):
         b"rows: !!python/object:os.system x": "not valid YAML",
         b"[" * 5000: "not valid YAML",
         b"- 1": "Expected `object`",
+        b"rows: 1\nname: x\nrows: 2": "the key 'rows' is given twice.*line 3",
         b"": "missing required field",
     }.items():
         path.write_bytes(content)
@@ -79,6 +80,12 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "large.json").write_bytes(b" " * 2_000_000)
     with pytest.raises(UserError, match="larger than the 1 MiB"):
         read_json(tmp_path / "large.json", Report, largest=1 << 20)
+
+
+def test_no_more_is_reserved_than_a_file_holds(tmp_path):
+    """`read` reserves what it is asked for: a file of a few bytes once took gigabytes where much is allowed."""
+    (tmp_path / "small.json").write_text('{"rows": 3}')
+    assert read_json(tmp_path / "small.json", Report, largest=1 << 62) == Report(3)
 
 
 def test_convert_names_the_field():

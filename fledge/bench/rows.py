@@ -52,11 +52,15 @@ def code_fingerprint() -> str:
 
     root = Path(fledge.__file__).parent
     digest = hashlib.sha256()
-    for stage in ("target", "draft", "decoding"):
-        for path in sorted((root / stage).glob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
-    digest.update((root / "bench" / "measure.py").read_bytes())
+    for path in measured_files(root):
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def measured_files(root: Path) -> list[Path]:
+    """Where the package decides what is decoded and how fast."""
+    found = [path for stage in ("target", "drafters", "decoding") for path in sorted((root / stage).rglob("*.py"))]
+    return [*found, root / "bench" / "measure.py"]
 
 
 def folder_fingerprint(name_or_path: str) -> str:
