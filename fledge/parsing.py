@@ -21,6 +21,7 @@ import yaml
 from fledge.errors import UserError
 
 Record = TypeVar("Record")
+PIECE = 1 << 20
 LARGEST_DOCUMENT = 256 << 20  # bytes; what fledge writes itself stays far below
 
 
@@ -81,10 +82,12 @@ def convert(value: Any, kind: type[Record], where: str, *, hint: str = "") -> Re
 
 
 def read_bytes(path: Path, *, hint: str = "", largest: int = LARGEST_DOCUMENT) -> bytes:
-    """A whole file of at most `largest` bytes. `read` reserves what it is asked for, so that is the file's size."""
+    """A whole file of at most `largest` bytes. `read` reserves what it is asked for: the file's size first."""
     try:
         with open(path, "rb") as file:
             content = file.read(min(os.fstat(file.fileno()).st_size, largest) + 1)
+            while len(content) <= largest and (more := file.read(PIECE)):  # a pipe says no size
+                content += more
     except FileNotFoundError:
         raise UserError(_sentence(str(path), "no such file", hint)) from None
     except OSError as error:
