@@ -22,18 +22,32 @@ OVERWRITE = (
     "Replace what lies in the output folder under names that this command writes, though it did not write them. "
     "Without it such a folder is refused."
 )
+FREE_TEXT = {"prompt", "system", "system_prompt", "gpus"}  # flags whose value may be empty; --gpus "": none
 Overwrite = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=OVERWRITE)]
 
 
 def parse(args_class: type[Args], argv: Sequence[str], *, prog: str, description: str) -> Args:
     """Flags (and `--config recipe.yaml`) to an instance of `args_class`. Nested dataclasses group the help."""
     flags = _with_recipe(list(argv), field_names(args_class))
+    refuse_empty(flags)
     args = tyro.cli(
         args_class, args=flags, prog=prog, description=description,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
     )  # fmt: skip
     check_ranges(args)
     return args
+
+
+def refuse_empty(words: Sequence[str]) -> None:
+    """Refuse an empty value, mostly a shell variable that is not set: an empty path would be the current folder."""
+    flag = ""
+    for word in words:
+        value = word
+        if word.startswith("--"):
+            flag, has_value, value = word.partition("=")
+            value = value if has_value else flag
+        if not value.strip() and flag.lstrip("-").replace("-", "_") not in FREE_TEXT:
+            raise UserError(f"{flag or 'the first argument'} is empty. Give a value, or leave it out.")
 
 
 def field_names(args_class: type) -> list[str]:
@@ -48,10 +62,15 @@ def field_names(args_class: type) -> list[str]:
 def read_recipe(path: Path, known: Sequence[str]) -> Recipe:
     """A flat recipe file; unknown keys are errors."""
     recipe = read_yaml(path, Recipe, hint="A recipe is a mapping of flag names to values.")
-    for key in recipe:
-        if key.replace("-", "_") not in known:
+    found: Recipe = {}
+    for key, value in recipe.items():
+        name = key.replace("-", "_")
+        if name not in known:
             raise UserError(f"{path}: unknown key {key!r}{nearest(key, known)}.")
-    return {key.replace("-", "_"): value for key, value in recipe.items()}
+        if name in found:
+            raise UserError(f"{path}: {key!r} is given twice, with - and with _. Remove one.")
+        found[name] = value
+    return found
 
 
 def recipe_flags(recipe: Recipe) -> list[str]:

@@ -10,6 +10,7 @@ and that a file may be missing, unreadable, too large, not UTF-8 or nested too d
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ import yaml
 from fledge.errors import UserError
 
 Record = TypeVar("Record")
+PIECE = 1 << 20
 LARGEST_DOCUMENT = 256 << 20  # bytes; what fledge writes itself stays far below
 
 
@@ -32,7 +34,7 @@ def read_yaml(path: Path, kind: type[Record], *, hint: str = "", largest: int = 
     """The YAML document of a file as a `kind`; an empty file is an empty mapping."""
     content = decode_text(read_bytes(path, hint=hint, largest=largest), str(path), hint=hint)
     try:
-        value = yaml.safe_load(content)
+        value = yaml.load(content, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-01
         raise UserError(_sentence(str(path), f"not valid YAML ({_one_line(error)})", hint)) from None
     return convert({} if value is None else value, kind, str(path), hint=hint)
@@ -80,10 +82,12 @@ def convert(value: Any, kind: type[Record], where: str, *, hint: str = "") -> Re
 
 
 def read_bytes(path: Path, *, hint: str = "", largest: int = LARGEST_DOCUMENT) -> bytes:
-    """A whole file of at most `largest` bytes."""
+    """A whole file of at most `largest` bytes. `read` reserves what it is asked for: the file's size first."""
     try:
         with open(path, "rb") as file:
-            content = file.read(largest + 1)
+            content = file.read(min(os.fstat(file.fileno()).st_size, largest) + 1)
+            while len(content) <= largest and (more := file.read(PIECE)):  # a pipe says no size
+                content += more
     except FileNotFoundError:
         raise UserError(_sentence(str(path), "no such file", hint)) from None
     except OSError as error:
@@ -102,6 +106,18 @@ def decode_text(content: bytes, where: str, *, hint: str = "") -> str:
         raise UserError(
             _sentence(f"{where}:{line}", f"not UTF-8 (byte {error.start} is 0x{content[error.start]:02x})", hint)
         ) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and no key twice in a mapping: YAML's own reader takes the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def _line_of(content: bytes, error: Exception, where: str) -> str:

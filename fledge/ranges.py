@@ -10,6 +10,7 @@ A float is always finite: NaN compares with nothing, so it would pass every chec
 import dataclasses
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -18,14 +19,17 @@ from msgspec import Meta
 from fledge.errors import UserError
 
 LARGEST = 2**53  # what JSON and floats hold exactly; no count of ours comes near
+LARGEST_FLOAT = sys.float_info.max  # infinity is above it
 
 Count = Annotated[int, Meta(ge=1, le=LARGEST)]
 Natural = Annotated[int, Meta(ge=0, le=LARGEST)]
 Whole = Annotated[int, Meta(ge=-LARGEST, le=LARGEST)]
+TreeNodes = Annotated[int, Meta(ge=2, le=LARGEST)]  # the root and something to verify
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # numpy takes no more
 Port = Annotated[int, Meta(ge=1, le=65_535)]
-Positive = Annotated[float, Meta(gt=0)]
-NotNegative = Annotated[float, Meta(ge=0)]
+Finite = Annotated[float, Meta(ge=-LARGEST_FLOAT, le=LARGEST_FLOAT)]
+Positive = Annotated[float, Meta(gt=0, le=LARGEST_FLOAT)]
+NotNegative = Annotated[float, Meta(ge=0, le=LARGEST_FLOAT)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 PositiveShare = Annotated[float, Meta(gt=0, le=1)]
 PartialShare = Annotated[float, Meta(ge=0, lt=1)]
@@ -96,5 +100,5 @@ def _inside(value: float, range_: Meta) -> bool:
 
 def _described(range_: Meta, value: float) -> str:
     """above 0 and at most 1; what only keeps a number exact is left out where it is kept."""
-    kept = math.isfinite(value) and abs(value) <= LARGEST
-    return " and ".join(f"{word} {limit}" for _, word, limit in _limits(range_) if abs(limit) < LARGEST or not kept)
+    longest = LARGEST if math.isfinite(value) and abs(value) <= LARGEST else LARGEST_FLOAT
+    return " and ".join(f"{word} {limit}" for _, word, limit in _limits(range_) if abs(limit) < longest)

@@ -46,7 +46,7 @@ def keep_secret(value: str | None) -> None:
 
 
 def redact(text: str) -> str:
-    """The text with `***` in the place of every secret."""
+    """The text with `***` in the place of every secret, and of what is not UTF-8 (in a path) its code."""
     of_environment = {
         value for name, value in os.environ.items() if len(value) >= SHORTEST and _VARIABLE.search(name)
     }  # fmt: skip
@@ -54,7 +54,7 @@ def redact(text: str) -> str:
         text = text.replace(secret, MASK)
     for place, replacement in _PLACES:
         text = place.sub(replacement, text)
-    return text
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def redacted(value: Any) -> Any:

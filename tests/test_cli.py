@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from fledge import cli
 from fledge.cli import Command, one_line, run_command
+from fledge.config import refuse_empty
 from fledge.errors import UserError
 from fledge.train.arguments import TrainArgs, parse_args
 
@@ -81,6 +82,7 @@ BROKEN_RECIPES = {
     b"- ttt_steps": "a recipe is a mapping|Expected `object`",
     b"ttt_steps: 2026-01-01": "ttt_steps|Expected",
     b"ttt_steps: [[1]]": "Expected",
+    b"draft_type: eagle3\ndraft-type: eagle3": "given twice, with - and with _",
 }
 
 
@@ -94,6 +96,44 @@ def test_a_broken_recipe_is_one_line(name, content, tmp_path, capfd):
     assert error.startswith(f"error: {tmp_path}/r.yaml") and re.search(
         BROKEN_RECIPES[content], error.replace("\n", " ")
     )
+
+
+EMPTY = {
+    "train": ["--output_dir", "", "--train_data_path", "a"],
+    "export": ["head", "--to", "vllm", "--output-dir", ""],
+    "bench": ["--target=", "--draft", "d"],
+    "inspect": [" "],
+    "extract": ["--model-name", "m", "--dataset-path", "a", "", "--output-dir", "out"],
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_an_empty_value_is_refused(name, tmp_path, monkeypatch, capfd):
+    """`--output_dir "$UNSET"` once wrote into the current folder."""
+    monkeypatch.chdir(tmp_path)
+    assert run_command(name, EMPTY[name]) == 2
+    assert "is empty. Give a value" in capfd.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_some_values_may_be_empty():
+    refuse_empty(["--prompt", "", "--system=", "--gpus", "", "--output-dir", "out", "--private"])
+
+
+ADDRESSES = {
+    "train": ["--output_dir", "out", "--server"],
+    "extract": ["--model-name", "m", "--dataset-path", "a", "--output-dir", "out", "--server"],
+    "regenerate": ["--data-name-or-path", "a", "--output-dir", "out", "--endpoints"],
+    "bench": ["--target", "t", "--mode", "baseline", "--backend", "server", "--eagle-url"],
+}
+
+
+@pytest.mark.parametrize("url", ["ftp://host", "host:99999", "http://[::1"])
+@pytest.mark.parametrize("name", ADDRESSES)
+def test_addresses_are_looked_at_before_anything_else(name, url, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert run_command(name, [*ADDRESSES[name], url]) in (1, 2)
+    assert f"{url!r} is no address of a server" in " ".join(capfd.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
 
 
 def reported(word: str, tmp_path) -> list[str]:

@@ -1,6 +1,9 @@
 """Documents from outside: a typed record, or one line that names the place."""
 
+import contextlib
 import math
+import os
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,6 +65,7 @@ def test_yaml(tmp_path):
         b"rows: !!python/object:os.system x": "not valid YAML",
         b"[" * 5000: "not valid YAML",
         b"- 1": "Expected `object`",
+        b"rows: 1\nname: x\nrows: 2": "the key 'rows' is given twice.*line 3",
         b"": "missing required field",
     }.items():
         path.write_bytes(content)
@@ -79,6 +83,31 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "large.json").write_bytes(b" " * 2_000_000)
     with pytest.raises(UserError, match="larger than the 1 MiB"):
         read_json(tmp_path / "large.json", Report, largest=1 << 20)
+
+
+def test_no_more_is_reserved_than_a_file_holds(tmp_path):
+    """`read` reserves what it is asked for: a file of a few bytes once took gigabytes where much is allowed."""
+    (tmp_path / "small.json").write_text('{"rows": 3}')
+    assert read_json(tmp_path / "small.json", Report, largest=1 << 62) == Report(3)
+
+
+def test_a_pipe_is_read_to_its_end_or_limit():
+    for size, sound in ((3 << 20, True), (5 << 20, False)):
+        reading, writing = os.pipe()
+        content = b'{"rows": 3, "name": "' + b"x" * size + b'"}'
+        threading.Thread(target=_pour, args=(writing, content), daemon=True).start()
+        path = Path(f"/dev/fd/{reading}")
+        if sound:
+            assert len(read_json(path, Report, largest=4 << 20).name) == size
+        else:
+            with pytest.raises(UserError, match="larger than the 4 MiB"):
+                read_json(path, Report, largest=4 << 20)
+        os.close(reading)
+
+
+def _pour(handle: int, content: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError), open(handle, "wb") as pipe:
+        pipe.write(content)
 
 
 def test_convert_names_the_field():

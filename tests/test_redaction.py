@@ -113,6 +113,18 @@ def test_every_writer_leaves_them_out(tmp_path, monkeypatch, capsys):
         assert secret not in path.read_text(errors="replace"), path
 
 
+def test_what_is_not_utf8_is_written_as_its_code(tmp_path, monkeypatch):
+    """A path of other bytes reaches Python as half surrogate pairs, which no file in UTF-8 can hold."""
+    monkeypatch.setattr("sys.argv", ["/bin/fledge", "train", "--output_dir", "o\udcff"])
+    provenance.write(tmp_path / "provenance.json", {"output_dir": "o\udcff"})
+    written = json.loads((tmp_path / "provenance.json").read_text(encoding="utf-8"))
+    assert written["config"]["output_dir"] == r"o\udcff" and r"o\udcff" in written["command"]
+    rejects = Rejects(tmp_path / "rejects.jsonl")
+    rejects.add("1", "broken", "nothing", "o\udcff.jsonl:1")
+    rejects.close()
+    assert r"o\udcff.jsonl:1" in (tmp_path / "rejects.jsonl").read_text(encoding="utf-8")
+
+
 def test_an_error_of_a_command_is_shown_without_them(capsys, tmp_path):
     url = "http://ann:hunter2-hunter2@127.0.0.1:9"
     status = cli.run_command("regenerate", ["--data-name-or-path", str(one_row(tmp_path)), "--output-dir",

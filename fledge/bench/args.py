@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from msgspec import Meta
 
 from fledge.bench.sandbox import Isolation, refuse_without_sandbox
 from fledge.config import Overwrite
 from fledge.data.image_urls import AllowImageUrls
 from fledge.errors import UserError
-from fledge.ranges import LARGEST, Count, Natural, NotNegative, PositiveShare, Seed, check_ranges
+from fledge.http_client import base_url
+from fledge.ranges import Count, Natural, NotNegative, PositiveShare, Seed, TreeNodes, check_ranges
 
-TreeNodes = Annotated[int, Meta(ge=2, le=LARGEST)]  # the root and something to verify
 Mode = Literal["both", "eagle", "baseline", "aa"]
 SIDES: dict[str, tuple[str, ...]] = {
     "both": ("baseline", "eagle"),
@@ -209,6 +208,9 @@ class BenchArgs:
             raise UserError(f"{flag} is about decoding in this process; a server decodes its own way. Drop {flag}.")
         if not self.server.concurrency:
             raise UserError("--concurrency was given without a number; it needs at least one.")
+        for url in (self.server.baseline_url, self.server.eagle_url):
+            if url is not None:
+                base_url(url)
         self._check_run_code()
         total, group = self.workers.num_gpus_total, self.workers.num_gpus_per_model
         if total and total % group:

@@ -35,13 +35,13 @@ class QuestionRow(msgspec.Struct):
 
     turns: str | list[Any] | None = None
     prompt: Any = None
-    messages: list[Any] | None = None
-    conversations: list[Any] | None = None
+    messages: list[dict[str, Any]] | None = None
+    conversations: list[dict[str, Any]] | None = None
     system: str | None = None
     question_id: str | int | None = None
     id: str | int | None = None
     category: str | int | None = None
-    reference: str | list[Any] | None = None
+    reference: str | list[str | int | float] | None = None
     code_check: CodeCheck | None = None
 
 
@@ -136,9 +136,7 @@ def _turns(row: dict[str, Any]) -> tuple[str | None, list[Any]]:
         return row.get("system"), [row["prompt"]]
     messages = row.get("messages") or row.get("conversations") or []
     said = [
-        (message.get("role", message.get("from")), message.get("content", message.get("value")))
-        for message in messages
-        if isinstance(message, dict)
+        (message.get("role", message.get("from")), message.get("content", message.get("value"))) for message in messages
     ]
     system = next((text for role, text in said if role == "system"), None)
     return system, [text for role, text in said if role in ("user", "human")]
@@ -151,9 +149,9 @@ def _checked(message: dict[str, Any], folder: Path | None) -> Turn:
         return content if content.strip() else ""
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         return ""
-    unknown = next((part.get("type") for part in content if part.get("type") not in ("text", *IMAGE_TYPES)), None)
-    if unknown is not None:
-        raise Reject("unknown part", f"a part has type {unknown!r}; text and image are known")
+    unknown = [part for part in content if part.get("type") not in ("text", *IMAGE_TYPES)]
+    if unknown:
+        raise Reject("unknown part", f"a part has type {unknown[0].get('type')!r}; text and image are known")
     if all(part["type"] == "text" for part in content):
         return "".join(str(part.get("text") or "") for part in content).strip()
     return anchored(message, folder)["content"] if folder is not None else content

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ MODEL_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+FINGERPRINT = re.compile("[0-9a-f]{12}")
 KEY_FIELDS = ("dataset", "question_id", "question_sha", "repeat", "side", "concurrency")  # the last two: servers only
 
 
@@ -50,11 +52,15 @@ def code_fingerprint() -> str:
 
     root = Path(fledge.__file__).parent
     digest = hashlib.sha256()
-    for stage in ("target", "draft", "decoding"):
-        for path in sorted((root / stage).glob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
-    digest.update((root / "bench" / "measure.py").read_bytes())
+    for path in measured_files(root):
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def measured_files(root: Path) -> list[Path]:
+    """Where the package decides what is decoded and how fast."""
+    found = [path for stage in ("target", "drafters", "decoding") for path in sorted((root / stage).rglob("*.py"))]
+    return [*found, root / "bench" / "measure.py"]
 
 
 def folder_fingerprint(name_or_path: str) -> str:
@@ -149,15 +155,22 @@ def read_rows(path: Path) -> list[Row]:
             continue
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate could not be written back
         except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and isinstance(row.get("dataset"), str):
+        if isinstance(row, dict) and _is_whole(row):
             rows.append(row)
         else:
             torn += 1
     if torn:
         warn(f"{path}: {torn} unreadable line(s), torn by an interrupted run, were dropped; they are measured again.")
     return rows
+
+
+def _is_whole(row: Row) -> bool:
+    """Whether a line is a row of a benchmark. Its fingerprint becomes part of a file's name: hex digits only."""
+    mark = row.get("fingerprint", "0" * 12)
+    return isinstance(row.get("dataset"), str) and isinstance(mark, str) and bool(FINGERPRINT.fullmatch(mark))
 
 
 def _rewrite(path: Path, rows: list[Row]) -> None:

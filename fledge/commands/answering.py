@@ -11,7 +11,7 @@ from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.records import Generation, Sampling
 from fledge.errors import UserError
 from fledge.escaping import printable
-from fledge.ranges import Count, Natural, NotNegative, PositiveShare, Seed
+from fledge.ranges import Count, Natural, NotNegative, PositiveShare, Seed, TreeNodes
 
 GREEN, NORMAL = "\033[32m", "\033[0m"
 READ_BYTES = 256 << 20  # read once to learn the memory's speed
@@ -21,7 +21,7 @@ READ_BYTES = 256 << 20  # read once to learn the memory's speed
 class TreeArgs:
     """The draft tree of every round."""
 
-    total_token: Count = 60
+    total_token: TreeNodes = 60
     """Tree nodes the target checks per round, root included."""
     depth: Natural = 5
     """Draft rounds after the first level of the tree."""

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,8 +27,11 @@ from fledge.console import Bar, progress, say, warn
 from fledge.data.conversations import ANSWER_MARK, Conversation, read_conversations
 from fledge.data.image_urls import allow_image_urls
 from fledge.data.rejects import Reject, Rejects
+from fledge.data.rows import is_local
 from fledge.data.sampling import ExtraSampling, TemperatureMixture, describe, read_generation_config, resolve_extra
+from fledge.data.sealed import verify_sealed
 from fledge.errors import UserError
+from fledge.http_client import base_url
 from fledge.outputs import check, is_own
 from fledge.parsing import read_json
 from fledge.regeneration.args import AnswerArgs, PromptArgs, RegenerateArgs
@@ -53,6 +57,8 @@ async def _regenerate(args: RegenerateArgs) -> None:
     allow_image_urls(args.prompts.allow_image_urls)
     check(args.output_dir, ANSWERS, overwrite=args.overwrite)
     _check_answers(args.answers, args.prompts.samples_per_prompt)
+    for endpoint in args.engines.endpoints:
+        base_url(endpoint)
     input_rejects = Rejects(max_share=args.prompts.max_reject_share)
     total, digest = _count(args.prompts, input_rejects)
     if _all_there(args, total, digest):
@@ -115,6 +121,8 @@ class _Manifest(msgspec.Struct):
 def _count(prompts: PromptArgs, rejects: Rejects) -> tuple[int, str]:
     """How many rows there will be, and a digest of what they ask: reads everything once, before hours of work."""
     digest, total = hashlib.sha256(), 0
+    if is_local(prompts.data_name_or_path):
+        verify_sealed(Path(prompts.data_name_or_path).expanduser())
     for conversation in _read(prompts, rejects):
         total += prompts.samples_per_prompt
         digest.update(f"{conversation.id}\0{prompt_digest(conversation).hex()}\n".encode())

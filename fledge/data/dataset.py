@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -80,6 +81,7 @@ class ReportFile(msgspec.Struct):
     """report.json, as far as it is read again."""
 
     report: Report
+    crc32: int | None = None  # of tokens and masks; folders made before it was recorded have none
 
 
 class TokenizedData(Sequence[Sample]):
@@ -99,7 +101,8 @@ class TokenizedData(Sequence[Sample]):
         if set(sizes) != {len(self._ids)} or not self._offsets[-1] == len(self._tokens) == len(self._mask):
             raise UserError(f"{folder}: the tokenised data is incomplete. {AGAIN}")
         self.indices = np.arange(len(self._ids)) if indices is None else indices
-        self.report = read_json(folder / "report.json", ReportFile, hint=AGAIN).report
+        self.facts = read_json(folder / "report.json", ReportFile, hint=AGAIN)
+        self.report = self.facts.report
         self._temporary: tempfile.TemporaryDirectory | None = None
 
     @classmethod
@@ -138,6 +141,7 @@ class TokenizedData(Sequence[Sample]):
             folder = _cache_root(cache_dir) / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         if (folder / "report.json").is_file():
             data = cls(folder, template)
+            data.check_content()
             say(f"{path_or_name}: tokenised before ({folder}): {data.report.line()}")
         else:
             listed = None if temporary else folder.with_name(folder.name + ".rejects.jsonl")
@@ -161,6 +165,11 @@ class TokenizedData(Sequence[Sample]):
             warn(f"{path_or_name}: no answer ends with a token at which the target stops ({stops}).")
         data._temporary = temporary
         return data
+
+    def check_content(self) -> None:
+        """Refuse tokens and masks that are no longer what was written; a second for 500 million tokens."""
+        if self.facts.crc32 not in (None, _crc32(self.folder)):
+            raise UserError(f"{self.folder}: the tokenised data was damaged. {AGAIN}")
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -264,7 +273,8 @@ def _build(
         report = _write_samples(
             building, conversations, rejects, template, max_length, min_supervised, num_proc, source
         )
-        write_json(building / "report.json", {"report": asdict(report), "settings": settings, "data": source})
+        facts = {"report": asdict(report), "crc32": _crc32(building), "settings": settings, "data": source}
+        write_json(building / "report.json", facts)
         if not report.samples:
             kinds = {**report.rejected, **report.dropped}
             raise UserError(
@@ -412,6 +422,15 @@ def _cache_root(cache_dir: str | Path) -> Path:
 def tokenizer_digest(template: ChatTemplate) -> str:
     """A digest of the tokenizer's whole definition."""
     return hashlib.blake2b(template.tokenizer.backend_tokenizer.to_str().encode(), digest_size=16).hexdigest()
+
+
+def _crc32(folder: Path) -> int:
+    crc = 0
+    for name in ("tokens.bin", "mask.bin"):
+        with open(folder / name, "rb") as file:
+            while block := file.read(1 << 24):
+                crc = zlib.crc32(block, crc)
+    return crc
 
 
 def _memory_map(path: Path, dtype: type) -> np.ndarray:

@@ -21,6 +21,7 @@ import tyro
 
 from fledge.data.rejects import Reject
 from fledge.http_client import Address, Limits, ServerError, get, is_public
+from fledge.parsing import read_bytes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -94,7 +95,7 @@ def read_image(source: str, *, may_connect: Callable[[Address], bool] = is_publi
             return _fetched(source, may_connect)
         path = Path(source.removeprefix("file://")).expanduser()
         if len(source) < LONGEST_PATH and path.is_file():
-            return path.read_bytes()
+            return read_bytes(path, largest=FETCH.body_bytes)
         if len(source) >= 64 and re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", source):
             return base64.b64decode(source)
     except (OSError, ValueError, RuntimeError, binascii.Error) as error:  # RuntimeError: ~user without a home

@@ -152,7 +152,7 @@ def _content(content: Any, role: str, index: int, says_more: bool) -> str | list
         return json_text(content)
     if isinstance(content, list):
         parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-        if not all(isinstance(part, dict) and "type" in part for part in parts):
+        if not all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in parts):
             raise Reject("unknown format", f"message {index} has content parts that are not objects with a type")
         if any(part["type"] != "text" for part in parts):
             return [_part(part) for part in parts]

@@ -49,7 +49,7 @@ class Rejects:
             return
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "w", encoding="utf-8")
+            self._file = open(self.path, "w", encoding="utf-8", errors="backslashreplace")
         line = {"id": id, "where": where, "reason": reason, "detail": detail}
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

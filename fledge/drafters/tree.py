@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fledge.errors import UserError
+from fledge.ranges import Count, Natural, TreeNodes
 
 # B sequences, N tree nodes, C candidates
 
@@ -29,11 +30,11 @@ from fledge.errors import UserError
 class TreeShape:
     """The draft tree of every round. top_k = 1 drafts a chain of min(depth + 1, total_token - 1) tokens."""
 
-    total_token: int = 60
-    """nodes verified per round, the root (last round's bonus token) included"""
-    depth: int = 5
+    total_token: TreeNodes = 60
+    """nodes verified per round, the root (last round's bonus token) included; 1, of a round, drafts nothing"""
+    depth: Natural = 5
     """draft rounds after the first level: depth + 1 levels, at most depth + 2 tokens per round"""
-    top_k: int = 10
+    top_k: Count = 10
     """children per node, and nodes expanded per level"""
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import msgspec
 
 from fledge.parsing import convert, read_python_json
-from fledge.ranges import Natural
+from fledge.ranges import Finite, Natural, NotNegative
 
 HINT = "Run the benchmark's command again to rewrite it."
 
@@ -14,27 +14,35 @@ HINT = "Run the benchmark's command again to rewrite it."
 class Interval(msgspec.Struct):
     """A figure, and where it may lie; None where one question allows no interval."""
 
-    value: float
-    low: float | None = None
-    high: float | None = None
+    value: Finite
+    low: Finite | None = None
+    high: Finite | None = None
+
+
+class Ratio(msgspec.Struct):
+    """How many times as fast, and where that may lie."""
+
+    value: NotNegative
+    low: NotNegative | None = None
+    high: NotNegative | None = None
 
 
 class Acceptance(msgspec.Struct):
-    tau: float | None = None
-    tau_macro: float | None = None
-    by_position: list[float | None] | None = None
+    tau: NotNegative | None = None
+    tau_macro: NotNegative | None = None
+    by_position: list[NotNegative | None] | None = None
 
 
 class Side(msgspec.Struct):
-    tokens_per_s: float | None
-    ttft_s_median: float | None = None
+    tokens_per_s: NotNegative | None
+    ttft_s_median: NotNegative | None = None
 
 
 class Quality(msgspec.Struct):
     compared: Natural = 0
     identical: Natural = 0
     unexplained: Natural | None = None
-    score: dict[str, float | None] | None = None
+    score: dict[str, Finite | None] | None = None
     log_likelihood_difference: Interval | None = None
 
 
@@ -42,7 +50,7 @@ class Figures(msgspec.Struct):
     """One data set."""
 
     questions: Natural = 0
-    speedup: Interval | None = None
+    speedup: Ratio | None = None
     acceptance: Acceptance | None = None
     quality: Quality | None = None
     baseline: Side | None = None

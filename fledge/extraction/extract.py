@@ -27,6 +27,7 @@ from fledge.data.image_urls import AllowImageUrls, allow_image_urls
 from fledge.data.tokenize import ChatTemplate, Sample
 from fledge.data.traces import UNTRACED_HELP, Untraced
 from fledge.errors import UserError
+from fledge.http_client import base_url
 from fledge.outputs import check
 from fledge.ranges import Count, Natural, Positive, Share
 from fledge.servers.hidden_states import EngineTarget
@@ -122,6 +123,8 @@ def extract(args: ExtractArgs) -> None:
     several GPUs under torchrun, or with --num-workers through Ray.
     """
     check(args.output_dir, STORE, overwrite=args.overwrite)
+    for server in args.server or ():
+        base_url(server)
     alone = args.num_workers <= 1
     manifest = extract_share(args, ranks_of_environment()) if alone else extract_with_workers(args)
     if manifest is None:

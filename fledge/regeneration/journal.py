@@ -216,10 +216,9 @@ class Journal:
     def _load(self) -> None:
         for path in sorted(self._inner.glob("*.sealed")):
             sealed = read_sealed(path)
-            number = sealed.first_row // self.shard_size
-            if (path.stem, sealed.file) != (f"{number:05d}", shard_name(number)) or sealed.input_rows != self._size(
-                number
-            ):
+            number, offset = divmod(sealed.first_row, self.shard_size)
+            names = (path.stem, sealed.file)
+            if offset or names != (f"{number:05d}", shard_name(number)) or sealed.input_rows != self._size(number):
                 raise UserError(f"{path}: its rows are not those of shard {path.stem}. Restore it, or delete it.")
             check_file(self.folder, sealed)
             self._sealed[number] = sealed

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -35,6 +36,7 @@ PROBE = Limits(total_s=5.0, body_bytes=1 << 20)
 CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
 CPU_CACHE_MOST_GIB = 16
 CPU_CORES = "VLLM_CPU_OMP_THREADS_BIND"
+GPU_NAME = re.compile(r"(GPU|MIG)-[\w/-]+$")
 FEW_CORES = 4  # of a server: too few to keep one for its scheduler, as vLLM does
 
 
@@ -47,7 +49,7 @@ class ServeArgs:
     tensor_parallel_size: Count = 1
     """GPUs per server."""
     gpus: str | None = None
-    """GPUs to use, as in CUDA_VISIBLE_DEVICES ("0,1,2,3"). None: all visible ones."""
+    """GPUs to use, as in CUDA_VISIBLE_DEVICES ("0,1,2,3"); "": none. None: all visible ones."""
     base_port: Port = 6000
     """Server i listens on base_port + i."""
     host: str = "127.0.0.1"
@@ -200,6 +202,8 @@ def speculative_config(draft: str, num_speculative_tokens: int) -> str:
 
 def visible_gpus(chosen: str | None) -> list[str]:
     """Names of the GPUs to use; [] on a machine without."""
+    if chosen:
+        return chosen_gpus(chosen)
     listed = chosen if chosen is not None else os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         return [name.strip() for name in listed.split(",") if name.strip() not in ("", "-1")]
@@ -207,6 +211,16 @@ def visible_gpus(chosen: str | None) -> list[str]:
         return []
     found = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
     return found.stdout.split() if found.returncode == 0 else []
+
+
+def chosen_gpus(text: str) -> list[str]:
+    """The GPUs of --gpus: numbers, or names as `nvidia-smi -L` shows them, each once."""
+    names = [name.strip() for name in text.split(",")]
+    if len(set(names)) < len(names) or not all(name.isdecimal() or GPU_NAME.match(name) for name in names):
+        raise UserError(
+            f'--gpus {text}: no list of different GPUs. Give numbers ("0,1,2,3") or names of nvidia-smi -L.'
+        )
+    return names
 
 
 @contextlib.contextmanager

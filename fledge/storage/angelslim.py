@@ -20,6 +20,7 @@ from fledge.target.record import TargetRecord
 # N tokens, A taps, H hidden
 
 NEEDED = ("input_ids", "loss_mask", "hidden_states", "target_hiddens")
+INTEGERS = (torch.int64, torch.int32)
 VOCAB_FILE = "vocab_mapping.pt"
 
 
@@ -37,15 +38,9 @@ class AngelSlimFolder(Sequence[TargetRecord]):
     def __getitem__(self, index):  # type: ignore[override]
         path, rows = self.files[index], slice(self.max_length)
         saved = _load(path)
-        length = saved["input_ids"].shape[-1]
-        taps, last = saved["hidden_states"], saved["target_hiddens"]
-        wanted = {"hidden_states": self.num_taps * self.hidden_size, "target_hiddens": self.hidden_size}
-        for name, width in wanted.items():
-            if tuple(saved[name].shape) != (1, length, width):
-                raise UserError(
-                    f"{path}: {name} is {tuple(saved[name].shape)}, needed is (1, {length}, {width}) for this target. "
-                    f"Give the target and --tap_layers the states were made with."
-                )
+        length = saved["input_ids"].numel()
+        taps = _states(saved, "hidden_states", length, self.num_taps * self.hidden_size, path)
+        last = _states(saved, "target_hiddens", length, self.hidden_size, path)
         return TargetRecord(
             sample_id=self.ids[index],
             input_ids=saved["input_ids"].reshape(-1)[rows].long(),
@@ -60,13 +55,13 @@ class AngelSlimFolder(Sequence[TargetRecord]):
         total = torch.zeros(vocab_size, dtype=torch.int64)
         for index in indices:
             saved = _load(self.files[int(index)])
-            ids = saved["input_ids"].reshape(-1)[saved["loss_mask"].reshape(-1).bool()].long()
-            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            ids, mask = saved["input_ids"].reshape(-1).long(), saved["loss_mask"].reshape(-1).bool()
+            if int(ids.max()) >= vocab_size:
                 raise UserError(
                     f"{self.files[int(index)]}: token id {int(ids.max())} is outside the target's vocabulary of "
                     f"{vocab_size}. Give the target the states were made with."
                 )
-            total += torch.bincount(ids, minlength=vocab_size)
+            total += torch.bincount(ids[mask], minlength=vocab_size)
         return total
 
 
@@ -82,19 +77,51 @@ def read_vocab_mapping(folder: Path, vocab_size: int) -> Tensor | None:
     saved = _torch_load(path)
     if not isinstance(saved, dict) or not all(isinstance(saved.get(name), Tensor) for name in ("d2t", "t2d")):
         raise UserError(f"{path}: expected tensors d2t and t2d. Delete it to have the vocabulary counted again.")
-    d2t, t2d = saved["d2t"].long(), saved["t2d"].bool()
+    d2t, t2d = saved["d2t"], saved["t2d"]
     check_vocab(d2t, t2d, str(path))
     if len(t2d) != vocab_size:
         raise UserError(f"{path}: made for a vocabulary of {len(t2d)}, the target has {vocab_size}. Delete the file.")
-    return d2t + torch.arange(len(d2t))
+    return d2t.long() + torch.arange(len(d2t))
 
 
 def _load(path: Path) -> dict[str, Tensor]:
+    """A file whose tokens, mask and positions are sound; its states are looked at where they are read."""
     saved = _torch_load(path)
     missing = [name for name in NEEDED if not isinstance(saved, dict) or not isinstance(saved.get(name), Tensor)]
     if missing:
         raise UserError(f"{path}: no tensor {', '.join(missing)} in it; needed are {', '.join(NEEDED)}. Make it again.")
+    if fault := _fault_of_tokens(saved["input_ids"], saved["loss_mask"], saved.get("position_ids")):
+        raise UserError(f"{path}: {fault}. Make it again.")
     return saved
+
+
+def _fault_of_tokens(ids: Tensor, mask: Tensor, positions: Any) -> str:
+    """What is wrong with the tokens of a sample; nothing when they are sound."""
+    length = ids.numel()
+    if ids.dtype not in INTEGERS or not length or ids.shape[-1:] != (length,) or int(ids.min()) < 0:
+        return f"input_ids is {ids.dtype} {tuple(ids.shape)}; needed are token ids (1, N), at least one"
+    if mask.numel() != length or mask.is_complex() or not bool(((mask == 0) | (mask == 1)).all()):
+        return f"loss_mask is {mask.dtype} {tuple(mask.shape)}; needed are {length} values, each 0 or 1"
+    if positions is None:
+        return ""
+    if not isinstance(positions, Tensor):
+        return f"position_ids is of type {type(positions).__name__}, needed is a tensor"
+    if positions.dtype not in INTEGERS or positions.shape[-1:] != (length,) or int(positions.min()) < 0:
+        return f"position_ids is {positions.dtype} {tuple(positions.shape)}; needed are positions (.., {length})"
+    return ""
+
+
+def _states(saved: dict[str, Tensor], name: str, length: int, width: int, path: Path) -> Tensor:
+    """States of the right shape, all finite: one NaN would stop a run after hours."""
+    states = saved[name]
+    if tuple(states.shape) != (1, length, width):
+        raise UserError(
+            f"{path}: {name} is {tuple(states.shape)}, needed is (1, {length}, {width}) for this target. Give the "
+            f"target and --tap_layers the states were made with."
+        )
+    if not states.is_floating_point() or not bool(states.isfinite().all()):
+        raise UserError(f"{path}: {name} is {states.dtype}; needed are finite real numbers. Make the file again.")
+    return states
 
 
 def _torch_load(path: Path) -> Any:

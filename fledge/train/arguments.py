@@ -14,12 +14,13 @@ from typing import Any, Literal
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from fledge.config import OVERWRITE, field_names, read_recipe
+from fledge.config import OVERWRITE, field_names, read_recipe, refuse_empty
 from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
 from fledge.data.image_urls import ALLOW_HELP
 from fledge.data.traces import UNTRACED_HELP, Untraced
 from fledge.drafters.loss import LossSettings
 from fledge.errors import UserError, nearest
+from fledge.http_client import base_url
 from fledge.ranges import (
     Count,
     Natural,
@@ -166,6 +167,10 @@ class TrainerArguments(TrainingArguments):
         "auto", "auto: continue the run in --output_dir when there is one. Or a checkpoint folder, or False."
     )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickled without the token: with --push_to_hub the library saves and uploads `training_args.bin`."""
+        return {**self.__dict__, "hub_token": None}
+
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -196,9 +201,12 @@ GROUPS = (DataArguments, DraftArguments, EvaluationArguments, TrainerArguments)
 def parse_args(_args_class: type, argv: Sequence[str], *, prog: str, description: str) -> TrainArgs:
     """Flags and `--config recipe.yaml` to TrainArgs."""
     known = [name for group in GROUPS for name in field_names(group)]
-    parser = HfArgumentParser(GROUPS, prog=prog, description=description)  # type: ignore[arg-type]
+    parser = HfArgumentParser(
+        GROUPS, prog=prog, description=description, allow_abbrev=False,  # type: ignore[arg-type]
+    )  # fmt: skip
     parser.add_argument("--config", help="Recipe: a YAML file of these flags; flags on the command line win.")
     words = _with_recipe(list(argv), known)
+    refuse_empty(words)
     try:
         parsed = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     except (ValueError, ImportError) as error:  # ImportError: what a flag asks for is not installed
@@ -212,6 +220,8 @@ def parse_args(_args_class: type, argv: Sequence[str], *, prog: str, description
     args = TrainArgs(data=data, draft=draft, evaluation=evaluation, trainer=trainer)
     check_ranges(args, separator="_")
     check_report_to(trainer)
+    for server in data.server:
+        base_url(server)
     if draft.step_decay is not None and draft.position_weights != "fixed":
         raise UserError(f"--step_decay {draft.step_decay} is of fixed weights: give --position_weights fixed with it.")
     if draft.sliding_window is not None and draft.sliding_window <= draft.ttt_steps:

@@ -1,6 +1,6 @@
 """Continuing a run: whose the folder is, which checkpoint is complete, and whether the run there is this one.
 
-A checkpoint is complete when its trainer_state.json, which the Trainer writes last, parses. A run that was killed
+A checkpoint is complete when its trainer_state.json, which the Trainer writes last, names a step. A run that was killed
 while saving leaves an incomplete one; it is passed over for the one before, and removed when the run continues. Every
 checkpoint carries the marker of its run: only those are resumed from and deleted.
 """
@@ -9,11 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fledge.console import warn
 from fledge.drafters.eagle3.checkpoint import WEIGHTS
 from fledge.errors import UserError
 from fledge.outputs import MARKER, Claim, Output, check, claim, delete, document_has, is_own, mark, owner, write_json
-from fledge.parsing import read_json
+from fledge.parsing import read_json, read_python_json
+from fledge.ranges import Natural
 from fledge.redaction import redacted
 from fledge.train.continuation import INPUTS
 
@@ -34,6 +37,12 @@ FREE = {
     "eval_decode_load_best", "activation_checkpointing", "gradient_checkpointing",
     "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "overwrite",
 }  # fmt: skip
+
+
+class SavedState(msgspec.Struct):
+    """trainer_state.json, as far as it is looked at here."""
+
+    global_step: Natural
 
 
 def check_start(output_dir: Path, wanted: str | None, overwrite: bool) -> None:
@@ -135,9 +144,10 @@ def _is_bare(checkpoint: Path) -> bool:
 
 
 def is_complete(folder: Path) -> bool:
+    """Whether the last file that the Trainer writes is whole, and the weights are there."""
     try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        read_python_json(folder / "trainer_state.json", SavedState)
+    except UserError:
         return False
     return (folder / WEIGHTS).is_file()
 

@@ -1,10 +1,12 @@
 """Rows survive crashes and never meet rows of other settings."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from fledge.bench.rows import fingerprint, folder_fingerprint, open_results, read_rows
+import fledge
+from fledge.bench.rows import fingerprint, folder_fingerprint, measured_files, open_results, read_rows
 from fledge.errors import UserError
 
 
@@ -32,6 +34,31 @@ def test_a_torn_line_is_dropped_and_the_rest_kept(tmp_path):
         results.append(row(2))
     lines = path.read_text().splitlines()
     assert [json.loads(line)["question_id"] for line in lines] == ["1", "2"]
+
+
+def test_a_fingerprint_names_no_path_and_rows_can_be_written_back(tmp_path):
+    """A fingerprint becomes part of a file's name: `/../x` was a traceback, as was half of a surrogate pair."""
+    path = tmp_path / "results.jsonl"
+    with open_results(tmp_path, {}) as results:
+        results.append(row(1))
+    sound = path.read_text()
+    for line in ('{"dataset": "d", "fingerprint": "/../x"}', '{"dataset": "d", "fingerprint": [1]}',
+                 '{"dataset": "\\ud800"}'):  # fmt: skip
+        path.write_text(sound + line + "\n")
+        with open_results(tmp_path, {}) as results:
+            assert [one["question_id"] for one in results.rows] == ["1"]
+        assert path.read_text() == sound
+    path.write_text(sound + '{"dataset": "d", "fingerprint": "0123456789ab"}\n')
+    with open_results(tmp_path, {}):
+        assert (tmp_path / "results-0123456789ab.jsonl").is_file()  # control: a row of other settings is kept
+
+
+def test_the_drafters_count_as_measured_code():
+    """Their folder was renamed once, and rows of other code were taken for rows of this one."""
+    root = Path(fledge.__file__).parent
+    names = {str(path.relative_to(root)) for path in measured_files(root)}
+    assert {"drafters/eagle3/propose.py", "decoding/generate.py", "target/model.py", "bench/measure.py"} <= names
+    assert all((root / name).is_file() for name in names) and "bench/report.py" not in names
 
 
 def test_rows_of_other_settings_are_set_aside_and_come_back(tmp_path):

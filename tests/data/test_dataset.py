@@ -105,6 +105,19 @@ def test_files_that_were_cut_are_noticed(load, write_rows, rows):
         load(path)
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "mask.bin"])
+def test_other_tokens_of_the_same_number_are_noticed(load, write_rows, rows, name):
+    """Zeros, as a crash of the machine may leave them, were trained on in silence."""
+    path = write_rows(rows)
+    damaged = load(path).folder / name
+    content = damaged.read_bytes()
+    damaged.write_bytes(bytes(len(content)))
+    with pytest.raises(UserError, match="the tokenised data was damaged. Delete this folder"):
+        load(path)
+    damaged.write_bytes(content)
+    assert len(load(path)) == 60  # control
+
+
 def test_the_split_goes_by_id_alone(load, write_rows, rows):
     data = load(write_rows(rows))
     train, held_out = data.split(0.25, seed=1)

@@ -129,6 +129,15 @@ def test_a_picture_of_too_many_pixels_is_rejected(monkeypatch):
     assert open_image(picture(size=(10, 10)), "x").size == (10, 10)  # control
 
 
+def test_a_local_file_has_a_largest_size_too(tmp_path, monkeypatch):
+    """A row may name any file of this machine: /proc/kcore, a regular file without end, once filled the memory."""
+    (tmp_path / "a.png").write_bytes(picture())
+    assert read_image(str(tmp_path / "a.png")) == picture()  # control
+    monkeypatch.setattr(image_urls, "FETCH", Limits(body_bytes=10))
+    with pytest.raises(Reject, match="larger than"):
+        read_image(str(tmp_path / "a.png"))
+
+
 def test_local_files_and_data_urls_need_no_flag(tmp_path):
     (tmp_path / "a.png").write_bytes(picture())
     copy = shutil.copy(tmp_path / "a.png", tmp_path / "b.png")

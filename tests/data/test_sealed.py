@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fledge.cli import run_command
 from fledge.data.sealed import INNER, verify_sealed
 from fledge.errors import UserError
 from fledge.regeneration.journal import Journal
@@ -89,9 +90,24 @@ def test_a_damaged_sealed_file_is_one_line(case, answers):
         assert str(path) in str(found.value) and "\n" not in str(found.value)
 
 
+def test_answers_that_are_asked_again_are_looked_at_first(answers, tmp_path, capfd):
+    flags = ["--data-name-or-path", str(answers), "--output-dir", str(tmp_path / "out")]
+    assert run_command("regenerate", flags) == 1 and "SHA-256" not in capfd.readouterr().err  # control: no questions
+    flip(answers / "shard-00001.jsonl", 3)
+    assert run_command("regenerate", flags) == 1
+    assert "its SHA-256 is not the one it was sealed with" in " ".join(capfd.readouterr().err.split())
+
+
 def test_a_sealed_file_of_another_shard_is_refused(answers):
     shutil.copy(answers / INNER / "00000.sealed", answers / INNER / "00001.sealed")
     with pytest.raises(UserError, match="its rows are not those of shard 00001"):
+        resume(answers)
+
+
+def test_a_sealed_file_begins_where_its_shard_does(answers):
+    path = answers / INNER / "00002.sealed"
+    path.write_text(path.read_text().replace('"first_row": 8', '"first_row": 9'))
+    with pytest.raises(UserError, match="its rows are not those of shard 00002"):
         resume(answers)
 
 

@@ -22,7 +22,9 @@ GOOD: dict[str, tuple[str, str]] = {  # a good value of a flag, and another one
     "optim": ("adamw_torch", "sgd"), "lr_scheduler_type": ("linear", "constant"), "data_format": ("auto", "messages"),
     "target_dtype": ("float32", "auto"), "report_to": ("none", "none"), "draft_type": ("eagle3", "eagle3.1"),
     "tap_storage": ("same", "fp8"), "last_storage": ("all", "supervised"), "hardware": ("h100", "h200"),
-    "eval_decode_tree": ("8 2 3", "16 3 4"), "max_steps": ("1", "2"), "warmup_steps": ("1", "0"),
+    "eval_decode_tree": ("8 2 3", "16 3 4"), "max_steps": ("1", "2"),
+    "save_strategy": ("steps", "epoch"), "logging_strategy": ("steps", "epoch"), "eval_strategy": ("no", "no"),
+    "warmup_steps": ("1", "0"),
 }  # fmt: skip
 # Flags that mean something only together with others, or that choose another way through the command.
 TOGETHER = set(

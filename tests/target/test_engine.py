@@ -172,6 +172,14 @@ def test_a_head_and_further_arguments_reach_vllm():
         parse(ServeArgs, ["--model-name-or-path", "target", "--enforce-eager"], prog="x", description="")
 
 
+@pytest.mark.parametrize("text", [",", "x", "-1", "0,0", "0,"])
+def test_a_list_of_gpus_that_is_none_is_refused(text):
+    """`--gpus ,` once meant a machine without GPUs."""
+    with pytest.raises(UserError, match="no list of different GPUs"):
+        visible_gpus(text)
+    assert visible_gpus("") == [] and visible_gpus("GPU-8f1e-0a, 1") == ["GPU-8f1e-0a", "1"]
+
+
 def test_print_starts_nothing(capsys):
     serve(args(print=True, vllm="/no/such/vllm", base_port=1, num_servers=2, gpus=""))
     lines = capsys.readouterr().out.splitlines()

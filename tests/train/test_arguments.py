@@ -1,5 +1,7 @@
 """fledge train's flags: AngelSlim's names, the Trainer's own, recipes, and errors that name the nearest flag."""
 
+import pickle
+
 import pytest
 
 from fledge.commands.plan import PlanArgs
@@ -33,6 +35,19 @@ def test_dashes_and_underscores_are_the_same(tmp_path):
 def test_unknown_flag_names_the_nearest(tmp_path):
     with pytest.raises(UserError, match="unknown flag '--ttt_stepz'.*'ttt_steps'"):
         parse("--output_dir", str(tmp_path), "--ttt_stepz", "5")
+
+
+def test_a_flag_is_not_cut_short(tmp_path):
+    """The parser once took `--ttt_step` for --ttt_steps, and would have taken it for a newer flag tomorrow."""
+    with pytest.raises(UserError, match="unknown flag '--ttt_step'.*'ttt_steps'"):
+        parse("--output_dir", str(tmp_path), "--ttt_step", "5")
+
+
+def test_pickled_arguments_hold_no_token(tmp_path):
+    """With --push_to_hub the library pickles them into `training_args.bin`, which it uploads."""
+    trainer = parse("--output_dir", str(tmp_path), "--hub_token", "hunter2-hunter2", "--seed", "3").trainer
+    saved = pickle.loads(pickle.dumps(trainer))
+    assert (trainer.hub_token, saved.hub_token, saved.seed) == ("hunter2-hunter2", None, 3)
 
 
 def test_depths_are_drawn_at_random_by_default(tmp_path):

@@ -210,6 +210,8 @@ def from_json(path: Path) -> DraftConfig:
         )
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
     missing = [key for key in needed if document.get(key) is None]
+    if document.get("num_hidden_layers") not in (1, None):
+        raise UserError(f"{path}: num_hidden_layers={document['num_hidden_layers']}; a head has one decoder layer.")
     taps = document.get("eagle_aux_hidden_state_layer_ids") or (document.get("eagle_config") or {}).get(
         "eagle_aux_hidden_state_layer_ids"
     )
@@ -239,7 +241,7 @@ def config_of_fields(document: dict[str, Any], path: Path, **known: Any) -> Draf
         "rope_parameters": rope_of_document(document),
         "rms_norm_eps": document.get("rms_norm_eps") or 1e-6,
         "max_position_embeddings": document.get("max_position_embeddings") or 8192,
-        "hidden_act": document.get("hidden_act") or "silu",
+        "hidden_act": "silu" if document.get("hidden_act") is None else document["hidden_act"],
         "fc_norm": bool(document.get("fc_norm")),
         "norm_output": bool(document.get("norm_output")),
         "norm_before_residual": bool(document.get("norm_before_residual")),

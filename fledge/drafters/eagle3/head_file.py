@@ -5,7 +5,7 @@ layout, and is said where that is known.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -40,16 +40,19 @@ class LayerFields(msgspec.Struct):
     torch_dtype: str | None = None
 
 
+TapIds = Annotated[list[int], msgspec.Meta(min_length=1)]
+
+
 class EagleConfig(msgspec.Struct):
     """Where EAGLE, SpecForge and ModelOpt say what is read of the target."""
 
-    eagle_aux_hidden_state_layer_ids: list[int] | None = None
+    eagle_aux_hidden_state_layer_ids: TapIds | None = None
 
 
 class OurMark(msgspec.Struct):
     """What fledge adds: how its tap ids are to be read."""
 
-    tap_convention: str | None = None
+    tap_convention: Literal["input of decoder layer i", "output of decoder layer i"] | None = None
     target_layers: Count | None = None
 
 
@@ -62,7 +65,7 @@ class HeadFields(LayerFields):
     use_aux_norm: bool | None = None
     norm_output: bool | None = None
     norm_before_residual: bool | None = None
-    eagle_aux_hidden_state_layer_ids: list[int] | None = None
+    eagle_aux_hidden_state_layer_ids: TapIds | None = None
     eagle_config: EagleConfig | None = None
     transformer_layer_config: LayerFields | None = None
     speculators_model_type: str | None = None

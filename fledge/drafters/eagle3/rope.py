@@ -56,7 +56,8 @@ def check_rope(rope: dict[str, Any], head_dim: int) -> None:
     share = 1.0 if share is None else share
     numbers = {"rope_theta": rope.get("rope_theta"), "factor": rope.get("factor"), "partial_rotary_factor": share}
     for name, value in numbers.items():
-        if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 < value < math.inf):
             raise UserError(f"draft config: {name}={value!r} of its rope must be a finite number above 0.")
     if not 0 < int(head_dim * share) <= head_dim or int(head_dim * share) % 2:
         raise UserError(f"draft config: {share} of head_dim={head_dim} is no even number of dimensions to rotate.")
