@@ -8,7 +8,7 @@ real decoding (tests/bench/test_doctor.py), at the price of one pass of the draf
 
 What decides is the log-probability the draft gives to the tokens the target wrote: accepted drafts are counts, and the
 difference of two counts drowns where the likelihoods of the same positions stand ten standard errors apart (SmolLM2,
-taps one layer off: +0.008 +- 0.010 drafts, -0.035 +- 0.004 nats; docs/log.md). What it costs is tau, and a fault that
+taps one layer off: +0.008 +- 0.010 drafts, -0.035 +- 0.004 nats; dev/log). What it costs is tau, and a fault that
 costs none is a warning.
 
 Readings differ from the stated one in one point. The one that gains most is adopted when it gains SURE standard errors

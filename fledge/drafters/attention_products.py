@@ -1,6 +1,6 @@
 """The step-0 part of TTT attention as blocked matrix products: for 16-bit numbers on a CPU.
 
-PyTorch's flash kernel for CPUs reaches a tenth of what the machine's bf16 products do (docs/log.md, "Attention in bf16
+PyTorch's flash kernel for CPUs reaches a tenth of what the machine's bf16 products do (dev/log, "Attention in bf16
 on a CPU"). Here the query rows of a document are taken in order, so many at a time, and their scores are one product
 per key head over all keys up to the last row; only keys from the first row on need a mask. Rows may have holes between
 them: what they see is decided by their numbers. Chunks are filled up with queries of zeros, and with keys that nobody

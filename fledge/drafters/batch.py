@@ -8,7 +8,7 @@ so packed documents give exactly what each would give alone.
 
 On a CPU a document of zeros lies at the end, which fills the batch up to a multiple of 64 rows and lends its own to the
 rows that are trained (`align` in `fledge.drafters.eagle3.ttt`). It teaches nothing. The library behind bf16 products
-keeps half a MiB for every shape it has met, and conversations have all lengths (docs/log.md, "A leak of shapes").
+keeps half a MiB for every shape it has met, and conversations have all lengths (dev/log, "A leak of shapes").
 """
 
 import dataclasses
@@ -37,10 +37,6 @@ class Batch:
     sample_ids: tuple[str, ...]
     summary: TeacherSummary | None = None  # of all rows, or not known of some
     filler: int = 0  # rows of the last document, when it is there to fill up
-
-    @property
-    def num_documents(self) -> int:
-        return len(self.lengths)
 
     def to(self, device: torch.device) -> "Batch":
         moved = {

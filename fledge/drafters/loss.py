@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.drafters.eagle3.ttt import Alignment
-from fledge.drafters.position_weights import averaging_weights, dynamic_weights
+from fledge.drafters.position_weights import CONFIDENCE_FLOOR, STEP_DECAY, averaging_weights, dynamic_weights
 from fledge.drafters.products import FULL, product
 from fledge.target.record import TeacherSummary
 
@@ -36,7 +36,6 @@ from fledge.target.record import TeacherSummary
 # Memory for one chunk's matrices: large enough for full-speed products, small beside the activations.
 CHUNK_BYTES = {"cpu": 41 * 2**19, "cuda": 512 * 2**20}
 PART = 1024  # rows of the head whose 16-bit gradients are there at a time
-Kind = Literal["kl", "lk"]
 Average = Literal["sequence", "token"]
 PositionWeights = Literal["fixed", "dynamic"]
 Weigh = Callable[[Callable[[], Tensor]], Tensor]
@@ -47,17 +46,10 @@ Weigh = Callable[[Callable[[], Tensor]], Tensor]
 class LossSettings:
     """What is minimised."""
 
-    kind: Kind = "kl"
-    """kl: cross-entropy to the target. lk: lambda * KL + (1 - lambda) * TV with lambda = exp(-eta * acceptance)."""
     position_weights: PositionWeights = "dynamic"
-    """dynamic: the share of a row's expected accept length that lies at step k or deeper. fixed: step_decay ** k."""
-    step_decay: float = 0.8
-    """Fixed weight of TTT step k is step_decay ** k."""
-    dynamic_floor: float = 0.5
-    """Least confidence that dynamic weights assume of a step."""
+    """dynamic: the share of a row's expected accept length that lies at step k or deeper. fixed: STEP_DECAY ** k."""
     average: Average = "sequence"
     """Mean within each sequence, then over sequences; or over all tokens alike."""
-    lk_eta: float = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +89,7 @@ class LossOutput(NamedTuple):
     trained: Tensor  # (K,) rows that were asked
     hits: Tensor  # (K,) rows whose top-1 is the target's argmax; targets outside the draft vocabulary are misses
     prefix_hits: Tensor  # (K,) rows right at this step and at every earlier one
-    overlap: Tensor  # (K,) summed sum_v min(p(v), q(v)), the acceptance at T = 1; under KL only without gradient
+    overlap: Tensor  # (K,) summed sum_v min(p(v), q(v)), the acceptance at T = 1; zero with gradient
     covered: Tensor  # () positions whose target argmax is a draft token
     positions: Tensor  # ()
 
@@ -151,15 +143,14 @@ class PairWeights:
         self.pairs, self.settings = alignment.pairs, settings
         self.known = averaging_weights(alignment, settings.average)  # (M,)
         if settings.position_weights == "fixed":
-            self.known = self.known * settings.step_decay**self.pairs.step
+            self.known = self.known * STEP_DECAY**self.pairs.step
 
     def of(self, rows: slice, part: slice, confidence: Callable[[], Tensor]) -> Tensor:
         """(m,) weights of the pairs `part`, which are all those of `rows`; confidence: see `dynamic_weights`."""
         if self.settings.position_weights == "fixed":
             return self.known[part]
         row, asked = self.pairs.row[part] - rows.start, self.pairs.asked[:, rows]
-        floor = self.settings.dynamic_floor
-        return self.known[part] * dynamic_weights(confidence(), row, self.pairs.step[part], asked, floor)
+        return self.known[part] * dynamic_weights(confidence(), row, self.pairs.step[part], asked, CONFIDENCE_FLOOR)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -170,16 +161,15 @@ class _FusedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         pairs, weights = alignment.pairs, PairWeights(alignment, settings)
         sums = _Sums(states, head_weight, len(pairs.place), wants_grad)
-        rows = _kl_rows if settings.kind == "kl" else _lk_rows
         steps = max(1, round(len(pairs.place) / max(1, len(alignment.positions))))
         most = pairs_per_chunk(len(draft_ids), len(t2d), states.device.type, steps=steps, short=teacher.is_short)
-        most = max(1, most // (6 if settings.kind == "lk" else 1 if wants_grad else 3))
+        most = max(1, most // (1 if wants_grad else 3))
         for chunk in pairs.chunks(most, len(alignment.positions)):
             positions = alignment.positions[chunk.places]
             taught = teacher.read(_filled(positions), draft_ids, t2d)
             own = pairs.place[chunk.pairs] - chunk.places.start
             weigh = functools.partial(weights.of, chunk.rows, chunk.pairs)
-            rows(sums, chunk.pairs, pairs.state[chunk.pairs], own, taught, weigh, settings)
+            _add_chunk(sums, chunk.pairs, pairs.state[chunk.pairs], own, taught, weigh)
             sums.covered += taught.covered[chunk.seen : len(positions)].sum()
         if wants_grad:
             ctx.save_for_backward(sums.grad_states, sums.grad_weight)
@@ -218,9 +208,7 @@ class _Sums:
         return self.rooms[name][:size].view(shape)
 
 
-def _kl_rows(
-    sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "TeacherChunk", weigh: Weigh, _: LossSettings
-) -> None:
+def _add_chunk(sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "TeacherChunk", weigh: Weigh) -> None:
     """Cross-entropy of a chunk's m pairs; `state` (m,) their rows of the states, `own` (m,) their rows of the teacher.
 
     The gradient of a pair's loss is w (q - p). The p half is the same at all steps: sum_v p(v) z(v) = (p W) . h, so
@@ -284,34 +272,6 @@ def _is_top(z: Tensor, highest: Tensor, wanted: Tensor) -> Tensor:
     rows = found.nonzero()[:, 0]
     found[rows] = z[rows].max(-1).indices == wanted[rows]  # of equal maxima, one
     return found
-
-
-def _lk_rows(
-    sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "TeacherChunk", weigh: Weigh,
-    settings: LossSettings,
-) -> None:  # fmt: skip
-    """LK-hybrid of a chunk's m pairs; TV = 1 - sum min(p, q), so only entries with q < p move it."""
-    weight, h = sums.weight, sums.states[state]
-    p = teacher.probs[own]
-    z = (h @ weight.T).float()
-    lse = z.logsumexp(-1, keepdim=True)
-    covered = teacher.covered[own]
-    sums.hits[part] = (z.argmax(-1) == teacher.argmax[own]) & covered
-    cross_entropy = lse[:, 0] - (p * z).sum(-1)
-    q = z.sub_(lse).exp_()
-    weights = weigh(lambda: _chosen(q, teacher, own)) * covered
-    tv = 1 - torch.minimum(p, q).sum(-1)
-    share = torch.exp(-settings.lk_eta * (1 - tv))
-    loss = share * (cross_entropy + torch.special.xlogy(p, p).sum(-1)) + (1 - share) * tv
-    sums.total += (loss * weights).sum()
-    sums.losses[part] = cross_entropy * covered
-    sums.overlaps[part] = _overlap(q, teacher, own)
-    if sums.wants_grad:
-        below = (q < p) * q
-        grad_tv = q * below.sum(-1, keepdim=True) - below
-        grad = (share[:, None] * (q - p) + (1 - share)[:, None] * grad_tv).mul_(weights[:, None]).to(h.dtype)
-        sums.grad_states[state] = grad @ weight
-        sums.grad_weight += grad.T @ h
 
 
 def _chosen(q: Tensor, teacher: "TeacherChunk", own: Tensor) -> Tensor:
@@ -392,8 +352,4 @@ def dense_loss(
     everything = slice(0, len(pairs.ends)), slice(0, len(p))
     weights = PairWeights(alignment, settings).of(*everything, lambda: confidence) * covered
     loss = -(p * log_q).sum(-1)
-    if settings.kind == "lk":
-        overlap = torch.minimum(p, log_q.exp()).sum(-1)
-        share = torch.exp(-settings.lk_eta * overlap.detach())
-        loss = share * (loss + torch.special.xlogy(p, p).sum(-1)) + (1 - share) * (1 - overlap)
     return (loss * weights).sum()

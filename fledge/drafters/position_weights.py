@@ -1,4 +1,4 @@
-"""How much each row counts at each TTT step: fixed weights (decay ** k), or dynamic ones from the draft's confidence.
+"""How much each row counts at each TTT step: fixed weights (0.8 ** k), or dynamic ones from the draft's confidence.
 
 Fixed weights say once how much depth matters. What depth is worth depends on the draft: step k only matters when steps
 0..k-1 were accepted. With c_j the probability the draft gives the target's choice at step j of a row, the expected
@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 from fledge.drafters.eagle3.ttt import Alignment
+
+STEP_DECAY = 0.8  # fixed weights are STEP_DECAY ** k, as in other EAGLE-3 trainers
+CONFIDENCE_FLOOR = 0.5  # the least confidence that dynamic weights assume of a step
 
 # K TTT steps, P taught positions, M pairs of a step and a position, m those of n rows
 

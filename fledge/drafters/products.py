@@ -1,6 +1,6 @@
 """Matrix products of training: in fp32 on a CPU by oneDNN, elsewhere as PyTorch does them.
 
-PyTorch multiplies fp32 on a CPU with MKL. On the machine of docs/log.md (AMD, AVX-512) oneDNN, which PyTorch has for
+PyTorch multiplies fp32 on a CPU with MKL. On the machine of dev/log (AMD, AVX-512) oneDNN, which PyTorch has for
 bf16 and compiled models, is 1.05 to 1.6 times as fast at the shapes of a training step where the right factor is a
 weight; a weight's gradient, whose factors are both transposed, MKL multiplies faster by 1.1. Knows no model.
 `F.linear` is the slow twin.

@@ -7,7 +7,7 @@ oneDNN's, which PyTorch has for bf16 and compiled models, does not. One core, 49
     F.linear    10.2   24.3   35.7   17.5   19.9   21.4
     oneDNN      8.6    11.0   11.2   11.6   13.6   14.4
 
-With many rows it is still 1.05 to 1.6 times as fast (docs/log.md). Small matrices gain nothing at few rows. Other
+With many rows it is still 1.05 to 1.6 times as fast (dev/log). Small matrices gain nothing at few rows. Other
 dtypes and devices and gradients take F.linear.
 """
 

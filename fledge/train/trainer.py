@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from fledge.drafters.batch import Batch, fill_for, pack
 from fledge.drafters.eagle3.checkpoint import save_draft
-from fledge.drafters.eagle3.head import read_head, read_tensors
-from fledge.drafters.eagle3.low_rank import FACTORS, WHOLE, LowRankHead, factors, merged
+from fledge.drafters.eagle3.head import read_head
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.loss import LossOutput
 from fledge.errors import UserError
@@ -234,9 +232,6 @@ class DraftTrainer(Trainer):
             final = folder == Path(self.args.output_dir or ".")
             weights = _own_names(state_dict or {})
             save_draft(self.draft, folder, dtype=self.save_dtype if final else torch.float32, weights=weights)
-            if isinstance(self.draft.lm_head, LowRankHead) and not final:
-                with replacing(folder / FACTORS) as temporary:
-                    save_file(factors(weights or dict(self.draft.named_parameters())), str(temporary))
 
     @property
     def sharded(self) -> bool:
@@ -248,8 +243,8 @@ class DraftTrainer(Trainer):
         if self.sharded:
             state = _own_names(self.accelerator.get_state_dict(self.model_wrapped) or {})
             buffers = dict(self.draft.named_buffers())
-            return merged({name: tensor for name, tensor in state.items() if name not in buffers})
-        return merged({name: parameter.detach() for name, parameter in self.draft.named_parameters()})
+            return {name: tensor for name, tensor in state.items() if name not in buffers}
+        return {name: parameter.detach() for name, parameter in self.draft.named_parameters()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
@@ -262,13 +257,7 @@ class DraftTrainer(Trainer):
 
     def load_head(self, folder: Path) -> None:
         """Take the weights of a saved head or checkpoint (not while the model is sharded)."""
-        tensors, head = read_head(folder).tensors, self.draft.lm_head
-        self.draft.load_state_dict(tensors, strict=False)
-        if isinstance(head, LowRankHead):
-            if (folder / FACTORS).is_file():
-                self.draft.load_state_dict(read_tensors(folder / FACTORS), strict=False)
-            else:
-                head.factorise(tensors[WHOLE].to(head.weight.device))
+        self.draft.load_state_dict(read_head(folder).tensors, strict=False)
 
 
 def _own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:

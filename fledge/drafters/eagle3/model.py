@@ -12,7 +12,6 @@ Module names are the checkpoint's names, so the state dict *is* the EAGLE layout
 (`fledge.train`), exports and decodes; it knows nothing of trees, losses or files.
 """
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -126,7 +125,7 @@ class DraftModel(nn.Module):
           8 in SmolLM2, and next to them what attention and MLP add at first is lost;
         - the final norm starts low, so that the first logits are unsure (standard deviation 1.25): through the target's
           rows an untrained state is confident and wrong.
-        Measured together: +5 points of top-1 after 60 steps on SmolLM2 (docs/log.md, "How a head starts").
+        Measured together: +5 points of top-1 after 60 steps on SmolLM2 (dev/log, "How a head starts").
         """
         self.warm_start_head(target_head)
         size = self.config.hidden_size
@@ -271,8 +270,3 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     low, high = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-high, low), dim=-1) * sin
     return turned if kept.shape[-1] == 0 else torch.cat((turned, kept), dim=-1)
-
-
-def trainable_names(model: DraftModel) -> Sequence[str]:
-    """Names of the tensors a checkpoint holds, besides d2t and t2d."""
-    return [name for name, _ in model.named_parameters()]
