@@ -27,8 +27,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fledge.drafters.cpu_kernels import round_up
 from fledge.drafters.eagle3.runs import Run
-from fledge.drafters.products import FULL
 
 SMALLEST_PIECE = 32  # rows
 PIECES_OF_A_RUN = 16  # at most; more would cost attention more calls than they even out
@@ -71,7 +71,7 @@ def unrolled(pieces: Sequence[tuple[Run, int]], ttt_steps: int) -> tuple[tuple[R
     """The runs of each step: the pieces that go as far, and of the next one as much as fills them up."""
     found = []
     for rows in num_rows(pieces, ttt_steps):
-        runs, left = [], -(-rows // FULL) * FULL
+        runs, left = [], round_up(rows)
         for run, _ in pieces:
             if left > 0:
                 runs.append(Run(run.first, run.start, min(run.stop, run.start + left)))

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fledge.drafters.cpu_kernels import MULTIPLE, is_argmax, pad_index, product
 from fledge.drafters.eagle3.ttt import Alignment
 from fledge.drafters.position_weights import CONFIDENCE_FLOOR, STEP_DECAY, averaging_weights, dynamic_weights
-from fledge.drafters.products import FULL, product
 from fledge.target.record import TeacherSummary
 
 # P taught positions, C chunk of them, K steps, M pairs of a position and a step, m chunk of them, S active rows
@@ -166,7 +166,7 @@ class _FusedLoss(torch.autograd.Function):
         most = max(1, most // (1 if wants_grad else 3))
         for chunk in pairs.chunks(most, len(alignment.positions)):
             positions = alignment.positions[chunk.places]
-            taught = teacher.read(_filled(positions), draft_ids, t2d)
+            taught = teacher.read(pad_index(positions), draft_ids, t2d)
             own = pairs.place[chunk.pairs] - chunk.places.start
             weigh = functools.partial(weights.of, chunk.rows, chunk.pairs)
             _add_chunk(sums, chunk.pairs, pairs.state[chunk.pairs], own, taught, weigh)
@@ -218,7 +218,7 @@ def _add_chunk(sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "T
         block   q | p          (m + C, D)
     """
     dtype, weight, num_pairs = sums.states.dtype, sums.weight, len(state)
-    rows = sums.states[_filled(state)]  # (m', H)
+    rows = sums.states[pad_index(state)]  # (m', H)
     num_rows, (num_positions, draft_vocab) = len(rows), teacher.logits.shape
     if dtype == torch.float32:
         z = q = product(rows, weight)
@@ -230,7 +230,7 @@ def _add_chunk(sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "T
     h = rows[:num_pairs]
     taught = product(p, weight.T).float()[own]  # (m, H)
     highest, covered = z[:num_pairs].amax(-1), teacher.covered[own]
-    sums.hits[part] = _is_top(z[:num_pairs], highest, teacher.argmax[own]) & covered
+    sums.hits[part] = is_argmax(z[:num_pairs], highest, teacher.argmax[own]) & covered
     torch.softmax(z, -1, out=q)
     lse = highest.float() - q[:num_pairs].amax(-1).float().log()
     losses = lse - (taught * h).sum(-1)
@@ -253,25 +253,6 @@ def _add_chunk(sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "T
         for total, columns in zip(sums.grad_weight.split(PART), block.split(PART, dim=1), strict=True):
             made = sums.room("weight", *total.shape, dtype=dtype)
             total += torch.mm(columns.T, right, out=made)  # adding makes an fp32 copy of the part
-
-
-def _filled(index: Tensor) -> Tensor:
-    """(m,) -> (m',) the next multiple of FULL, zeros behind: products of few different shapes.
-
-    The library behind a CPU's products keeps what it made for every shape it has met.
-    """
-    return F.pad(index, (0, -len(index) % FULL))
-
-
-def _is_top(z: Tensor, highest: Tensor, wanted: Tensor) -> Tensor:
-    """(C,) is `wanted` the argmax of its row of z (C, D)? On a CPU a row's maximum is far cheaper than its place."""
-    wanted = wanted.clamp(max=z.shape[-1] - 1)
-    if z.device.type != "cpu":
-        return z.argmax(-1) == wanted
-    found = z.gather(1, wanted[:, None])[:, 0] == highest
-    rows = found.nonzero()[:, 0]
-    found[rows] = z[rows].max(-1).indices == wanted[rows]  # of equal maxima, one
-    return found
 
 
 def _chosen(q: Tensor, teacher: "TeacherChunk", own: Tensor) -> Tensor:
@@ -325,7 +306,7 @@ def pairs_per_chunk(draft_vocab_size: int, vocab_size: int, device_type: str, *,
     """
     budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
     most = budget // pair_bytes(draft_vocab_size, vocab_size, steps=steps, short=short)
-    return most // FULL * FULL if most >= FULL else max(16, most)
+    return most // MULTIPLE * MULTIPLE if most >= MULTIPLE else max(16, most)
 
 
 def pair_bytes(draft_vocab_size: int, vocab_size: int, *, steps: int, short: bool) -> int:

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from fledge.drafters.batch import Batch, fill_for, pack
+from fledge.drafters.batch import Batch, pack
+from fledge.drafters.cpu_kernels import filled_up, num_filler
 from fledge.drafters.eagle3.checkpoint import save_draft
 from fledge.drafters.eagle3.head import read_head
 from fledge.drafters.eagle3.model import DraftModel
@@ -92,7 +93,7 @@ class DraftTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: list[Any]) -> Batch:  # type: ignore[override]
         device = self.args.device
-        return pack([self._record(item) for item in inputs], fill=fill_for(device)).to(device)
+        return pack(filled_up([self._record(item) for item in inputs], device)).to(device)
 
     def _record(self, item: Any) -> TargetRecord:
         """A sample's record; a damaged one is named."""
@@ -118,7 +119,7 @@ class DraftTrainer(Trainer):
         anchor = (torch.zeros((), device=self.args.device, requires_grad=True),) if self.is_deepspeed_enabled else ()
         output: LossOutput = model(inputs, *anchor, draw=self.state.global_step)
         self.window.add(output)
-        self._window_tokens += len(inputs.input_ids) - inputs.filler
+        self._window_tokens += len(inputs.input_ids) - num_filler(inputs)
         ranks = self.accelerator.num_processes  # gradients are averaged over ranks, the loss is a sum over them
         loss = output.loss * ranks / num_items_in_batch.clamp_min(1)
         return (loss, output) if return_outputs else loss

@@ -16,7 +16,7 @@ from ttt_reference import (
     teacher_head,
 )
 
-from fledge.drafters import depth
+from fledge.drafters import cpu_kernels, depth
 from fledge.drafters.batch import pack
 from fledge.drafters.depth import RandomDepth, cut
 from fledge.drafters.eagle3.runs import Run
@@ -29,7 +29,7 @@ from fledge.train.module import TTTModule
 @pytest.fixture
 def small_pieces(monkeypatch):
     monkeypatch.setattr(depth, "SMALLEST_PIECE", 2)
-    monkeypatch.setattr(depth, "FULL", 4)
+    monkeypatch.setattr(cpu_kernels, "MULTIPLE", 4)
 
 
 def loss_of(draft, records, drawn: RandomDepth | None, settings: LossSettings | None = None, dense: bool = False):
@@ -45,7 +45,7 @@ def loss_of(draft, records, drawn: RandomDepth | None, settings: LossSettings | 
 def test_the_drawing(monkeypatch):
     """Pieces of 2, depths 1 4 2 3: deepest first, the rows of every step a prefix, rows that stopped untrained."""
     monkeypatch.setattr(depth, "SMALLEST_PIECE", 2)
-    monkeypatch.setattr(depth, "FULL", 1)
+    monkeypatch.setattr(cpu_kernels, "MULTIPLE", 1)
     monkeypatch.setattr(RandomDepth, "draw", lambda *_: [1, 4, 2, 3])
     batch = pack([make_record(10, "aaaaaaaaaa", 1)])  # the last two rows predict nothing that teaches
     alignment = align(batch, 4, RandomDepth(0.5, (0, 0)))
@@ -64,7 +64,7 @@ def test_the_drawing(monkeypatch):
 
 def test_steps_are_filled_up(monkeypatch):
     """Ten rows in fives: a multiple of 4 where there are rows to fill up with, never more than the step before had."""
-    monkeypatch.setattr(depth, "FULL", 4)
+    monkeypatch.setattr(cpu_kernels, "MULTIPLE", 4)
     pieces = [(Run(0, 5, 10), 3), (Run(0, 0, 5), 2)]
     assert depth.num_rows(pieces, 4) == [10, 10, 5, 0]
     assert depth.unrolled(pieces, 4) == (

@@ -21,6 +21,7 @@ from ttt_reference import (
 )
 
 from fledge.drafters.batch import Batch, pack
+from fledge.drafters.cpu_kernels import filled_up, num_filler
 from fledge.drafters.depth import RandomDepth
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.eagle3.ttt import align, unroll
@@ -328,11 +329,11 @@ def test_module_asks_the_whole_head_only_without_summaries():
 @pytest.mark.parametrize("eagle31", [False, True], ids=["eagle3", "eagle3.1"])
 def test_a_filler_changes_shapes_alone(survival: float, eagle31: bool, monkeypatch):
     """All rows and all unrolled rows are multiples; loss, gradients and counts are those without the filler."""
-    monkeypatch.setattr("fledge.drafters.eagle3.ttt.FULL", 5)
+    monkeypatch.setattr("fledge.drafters.cpu_kernels.MULTIPLE", 5)
     draft, records = make_draft(eagle31=eagle31), RECORDS["packed"] + RECORDS["two turns"]
     depth = RandomDepth(survival, (0, 1)) if survival < 1 else None
     found = []
-    for batch in (pack(records), pack(records, fill=5)):
+    for batch in (pack(records), pack(filled_up(records, torch.device("cpu")))):
         alignment = align(batch, STEPS, depth)
         states = unroll(draft, batch, alignment, STEPS)
         teacher = Teacher(last_hidden=batch.last_hidden, head=teacher_head)
@@ -341,8 +342,8 @@ def test_a_filler_changes_shapes_alone(survival: float, eagle31: bool, monkeypat
         grads = torch.autograd.grad(output.loss, list(draft.parameters()))
         found.append((batch, alignment, output, grads))
     (plain, bare, wanted, grads), (filled, alignment, output, filled_grads) = found
-    assert len(plain.input_ids) % 5 and bare.alive[0] % 5 and not plain.filler  # control: without it they are not
-    assert len(filled.input_ids) % 5 == alignment.alive[0] % 5 == 0 and filled.filler >= 5
+    assert len(plain.input_ids) % 5 and bare.alive[0] % 5 and not num_filler(plain)  # control: without it they are not
+    assert len(filled.input_ids) % 5 == alignment.alive[0] % 5 == 0 and num_filler(filled) >= 5
     for name in output._fields:
         torch.testing.assert_close(getattr(output, name), getattr(wanted, name), msg=name)
     for ours, theirs in zip(filled_grads, grads, strict=True):

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fledge.drafters.cpu_kernels import linear
 from fledge.drafters.eagle3.config import DraftConfig
 from fledge.drafters.eagle3.layers import RMSNorm, SwiGLU
 from fledge.drafters.eagle3.rope import as_index, axis_of_dims, num_axes, pick
-from fledge.drafters.products import linear
 from fledge.target.linear import head_logits
 
 # leading dims "..": any batch shape; H hidden, A taps, D draft vocab, V target vocab, h heads, g kv heads, d head_dim

@@ -29,11 +29,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fledge.drafters.batch import Batch
+from fledge.drafters.cpu_kernels import linear, spare_rows
 from fledge.drafters.depth import RandomDepth, num_rows, unrolled
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.eagle3.runs import Run, runs_of
 from fledge.drafters.eagle3.ttt_attention import ttt_attention
-from fledge.drafters.products import FULL, linear
 
 # N rows of all documents, P taught positions, S active rows, R of them that learn, K TTT steps, M pairs, H hidden
 
@@ -171,12 +171,6 @@ def make_pairs(row_index: Tensor, wanted: Tensor, inside: Tensor, alive: Tensor,
         lowest=place[ends - number].tolist(),
         highest=place[ends - 1].tolist(),
     )
-
-
-def spare_rows(batch: Batch, num_rows: int) -> tuple[Run, ...]:
-    """Rows of the filler that bring so many active rows to a multiple of FULL; they are unrolled and not trained."""
-    first, number = len(batch.loss_mask) - batch.filler, min(-num_rows % FULL, batch.filler)
-    return (Run(first, first, first + number),) if number else ()
 
 
 def unroll(
