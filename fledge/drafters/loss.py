@@ -2,13 +2,13 @@
 
     loss = sum_k step_weight_k * mean_rows( -sum_v p(v) log q_k(v) )
 
-p is the target's softmax restricted to the draft vocabulary; a position counts only where the target's own argmax is a
-draft token. The teacher depends on the position alone, so a chunk computes its positions' logits once for all K steps
-(those that two chunks share, K - 1, twice): of the draft vocabulary where the record says what the rest would
-(`TeacherSummary`), else all V. As a chunk has all steps of its rows, weights that depend on how sure the draft is need
-no pass of their own. Logits of the draft are turned into their gradient in place and multiplied out before the next
-chunk, so neither [N, V] teacher logits nor K x [N, D] draft logits ever exist, and the backward is two multiplications
-by the incoming gradient.
+p is the target's softmax restricted to the draft vocabulary. A position counts only where the target's own argmax is a
+draft token. The teacher depends on the position alone, so a chunk computes the logits of its positions once for all K
+steps. (The K - 1 positions that two neighbouring chunks share are computed twice.) Where the record has a
+`TeacherSummary` these are the logits of the draft vocabulary alone, else of all V tokens. A chunk has all steps of its
+rows, so weights that depend on the draft's confidence need no extra pass. The draft's logits are turned into their
+gradient in place and multiplied out before the next chunk. So neither [N, V] teacher logits nor K x [N, D] draft logits
+ever exist, and the backward is two multiplications by the incoming gradient.
 
 `dense_loss` is the slow twin: whole matrices and autograd.
 """
@@ -30,16 +30,16 @@ from fledge.drafters.eagle3.ttt import Alignment
 from fledge.drafters.position_weights import CONFIDENCE_FLOOR, STEP_DECAY, averaging_weights, dynamic_weights
 from fledge.target.record import TeacherSummary
 
-# P taught positions, C chunk of them, K steps, M pairs of a position and a step, m chunk of them, S active rows
+# P teacher positions, C chunk of them, K steps, M pairs of a position and a step, m chunk of them, S active rows
 # D draft vocab, V target vocab
 
 # Memory for one chunk's matrices: large enough for full-speed products, small beside the activations.
 CHUNK_BYTES = {"cpu": 41 * 2**19, "cuda": 512 * 2**20}
-PART = 1024  # rows of the head whose 16-bit gradients are there at a time
+WEIGHT_ROWS = 1024  # rows of the head whose 16-bit gradients exist at a time
 Average = Literal["sequence", "token"]
 PositionWeights = Literal["fixed", "dynamic"]
-Weigh = Callable[[Callable[[], Tensor]], Tensor]
-"""(m,) weights of a chunk's pairs, from the draft's (m,) probability of the target's choice if that is asked for."""
+PairWeightFn = Callable[[Callable[[], Tensor]], Tensor]
+"""(m,) weights of a chunk's pairs, from the draft's (m,) probability of the target's choice if needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class LossOutput(NamedTuple):
 
     loss: Tensor  # () sum over sequences (or tokens); divide by the number of them in the whole optimisation step
     step_loss: Tensor  # (K,) summed over rows
-    trained: Tensor  # (K,) rows that were asked
+    trained: Tensor  # (K,) rows that are trained at each step
     hits: Tensor  # (K,) rows whose top-1 is the target's argmax; targets outside the draft vocabulary are misses
     prefix_hits: Tensor  # (K,) rows right at this step and at every earlier one
     overlap: Tensor  # (K,) summed sum_v min(p(v), q(v)), the acceptance at T = 1; zero with gradient
@@ -149,8 +149,10 @@ class PairWeights:
         """(m,) weights of the pairs `part`, which are all those of `rows`; confidence: see `dynamic_weights`."""
         if self.settings.position_weights == "fixed":
             return self.known[part]
-        row, asked = self.pairs.row[part] - rows.start, self.pairs.asked[:, rows]
-        return self.known[part] * dynamic_weights(confidence(), row, self.pairs.step[part], asked, CONFIDENCE_FLOOR)
+        row, supervised = self.pairs.row[part] - rows.start, self.pairs.supervised[:, rows]
+        return self.known[part] * dynamic_weights(
+            confidence(), row, self.pairs.step[part], supervised, CONFIDENCE_FLOOR
+        )
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -162,14 +164,14 @@ class _FusedLoss(torch.autograd.Function):
         pairs, weights = alignment.pairs, PairWeights(alignment, settings)
         sums = _Sums(states, head_weight, len(pairs.place), wants_grad)
         steps = max(1, round(len(pairs.place) / max(1, len(alignment.positions))))
-        most = pairs_per_chunk(len(draft_ids), len(t2d), states.device.type, steps=steps, short=teacher.is_short)
-        most = max(1, most // (1 if wants_grad else 3))
-        for chunk in pairs.chunks(most, len(alignment.positions)):
+        max_pairs = pairs_per_chunk(len(draft_ids), len(t2d), states.device.type, steps=steps, short=teacher.is_short)
+        max_pairs = max(1, max_pairs // (1 if wants_grad else 3))
+        for chunk in pairs.chunks(max_pairs, len(alignment.positions)):
             positions = alignment.positions[chunk.places]
             taught = teacher.read(pad_index(positions), draft_ids, t2d)
             own = pairs.place[chunk.pairs] - chunk.places.start
-            weigh = functools.partial(weights.of, chunk.rows, chunk.pairs)
-            _add_chunk(sums, chunk.pairs, pairs.state[chunk.pairs], own, taught, weigh)
+            weight_fn = functools.partial(weights.of, chunk.rows, chunk.pairs)
+            _add_chunk(sums, chunk.pairs, pairs.state[chunk.pairs], own, taught, weight_fn)
             sums.covered += taught.covered[chunk.seen : len(positions)].sum()
         if wants_grad:
             ctx.save_for_backward(sums.grad_states, sums.grad_weight)
@@ -198,17 +200,19 @@ class _Sums:
         self.losses, self.overlaps = torch.zeros(num_pairs, device=device), torch.zeros(num_pairs, device=device)
         self.hits = torch.zeros(num_pairs, dtype=torch.bool, device=device)
         self.covered = torch.zeros((), dtype=torch.int64, device=device)
-        self.rooms: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
 
-    def room(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+    def scratch(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
         """Scratch memory that all chunks share: fresh pages cost as much as what is written to them."""
         size = math.prod(shape)
-        if name not in self.rooms or self.rooms[name].numel() < size:
-            self.rooms[name] = torch.empty(size, dtype=dtype, device=self.states.device)
-        return self.rooms[name][:size].view(shape)
+        if name not in self.buffers or self.buffers[name].numel() < size:
+            self.buffers[name] = torch.empty(size, dtype=dtype, device=self.states.device)
+        return self.buffers[name][:size].view(shape)
 
 
-def _add_chunk(sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "TeacherChunk", weigh: Weigh) -> None:
+def _add_chunk(
+    sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "TeacherChunk", weight_fn: PairWeightFn
+) -> None:
     """Cross-entropy of a chunk's m pairs; `state` (m,) their rows of the states, `own` (m,) their rows of the teacher.
 
     The gradient of a pair's loss is w (q - p). The p half is the same at all steps: sum_v p(v) z(v) = (p W) . h, so
@@ -224,7 +228,7 @@ def _add_chunk(sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "T
         z = q = product(rows, weight)
         p = teacher.probs
     else:  # bf16: the kernel of softmax computes in fp32 and rounds its result
-        block = sums.room("block", num_rows + num_positions, draft_vocab, dtype=dtype)
+        block = sums.scratch("block", num_rows + num_positions, draft_vocab, dtype=dtype)
         z = q = torch.mm(rows, weight.T, out=block[:num_rows])
         p = teacher.write_probs(block[num_rows:])
     h = rows[:num_pairs]
@@ -234,7 +238,7 @@ def _add_chunk(sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "T
     torch.softmax(z, -1, out=q)
     lse = highest.float() - q[:num_pairs].amax(-1).float().log()
     losses = lse - (taught * h).sum(-1)
-    weights = weigh(lambda: _chosen(q[:num_pairs], teacher, own)) * covered
+    weights = weight_fn(lambda: _chosen(q[:num_pairs], teacher, own)) * covered
     sums.total += (losses * weights).sum()
     sums.losses[part] = losses * covered
     if not sums.wants_grad:
@@ -250,8 +254,8 @@ def _add_chunk(sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "T
         sums.grad_weight.addmm_(p.T, of_positions, alpha=-1)
     else:
         right = torch.cat((right, -of_positions)).to(dtype)
-        for total, columns in zip(sums.grad_weight.split(PART), block.split(PART, dim=1), strict=True):
-            made = sums.room("weight", *total.shape, dtype=dtype)
+        for total, columns in zip(sums.grad_weight.split(WEIGHT_ROWS), block.split(WEIGHT_ROWS, dim=1), strict=True):
+            made = sums.scratch("weight", *total.shape, dtype=dtype)
             total += torch.mm(columns.T, right, out=made)  # adding makes an fp32 copy of the part
 
 
@@ -305,8 +309,8 @@ def pairs_per_chunk(draft_vocab_size: int, vocab_size: int, device_type: str, *,
     short: the teacher's logits are those of the draft vocabulary alone.
     """
     budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
-    most = budget // pair_bytes(draft_vocab_size, vocab_size, steps=steps, short=short)
-    return most // MULTIPLE * MULTIPLE if most >= MULTIPLE else max(16, most)
+    max_pairs = budget // pair_bytes(draft_vocab_size, vocab_size, steps=steps, short=short)
+    return max_pairs // MULTIPLE * MULTIPLE if max_pairs >= MULTIPLE else max(16, max_pairs)
 
 
 def pair_bytes(draft_vocab_size: int, vocab_size: int, *, steps: int, short: bool) -> int:

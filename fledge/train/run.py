@@ -41,7 +41,7 @@ __all__ = ["TrainArgs", "parse_args", "train"]
 DEFAULT_DRAFT_VOCAB = 32_000
 STARTING_SAMPLES = 8  # whose states set the scale of a fresh head
 
-_goodbyes: list = []  # what `leave` keeps
+_last_operations: list = []  # never freed: see `leave`
 
 
 def train(args: TrainArgs) -> None:
@@ -240,17 +240,17 @@ def finish(trainer: DraftTrainer, args: TrainArgs, source: Source, metrics: dict
 
 
 def leave(device: torch.device) -> None:
-    """Wait for the other ranks before the processes end: one that is still talking to a finished one would abort.
+    """Wait for the other ranks before the process ends: a rank that still communicates with an ended one aborts.
 
-    A thread of gloo's frees each finished operation and waits for the interpreter to free its tensors: a process that
-    meanwhile frees its groups hangs, one that meanwhile ends aborts (torch 2.13, `ProcessGroupGloo::runLoop`). So the
-    last operation is never freed, and earlier ones get the interpreter while this thread sleeps.
+    A thread of gloo frees each finished operation and needs the interpreter's lock for its tensors. If this process
+    meanwhile frees its groups it hangs; if it ends it aborts (torch 2.13, `ProcessGroupGloo::runLoop`). So the last
+    operation is never freed, and the thread gets the lock for earlier ones while this one sleeps.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
-        word = torch.zeros(1, device=device)
-        goodbye = dist.all_reduce(word, async_op=True)
-        goodbye.wait()
-        word.item()  # on a GPU this is what waits
-        _goodbyes.append(goodbye)
+        one = torch.zeros(1, device=device)
+        last = dist.all_reduce(one, async_op=True)
+        last.wait()
+        one.item()  # on a GPU this is what waits
+        _last_operations.append(last)
         time.sleep(0.1)
         dist.destroy_process_group()

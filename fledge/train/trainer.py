@@ -29,7 +29,7 @@ from fledge.target.record import TargetRecord
 from fledge.train.arguments import TrainerArguments
 from fledge.train.metrics import MetricSums, taught_positions
 from fledge.train.module import TTTModule
-from fledge.train.muon import MuonBeside, split_parameters
+from fledge.train.muon import MuonWithAuxiliary, split_parameters
 from fledge.train.resume import TRAIN, delete_old, is_complete
 
 
@@ -141,7 +141,7 @@ class DraftTrainer(Trainer):
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, module)
         matrices, rest = split_parameters(module)
         options = {**options, "weight_decay": self.args.weight_decay}
-        self.optimizer = MuonBeside(
+        self.optimizer = MuonWithAuxiliary(
             matrices, rest, lambda left: kind(left, **options), lr=options["lr"], weight_decay=self.args.weight_decay
         )
         return self.optimizer

@@ -18,7 +18,7 @@ from ttt_reference import (
 
 from fledge.drafters import cpu_kernels, depth
 from fledge.drafters.batch import pack
-from fledge.drafters.depth import RandomDepth, cut
+from fledge.drafters.depth import RandomDepth, pieces_of
 from fledge.drafters.eagle3.runs import Run
 from fledge.drafters.eagle3.ttt import align, unroll
 from fledge.drafters.loss import LossSettings, Teacher, dense_loss, ttt_loss
@@ -56,9 +56,9 @@ def test_the_drawing(monkeypatch):
     assert trained == [[0, 1, 2, 3, 4, 5, 6, 7], [2, 3, 4, 5, 6], [2, 3], [2, 3]]  # row 7 teaches at step 0 alone
     full = align(batch, 4)
     assert (
-        torch.equal(full.asked, alignment.asked)
+        torch.equal(full.supervised, alignment.supervised)
         and full.alive == [8] * 4
-        and (alignment.asked >= alignment.trained).all()
+        and (alignment.supervised >= alignment.trained).all()
     )
 
 
@@ -73,8 +73,8 @@ def test_steps_are_filled_up(monkeypatch):
 
 
 def test_runs_are_cut_evenly():
-    assert [run.stop - run.start for run in cut(Run(0, 5, 75))] == [32, 32, 6]
-    assert [run.stop - run.start for run in cut(Run(0, 0, 1600))] == [100] * 16
+    assert [run.stop - run.start for run in pieces_of(Run(0, 5, 75))] == [32, 32, 6]
+    assert [run.stop - run.start for run in pieces_of(Run(0, 0, 1600))] == [100] * 16
 
 
 @pytest.mark.parametrize("survival", [0.8, 0.3])
@@ -160,7 +160,7 @@ def test_dynamic_weights_take_what_is_left_out_to_be_as_sure_as_before(small_pie
         assert not found[~some.trained].any()
         for row in some.rows.tolist():
             taught = {step: int(p) for step in range(STEPS) for p in range(len(some.positions))
-                      if some.asked[step, p] and some.positions[p] - 1 - step == row}  # fmt: skip
+                      if some.supervised[step, p] and some.positions[p] - 1 - step == row}  # fmt: skip
             left = {step: p for step, p in taught.items() if some.trained[step, p]}
             sure = {step: 0.5 + 0.5 * float(confidence[step, p]) for step, p in left.items()}
             values = [sure.get(step, sure[max(left)]) for step in taught] if left else []
@@ -179,8 +179,8 @@ def test_dynamic_weights_of_an_even_draft_do_not_depend_on_the_draw(small_pieces
     confidence = torch.full(whole.row_index.shape, 0.4)
     wanted, found = (dynamic_by_position(alignment, confidence, 0.5) for alignment in (whole, some))
     torch.testing.assert_close(found[some.trained], wanted[some.trained])
-    drawn = torch.zeros_like(some.pairs.asked).index_put((some.pairs.step, some.pairs.row), torch.tensor(True))
-    forgotten = dataclasses.replace(some, pairs=dataclasses.replace(some.pairs, asked=drawn))
+    drawn = torch.zeros_like(some.pairs.supervised).index_put((some.pairs.step, some.pairs.row), torch.tensor(True))
+    forgotten = dataclasses.replace(some, pairs=dataclasses.replace(some.pairs, supervised=drawn))
     passed_over = dynamic_by_position(forgotten, confidence, 0.5)
     assert (passed_over[1:][some.trained[1:]] < 0.9 * wanted[1:][some.trained[1:]]).any()
 
