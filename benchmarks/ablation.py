@@ -184,7 +184,7 @@ def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, float]:
 
     The text does not depend on the head, so the target answers once. The rounds of a decode with chains follow from
     what a chain begun at each token would have accepted (`fledge.doctor.readings`; a test compares with decoding).
-    Chains hold the draft's likeliest tokens at every temperature, so sampled answers give the tau of sampling in the same way.
+    Chains hold the draft's likeliest tokens at every temperature, so sampled answers give the tau of sampling, too.
     """
     found = {}
     with torch.inference_mode():
