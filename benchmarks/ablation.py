@@ -33,7 +33,7 @@ from fledge.bench.prompts import load_questions
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.generate import generate_batch
 from fledge.decoding.records import Sampling
-from fledge.doctor.readings import Ward, trial, walk
+from fledge.doctor.readings import RecordedAnswers, chain_acceptance, chain_rounds
 from fledge.drafters.batch import Batch
 from fledge.drafters.depth import RandomDepth
 from fledge.drafters.eagle3 import ttt
@@ -54,11 +54,9 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "fixed": FIXED,
     "full": FULL,
     "shallow": ("--depth_survival", "0.6"),
-    "lk": ("--loss_type", "lk"),
     "token": ("--loss_average", "token"),
     "adamw": ("--matrix_optim", "same"),
     "eagle3.1": ("--draft_type", "eagle3.1"),
-    "rank": ("--head_rank", "128"),
     "full-fixed": (*FULL, *FIXED),
     "common": COMMON,
     "common-loss": COMMON,
@@ -184,15 +182,15 @@ def head_only(draft: DraftModel, target_head: torch.Tensor, _taps: torch.Tensor)
 def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Tau of each task, pooled over its questions, and their mean.
 
-    The text does not depend on the head: the target answers once, and a decode with chains is a walk over what chains
-    begun at each token would have accepted (`fledge.doctor.readings`; a test compares with decoding). Chains hold the
-    draft's likeliest tokens at every temperature, so sampled answers give the tau of sampling in the same way.
+    The text does not depend on the head, so the target answers once. The rounds of a decode with chains follow from
+    what a chain begun at each token would have accepted (`fledge.doctor.readings`; a test compares with decoding).
+    Chains hold the draft's likeliest tokens at every temperature, so sampled answers give the tau of sampling, too.
     """
     found = {}
     with torch.inference_mode():
-        for task, ward in answers(args).items():
-            draft = load_draft(folder, ward.target.embedding_weight)
-            found[Path(task).stem] = tau(draft, ward)
+        for task, recorded in answers(args).items():
+            draft = load_draft(folder, recorded.target.embedding_weight)
+            found[Path(task).stem] = tau(draft, recorded)
     return {**found, "mean": statistics.mean(found.values())}
 
 
@@ -201,7 +199,7 @@ def _answers(
     model: str, tasks: tuple[str, ...], bench_dir: Path | None, end: int, most: int, temperature: float, kept: Path
 ) -> dict:
     target, template = Target.from_pretrained(model), ChatTemplate.from_pretrained(model)
-    wards = {}
+    recorded_by_task = {}
     for task in tasks:
         questions = load_questions(task, bench_dir=bench_dir, end=end)
         prompts = [template.prompt_ids([{"role": "user", "content": question.turns[0]}]) for question in questions]
@@ -210,11 +208,11 @@ def _answers(
             made = generate_batch(target, None, prompts, tree=TreeShape(1, 0, 1), max_new_tokens=most,
                                   sampling=Sampling(temperature, seed=0), batch_size=8, shapes="fixed")  # fmt: skip
             provenance.write_json(file, [one.token_ids for one in made])
-        wards[task] = Ward(target, prompts, most, answers=json.loads(file.read_text()))
-    return wards
+        recorded_by_task[task] = RecordedAnswers(target, prompts, most, answers=json.loads(file.read_text()))
+    return recorded_by_task
 
 
-def answers(args: argparse.Namespace) -> dict[str, Ward]:
+def answers(args: argparse.Namespace) -> dict[str, RecordedAnswers]:
     """The target's answers to each task's questions, with their states; the tokens are kept in --out."""
     args.out.mkdir(parents=True, exist_ok=True)
     return _answers(
@@ -222,14 +220,14 @@ def answers(args: argparse.Namespace) -> dict[str, Ward]:
     )
 
 
-def tau(draft: DraftModel, ward: Ward) -> float:
+def tau(draft: DraftModel, recorded: RecordedAnswers) -> float:
     """Tokens per target forward of greedy chains, pooled over the answers; the prompt's forward does not count."""
-    columns = torch.tensor([ward.target.tap_layers.index(layer) for layer in draft.config.tap_layers])
+    columns = torch.tensor([recorded.target.tap_layers.index(layer) for layer in draft.config.tap_layers])
     emitted = rounds = 0
-    for record, prompt_length in zip(ward.records, ward.prompt_lengths, strict=True):
-        lengths, _ = trial(draft, record, columns)
+    for record, prompt_length in zip(recorded.records, recorded.prompt_lengths, strict=True):
+        lengths, _ = chain_acceptance(draft, record, columns)
         tokens = len(record) - prompt_length
-        emitted, rounds = emitted + tokens - 1, rounds + len(walk(lengths.tolist(), tokens))
+        emitted, rounds = emitted + tokens - 1, rounds + len(chain_rounds(lengths.tolist(), tokens))
     return emitted / max(rounds, 1)
 
 

@@ -4,7 +4,7 @@
 
 Three heads: the given one; an untrained one of its shape (random weights, unsure of everything); and the given one with
 its vocabulary turned round (as sure of itself as before, and wrong). The costs of a round are measured first, as
-`fledge bench --tune` does; each head keeps one pace over all prompts and rounds, as a process that answers them would.
+`fledge bench --tune` does; each head keeps one budget over all prompts and rounds, as a server would.
 Plain decoding is answered once for all heads in a turn. Greedy, no end of text; whole answers are timed, prompts
 included. Prompts are taken in turns by all ways; the total over all prompts of a round counts. --clock cpu counts the
 process's own seconds: on a machine that others use, with --threads 1, it is the steadier clock.
@@ -24,7 +24,7 @@ from decode_peers import SETS, load_pair, name_of, prompts_of
 from fledge import provenance
 from fledge.bench.prompts import dataset_label
 from fledge.data.samples import Prompt
-from fledge.decoding.adaptive import Pace
+from fledge.decoding.adaptive import AdaptiveBudget
 from fledge.decoding.generate import generate
 from fledge.decoding.records import Generation, Sampling
 from fledge.decoding.tune import measure_costs
@@ -64,7 +64,7 @@ def main() -> None:
     for name, head in heads.items():
         if args.fixed or name == "given":
             ways[f"{name} head, fixed tree"] = speculative(target, head, tree, None)
-        ways[f"{name} head, adaptive"] = speculative(target, head, tree, Pace(**costs))
+        ways[f"{name} head, adaptive"] = speculative(target, head, tree, AdaptiveBudget(**costs))
     seconds, made = in_turns(ways, prompts, args)
     results = {way: summary(way, seconds, made) for way in ways}
     print(table(results))
@@ -76,7 +76,7 @@ def in_turns(ways: Ways, prompts: list[list[int]], args: argparse.Namespace) -> 
     """Seconds by way, round and prompt, and the last round's answers."""
     clock = CLOCKS[args.clock]
     for way, decode in ways.items():
-        if "adaptive" not in way:  # what a pace learns belongs to the measurement
+        if "adaptive" not in way:  # what a budget learns belongs to the measurement
             decode(max(prompts, key=len), WARM_UP)
     seconds: dict[str, list[list[float]]] = {way: [] for way in ways}
     made: dict[str, list[Generation]] = {}
@@ -98,7 +98,7 @@ def in_turns(ways: Ways, prompts: list[list[int]], args: argparse.Namespace) -> 
 
 
 def costs_of(target: Target, draft: DraftModel, prompt: list[int], tree: TreeShape) -> dict[str, Any]:
-    """What `Pace` wants to know, measured as `--tune` measures it."""
+    """What `AdaptiveBudget` wants to know, measured as `--tune` measures it."""
     answer = generate(target, None, prompt, **options(32)).token_ids
     costs = measure_costs(target, draft, (Prompt(prompt), answer), [tree.top_k], options(32), lambda note: None)
     draft_s = {levels: seconds for (_, levels), seconds in costs.draft_s.items()}
@@ -106,8 +106,10 @@ def costs_of(target: Target, draft: DraftModel, prompt: list[int], tree: TreeSha
     return {"plain_s": costs.plain_s, "verify_s": verify_s, "draft_s": draft_s, "overhead_s": costs.overhead_s}
 
 
-def speculative(target: Target, draft: DraftModel, tree: TreeShape, pace: Pace | None) -> Callable[..., Generation]:
-    return lambda ids, n: generate(target, draft, ids, tree=tree, budget=pace, **options(n))
+def speculative(
+    target: Target, draft: DraftModel, tree: TreeShape, budget: AdaptiveBudget | None
+) -> Callable[..., Generation]:
+    return lambda ids, n: generate(target, draft, ids, tree=tree, budget=budget, **options(n))
 
 
 def options(new_tokens: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Knows pictures, captions and one model. Nothing is trained here that fledge trains: this makes a target to use it on.
 Learning rate: at 3e-3, on half as many pictures, digits were guessed after 350 steps and three quarters right after
-700; at 2e-3 they are right after 300 (docs/log.md, 2026-11-24).
+700; at 2e-3 they are right after 300 (dev/log, 2026-11-24).
 """
 
 import math

@@ -42,7 +42,7 @@ TRAINED_FILES = ("config.json", WEIGHTS, "provenance.json")
 TUNED_ON = 8  # questions at least
 COUNTED = ("records", "tokens", "supervised")  # of a store's manifest
 SETTINGS = (
-    "draft_type", "draft_vocab_size", "ttt_steps", "depth_survival", "position_weights", "loss_type", "optim",
+    "draft_type", "draft_vocab_size", "ttt_steps", "depth_survival", "position_weights", "optim",
     "learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps",
     "model_max_length", "num_train_epochs", "seed",
 )  # fmt: skip

@@ -130,7 +130,8 @@ def head_and_vocab(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor
 def fledge(args: argparse.Namespace, docs: list[dict[str, torch.Tensor]]) -> Callable[[], float]:
     """The module and the optimizer of `fledge train`."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from fledge.drafters.batch import fill_for, pack
+    from fledge.drafters.batch import pack
+    from fledge.drafters.cpu_kernels import filled_up
     from fledge.drafters.eagle3.config import DraftConfig
     from fledge.drafters.eagle3.model import DraftModel
     from fledge.drafters.loss import LossSettings
@@ -157,7 +158,7 @@ def fledge(args: argparse.Namespace, docs: list[dict[str, torch.Tensor]]) -> Cal
                      summary=TeacherSummary.of(head, doc["last"].to(device), doc["mask"].to(device)))
         for number, doc in enumerate(docs)
     ]  # fmt: skip
-    batch = pack(records, fill=fill_for(device)).to(device)
+    batch = pack(filled_up(records, device)).to(device)
     if device.type == "cuda":
         compare_attention(device)
     survival = SURVIVAL if args.trainer == "fledge-depths" else 1.0

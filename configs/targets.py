@@ -131,7 +131,7 @@ TARGETS: dict[str, Row] = {
         fields=sizes(576, 1536, 30, 9, 3, 49152, 8192, tied=True, head_dim=64, rms_norm_eps=1e-5,
                      rope_parameters=rope(1e5)),
         source=f"{LITGPT}; the checkpoint itself",
-        tau="1.78 predicted, 1.79 measured, by us: 1760 answers, one pass, K = 3, full depth (docs/log.md, 2026-11-23)",
+        tau="1.78 predicted, 1.79 measured, by us: 1760 answers, one pass, K = 3, full depth (dev/log, 2026-11-23)",
         context=1024),
     # ---- Qwen3 -------------------------------------------------------------------------------------------------------
     "qwen3-0.6b": Row(hub="Qwen/Qwen3-0.6B", config_class="Qwen3Config", params_b=0.596, source=LITGPT,

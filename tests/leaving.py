@@ -2,7 +2,7 @@
 
     python tests/leaving.py COUNT [barrier]
 
-With `barrier` they end the usual way, a barrier and destroy_process_group: some pairs hang (docs/log.md).
+With `barrier` they end the usual way, a barrier and destroy_process_group: some pairs hang (dev/log).
 """
 
 import os

@@ -18,7 +18,7 @@ from fledge.errors import UserError
 from fledge.target.record import TargetRecord
 from fledge.train.memory import num_parameters, step_memory
 from fledge.train.module import TTTModule
-from fledge.train.muon import MuonBeside, split_parameters
+from fledge.train.muon import MuonWithAuxiliary, split_parameters
 
 STEPS, ROWS = 5, 160
 CONFIG = DraftConfig(
@@ -122,7 +122,7 @@ def test_missing_facts_are_named(folder):
 def test_moments_are_what_the_optimizers_keep():
     draft = DraftModel(CONFIG, torch.zeros(300, 96))
     matrices, rest = split_parameters(TTTModule(draft, lambda hidden: hidden, STEPS, LossSettings()))
-    both = MuonBeside(matrices, rest, lambda left: torch.optim.AdamW(left), lr=1e-3, weight_decay=0.0)
+    both = MuonWithAuxiliary(matrices, rest, lambda left: torch.optim.AdamW(left), lr=1e-3, weight_decay=0.0)
     alone = torch.optim.AdamW(draft.parameters())
     for muon, optimizer in ((True, both), (False, alone)):
         for parameter in draft.parameters():

@@ -22,7 +22,6 @@ from tiny import tiny_config, tiny_target, tiny_vocab
 from transformers import TrainerCallback
 
 from fledge.data.tokenize import Sample
-from fledge.drafters.eagle3.low_rank import LowRankHead
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.loss import LossSettings
 from fledge.target.head import TargetHead
@@ -53,7 +52,6 @@ def make_trainer(
     *,
     average="sequence",
     eval_data=None,
-    rank=None,
     survival=1.0,
     run="",
     **overrides,
@@ -63,8 +61,6 @@ def make_trainer(
     draft = DraftModel(tiny_config(target), target.embedding_weight)
     draft.set_vocab(*tiny_vocab(target.vocab_size, draft.config.draft_vocab_size))
     draft.warm_start_head(target.head_weight)
-    if rank is not None:
-        draft.lm_head = LowRankHead.of(draft.lm_head.weight.detach(), rank)
     settings = {
         "output_dir": str(folder), "learning_rate": 1e-3, "per_device_train_batch_size": 2, "max_steps": 6,
         "bf16": False, "save_steps": 2, "logging_steps": 1, "disable_tqdm": True, "warmup_steps": 1, "seed": 3,

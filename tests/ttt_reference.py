@@ -132,5 +132,5 @@ def dynamic_by_position(alignment: Alignment, confidence: Tensor, floor: float) 
     pairs = alignment.pairs
     place = (pairs.step, pairs.place)
     return torch.zeros_like(confidence).index_put(
-        place, dynamic_weights(confidence[place], pairs.row, pairs.step, pairs.asked, floor)
+        place, dynamic_weights(confidence[place], pairs.row, pairs.step, pairs.supervised, floor)
     )

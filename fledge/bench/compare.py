@@ -61,7 +61,7 @@ def read_summary(path: Path) -> Document:
     file = path / SUMMARY if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file}: no such file. Give a {SUMMARY} written by `fledge bench`, or its folder.")
-    document = summary.read_summary(file, summary.Run)
+    document = summary.read_summary(file, summary.BenchSummary)
     if document["format"] != FORMAT:
         raise UserError(f"{file}: not a summary of `fledge bench` in format {FORMAT}. Give the {SUMMARY} of a run.")
     return document

@@ -18,7 +18,7 @@ from fledge.data.rejects import Reject
 from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.accept import one_node
-from fledge.decoding.adaptive import Pace
+from fledge.decoding.adaptive import AdaptiveBudget
 from fledge.decoding.generate import ShapePolicy, generate, uses_fixed_shapes
 from fledge.decoding.records import Generation, RoundTrace, Sampling
 from fledge.decoding.running_state import verifier_of
@@ -79,7 +79,7 @@ class EngineSpec:
 
     def load(self) -> "LocalEngine":
         """Load target, head and template."""
-        pace = Pace.from_profile(read_profile(Path(self.profile)), self.tree) if self.profile else None
+        pace = AdaptiveBudget.from_profile(read_profile(Path(self.profile)), self.tree) if self.profile else None
         files = read_drafter(self.head) if self.head else None  # before the target: a bad head costs no loading
         target = Target.from_pretrained(
             self.target,
@@ -122,7 +122,7 @@ class LocalEngine:
     """See `fledge.bench.measure.Engine`."""
 
     def __init__(
-        self, spec: EngineSpec, target: Target, draft: Any, template: ChatTemplate, pace: Pace | None = None
+        self, spec: EngineSpec, target: Target, draft: Any, template: ChatTemplate, pace: AdaptiveBudget | None = None
     ) -> None:
         self.spec, self.target, self.draft, self.template, self.pace = spec, target, draft, template, pace
 

@@ -84,7 +84,7 @@ class Answerer:
     def __init__(self, args: ModelArgs) -> None:
         import torch
 
-        from fledge.decoding.adaptive import Pace
+        from fledge.decoding.adaptive import AdaptiveBudget
         from fledge.decoding.tree_profile import profile_path, read_profile
         from fledge.drafters.registry import read_drafter
         from fledge.drafters.tree import TreeShape
@@ -99,7 +99,7 @@ class Answerer:
         if args.adaptive:
             if args.draft is None:
                 raise UserError("--adaptive adapts the draft tree; give the head with --draft.")
-            self.budget = Pace.from_profile(read_profile(profile_path(args.draft, None)), self.tree)
+            self.budget = AdaptiveBudget.from_profile(read_profile(profile_path(args.draft, None)), self.tree)
         files = read_drafter(args.draft) if args.draft else None  # before the target: a bad head costs no loading
         dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
         self.target = Target.from_pretrained(

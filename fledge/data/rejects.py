@@ -80,10 +80,3 @@ class Rejects:
     def summary(self) -> dict[str, object]:
         """JSON-ready counts and first examples."""
         return {"seen": self.seen, "counts": dict(self.counts.most_common()), "first": dict(self.first)}
-
-    def restore(self, summary: dict) -> None:
-        """Take over what an earlier, identical run counted (a cache hit)."""
-        self.seen += summary["seen"]
-        self.counts.update(summary["counts"])
-        for reason, first in summary["first"].items():
-            self.first.setdefault(reason, first)

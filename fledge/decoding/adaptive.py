@@ -1,19 +1,19 @@
-"""How much drafting pays: decided in every round from the head's own scores and from what earlier rounds brought.
+"""How much drafting pays, decided in every round from the head's scores and from what earlier rounds brought.
 
     expected tokens of a tree   1 + trust * sum of exp(score) over its drafted nodes
-    cost of a round             V(nodes) + D(levels) + o, as the tree profile of this machine has them
+    cost of a round             V(nodes) + D(levels) + o, from the tree profile of this machine
 
-- A level is drafted while the tokens it can add, per second, beat the rate reached so far.
-- Of the candidates, as many are verified as promise the most tokens per second.
-- Rounds are paid from a credit: each adds what plain decoding of its tokens would have cost, and 1 %, and takes its own
-  cost. Without credit the target decodes plainly. So drafting costs at most 1 % and what the credit begins with, and a
-  prompt on which it pays again is noticed at the next round the 1 % has paid for.
-- Profiles err, and a head that seems to pay by a little may lose in truth. So a round that drafts is charged DOUBT more
-  than the profile says, and no tree is taken to cost less than a smaller one. With a head that is never right, total
+- Another level is drafted if the tokens it can add, per second, beat the rate reached so far.
+- The number of verified candidates is the one that promises the most tokens per second.
+- Rounds are paid from a credit. A round adds what plain decoding of its tokens would have cost and 1 % more, and
+  subtracts its own cost. Without credit the target decodes plainly. So drafting costs at most 1 % and the initial
+  credit. When drafting begins to pay again, this is noticed at the next round that the 1 % has paid for.
+- Profiles have errors, and a head that seems to pay by a little may not. So a round that drafts is charged DOUBT more
+  than the profile says, and no tree is assumed to cost less than a smaller one. With a head that is never right, total
   time stays within 2 % of plain decoding (benchmarks/decode_adaptive.py).
 
-Costs come from the profile, not from a clock: a tree is a function of the tokens before it, so the output keeps the
-target's law and a run repeats itself. Knows scores and costs. Knows nothing of models or tokens.
+Costs come from the profile, not from a clock. A tree is therefore a function of the tokens before it, so the output
+keeps the target's law and a run repeats itself. Knows scores and costs. Knows nothing of models or tokens.
 """
 
 import numpy as np
@@ -30,8 +30,8 @@ MOST_CREDIT = 8.0
 MEMORY = 0.9  # weight of the past in the running figures, per round
 
 
-class Pace:
-    """The running decision; keep one over many generations."""
+class AdaptiveBudget:
+    """The `drafters.base.Budget` of one sequence after another; keep one over many generations."""
 
     def __init__(
         self, *, plain_s: float, verify_s: dict[int, float], draft_s: dict[int, float], overhead_s: float
@@ -49,7 +49,7 @@ class Pace:
         self._levels, self._nodes, self._promise, self._promised = 1, 0, 0.0, 0.0  # of the round under way
 
     @classmethod
-    def from_profile(cls, profile: TreeProfile, shape: TreeShape) -> "Pace":
+    def from_profile(cls, profile: TreeProfile, shape: TreeShape) -> "AdaptiveBudget":
         """The costs that `fledge bench --tune` measured for trees of this shape."""
         measured = {
             int(name.split("x")[1]): float(seconds)
@@ -108,5 +108,5 @@ class Pace:
             self._rate = max(MEMORY * self._rate + (1 - MEMORY) * emitted / seconds, 1.0 / self.plain_s)
 
     def _spent(self) -> float:
-        """Seconds of a round beside verification."""
+        """Seconds of a round, verification excluded."""
         return self._draft[self._levels] + self._overhead

@@ -57,7 +57,7 @@ class Session:
     capacity: int
     fixed: bool = False
     stop_token_ids: frozenset[int] = frozenset()
-    budget: Any = None  # an adaptive.Pace; exact shapes and one sequence only
+    budget: Any = None  # an adaptive.AdaptiveBudget; exact shapes and one sequence only
     waiting: deque[RequestState] = field(default_factory=deque)
 
     def __post_init__(self) -> None:

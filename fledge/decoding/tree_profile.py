@@ -34,7 +34,7 @@ class TreeProfile:
     hardware: dict[str, Any]
 
 
-class Costs(msgspec.Struct):
+class ProfileCosts(msgspec.Struct):
     """Seconds of the parts of a round."""
 
     verify_s: dict[Annotated[str, msgspec.Meta(pattern=r"^\d+$")], NotNegative]  # by number of nodes
@@ -67,7 +67,7 @@ def read_profile(path: Path) -> TreeProfile:
         raise UserError(f"{path}: no tree profile there. Make one with `fledge bench --tune`, or give --total-token.")
     hint = "It is not a tree profile of this version: run `fledge bench --tune`."
     profile = read_python_json(path, ProfileFile, hint=hint).profile
-    convert(profile.costs, Costs, str(path), hint=hint)
+    convert(profile.costs, ProfileCosts, str(path), hint=hint)
     here = provenance.hardware()
     different = [key for key in ("cpu", "gpus", "torch_threads") if here.get(key) != profile.hardware.get(key)]
     if different:

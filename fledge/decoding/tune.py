@@ -2,11 +2,12 @@
 
     tokens per second of a tree (n nodes, L levels, k children) = E(n, L, k) / (V(n) + D(k, L) + o)
 
-V(n), the target's time for n tokens, D, the head's time for a tree, and o, the rest of a round, are measured here. So
-is E, the tokens emitted per round: along answers the target itself wrote, the head drafts the largest tree of every k
-once per position, and where the true continuation ranks among the candidates says how many of its tokens each smaller
-tree would have kept: a tree of n nodes keeps the best n - 1 by score, so one pass answers for all n and L. The choice
-is then confirmed by real decoding beside the default tree and plain decoding. Knows target, head and prompts.
+Measured here are V(n), the target's time for n tokens, D, the head's time for a tree, and o, the rest of a round. E,
+the tokens emitted per round, is measured on answers that the target itself wrote. At positions along them the head
+drafts the largest tree of every k. The rank of the true continuation among the candidates says how many of its tokens
+each smaller tree would have kept: a tree of n nodes keeps the best n - 1 by score, so one pass answers for all n and L.
+The choice is then confirmed by real decoding, interleaved with the default tree and plain decoding. Knows target, head
+and prompts.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ DEFAULT = TreeShape()
 
 
 @dataclasses.dataclass(frozen=True)
-class Costs:
+class RoundCosts:
     """Seconds per round, by part."""
 
     plain_s: float
@@ -113,9 +114,9 @@ def ranks_along(
         whole = prompt.followed_by(answer)
         tokens = torch.tensor(whole.ids, device=target.device)
         where = target.positions(tokens, whole.model_inputs) if whole.model_inputs else None
-        beside: dict[str, Any] = dict(whole.model_inputs)
+        extra_inputs: dict[str, Any] = dict(whole.model_inputs)
         taps = target.forward(
-            tokens[None], position_ids=None if where is None else where[..., None, :], **beside
+            tokens[None], position_ids=None if where is None else where[..., None, :], **extra_inputs
         ).tap_hidden  # fmt: skip
         assert taps is not None
         shape = TreeShape(len(levels) + 1, MAX_LEVELS - 1, width)
@@ -173,7 +174,7 @@ def expected_tau(ranks: Sequence[np.ndarray], nodes: int, levels: int) -> float:
     return 1.0 + float(np.mean([np.count_nonzero(one[levels - 1] < nodes - 1) for one in ranks]))
 
 
-def best_by_nodes(ranks: Ranks, costs: Costs) -> list[dict[str, float]]:
+def best_by_nodes(ranks: Ranks, costs: RoundCosts) -> list[dict[str, float]]:
     """For every number of nodes the levels and children with most expected tokens per second."""
     curve = []
     for nodes in NODES:
@@ -203,23 +204,23 @@ def candidate_count(width: int, levels: int) -> int:
 @torch.inference_mode()
 def measure_costs(
     target: Target, draft: DraftModel, pair: tuple[Prompt, list[int]], widths: Sequence[int],
-    options: dict[str, Any], step: Callable[[str], None],
-) -> Costs:  # fmt: skip
+    options: dict[str, Any], on_step: Callable[[str], None],
+) -> RoundCosts:  # fmt: skip
     """Time the parts of a round in the middle of an answer."""
     prompt, answer = pair
     tokens = prompt.ids + answer[: len(answer) // 2]  # as text: what a round costs, pictures do not change
     verify_s: dict[int, float] = {}
     for nodes in NODES:
         verify_s[nodes] = verify_time(target, tokens, nodes)
-        step(f"verifying {nodes} tokens")
+        on_step(f"verifying {nodes} tokens")
     draft_s = {
         (width, levels): seconds for width in widths for levels, seconds in draft_times(target, draft, tokens, width)
     }
     short = {**options, "max_new_tokens": 32, "model_inputs": prompt.model_inputs}
     run = generate(target, draft, prompt.ids, tree=TreeShape(8, 2, 2), **short)
     overhead = (run.phases_s["accept"] + run.phases_s["other"]) / max(run.num_forwards, 1)
-    step("drafting")
-    return Costs(verify_time(target, tokens, 1), verify_s, draft_s, overhead)
+    on_step("drafting")
+    return RoundCosts(verify_time(target, tokens, 1), verify_s, draft_s, overhead)
 
 
 def verify_time(target: Target, tokens: list[int], nodes: int) -> float:

@@ -1,8 +1,8 @@
-"""The doctor's reading room: what a head's files say about each other and about the target, without running anything.
+"""What a head's files say about each other and about the target, without running anything.
 
 Each finding names its cost and, where the files suffice to mend it, the repair that does (`fledge.doctor.repair`).
 What only decoding can tell (a head trained at another rope base than its config says) is measured by
-`fledge.doctor.readings`, which drops the findings here that its figures settle.
+`fledge.doctor.readings`; findings of the topics that it measured are dropped.
 """
 
 from dataclasses import dataclass, field
@@ -98,7 +98,7 @@ def findings(config: DraftConfig, target_config: Any) -> list[Finding]:
 
 
 def _file_findings(document: dict[str, Any], head: Head) -> list[Finding]:
-    """What config.json says beside the truth in the tensors."""
+    """Where config.json and the tensors disagree."""
     found = []
     layer = {**document, **(document.get("transformer_layer_config") or {})}
     if layer.get("tie_word_embeddings"):

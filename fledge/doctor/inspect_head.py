@@ -1,4 +1,4 @@
-"""`fledge inspect HEAD`: the doctor's round. Files first, then tokenizer and data, then a trial; then the repair."""
+"""`fledge inspect HEAD`: files first, then tokenizer and data, then trial decoding, then the repair."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ from fledge.export.engines import ENGINES, file_shapes, problems
 from fledge.export.layouts import LAYOUTS
 from fledge.outputs import Output, check, document_has, write_json, written
 
-DEAF = 1.05  # a tau below this is a head that says nothing its target would say
+USELESS_TAU = 1.05  # a head below this proposes nothing that its target would say
 REPAIRED = Output(
     "inspect", (*HEAD_FILES, "repair.json"), lambda folder: document_has(folder / "repair.json", "changes")
 )
@@ -72,9 +72,9 @@ def inspect_head(args: InspectHeadArgs) -> None:
 
 
 def measured_findings(diagnosis: Diagnosis) -> list[Finding]:
-    """Where another reading of the files accepts more than the stated one; deaf heads."""
+    """Where another reading of the files accepts more than the stated one, and heads that accept nothing."""
     stated, best = diagnosis.stated, diagnosis.best
-    if best.tau < DEAF:  # what explains noise better explains nothing
+    if best.tau < USELESS_TAU:  # the best explanation of noise is none
         return [Finding("error", "target", f"tau is {best.tau:.2f} under every reading of the files",
                         "it drafts nothing: another target's head, or its vocabulary, or untrained")]  # fmt: skip
     found = []
@@ -121,7 +121,7 @@ def _try(seen: Examination, args: InspectHeadArgs, num_layers: int) -> Diagnosis
 
 def _fix(args: InspectHeadArgs, seen: Examination, text_config: Any, diagnosis: Diagnosis | None) -> None:
     assert args.fix is not None
-    if diagnosis is None or diagnosis.best.tau < DEAF:
+    if diagnosis is None or diagnosis.best.tau < USELESS_TAU:
         head, changes = repaired(seen, text_config, None, None)
     else:
         best = diagnosis.best.reading

@@ -1,20 +1,19 @@
-"""The doctor at the bedside: a head is tried under every reading of its files, and the best one is the diagnosis.
+"""What a head's files cannot say is measured: it is tried under every reading of its files, and the best one wins.
 
-Whether a head was trained at another rope base than its config says, whether its tap ids are inputs or outputs, which
-of two contradicting vocabularies is its own: the files cannot say, decoding can. At temperature 0 the text does not
-depend on the head, so the target writes it once; then one unrolled pass of the draft gives, for every position, how
-many tokens a chain begun there would have accepted, and a chain decode is a walk over these numbers: tau is that of
-real decoding (tests/bench/test_doctor.py), at the price of one pass of the draft per reading.
+Files cannot say whether a head was trained at another rope base than its config states, whether its tap ids are inputs
+or outputs of layers, or which of two contradicting vocabularies is its own. Decoding can. At temperature 0 the text
+does not depend on the head, so the target writes it once. One unrolled pass of the draft then gives, for every
+position, how many tokens a chain begun there would have accepted, and with these numbers the rounds of a chain decode
+can be counted: tau is that of real decoding (tests/bench/test_doctor.py), and a reading costs one pass of the draft.
 
-What decides is the log-probability the draft gives to the tokens the target wrote: accepted drafts are counts, and the
-difference of two counts drowns where the likelihoods of the same positions stand ten standard errors apart (SmolLM2,
-taps one layer off: +0.008 +- 0.010 drafts, -0.035 +- 0.004 nats; docs/log.md). What it costs is tau, and a fault that
-costs none is a warning.
+Readings are compared by the log-probability that the draft gives to the target's tokens. Accepted drafts alone are too
+coarse: for SmolLM2 with taps one layer off the difference is +0.008 +- 0.010 drafts, but -0.035 +- 0.004 nats
+(dev/log). A fault that costs no tau is reported as a warning.
 
-Readings differ from the stated one in one point. The one that gains most is adopted when it gains SURE standard errors
-and loses no drafts; then all points are tried again from there, so that two faults are found one after the other, the
-larger first. (Topic by topic in a fixed order does worse: with a wrong rope, a wrong norm can help a little, and would
-be kept.) Cost: the target's greedy tokens, once.
+Every reading differs from the stated one in one point. The one that gains most is adopted if it gains more than
+STANDARD_ERRORS standard errors and loses no drafts. Then all points are tried again from there, so that two faults are
+found one after the other, the larger first. (Going topic by topic in a fixed order is worse: with a wrong rope, a wrong
+norm can help a little and would be kept.)
 """
 
 import dataclasses
@@ -41,8 +40,8 @@ from fledge.target.model import Target
 from fledge.target.record import TargetRecord, default_tap_layers
 
 CHAIN = 4  # drafts per round
-SURE = 3.0  # standard errors: neighbouring positions are not independent, and ten readings are tried
-FAULTS = 4  # at most so many are looked for
+STANDARD_ERRORS = 3.0  # needed to adopt a reading: neighbouring positions are not independent, and ten are tried
+MAX_FAULTS = 4  # looked for
 
 # P positions where a chain may begin
 
@@ -76,7 +75,7 @@ class Score:
 
     def beats(self, other: "Score") -> bool:
         (gain, error), (drafts, drafts_error) = self.gain_over(other), self.drafts_over(other)
-        return gain > SURE * error and gain > 0 and drafts >= -drafts_error
+        return gain > STANDARD_ERRORS * error and gain > 0 and drafts >= -drafts_error
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Diagnosis:
         return {score.reading.topic for score in self.scores}
 
 
-class Ward:
+class RecordedAnswers:
     """The target's greedy answers to a few prompts, with the states of every layer a reading may tap."""
 
     def __init__(
@@ -123,17 +122,17 @@ class Ward:
         """Try one reading on every answer."""
         draft = draft_of(head, reading, self.target.embedding_weight)
         columns = torch.tensor([self.target.tap_layers.index(layer) for layer in reading.config.tap_layers])
-        trials, emitted, rounds = [], 0, 0
+        outcomes, emitted, rounds = [], 0, 0
         for record, prompt_length in zip(self.records, self.prompt_lengths, strict=True):
-            trials.append(trial(draft, record, columns.to(record.tap_hidden.device)))
+            outcomes.append(chain_acceptance(draft, record, columns.to(record.tap_hidden.device)))
             tokens = len(record) - prompt_length
-            emitted, rounds = emitted + tokens - 1, rounds + len(walk(trials[-1][0].tolist(), tokens))
-        lengths, log_probs = (torch.cat(parts).cpu() for parts in zip(*trials, strict=True))
+            emitted, rounds = emitted + tokens - 1, rounds + len(chain_rounds(outcomes[-1][0].tolist(), tokens))
+        lengths, log_probs = (torch.cat(parts).cpu() for parts in zip(*outcomes, strict=True))
         return Score(reading, emitted / rounds, lengths, log_probs)
 
 
 @torch.inference_mode()
-def trial(draft: DraftModel, record: TargetRecord, columns: Tensor) -> tuple[Tensor, Tensor]:
+def chain_acceptance(draft: DraftModel, record: TargetRecord, columns: Tensor) -> tuple[Tensor, Tensor]:
     """(P,) drafts accepted by a chain begun after each answer token, cut at the answer's end; (P,) mean log q.
 
     Position 0 is the round after the prefill's token. An accepted draft *is* the next token, so the unrolled pass over
@@ -165,8 +164,8 @@ def trial(draft: DraftModel, record: TargetRecord, columns: Tensor) -> tuple[Ten
     return lengths, log_probs / steps
 
 
-def walk(lengths: Sequence[int], tokens: int) -> list[int]:
-    """Accepted drafts of every round of a chain decode of `tokens` tokens: each round begins where the last ended."""
+def chain_rounds(lengths: Sequence[int], tokens: int) -> list[int]:
+    """Accepted drafts of every round of a chain decode of `tokens` tokens. A round begins where the last one ended."""
     rounds, position = [], 0
     while position < tokens - 1:
         accepted = min(lengths[position], tokens - 2 - position)  # the answer's last token counts as the bonus
@@ -194,23 +193,23 @@ def diagnose(
     target: Target, head: Head, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
     vocabularies: dict[str, Tensor] | None = None,
 ) -> Diagnosis:  # fmt: skip
-    """Adopt the reading that gains most, as long as one gains surely."""
+    """Adopt the reading that gains most, until none gains significantly."""
     start = time.perf_counter()
-    ward = Ward(target, prompts, max_new_tokens)
-    stated = best = ward.score(head, Reading("stated", "as the files say", head.config, head.tensors.get("d2t")))
+    recorded = RecordedAnswers(target, prompts, max_new_tokens)
+    stated = best = recorded.score(head, Reading("stated", "as the files say", head.config, head.tensors.get("d2t")))
     first: list[Score] = []
-    for _ in range(FAULTS):
-        tried = [ward.score(head, reading) for reading in readings(best.reading, target, vocabularies or {})]
+    for _ in range(MAX_FAULTS):
+        tried = [recorded.score(head, reading) for reading in readings(best.reading, target, vocabularies or {})]
         first = first or tried
-        champion = max(tried, key=lambda score: score.gain_over(best)[0])
-        if not champion.beats(best):
+        candidate = max(tried, key=lambda score: score.gain_over(best)[0])
+        if not candidate.beats(best):
             break
-        best = champion
+        best = candidate
     return Diagnosis(stated, best, first, len(stated.lengths), time.perf_counter() - start)
 
 
 def readings(now: Reading, target: Target, vocabularies: dict[str, Tensor]) -> Iterator[Reading]:
-    """Everything one point away."""
+    """All readings that differ from `now` in one point."""
     for others in (tap_readings, vocab_readings, norm_readings, rope_readings):
         yield from others(now, target, vocabularies)
 

@@ -1,7 +1,7 @@
 """`fledge inspect HEAD --target T --fix OUT`: the head as it should have been written, and a list of what changed.
 
-Only two kinds of change are made: those the files themselves prove (d2t against t2d, lm_head beside a tied flag) and
-those the doctor measured. Weights are never touched.
+Only two kinds of change are made: those the files themselves prove (d2t against t2d, an lm_head despite a tied flag)
+and those that were measured. Weights are never touched.
 """
 
 import dataclasses

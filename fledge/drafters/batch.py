@@ -5,10 +5,6 @@
 
 All layers of the draft but its attention work row by row, and the attention knows the documents (ttt_attention.py),
 so packed documents give exactly what each would give alone.
-
-On a CPU a document of zeros lies at the end, which fills the batch up to a multiple of 64 rows and lends its own to the
-rows that are trained (`align` in `fledge.drafters.eagle3.ttt`). It teaches nothing. The library behind bf16 products
-keeps half a MiB for every shape it has met, and conversations have all lengths (docs/log.md, "A leak of shapes").
 """
 
 import dataclasses
@@ -18,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fledge.drafters.products import FULL
 from fledge.target.record import TargetRecord, TeacherSummary
 
 # N rows of all documents, A taps, H hidden
@@ -36,11 +31,6 @@ class Batch:
     lengths: tuple[int, ...]
     sample_ids: tuple[str, ...]
     summary: TeacherSummary | None = None  # of all rows, or not known of some
-    filler: int = 0  # rows of the last document, when it is there to fill up
-
-    @property
-    def num_documents(self) -> int:
-        return len(self.lengths)
 
     def to(self, device: torch.device) -> "Batch":
         moved = {
@@ -51,21 +41,8 @@ class Batch:
         return dataclasses.replace(self, **moved, summary=summary)
 
 
-def fill_for(device: torch.device) -> int:
-    """What `pack` is told to fill up to on this device."""
-    return FULL if device.type == "cpu" else 1
-
-
-def pack(records: Sequence[TargetRecord], *, fill: int = 1) -> Batch:
-    """Concatenate records. Positions restart with every document, as each record states them.
-
-    With `fill` above 1 a document of zeros follows: of so many rows that all together are a multiple, and of at least
-    `fill` rows.
-    """
-    filler = 0
-    if fill > 1:
-        filler = fill - sum(map(len, records)) % fill + fill
-        records = [*records, _zeros(filler, records[0])]
+def pack(records: Sequence[TargetRecord]) -> Batch:
+    """Concatenate records. Positions restart with every document, as each record states them."""
     positions = [record.position_ids for record in records]
     axes = max((len(p) for p in positions if p.dim() == 2), default=0)
     if axes:  # text-only rows beside rows with images
@@ -79,19 +56,4 @@ def pack(records: Sequence[TargetRecord], *, fill: int = 1) -> Batch:
         lengths=tuple(len(record) for record in records),
         sample_ids=tuple(record.sample_id for record in records),
         summary=TeacherSummary.cat([record.summary for record in records]),
-        filler=filler,
-    )
-
-
-def _zeros(length: int, like: TargetRecord) -> TargetRecord:
-    """A record of zeros; it has a summary, so as not to be the one that lacks it."""
-    numbers = like.input_ids.new_zeros(length)
-    return TargetRecord(
-        sample_id="",
-        input_ids=numbers,
-        loss_mask=numbers.bool(),
-        position_ids=torch.arange(length, device=numbers.device),
-        tap_hidden=like.tap_hidden.new_zeros((length, *like.tap_hidden.shape[1:])),
-        last_hidden=like.last_hidden.new_zeros((length, *like.last_hidden.shape[1:])),
-        summary=TeacherSummary(numbers, torch.zeros(length, device=numbers.device)),
     )

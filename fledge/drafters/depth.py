@@ -1,13 +1,13 @@
-"""How deep rows are unrolled: all of them to the last TTT step, or each to a depth drawn at random.
+"""How deep rows are unrolled: all of them to the last TTT step, or each to a random depth.
 
-The loss of step k counts 0.8 ** k or less, yet step k costs as much as step 0. With `survival` s a row goes on from one
-step to the next with probability s, and what is learned at step k is weighted by 1 / s ** k: every row's gradient is
-right in expectation, and K steps cost 1 + s + .. + s ** (K - 1) of one: 3.95 of 7 at s = 0.8. (Weights that depend on
-how sure the draft is at later steps, `position_weights`, have to guess what is left out.) A row's later steps read its
-own keys and those of step 0, which every row has, so the rows that stop change nothing for those that go on.
+The loss of step k counts 0.8 ** k or less, yet step k costs as much as step 0. With `survival` s, a row goes on from
+one step to the next with probability s, and its loss at step k is weighted by 1 / s ** k. The gradient of every row is
+then right in expectation, and K steps cost 1 + s + .. + s ** (K - 1) of one: 3.95 of 7 at s = 0.8. (Dynamic
+`position_weights` depend on the draft's confidence at later steps and have to guess what is left out.) The later steps
+of a row read its own keys and those of step 0, which every row has. So rows that stop change nothing for the others.
 
-Rows stop in pieces of neighbours, so that their attention stays a few blocks, and pieces lie by depth, the deepest
-first: the rows of every step are a prefix.
+Rows stop in pieces of neighbours, so that their attention stays a few blocks. Pieces are ordered by depth, the deepest
+first, so the rows of every step are a prefix:
 
     a run of 8 rows, pieces of 2, depths 1 4 2 3      rows    2 3 | 6 7 | 4 5 | 0 1
                                                       step 0  . .   . .   . .   . .
@@ -15,9 +15,9 @@ first: the rows of every step are a prefix.
                                                       step 2  . .   . .
                                                       step 3  . .
 
-What is unrolled at a step is filled up to a multiple of 64 rows with rows that could go on.
+The rows of a step are rounded up (`cpu_kernels.round_up`) with rows of the next piece.
 
-A document's draws depend on its id, the seed and the step: not on the other documents, nor on who holds them.
+A document's depths depend on its id, the seed and the step, not on the other documents of the batch or on the rank.
 """
 
 import math
@@ -27,8 +27,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fledge.drafters.cpu_kernels import round_up
 from fledge.drafters.eagle3.runs import Run
-from fledge.drafters.products import FULL
 
 SMALLEST_PIECE = 32  # rows
 PIECES_OF_A_RUN = 16  # at most; more would cost attention more calls than they even out
@@ -49,7 +49,7 @@ class RandomDepth:
         """The runs in pieces, each with its number of steps, deepest first. `sample_ids` by a document's first row."""
         documents: dict[int, list[Run]] = {}
         for run in runs:
-            documents.setdefault(run.first, []).extend(cut(run))
+            documents.setdefault(run.first, []).extend(pieces_of(run))
         found: list[tuple[Run, int]] = []
         for first, pieces in documents.items():
             found += zip(pieces, self.draw(sample_ids[first], len(pieces), ttt_steps), strict=True)
@@ -68,10 +68,10 @@ def num_rows(pieces: Sequence[tuple[Run, int]], ttt_steps: int) -> list[int]:
 
 
 def unrolled(pieces: Sequence[tuple[Run, int]], ttt_steps: int) -> tuple[tuple[Run, ...], ...]:
-    """The runs of each step: the pieces that go as far, and of the next one as much as fills them up."""
+    """The runs of each step: the pieces that go as far, and so many rows of the next ones that the sum is round."""
     found = []
     for rows in num_rows(pieces, ttt_steps):
-        runs, left = [], -(-rows // FULL) * FULL
+        runs, left = [], round_up(rows)
         for run, _ in pieces:
             if left > 0:
                 runs.append(Run(run.first, run.start, min(run.stop, run.start + left)))
@@ -80,7 +80,7 @@ def unrolled(pieces: Sequence[tuple[Run, int]], ttt_steps: int) -> tuple[tuple[R
     return tuple(found)
 
 
-def cut(run: Run) -> list[Run]:
+def pieces_of(run: Run) -> list[Run]:
     """A run in pieces of equal size (the last may be short)."""
     size = max(SMALLEST_PIECE, math.ceil((run.stop - run.start) / PIECES_OF_A_RUN))
     starts = range(run.start, run.stop, size)

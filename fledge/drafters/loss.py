@@ -2,13 +2,13 @@
 
     loss = sum_k step_weight_k * mean_rows( -sum_v p(v) log q_k(v) )
 
-p is the target's softmax restricted to the draft vocabulary; a position counts only where the target's own argmax is a
-draft token. The teacher depends on the position alone, so a chunk computes its positions' logits once for all K steps
-(those that two chunks share, K - 1, twice): of the draft vocabulary where the record says what the rest would
-(`TeacherSummary`), else all V. As a chunk has all steps of its rows, weights that depend on how sure the draft is need
-no pass of their own. Logits of the draft are turned into their gradient in place and multiplied out before the next
-chunk, so neither [N, V] teacher logits nor K x [N, D] draft logits ever exist, and the backward is two multiplications
-by the incoming gradient.
+p is the target's softmax restricted to the draft vocabulary. A position counts only where the target's own argmax is a
+draft token. The teacher depends on the position alone, so a chunk computes the logits of its positions once for all K
+steps. (The K - 1 positions that two neighbouring chunks share are computed twice.) Where the record has a
+`TeacherSummary` these are the logits of the draft vocabulary alone, else of all V tokens. A chunk has all steps of its
+rows, so weights that depend on the draft's confidence need no extra pass. The draft's logits are turned into their
+gradient in place and multiplied out before the next chunk. So neither [N, V] teacher logits nor K x [N, D] draft logits
+ever exist, and the backward is two multiplications by the incoming gradient.
 
 `dense_loss` is the slow twin: whole matrices and autograd.
 """
@@ -25,39 +25,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fledge.drafters.cpu_kernels import MULTIPLE, is_argmax, pad_index, product
 from fledge.drafters.eagle3.ttt import Alignment
-from fledge.drafters.position_weights import averaging_weights, dynamic_weights
-from fledge.drafters.products import FULL, product
+from fledge.drafters.position_weights import CONFIDENCE_FLOOR, STEP_DECAY, averaging_weights, dynamic_weights
 from fledge.target.record import TeacherSummary
 
-# P taught positions, C chunk of them, K steps, M pairs of a position and a step, m chunk of them, S active rows
+# P teacher positions, C chunk of them, K steps, M pairs of a position and a step, m chunk of them, S active rows
 # D draft vocab, V target vocab
 
 # Memory for one chunk's matrices: large enough for full-speed products, small beside the activations.
 CHUNK_BYTES = {"cpu": 41 * 2**19, "cuda": 512 * 2**20}
-PART = 1024  # rows of the head whose 16-bit gradients are there at a time
-Kind = Literal["kl", "lk"]
+WEIGHT_ROWS = 1024  # rows of the head whose 16-bit gradients exist at a time
 Average = Literal["sequence", "token"]
 PositionWeights = Literal["fixed", "dynamic"]
-Weigh = Callable[[Callable[[], Tensor]], Tensor]
-"""(m,) weights of a chunk's pairs, from the draft's (m,) probability of the target's choice if that is asked for."""
+PairWeightFn = Callable[[Callable[[], Tensor]], Tensor]
+"""(m,) weights of a chunk's pairs, from the draft's (m,) probability of the target's choice if needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
     """What is minimised."""
 
-    kind: Kind = "kl"
-    """kl: cross-entropy to the target. lk: lambda * KL + (1 - lambda) * TV with lambda = exp(-eta * acceptance)."""
     position_weights: PositionWeights = "dynamic"
-    """dynamic: the share of a row's expected accept length that lies at step k or deeper. fixed: step_decay ** k."""
-    step_decay: float = 0.8
-    """Fixed weight of TTT step k is step_decay ** k."""
-    dynamic_floor: float = 0.5
-    """Least confidence that dynamic weights assume of a step."""
+    """dynamic: the share of a row's expected accept length that lies at step k or deeper. fixed: STEP_DECAY ** k."""
     average: Average = "sequence"
     """Mean within each sequence, then over sequences; or over all tokens alike."""
-    lk_eta: float = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +86,10 @@ class LossOutput(NamedTuple):
 
     loss: Tensor  # () sum over sequences (or tokens); divide by the number of them in the whole optimisation step
     step_loss: Tensor  # (K,) summed over rows
-    trained: Tensor  # (K,) rows that were asked
+    trained: Tensor  # (K,) rows that are trained at each step
     hits: Tensor  # (K,) rows whose top-1 is the target's argmax; targets outside the draft vocabulary are misses
     prefix_hits: Tensor  # (K,) rows right at this step and at every earlier one
-    overlap: Tensor  # (K,) summed sum_v min(p(v), q(v)), the acceptance at T = 1; under KL only without gradient
+    overlap: Tensor  # (K,) summed sum_v min(p(v), q(v)), the acceptance at T = 1; zero with gradient
     covered: Tensor  # () positions whose target argmax is a draft token
     positions: Tensor  # ()
 
@@ -151,15 +143,16 @@ class PairWeights:
         self.pairs, self.settings = alignment.pairs, settings
         self.known = averaging_weights(alignment, settings.average)  # (M,)
         if settings.position_weights == "fixed":
-            self.known = self.known * settings.step_decay**self.pairs.step
+            self.known = self.known * STEP_DECAY**self.pairs.step
 
     def of(self, rows: slice, part: slice, confidence: Callable[[], Tensor]) -> Tensor:
         """(m,) weights of the pairs `part`, which are all those of `rows`; confidence: see `dynamic_weights`."""
         if self.settings.position_weights == "fixed":
             return self.known[part]
-        row, asked = self.pairs.row[part] - rows.start, self.pairs.asked[:, rows]
-        floor = self.settings.dynamic_floor
-        return self.known[part] * dynamic_weights(confidence(), row, self.pairs.step[part], asked, floor)
+        row, supervised = self.pairs.row[part] - rows.start, self.pairs.supervised[:, rows]
+        return self.known[part] * dynamic_weights(
+            confidence(), row, self.pairs.step[part], supervised, CONFIDENCE_FLOOR
+        )
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -170,16 +163,15 @@ class _FusedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         pairs, weights = alignment.pairs, PairWeights(alignment, settings)
         sums = _Sums(states, head_weight, len(pairs.place), wants_grad)
-        rows = _kl_rows if settings.kind == "kl" else _lk_rows
         steps = max(1, round(len(pairs.place) / max(1, len(alignment.positions))))
-        most = pairs_per_chunk(len(draft_ids), len(t2d), states.device.type, steps=steps, short=teacher.is_short)
-        most = max(1, most // (6 if settings.kind == "lk" else 1 if wants_grad else 3))
-        for chunk in pairs.chunks(most, len(alignment.positions)):
+        max_pairs = pairs_per_chunk(len(draft_ids), len(t2d), states.device.type, steps=steps, short=teacher.is_short)
+        max_pairs = max(1, max_pairs // (1 if wants_grad else 3))
+        for chunk in pairs.chunks(max_pairs, len(alignment.positions)):
             positions = alignment.positions[chunk.places]
-            taught = teacher.read(_filled(positions), draft_ids, t2d)
+            taught = teacher.read(pad_index(positions), draft_ids, t2d)
             own = pairs.place[chunk.pairs] - chunk.places.start
-            weigh = functools.partial(weights.of, chunk.rows, chunk.pairs)
-            rows(sums, chunk.pairs, pairs.state[chunk.pairs], own, taught, weigh, settings)
+            weight_fn = functools.partial(weights.of, chunk.rows, chunk.pairs)
+            _add_chunk(sums, chunk.pairs, pairs.state[chunk.pairs], own, taught, weight_fn)
             sums.covered += taught.covered[chunk.seen : len(positions)].sum()
         if wants_grad:
             ctx.save_for_backward(sums.grad_states, sums.grad_weight)
@@ -208,18 +200,18 @@ class _Sums:
         self.losses, self.overlaps = torch.zeros(num_pairs, device=device), torch.zeros(num_pairs, device=device)
         self.hits = torch.zeros(num_pairs, dtype=torch.bool, device=device)
         self.covered = torch.zeros((), dtype=torch.int64, device=device)
-        self.rooms: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
 
-    def room(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+    def scratch(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
         """Scratch memory that all chunks share: fresh pages cost as much as what is written to them."""
         size = math.prod(shape)
-        if name not in self.rooms or self.rooms[name].numel() < size:
-            self.rooms[name] = torch.empty(size, dtype=dtype, device=self.states.device)
-        return self.rooms[name][:size].view(shape)
+        if name not in self.buffers or self.buffers[name].numel() < size:
+            self.buffers[name] = torch.empty(size, dtype=dtype, device=self.states.device)
+        return self.buffers[name][:size].view(shape)
 
 
-def _kl_rows(
-    sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "TeacherChunk", weigh: Weigh, _: LossSettings
+def _add_chunk(
+    sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "TeacherChunk", weight_fn: PairWeightFn
 ) -> None:
     """Cross-entropy of a chunk's m pairs; `state` (m,) their rows of the states, `own` (m,) their rows of the teacher.
 
@@ -230,23 +222,23 @@ def _kl_rows(
         block   q | p          (m + C, D)
     """
     dtype, weight, num_pairs = sums.states.dtype, sums.weight, len(state)
-    rows = sums.states[_filled(state)]  # (m', H)
+    rows = sums.states[pad_index(state)]  # (m', H)
     num_rows, (num_positions, draft_vocab) = len(rows), teacher.logits.shape
     if dtype == torch.float32:
         z = q = product(rows, weight)
         p = teacher.probs
     else:  # bf16: the kernel of softmax computes in fp32 and rounds its result
-        block = sums.room("block", num_rows + num_positions, draft_vocab, dtype=dtype)
+        block = sums.scratch("block", num_rows + num_positions, draft_vocab, dtype=dtype)
         z = q = torch.mm(rows, weight.T, out=block[:num_rows])
         p = teacher.write_probs(block[num_rows:])
     h = rows[:num_pairs]
     taught = product(p, weight.T).float()[own]  # (m, H)
     highest, covered = z[:num_pairs].amax(-1), teacher.covered[own]
-    sums.hits[part] = _is_top(z[:num_pairs], highest, teacher.argmax[own]) & covered
+    sums.hits[part] = is_argmax(z[:num_pairs], highest, teacher.argmax[own]) & covered
     torch.softmax(z, -1, out=q)
     lse = highest.float() - q[:num_pairs].amax(-1).float().log()
     losses = lse - (taught * h).sum(-1)
-    weights = weigh(lambda: _chosen(q[:num_pairs], teacher, own)) * covered
+    weights = weight_fn(lambda: _chosen(q[:num_pairs], teacher, own)) * covered
     sums.total += (losses * weights).sum()
     sums.losses[part] = losses * covered
     if not sums.wants_grad:
@@ -262,56 +254,9 @@ def _kl_rows(
         sums.grad_weight.addmm_(p.T, of_positions, alpha=-1)
     else:
         right = torch.cat((right, -of_positions)).to(dtype)
-        for total, columns in zip(sums.grad_weight.split(PART), block.split(PART, dim=1), strict=True):
-            made = sums.room("weight", *total.shape, dtype=dtype)
+        for total, columns in zip(sums.grad_weight.split(WEIGHT_ROWS), block.split(WEIGHT_ROWS, dim=1), strict=True):
+            made = sums.scratch("weight", *total.shape, dtype=dtype)
             total += torch.mm(columns.T, right, out=made)  # adding makes an fp32 copy of the part
-
-
-def _filled(index: Tensor) -> Tensor:
-    """(m,) -> (m',) the next multiple of FULL, zeros behind: products of few different shapes.
-
-    The library behind a CPU's products keeps what it made for every shape it has met.
-    """
-    return F.pad(index, (0, -len(index) % FULL))
-
-
-def _is_top(z: Tensor, highest: Tensor, wanted: Tensor) -> Tensor:
-    """(C,) is `wanted` the argmax of its row of z (C, D)? On a CPU a row's maximum is far cheaper than its place."""
-    wanted = wanted.clamp(max=z.shape[-1] - 1)
-    if z.device.type != "cpu":
-        return z.argmax(-1) == wanted
-    found = z.gather(1, wanted[:, None])[:, 0] == highest
-    rows = found.nonzero()[:, 0]
-    found[rows] = z[rows].max(-1).indices == wanted[rows]  # of equal maxima, one
-    return found
-
-
-def _lk_rows(
-    sums: _Sums, part: slice, state: Tensor, own: Tensor, teacher: "TeacherChunk", weigh: Weigh,
-    settings: LossSettings,
-) -> None:  # fmt: skip
-    """LK-hybrid of a chunk's m pairs; TV = 1 - sum min(p, q), so only entries with q < p move it."""
-    weight, h = sums.weight, sums.states[state]
-    p = teacher.probs[own]
-    z = (h @ weight.T).float()
-    lse = z.logsumexp(-1, keepdim=True)
-    covered = teacher.covered[own]
-    sums.hits[part] = (z.argmax(-1) == teacher.argmax[own]) & covered
-    cross_entropy = lse[:, 0] - (p * z).sum(-1)
-    q = z.sub_(lse).exp_()
-    weights = weigh(lambda: _chosen(q, teacher, own)) * covered
-    tv = 1 - torch.minimum(p, q).sum(-1)
-    share = torch.exp(-settings.lk_eta * (1 - tv))
-    loss = share * (cross_entropy + torch.special.xlogy(p, p).sum(-1)) + (1 - share) * tv
-    sums.total += (loss * weights).sum()
-    sums.losses[part] = cross_entropy * covered
-    sums.overlaps[part] = _overlap(q, teacher, own)
-    if sums.wants_grad:
-        below = (q < p) * q
-        grad_tv = q * below.sum(-1, keepdim=True) - below
-        grad = (share[:, None] * (q - p) + (1 - share)[:, None] * grad_tv).mul_(weights[:, None]).to(h.dtype)
-        sums.grad_states[state] = grad @ weight
-        sums.grad_weight += grad.T @ h
 
 
 def _chosen(q: Tensor, teacher: "TeacherChunk", own: Tensor) -> Tensor:
@@ -364,8 +309,8 @@ def pairs_per_chunk(draft_vocab_size: int, vocab_size: int, device_type: str, *,
     short: the teacher's logits are those of the draft vocabulary alone.
     """
     budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
-    most = budget // pair_bytes(draft_vocab_size, vocab_size, steps=steps, short=short)
-    return most // FULL * FULL if most >= FULL else max(16, most)
+    max_pairs = budget // pair_bytes(draft_vocab_size, vocab_size, steps=steps, short=short)
+    return max_pairs // MULTIPLE * MULTIPLE if max_pairs >= MULTIPLE else max(16, max_pairs)
 
 
 def pair_bytes(draft_vocab_size: int, vocab_size: int, *, steps: int, short: bool) -> int:
@@ -392,8 +337,4 @@ def dense_loss(
     everything = slice(0, len(pairs.ends)), slice(0, len(p))
     weights = PairWeights(alignment, settings).of(*everything, lambda: confidence) * covered
     loss = -(p * log_q).sum(-1)
-    if settings.kind == "lk":
-        overlap = torch.minimum(p, log_q.exp()).sum(-1)
-        share = torch.exp(-settings.lk_eta * overlap.detach())
-        loss = share * (loss + torch.special.xlogy(p, p).sum(-1)) + (1 - share) * (1 - overlap)
     return (loss * weights).sum()

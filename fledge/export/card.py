@@ -131,7 +131,7 @@ def _training(run: dict[str, Any], config: DraftConfig) -> str:
         ("steps", run.get("steps")), ("epochs", _figure((run.get("metrics") or {}).get("epoch"))),
         ("sequences per step", settings.get("per_device_train_batch_size")),
         ("longest sample", settings.get("model_max_length")), ("learning rate", settings.get("learning_rate")),
-        ("unrolled draft steps", settings.get("ttt_steps")), ("loss", settings.get("loss_type")),
+        ("unrolled draft steps", settings.get("ttt_steps")), ("position weights", settings.get("position_weights")),
         ("rope base", (config.rope_parameters or {}).get("rope_theta")),
         ("trained with", f"fledge {(run.get('versions') or {}).get('fledge', '')}".strip()),
     ]  # fmt: skip

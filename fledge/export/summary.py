@@ -8,7 +8,7 @@ import msgspec
 from fledge.parsing import convert, read_python_json
 from fledge.ranges import Finite, Natural, NotNegative
 
-HINT = "Run the benchmark's command again to rewrite it."
+HINT = "BenchSummary the benchmark's command again to rewrite it."
 
 
 class Interval(msgspec.Struct):
@@ -78,7 +78,7 @@ class Summary(msgspec.Struct):
     settings: Settings = msgspec.field(default_factory=Settings)
 
 
-class Run(Summary, kw_only=True):
+class BenchSummary(Summary, kw_only=True):
     """A whole summary, of which a report can be drawn."""
 
     format: int

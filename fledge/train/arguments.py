@@ -4,6 +4,7 @@ The names are AngelSlim's where it has one (`--target_model_name_or_path`, `--tr
 the same. Not given is None: what can be derived is derived, printed, and written beside the head.
 """
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -90,26 +91,19 @@ class DraftArguments:
     tap_layers: list[Natural] = _flag([], "Decoder layers whose inputs feed the draft. Empty: 2, N // 2, N - 3.")
     init_from: str | None = _flag(None, "Start from this head instead of a fresh one.")
     ttt_steps: Count = _flag(7, "Draft steps unrolled per position (training-time test).")
-    loss_type: Literal["kl", "lk"] = _flag("kl", "kl: cross-entropy to the target. lk: the LK-hybrid of KL and TV.")
     position_weights: Literal["fixed", "dynamic"] = _flag(
-        "dynamic", "dynamic: what a step adds to the accept length that the draft expects. fixed: step_decay ** k."
+        "dynamic", "dynamic: what a step adds to the accept length that the draft expects. fixed: 0.8 ** k."
     )
-    step_decay: Positive | None = _flag(None, "Fixed weight of TTT step k is step_decay ** k. Empty: 0.8.")
-    depth_survival: PositiveShare = _flag(  # 0.8: docs/log.md, "Our recipe beside the common one, 40 questions a set"
+    depth_survival: PositiveShare = _flag(  # 0.8: dev/log, "Our recipe beside the common one, 40 questions a set"
         0.8, "Share of the positions that go on from one TTT step to the next, drawn at random; their loss counts so "
         "much more, so that the expected gradient is that of all. 1: all, to full depth."
     )  # fmt: skip
     loss_average: Literal["sequence", "token"] = _flag("sequence", "Mean within sequences first, or over all tokens.")
     target_dtype: Dtype = _flag("auto", "dtype of the live target.")
-    head_rank: Count | None = _flag(None, "Train lm_head as two factors of this rank; saved heads hold the product.")
-    sliding_window: Count | None = _flag(None, "Positions the draft's attention reaches back. Empty: all.")
     save_dtype: Literal["bfloat16", "float16", "float32"] = _flag("bfloat16", "dtype of the final head's file.")
 
     def loss_settings(self) -> LossSettings:
-        return LossSettings(
-            kind=self.loss_type, position_weights=self.position_weights, step_decay=self.step_decay or 0.8,
-            average=self.loss_average,
-        )  # fmt: skip
+        return LossSettings(position_weights=self.position_weights, average=self.loss_average)
 
 
 @dataclass(kw_only=True)
@@ -196,6 +190,25 @@ class TrainArgs:
 
 
 GROUPS = (DataArguments, DraftArguments, EvaluationArguments, TrainerArguments)
+# Flags of earlier versions: the value that asks for what is done anyway, and why there is no other.
+REMOVED = {
+    "loss_type": ("kl", "the loss is the cross-entropy to the target (kl); heads trained with lk accepted less"),
+    "step_decay": ("0.8", "the fixed weight of TTT step k is 0.8 ** k (--position_weights fixed)"),
+    "head_rank": ("", "lm_head is trained whole"),
+    "sliding_window": (
+        "",
+        "a fresh draft's attention reaches back to the first token",
+    ),
+}
+
+
+class RemovedFlag(argparse.Action):
+    """Accepts the value that asks for what is done anyway, so that older recipes run; any other is an error."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        done_anyway, reason = REMOVED[self.dest]
+        if values != done_anyway:
+            raise UserError(f"--{self.dest} {values} is no longer an option: {reason}. Leave --{self.dest} out.")
 
 
 def parse_args(_args_class: type, argv: Sequence[str], *, prog: str, description: str) -> TrainArgs:
@@ -205,7 +218,10 @@ def parse_args(_args_class: type, argv: Sequence[str], *, prog: str, description
         GROUPS, prog=prog, description=description, allow_abbrev=False,  # type: ignore[arg-type]
     )  # fmt: skip
     parser.add_argument("--config", help="Recipe: a YAML file of these flags; flags on the command line win.")
-    words = _with_recipe(list(argv), known)
+    for name in REMOVED:
+        spelled = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        parser.add_argument(*spelled, action=RemovedFlag, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    words = _with_recipe(list(argv), [*known, *REMOVED])
     refuse_empty(words)
     try:
         parsed = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
@@ -222,10 +238,6 @@ def parse_args(_args_class: type, argv: Sequence[str], *, prog: str, description
     check_report_to(trainer)
     for server in data.server:
         base_url(server)
-    if draft.step_decay is not None and draft.position_weights != "fixed":
-        raise UserError(f"--step_decay {draft.step_decay} is of fixed weights: give --position_weights fixed with it.")
-    if draft.sliding_window is not None and draft.sliding_window <= draft.ttt_steps:
-        raise UserError(f"--sliding_window {draft.sliding_window} must be larger than --ttt_steps {draft.ttt_steps}.")
     return args
 
 

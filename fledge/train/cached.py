@@ -72,7 +72,7 @@ def complete(args: TrainArgs, template: ChatTemplate, samples: Samples) -> None:
         say(f"all {len(samples.ids)} samples are stored; the target is not loaded")
         return
     say(f"{len(missing.ids)} of {len(samples.ids)} samples are not stored yet: {folders[0]} gets them first")
-    target = open_target(args, template, folders[0])
+    target = target_for_extraction(args, template, folders[0])
     fill(
         folders[0], target.identity, target.head, target.producer, missing,
         shard_bytes=SHARD_BYTES, ranks=ranks_of_environment(), pinned=target.pinned,
@@ -97,7 +97,7 @@ def stored_ids(stores: Sequence[HiddenStore], samples: Samples) -> set[str]:
     return found
 
 
-def open_target(args: TrainArgs, template: ChatTemplate, folder: Path) -> OpenTarget:
+def target_for_extraction(args: TrainArgs, template: ChatTemplate, folder: Path) -> OpenTarget:
     """The target of the flags, and the identity of what it adds; an existing store keeps its own way of storing."""
     before = read_manifest(folder).identity if (folder / MANIFEST).is_file() else None
     kept: Any = {

@@ -1,7 +1,7 @@
 """How much memory one training step takes, part by part, from the draft's sizes alone.
 
 The step has three moments that can be its peak: the loss (activations of all steps, one chunk of the head), the
-beginning of the backward (activations, and gradients arriving), the optimizer's step. Everything that `fledge.draft`
+beginning of the backward (activations, and gradients arriving), the optimizer's step. Everything that `fledge.drafters`
 keeps between forward and backward is listed here once; a test compares the sum with what autograd really holds, and
 benchmarks/plan_memory.py the whole with a measured peak.
 """
@@ -16,7 +16,7 @@ from fledge.drafters.loss import pair_bytes, pairs_per_chunk
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one process. `peak` is what it needs beside the target."""
+    """Bytes of one process. `peak` is what it needs besides the target."""
 
     weights: int  # fp32
     moments: int  # fp32: Muon's one of a matrix, AdamW's two of everything else

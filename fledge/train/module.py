@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fledge.drafters.batch import Batch
 from fledge.drafters.depth import RandomDepth
-from fledge.drafters.eagle3.low_rank import LowRankHead
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.eagle3.ttt import align, unroll
 from fledge.drafters.loss import LossOutput, LossSettings, Teacher, ttt_loss
@@ -49,13 +48,12 @@ class TTTModule(nn.Module):
         depth = None if draw is None or self.survival == 1 else RandomDepth(self.survival, (self.seed, draw))
         alignment = align(batch, self.ttt_steps, depth)
         states = unroll(self.draft, batch, alignment, self.ttt_steps, recompute=self.recompute)
-        head: Any = self.draft.lm_head
-        if isinstance(head, LowRankHead):
-            states, head = tuple(map(head.down, states)), head.up
         teacher = Teacher(
             last_hidden=batch.last_hidden, head=self.teacher_head, draft_head=self.draft_head, summary=batch.summary
         )
-        output = ttt_loss(states, head.weight, teacher, self._draft_ids(), self.draft.t2d, alignment, self.settings)
+        output = ttt_loss(
+            states, self.draft.lm_head.weight, teacher, self._draft_ids(), self.draft.t2d, alignment, self.settings
+        )
         return output if anchor is None else output._replace(loss=output.loss + 0 * anchor)
 
     def _draft_ids(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Muon for the draft's matrices beside another optimizer for the rest, as one optimizer.
+"""Muon for the draft's matrices and another optimizer for the rest, as one optimizer.
 
 Muon steps along the orthogonalised momentum of a matrix (https://kellerjordan.github.io/posts/muon/), scaled so that
 the learning rate of AdamW serves (arXiv 2502.16982). The algorithm is `torch.optim.Muon`; here is only what one Trainer
@@ -23,7 +23,7 @@ def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
     return matrices, [parameter for _, parameter in named if id(parameter) not in chosen]
 
 
-class MuonBeside(Optimizer):
+class MuonWithAuxiliary(Optimizer):
     """`matrices` by Muon, `rest` by the optimizer that `make_rest` makes of them."""
 
     def __init__(

@@ -21,7 +21,6 @@ from fledge.data.rows import check_source
 from fledge.data.vocab import build_vocab
 from fledge.drafters.eagle3.config import DraftConfig, derive, read_overrides, to_json
 from fledge.drafters.eagle3.foreign import read_config
-from fledge.drafters.eagle3.low_rank import LowRankHead
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.errors import UserError
 from fledge.storage.angelslim import ckpt_files
@@ -42,7 +41,7 @@ __all__ = ["TrainArgs", "parse_args", "train"]
 DEFAULT_DRAFT_VOCAB = 32_000
 STARTING_SAMPLES = 8  # whose states set the scale of a fresh head
 
-_goodbyes: list = []  # what `leave` keeps
+_last_operations: list = []  # never freed: see `leave`
 
 
 def train(args: TrainArgs) -> None:
@@ -176,10 +175,16 @@ def draft_config(args: DraftArguments, source: Source) -> DraftConfig:
     wanted = args.draft_vocab_size if args.draft_vocab_size is not None else overrides.pop("draft_vocab_size", None)
     overrides.pop("draft_vocab_size", None)
     size = DEFAULT_DRAFT_VOCAB if wanted is None else (wanted or vocab_size)
-    return derive(
+    config = derive(
         source.text_config, vocab_size=vocab_size, tap_layers=source.tap_layers, draft_vocab_size=size,
-        eagle31=args.draft_type == "eagle3.1", overrides={**overrides, "sliding_window": args.sliding_window},
+        eagle31=args.draft_type == "eagle3.1", overrides=overrides,
     )  # fmt: skip
+    if config.sliding_window is not None and config.sliding_window <= args.ttt_steps:
+        raise UserError(
+            f"--init_from {args.init_from}: its attention reaches {config.sliding_window} positions back, which must "
+            f"be more than --ttt_steps {args.ttt_steps}. Give fewer steps."
+        )
+    return config
 
 
 def make_draft(config: DraftConfig, args: DraftArguments, source: Source, seed: int) -> DraftModel:
@@ -202,9 +207,6 @@ def make_draft(config: DraftConfig, args: DraftArguments, source: Source, seed: 
         continue_from(draft, Path(args.init_from), source.head_weight, source.text_config.num_hidden_layers, first)
     else:
         draft.warm_start(source.head_weight, torch.cat([record.tap_hidden for record in first()]))
-    if args.head_rank is not None:
-        draft.lm_head = LowRankHead.of(draft.lm_head.weight.detach(), args.head_rank)  # type: ignore[assignment]
-        say(f"lm_head is trained as two factors of rank {args.head_rank}")
     show_table("draft head", ["field", "value"], [[k, v] for k, v in to_json(config).items() if v is not None])
     num_parameters = sum(p.numel() for p in draft.parameters())
     say(f"{num_parameters / 1e6:.1f} M trained parameters; taps are inputs of layers {list(config.tap_layers)}")
@@ -238,17 +240,17 @@ def finish(trainer: DraftTrainer, args: TrainArgs, source: Source, metrics: dict
 
 
 def leave(device: torch.device) -> None:
-    """Wait for the other ranks before the processes end: one that is still talking to a finished one would abort.
+    """Wait for the other ranks before the process ends: a rank that still communicates with an ended one aborts.
 
-    A thread of gloo's frees each finished operation and waits for the interpreter to free its tensors: a process that
-    meanwhile frees its groups hangs, one that meanwhile ends aborts (torch 2.13, `ProcessGroupGloo::runLoop`). So the
-    last operation is never freed, and earlier ones get the interpreter while this thread sleeps.
+    A thread of gloo frees each finished operation and needs the interpreter's lock for its tensors. If this process
+    meanwhile frees its groups it hangs; if it ends it aborts (torch 2.13, `ProcessGroupGloo::runLoop`). So the last
+    operation is never freed, and the thread gets the lock for earlier ones while this one sleeps.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
-        word = torch.zeros(1, device=device)
-        goodbye = dist.all_reduce(word, async_op=True)
-        goodbye.wait()
-        word.item()  # on a GPU this is what waits
-        _goodbyes.append(goodbye)
+        one = torch.zeros(1, device=device)
+        last = dist.all_reduce(one, async_op=True)
+        last.wait()
+        one.item()  # on a GPU this is what waits
+        _last_operations.append(last)
         time.sleep(0.1)
         dist.destroy_process_group()

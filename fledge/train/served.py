@@ -1,12 +1,11 @@
-"""Online training from a target on vLLM servers: the states of the next batches are asked for while this one trains.
+"""Online training from a target on vLLM servers: hidden states of the next batches are requested while this one trains.
 
-A sample's request starts when the loader hands it out; the loader is a batch ahead, so servers work during the step.
+The request of a sample starts when the loader reads it. The loader is a batch ahead, so servers work during the step.
 """
 
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -20,19 +19,19 @@ from fledge.train.arguments import TrainArgs
 from fledge.train.sources import Source, conversations
 
 
-class Asked:
-    """A sample whose record is on its way."""
+class PendingSample:
+    """A sample whose hidden states have been requested."""
 
     def __init__(self, sample: Sample, record: "Future[TargetRecord]") -> None:
-        self.loss_mask: Tensor = sample.loss_mask  # what the step's loss is divided by must be known before
+        self.loss_mask: Tensor = sample.loss_mask  # the loss is divided by a count of these, which is needed first
         self._record = record
 
     def wait(self) -> TargetRecord:
         return self._record.result()
 
 
-class Asking(Dataset[Asked]):
-    """Samples that are asked for as they are read."""
+class PrefetchedSamples(Dataset[PendingSample]):
+    """Samples whose hidden states are requested as they are read."""
 
     def __init__(self, samples: Sequence[Sample], source: EngineSource) -> None:
         self._samples, self._source = samples, source
@@ -40,9 +39,9 @@ class Asking(Dataset[Asked]):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, index: int) -> Asked:
+    def __getitem__(self, index: int) -> PendingSample:
         sample = self._samples[index]
-        return Asked(sample, self._source.ask(sample))
+        return PendingSample(sample, self._source.ask(sample))
 
 
 def served_source(args: TrainArgs) -> Source:
@@ -63,11 +62,10 @@ def served_source(args: TrainArgs) -> Source:
     head = target.ends.head.to(args.trainer.device)
     samples, held_out, counts, always = conversations(data, template, head.weight.shape[0])
     say(f"the target runs on {', '.join(target.source.servers)}; here are its embedding, final norm and head")
-    ask: Any = lambda wanted: Asking(wanted, target.source)  # noqa: E731
     return Source(
-        train=ask(samples),
-        eval=ask(held_out) if held_out is not None else None,
-        to_record=Asked.wait,
+        train=PrefetchedSamples(samples, target.source),
+        eval=PrefetchedSamples(held_out, target.source) if held_out is not None else None,
+        to_record=PendingSample.wait,
         counts=counts,
         always=always,
         text_config=target.ends.text_config,

@@ -1,7 +1,8 @@
-"""What training reads: a source says it in one record, whoever provides it.
+"""What training reads: one `Source`, whatever provides it.
 
-A live target (`live.py`), servers (`served.py`), stored states (`stored.py`), a store in front of a target
-(`cached.py`), AngelSlim's files (`foreign.py`): `open_source` in `run.py` chooses. Training cannot tell them apart.
+There are five kinds: a live target (`live.py`), servers (`served.py`), stored states (`stored.py`), a store in front of
+a target (`cached.py`), and AngelSlim's files (`foreign.py`). `open_source` in `run.py` chooses one. Training cannot
+tell them apart.
 """
 
 from collections.abc import Callable, Sequence

@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from fledge.drafters.batch import Batch, fill_for, pack
+from fledge.drafters.batch import Batch, pack
+from fledge.drafters.cpu_kernels import filled_up, num_filler
 from fledge.drafters.eagle3.checkpoint import save_draft
-from fledge.drafters.eagle3.head import read_head, read_tensors
-from fledge.drafters.eagle3.low_rank import FACTORS, WHOLE, LowRankHead, factors, merged
+from fledge.drafters.eagle3.head import read_head
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.loss import LossOutput
 from fledge.errors import UserError
@@ -30,7 +29,7 @@ from fledge.target.record import TargetRecord
 from fledge.train.arguments import TrainerArguments
 from fledge.train.metrics import MetricSums, taught_positions
 from fledge.train.module import TTTModule
-from fledge.train.muon import MuonBeside, split_parameters
+from fledge.train.muon import MuonWithAuxiliary, split_parameters
 from fledge.train.resume import TRAIN, delete_old, is_complete
 
 
@@ -94,7 +93,7 @@ class DraftTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: list[Any]) -> Batch:  # type: ignore[override]
         device = self.args.device
-        return pack([self._record(item) for item in inputs], fill=fill_for(device)).to(device)
+        return pack(filled_up([self._record(item) for item in inputs], device)).to(device)
 
     def _record(self, item: Any) -> TargetRecord:
         """A sample's record; a damaged one is named."""
@@ -120,7 +119,7 @@ class DraftTrainer(Trainer):
         anchor = (torch.zeros((), device=self.args.device, requires_grad=True),) if self.is_deepspeed_enabled else ()
         output: LossOutput = model(inputs, *anchor, draw=self.state.global_step)
         self.window.add(output)
-        self._window_tokens += len(inputs.input_ids) - inputs.filler
+        self._window_tokens += len(inputs.input_ids) - num_filler(inputs)
         ranks = self.accelerator.num_processes  # gradients are averaged over ranks, the loss is a sum over them
         loss = output.loss * ranks / num_items_in_batch.clamp_min(1)
         return (loss, output) if return_outputs else loss
@@ -142,7 +141,7 @@ class DraftTrainer(Trainer):
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, module)
         matrices, rest = split_parameters(module)
         options = {**options, "weight_decay": self.args.weight_decay}
-        self.optimizer = MuonBeside(
+        self.optimizer = MuonWithAuxiliary(
             matrices, rest, lambda left: kind(left, **options), lr=options["lr"], weight_decay=self.args.weight_decay
         )
         return self.optimizer
@@ -234,9 +233,6 @@ class DraftTrainer(Trainer):
             final = folder == Path(self.args.output_dir or ".")
             weights = _own_names(state_dict or {})
             save_draft(self.draft, folder, dtype=self.save_dtype if final else torch.float32, weights=weights)
-            if isinstance(self.draft.lm_head, LowRankHead) and not final:
-                with replacing(folder / FACTORS) as temporary:
-                    save_file(factors(weights or dict(self.draft.named_parameters())), str(temporary))
 
     @property
     def sharded(self) -> bool:
@@ -248,8 +244,8 @@ class DraftTrainer(Trainer):
         if self.sharded:
             state = _own_names(self.accelerator.get_state_dict(self.model_wrapped) or {})
             buffers = dict(self.draft.named_buffers())
-            return merged({name: tensor for name, tensor in state.items() if name not in buffers})
-        return merged({name: parameter.detach() for name, parameter in self.draft.named_parameters()})
+            return {name: tensor for name, tensor in state.items() if name not in buffers}
+        return {name: parameter.detach() for name, parameter in self.draft.named_parameters()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
@@ -262,13 +258,7 @@ class DraftTrainer(Trainer):
 
     def load_head(self, folder: Path) -> None:
         """Take the weights of a saved head or checkpoint (not while the model is sharded)."""
-        tensors, head = read_head(folder).tensors, self.draft.lm_head
-        self.draft.load_state_dict(tensors, strict=False)
-        if isinstance(head, LowRankHead):
-            if (folder / FACTORS).is_file():
-                self.draft.load_state_dict(read_tensors(folder / FACTORS), strict=False)
-            else:
-                head.factorise(tensors[WHOLE].to(head.weight.device))
+        self.draft.load_state_dict(read_head(folder).tensors, strict=False)
 
 
 def _own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,16 @@ from tiny import prompt, tiny_draft, tiny_model, tiny_target
 from fledge.decoding.generate import generate
 from fledge.decoding.records import Sampling
 from fledge.doctor.inspect_head import measured_findings
-from fledge.doctor.readings import CHAIN, Diagnosis, Reading, Ward, diagnose, draft_of, layers_to_tap, walk
+from fledge.doctor.readings import (
+    CHAIN,
+    Diagnosis,
+    Reading,
+    RecordedAnswers,
+    chain_rounds,
+    diagnose,
+    draft_of,
+    layers_to_tap,
+)
 from fledge.drafters.batch import pack
 from fledge.drafters.eagle3.checkpoint import draft_tensors
 from fledge.drafters.eagle3.head import Head
@@ -37,7 +46,7 @@ def trained(request, target, prompts) -> Head:
     """A head that knows its target's answers to these prompts by heart: every wrong reading hurts."""
     draft = tiny_draft(tiny_target("llama"), eagle31=request.param, draft_vocab_size=None).requires_grad_(True).float()
     draft.warm_start_head(target.head_weight)
-    records = Ward(target, prompts, TOKENS).records
+    records = RecordedAnswers(target, prompts, TOKENS).records
     columns = torch.tensor([target.tap_layers.index(layer) for layer in draft.config.tap_layers])
     records = [dataclasses.replace(r, tap_hidden=r.tap_hidden[:, columns].clone(),
                                    last_hidden=r.last_hidden.clone()) for r in records]  # fmt: skip
@@ -60,21 +69,21 @@ def stated(head: Head) -> Reading:
 def test_a_walk_over_the_numbers_is_a_chain_decode(target, prompts, trained, sampling):
     """The slow twin: decoding itself, round by round."""
     answers = [generate(target, None, ids, max_new_tokens=TOKENS, sampling=sampling).token_ids for ids in prompts[:6]]
-    ward = Ward(target, prompts[:6], TOKENS, answers=answers if sampling.temperature else None)
-    score = ward.score(trained, stated(trained))
+    recorded = RecordedAnswers(target, prompts[:6], TOKENS, answers=answers if sampling.temperature else None)
+    score = recorded.score(trained, stated(trained))
     own = Target(target.model, tap_layers=trained.config.tap_layers, name="own")
     draft = draft_of(trained, stated(trained), own.embedding_weight)
     tree = TreeShape(total_token=CHAIN + 1, depth=CHAIN - 1, top_k=1)
     emitted = rounds = 0
     begin = 0
-    for record, length in zip(ward.records, ward.prompt_lengths, strict=True):
+    for record, length in zip(recorded.records, recorded.prompt_lengths, strict=True):
         ids = record.input_ids[:length].tolist()
         real = generate(own, draft, ids, tree=tree, max_new_tokens=TOKENS, sampling=sampling)
         tokens = len(record) - length
         lengths = score.lengths[begin : begin + tokens - 1].tolist()
         begin += tokens - 1
         assert real.token_ids == record.input_ids[length:].tolist()
-        assert walk(lengths, tokens) == real.accepted
+        assert chain_rounds(lengths, tokens) == real.accepted
         emitted, rounds = emitted + tokens - 1, rounds + len(real.accepted)
     assert begin == len(score.lengths) and score.tau == pytest.approx(emitted / rounds)
     least = 1.2 if sampling.temperature else 1.5  # it does accept, and not always the same
@@ -126,7 +135,7 @@ def test_two_diseases_at_once(target, prompts, trained):
 
 def test_the_better_of_two_vocabularies(target, prompts):
     """Both are valid; only one makes the head's words the target's. The head knows one word: the commonest."""
-    answers = Ward(target, prompts, TOKENS)
+    answers = RecordedAnswers(target, prompts, TOKENS)
     said = torch.cat([r.input_ids[n:] for r, n in zip(answers.records, answers.prompt_lengths, strict=True)])
     word = int(said.bincount().argmax())
     right = torch.cat((torch.arange(word, word + 24), torch.arange(word + 30, word + 54))) % 128

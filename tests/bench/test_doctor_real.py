@@ -14,7 +14,7 @@ import torch
 from fledge.bench.prompts import load_questions
 from fledge.data.tokenize import ChatTemplate
 from fledge.doctor.inspect_head import measured_findings
-from fledge.doctor.readings import Diagnosis, Ward, diagnose, layers_to_tap
+from fledge.doctor.readings import Diagnosis, RecordedAnswers, diagnose, layers_to_tap
 from fledge.drafters.eagle3.head import Head, read_head
 from fledge.target.model import Target
 
@@ -43,8 +43,8 @@ def answered(bedside):
     """The target's answers, once for all cases: they do not depend on the head."""
     with pytest.MonkeyPatch.context() as patch:
         target, prompts = bedside
-        ward = Ward(target, prompts, TOKENS)
-        patch.setattr("fledge.doctor.readings.Ward", lambda *_: ward)
+        recorded = RecordedAnswers(target, prompts, TOKENS)
+        patch.setattr("fledge.doctor.readings.RecordedAnswers", lambda *_: recorded)
         yield target, prompts
 
 

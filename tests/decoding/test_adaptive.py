@@ -1,4 +1,4 @@
-"""The pace loses at most its allowance, drafts where it pays, and chooses what an exhaustive search would."""
+"""The budget loses at most its allowance, drafts where it pays, and chooses what an exhaustive search would."""
 
 import itertools
 import random
@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from fledge.decoding.adaptive import ALLOWANCE, FIRST_CREDIT, Pace
+from fledge.decoding.adaptive import ALLOWANCE, FIRST_CREDIT, AdaptiveBudget
 from fledge.decoding.tree_profile import TreeProfile
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
@@ -16,55 +16,55 @@ DRAFT = {level: 0.08 * level for level in range(1, 9)}
 SCORES = torch.tensor([0.5, 0.2, 0.1, 0.25, 0.1, 0.05, 0.12]).log()  # candidates of two levels
 
 
-def make_pace() -> Pace:
-    return Pace(plain_s=1.0, verify_s=VERIFY, draft_s=DRAFT, overhead_s=0.05)
+def make_budget() -> AdaptiveBudget:
+    return AdaptiveBudget(plain_s=1.0, verify_s=VERIFY, draft_s=DRAFT, overhead_s=0.05)
 
 
-def run(pace: Pace, tokens: int, accepts, scores: torch.Tensor = SCORES) -> tuple[float, int, int]:
+def run(budget: AdaptiveBudget, tokens: int, accepts, scores: torch.Tensor = SCORES) -> tuple[float, int, int]:
     """Seconds, by the cost model, for so many tokens; rounds drafted and rounds at all."""
     emitted, seconds, drafted, rounds = 0, 0.0, 0, 0
     while emitted < tokens:
         rounds += 1
         new = 1
-        if pace.drafts():
+        if budget.drafts():
             drafted += 1
             levels = 1
-            while levels < 4 and pace.deeper(scores[:3]):
+            while levels < 4 and budget.deeper(scores[:3]):
                 levels += 1
-            nodes = pace.num_nodes(scores, len(scores))
+            nodes = budget.num_nodes(scores, len(scores))
             new = 1 + accepts(levels)
-            seconds += pace._verify[nodes + 1] + DRAFT[levels] + 0.05
+            seconds += budget._verify[nodes + 1] + DRAFT[levels] + 0.05
         else:
             seconds += 1.0
-        pace.record(new)
+        budget.record(new)
         emitted += new
     return seconds, drafted, rounds
 
 
 def test_a_useless_head_costs_at_most_the_allowance():
-    seconds, drafted, rounds = run(make_pace(), 2000, lambda levels: 0)
+    seconds, drafted, rounds = run(make_budget(), 2000, lambda levels: 0)
     assert seconds <= 2000 * (1 + ALLOWANCE) + FIRST_CREDIT + 1
     assert 0 < drafted < 0.2 * rounds  # probed now and then, no more
 
 
 def test_a_good_head_always_drafts():
-    seconds, drafted, rounds = run(make_pace(), 2000, lambda levels: levels)
+    seconds, drafted, rounds = run(make_budget(), 2000, lambda levels: levels)
     assert drafted == rounds and seconds < 2000 * 0.75
 
 
 def test_a_prompt_that_begins_to_pay_is_noticed():
-    pace = make_pace()
-    run(pace, 500, lambda levels: 0)
-    seconds, drafted, rounds = run(pace, 500, lambda levels: 2)
+    budget = make_budget()
+    run(budget, 500, lambda levels: 0)
+    seconds, drafted, rounds = run(budget, 500, lambda levels: 2)
     assert drafted > 0.8 * rounds and seconds < 500 * 0.9
-    again, drafted, rounds = run(pace, 500, lambda levels: 0)
+    again, drafted, rounds = run(budget, 500, lambda levels: 0)
     assert drafted < 0.3 * rounds and again < 500 * (1 + ALLOWANCE) + 12  # what the good time earned is limited
 
 
 def test_a_profile_that_errs_costs_no_more_than_what_is_promised():
     """V(2) was measured below V(1), on a machine with other work: each round that drafted one node then seemed free,
     and with a head that was never right every round drafted one."""
-    lucky = Pace(plain_s=1.0, verify_s={**VERIFY, 2: 0.85}, draft_s=DRAFT, overhead_s=0.05)
+    lucky = AdaptiveBudget(plain_s=1.0, verify_s={**VERIFY, 2: 0.85}, draft_s=DRAFT, overhead_s=0.05)
     emitted = drafted = 0
     while emitted < 2000:
         if lucky.drafts():
@@ -78,34 +78,34 @@ def test_a_profile_that_errs_costs_no_more_than_what_is_promised():
 
 def test_a_gain_within_the_doubt_is_not_believed():
     """By the profile every round gains 2 %: too little to be sure of, so it drafts now and then only."""
-    pace = Pace(plain_s=1.0, verify_s={1: 1.0, 2: 2 / 1.02 - 0.13}, draft_s=DRAFT, overhead_s=0.05)
+    budget = AdaptiveBudget(plain_s=1.0, verify_s={1: 1.0, 2: 2 / 1.02 - 0.13}, draft_s=DRAFT, overhead_s=0.05)
     drafted = 0
     for _ in range(1000):
-        if pace.drafts():
+        if budget.drafts():
             drafted += 1
-            pace.num_nodes(SCORES, 1)
-        pace.record(2 if pace._nodes else 1)
+            budget.num_nodes(SCORES, 1)
+        budget.record(2 if budget._nodes else 1)
     assert 0 < drafted < 500
 
 
 def test_the_number_of_nodes_is_the_best_of_all():
     random.seed(0)
     for _ in range(50):
-        pace, scores = make_pace(), torch.rand(random.randint(1, 40)).log()
-        pace.drafts()
-        chosen = pace.num_nodes(scores, len(scores))
+        budget, scores = make_budget(), torch.rand(random.randint(1, 40)).log()
+        budget.drafts()
+        chosen = budget.num_nodes(scores, len(scores))
         best = sorted(scores.exp().tolist(), reverse=True)
-        rates = [(1 + total) / (pace._verify[n + 1] + DRAFT[1] + 0.05)
+        rates = [(1 + total) / (budget._verify[n + 1] + DRAFT[1] + 0.05)
                  for n, total in enumerate(itertools.accumulate(best), start=1)]  # fmt: skip
         assert chosen == 1 + rates.index(max(rates))
 
 
 def test_a_level_without_promise_is_not_drafted():
-    pace = make_pace()
-    pace.drafts()
-    assert pace.deeper(torch.tensor([0.6, 0.3]).log())
-    pace.drafts()
-    assert not pace.deeper(torch.tensor([0.03, 0.02]).log())
+    budget = make_budget()
+    budget.drafts()
+    assert budget.deeper(torch.tensor([0.6, 0.3]).log())
+    budget.drafts()
+    assert not budget.deeper(torch.tensor([0.03, 0.02]).log())
 
 
 def profile() -> TreeProfile:
@@ -116,9 +116,9 @@ def profile() -> TreeProfile:
 
 
 def test_costs_come_from_the_profile():
-    pace = Pace.from_profile(profile(), TreeShape(16, 5, 4))
-    assert pace.plain_s == 1.0 and pace._verify[8] == 1.3 and pace._verify[4] == pytest.approx(1.1 + 0.2 / 3)
+    budget = AdaptiveBudget.from_profile(profile(), TreeShape(16, 5, 4))
+    assert budget.plain_s == 1.0 and budget._verify[8] == 1.3 and budget._verify[4] == pytest.approx(1.1 + 0.2 / 3)
     with pytest.raises(UserError, match="knows top_k 1, 4, up to 60 nodes"):
-        Pace.from_profile(profile(), TreeShape(16, 5, 3))
+        AdaptiveBudget.from_profile(profile(), TreeShape(16, 5, 3))
     with pytest.raises(UserError, match="no costs for total_token 80"):
-        Pace.from_profile(profile(), TreeShape(80, 5, 4))
+        AdaptiveBudget.from_profile(profile(), TreeShape(80, 5, 4))

@@ -8,7 +8,14 @@ from tiny import prompt, tiny_draft, tiny_target
 from fledge.data.samples import Prompt
 from fledge.decoding import tune
 from fledge.decoding.tree_profile import TreeProfile, profile_path, read_profile, resolve_tree, write_profile
-from fledge.decoding.tune import MAX_LEVELS, Costs, best_by_nodes, continuation_ranks, emitted_between, expected_tau
+from fledge.decoding.tune import (
+    MAX_LEVELS,
+    RoundCosts,
+    best_by_nodes,
+    continuation_ranks,
+    emitted_between,
+    expected_tau,
+)
 from fledge.drafters.eagle3.propose import EagleProposer, candidate_levels
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
@@ -72,7 +79,7 @@ def test_the_best_tree_weighs_acceptance_against_cost():
     draft_s = {(10, levels): 0.001 for levels in range(1, MAX_LEVELS + 1)}
 
     def best(per_node):
-        costs = Costs(0.01, {nodes: 0.01 + per_node * nodes for nodes in tune.NODES}, draft_s, 0.0)
+        costs = RoundCosts(0.01, {nodes: 0.01 + per_node * nodes for nodes in tune.NODES}, draft_s, 0.0)
         return max(best_by_nodes({10: [ranks]}, costs), key=lambda point: point["tokens_per_s"])
 
     assert best(0.0)["total_token"] >= 72 and best(0.0)["depth"] == 7

@@ -16,19 +16,20 @@ from ttt_reference import (
     teacher_head,
 )
 
-from fledge.drafters import depth
+from fledge.drafters import cpu_kernels, depth
 from fledge.drafters.batch import pack
-from fledge.drafters.depth import RandomDepth, cut
+from fledge.drafters.depth import RandomDepth, pieces_of
 from fledge.drafters.eagle3.runs import Run
 from fledge.drafters.eagle3.ttt import align, unroll
 from fledge.drafters.loss import LossSettings, Teacher, dense_loss, ttt_loss
+from fledge.drafters.position_weights import STEP_DECAY
 from fledge.train.module import TTTModule
 
 
 @pytest.fixture
 def small_pieces(monkeypatch):
     monkeypatch.setattr(depth, "SMALLEST_PIECE", 2)
-    monkeypatch.setattr(depth, "FULL", 4)
+    monkeypatch.setattr(cpu_kernels, "MULTIPLE", 4)
 
 
 def loss_of(draft, records, drawn: RandomDepth | None, settings: LossSettings | None = None, dense: bool = False):
@@ -44,7 +45,7 @@ def loss_of(draft, records, drawn: RandomDepth | None, settings: LossSettings | 
 def test_the_drawing(monkeypatch):
     """Pieces of 2, depths 1 4 2 3: deepest first, the rows of every step a prefix, rows that stopped untrained."""
     monkeypatch.setattr(depth, "SMALLEST_PIECE", 2)
-    monkeypatch.setattr(depth, "FULL", 1)
+    monkeypatch.setattr(cpu_kernels, "MULTIPLE", 1)
     monkeypatch.setattr(RandomDepth, "draw", lambda *_: [1, 4, 2, 3])
     batch = pack([make_record(10, "aaaaaaaaaa", 1)])  # the last two rows predict nothing that teaches
     alignment = align(batch, 4, RandomDepth(0.5, (0, 0)))
@@ -55,15 +56,15 @@ def test_the_drawing(monkeypatch):
     assert trained == [[0, 1, 2, 3, 4, 5, 6, 7], [2, 3, 4, 5, 6], [2, 3], [2, 3]]  # row 7 teaches at step 0 alone
     full = align(batch, 4)
     assert (
-        torch.equal(full.asked, alignment.asked)
+        torch.equal(full.supervised, alignment.supervised)
         and full.alive == [8] * 4
-        and (alignment.asked >= alignment.trained).all()
+        and (alignment.supervised >= alignment.trained).all()
     )
 
 
 def test_steps_are_filled_up(monkeypatch):
     """Ten rows in fives: a multiple of 4 where there are rows to fill up with, never more than the step before had."""
-    monkeypatch.setattr(depth, "FULL", 4)
+    monkeypatch.setattr(cpu_kernels, "MULTIPLE", 4)
     pieces = [(Run(0, 5, 10), 3), (Run(0, 0, 5), 2)]
     assert depth.num_rows(pieces, 4) == [10, 10, 5, 0]
     assert depth.unrolled(pieces, 4) == (
@@ -72,8 +73,8 @@ def test_steps_are_filled_up(monkeypatch):
 
 
 def test_runs_are_cut_evenly():
-    assert [run.stop - run.start for run in cut(Run(0, 5, 75))] == [32, 32, 6]
-    assert [run.stop - run.start for run in cut(Run(0, 0, 1600))] == [100] * 16
+    assert [run.stop - run.start for run in pieces_of(Run(0, 5, 75))] == [32, 32, 6]
+    assert [run.stop - run.start for run in pieces_of(Run(0, 0, 1600))] == [100] * 16
 
 
 @pytest.mark.parametrize("survival", [0.8, 0.3])
@@ -112,11 +113,10 @@ def test_rows_that_stop_change_nothing_for_the_others(small_pieces, eagle31, win
     assert left > 50
 
 
-@pytest.mark.parametrize("kind", ["kl", "lk"])
 @pytest.mark.parametrize("average", ["sequence", "token"])
 @pytest.mark.parametrize("positions", ["fixed", "dynamic"])
-def test_fused_equals_dense_in_every_draw(small_pieces, kind, average, positions):
-    draft, settings = make_draft(), LossSettings(kind=kind, average=average, position_weights=positions)
+def test_fused_equals_dense_in_every_draw(small_pieces, average, positions):
+    draft, settings = make_draft(), LossSettings(average=average, position_weights=positions)
     for draw in range(3):
         drawn = RandomDepth(0.6, (0, draw))
         found = loss_of(draft, RECORDS["packed"], drawn, settings).loss
@@ -128,7 +128,7 @@ def test_fused_equals_dense_in_every_draw(small_pieces, kind, average, positions
 
 
 @pytest.mark.parametrize("average", ["sequence", "token"])
-def test_loss_and_gradient_are_the_full_ones_in_expectation(small_pieces, average):
+def test_loss_and_gradient_are_the_full_ones_in_expectation(small_pieces, average, monkeypatch):
     """The mean over draws lies within its own error of full depth; unweighted it does not (control)."""
     draft, records = make_draft(), [make_record(24, "ppp" + "a" * 21, 11)]
     settings = LossSettings(average=average, position_weights="fixed")
@@ -143,8 +143,8 @@ def test_loss_and_gradient_are_the_full_ones_in_expectation(small_pieces, averag
     error = draws.std(0) / 300**0.5
     assert ((draws.mean(0) - wanted).abs() / (error + 1e-6)).pow(2).mean() < 1.6  # of a chi-square with mean 1
     assert abs(draws[:, 0].mean() - wanted[0]) < 4 * error[0] < 0.05 * wanted[0]
-    fewer = dataclasses.replace(settings, step_decay=settings.step_decay * 0.6)  # as if 1 / share had been forgotten
-    unweighted = loss_of(draft, records, None, fewer).loss
+    monkeypatch.setattr("fledge.drafters.loss.STEP_DECAY", STEP_DECAY * 0.6)  # as if 1 / share had been forgotten
+    unweighted = loss_of(draft, records, None, settings).loss
     assert abs(draws[:, 0].mean() - unweighted) > 10 * error[0]
 
 
@@ -160,7 +160,7 @@ def test_dynamic_weights_take_what_is_left_out_to_be_as_sure_as_before(small_pie
         assert not found[~some.trained].any()
         for row in some.rows.tolist():
             taught = {step: int(p) for step in range(STEPS) for p in range(len(some.positions))
-                      if some.asked[step, p] and some.positions[p] - 1 - step == row}  # fmt: skip
+                      if some.supervised[step, p] and some.positions[p] - 1 - step == row}  # fmt: skip
             left = {step: p for step, p in taught.items() if some.trained[step, p]}
             sure = {step: 0.5 + 0.5 * float(confidence[step, p]) for step, p in left.items()}
             values = [sure.get(step, sure[max(left)]) for step in taught] if left else []
@@ -179,8 +179,8 @@ def test_dynamic_weights_of_an_even_draft_do_not_depend_on_the_draw(small_pieces
     confidence = torch.full(whole.row_index.shape, 0.4)
     wanted, found = (dynamic_by_position(alignment, confidence, 0.5) for alignment in (whole, some))
     torch.testing.assert_close(found[some.trained], wanted[some.trained])
-    drawn = torch.zeros_like(some.pairs.asked).index_put((some.pairs.step, some.pairs.row), torch.tensor(True))
-    forgotten = dataclasses.replace(some, pairs=dataclasses.replace(some.pairs, asked=drawn))
+    drawn = torch.zeros_like(some.pairs.supervised).index_put((some.pairs.step, some.pairs.row), torch.tensor(True))
+    forgotten = dataclasses.replace(some, pairs=dataclasses.replace(some.pairs, supervised=drawn))
     passed_over = dynamic_by_position(forgotten, confidence, 0.5)
     assert (passed_over[1:][some.trained[1:]] < 0.9 * wanted[1:][some.trained[1:]]).any()
 

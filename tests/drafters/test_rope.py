@@ -75,7 +75,7 @@ def test_layouts_as_drawn():
 
 
 def test_an_unknown_family_is_an_error_that_names_the_table():
-    with pytest.raises(UserError, match=r"'brand_new' has a multimodal rope .*fledge/draft/rope\.py"):
+    with pytest.raises(UserError, match=r"'brand_new' has a multimodal rope .*fledge/drafters/eagle3/rope\.py"):
         with_layout({"mrope_section": [1, 1, 1]}, "brand_new")
     with pytest.raises(UserError, match="adds up to 6; half the rotary dimensions are 8"):
         axis_of_dims({"mrope_section": [2, 2, 2]}, 16)

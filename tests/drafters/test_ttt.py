@@ -21,8 +21,8 @@ from ttt_reference import (
 )
 
 from fledge.drafters.batch import Batch, pack
+from fledge.drafters.cpu_kernels import filled_up, num_filler
 from fledge.drafters.depth import RandomDepth
-from fledge.drafters.eagle3.low_rank import LowRankHead
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.eagle3.ttt import align, unroll
 from fledge.drafters.loss import LossSettings, PositionWeights, Teacher, dense_loss, ttt_loss
@@ -88,14 +88,13 @@ def test_first_drafted_token_is_trained():
     assert (reference_loss(draft, [record], shift=0) - found.loss).abs() > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["kl", "lk"])
 @pytest.mark.parametrize("average", ["sequence", "token"])
 @pytest.mark.parametrize("positions", ["fixed", "dynamic"])
 @pytest.mark.parametrize("short", [False, True], ids=["whole head", "summary"])
-def test_fused_equals_dense(kind, average, positions, short, monkeypatch):
+def test_fused_equals_dense(average, positions, short, monkeypatch):
     draft = make_draft()
     parameters = list(draft.parameters())
-    settings = LossSettings(kind=kind, average=average, position_weights=positions)
+    settings = LossSettings(average=average, position_weights=positions)
     monkeypatch.setattr(
         "fledge.drafters.loss.pairs_per_chunk", lambda *_, **__: 9
     )  # several chunks, the last one short
@@ -230,26 +229,6 @@ def test_a_whole_vocabulary_needs_no_map():
     assert int(found.covered) == int(found.positions)
 
 
-@pytest.mark.parametrize("rank", [5, SIZE])
-def test_a_low_rank_head_trains_as_its_product_would(rank: int):
-    """The loss is that of the whole product, and the factors' gradients are the product's, through the chain rule."""
-    draft, batch = make_draft(), pack(RECORDS["packed"])
-    whole = draft.lm_head.weight.detach().clone()
-    draft.lm_head = LowRankHead.of(whole, rank)
-    assert (torch.allclose(draft.lm_head.weight, whole, atol=1e-5)) == (rank == SIZE)  # control: a rank of 5 loses some
-    factors = list(draft.lm_head.parameters())
-    found = TTTModule(draft, teacher_head, STEPS, LossSettings())(batch).loss
-    grads = torch.autograd.grad(found, factors)
-    alignment = align(batch, STEPS)
-    states = unroll(draft, batch, alignment, STEPS)
-    ids = torch.arange(DRAFT_VOCAB) + draft.d2t
-    teacher = Teacher(last_hidden=batch.last_hidden, head=teacher_head)
-    wanted = dense_loss(states, draft.lm_head.weight, teacher, ids, draft.t2d, alignment, LossSettings())
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-    for ours, theirs in zip(grads, torch.autograd.grad(wanted, factors), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-
-
 def test_metrics_count_what_they_say():
     draft, records = make_draft(), RECORDS["packed"]
     found, _ = run_loss(draft, pack(records), LossSettings())
@@ -313,12 +292,11 @@ def test_warm_start_begins_where_the_target_is():
         assert 0.5 < draft.logits(features).std() < 2.5 < (features @ draft.lm_head.weight.T).std()
 
 
-@pytest.mark.parametrize("kind", ["kl", "lk"])
-def test_metrics_are_the_same_from_a_summary(kind):
+def test_metrics_are_the_same_from_a_summary():
     draft, batch = make_draft(), pack(RECORDS["packed"])
     with torch.no_grad():
-        whole, _ = run_loss(draft, batch, LossSettings(kind=kind))
-        short, _ = run_loss(draft, batch, LossSettings(kind=kind), short=True)
+        whole, _ = run_loss(draft, batch, LossSettings())
+        short, _ = run_loss(draft, batch, LossSettings(), short=True)
     for name in whole._fields:
         torch.testing.assert_close(getattr(short, name), getattr(whole, name), msg=name)
     assert 0 < int(whole.covered) < int(whole.positions)  # both kinds of positions were there
@@ -351,11 +329,11 @@ def test_module_asks_the_whole_head_only_without_summaries():
 @pytest.mark.parametrize("eagle31", [False, True], ids=["eagle3", "eagle3.1"])
 def test_a_filler_changes_shapes_alone(survival: float, eagle31: bool, monkeypatch):
     """All rows and all unrolled rows are multiples; loss, gradients and counts are those without the filler."""
-    monkeypatch.setattr("fledge.drafters.eagle3.ttt.FULL", 5)
+    monkeypatch.setattr("fledge.drafters.cpu_kernels.MULTIPLE", 5)
     draft, records = make_draft(eagle31=eagle31), RECORDS["packed"] + RECORDS["two turns"]
     depth = RandomDepth(survival, (0, 1)) if survival < 1 else None
     found = []
-    for batch in (pack(records), pack(records, fill=5)):
+    for batch in (pack(records), pack(filled_up(records, torch.device("cpu")))):
         alignment = align(batch, STEPS, depth)
         states = unroll(draft, batch, alignment, STEPS)
         teacher = Teacher(last_hidden=batch.last_hidden, head=teacher_head)
@@ -364,8 +342,8 @@ def test_a_filler_changes_shapes_alone(survival: float, eagle31: bool, monkeypat
         grads = torch.autograd.grad(output.loss, list(draft.parameters()))
         found.append((batch, alignment, output, grads))
     (plain, bare, wanted, grads), (filled, alignment, output, filled_grads) = found
-    assert len(plain.input_ids) % 5 and bare.alive[0] % 5 and not plain.filler  # control: without it they are not
-    assert len(filled.input_ids) % 5 == alignment.alive[0] % 5 == 0 and filled.filler >= 5
+    assert len(plain.input_ids) % 5 and bare.alive[0] % 5 and not num_filler(plain)  # control: without it they are not
+    assert len(filled.input_ids) % 5 == alignment.alive[0] % 5 == 0 and num_filler(filled) >= 5
     for name in output._fields:
         torch.testing.assert_close(getattr(output, name), getattr(wanted, name), msg=name)
     for ours, theirs in zip(filled_grads, grads, strict=True):

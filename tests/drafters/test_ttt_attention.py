@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fledge.drafters import attention_products as products
+from fledge.drafters import cpu_kernels
 from fledge.drafters.eagle3 import attention_blocks as blocks
 from fledge.drafters.eagle3.runs import Run, runs_of
 from fledge.drafters.eagle3.ttt_attention import _own_backward, dense_ttt_attention, ttt_attention
@@ -28,8 +28,8 @@ def test_runs_are_cut_at_documents():
 
 def by_products(monkeypatch):
     """What 16-bit numbers on a CPU run, here in fp32 and in small chunks."""
-    monkeypatch.setattr(products, "suits", lambda q: True)
-    monkeypatch.setattr(products, "ROWS", 3)
+    monkeypatch.setattr(cpu_kernels, "suits", lambda q: True)
+    monkeypatch.setattr(cpu_kernels, "QUERIES", 3)
 
 
 ACTIVE = {
@@ -118,11 +118,11 @@ def test_merged_statistics_are_what_makes_the_backward_exact():
     """Negative control: the block's own log-sum-exp instead of the merged one gives wrong gradients."""
     q, k, v, later_k, later_v = tensors(5, 5, 2)
     runs = (Run(0, 0, 5),)
-    plan = blocks.plan(runs, None)
-    _, lse = blocks.attend(q, k, v, plan)
+    kernel = blocks.BlockAttention(runs, None)
+    _, lse = kernel.attend(q, k, v)
     merged = ttt_attention(q, k, v, later_k, later_v, runs)
     grad = torch.ones_like(merged)
-    wrong_q, *_ = blocks.attend_backward(grad, q, k, v, merged, lse, plan)
+    wrong_q, *_ = kernel.attend_backward(grad, q, k, v, merged, lse)
     right_q, *_ = torch.autograd.grad(dense_ttt_attention(q, k, v, later_k, later_v, runs).sum(), [q])
     own = _own_backward(grad, q, merged, lse, later_k, later_v, wrong_q)
     assert len(own) == 4 and (wrong_q - right_q).abs().max() > 1e-2
@@ -163,18 +163,18 @@ def test_products_in_bf16_are_near_fp32(later: int, window: int | None):
         return [out.float(), *torch.autograd.grad((out * weight).sum(), leaves)]
 
     wanted = results(exact, dense_ttt_attention)
-    assert products.suits(rough[0]) and not products.suits(exact[0])
+    assert cpu_kernels.suits(rough[0]) and not cpu_kernels.suits(exact[0])
     for found, right in zip(results(rough), wanted, strict=True):
         assert error(found, right) < 0.02
     coarse = [tensor.detach().requires_grad_() for tensor in rough]
-    original = products._beside
+    original = cpu_kernels._widened
     try:  # control: the second part of the log-sum-exp and of delta is left out
-        products._beside = lambda states, number=None: original(
+        cpu_kernels._widened = lambda states, number=None: original(
             states, None if number is None else number.bfloat16().float()
         )
         worse = results(coarse)
     finally:
-        products._beside = original
+        cpu_kernels._widened = original
     assert error(worse[2], wanted[2]) > 1.3 * error(results(rough)[2], wanted[2])
 
 

@@ -198,7 +198,7 @@ def test_vllm_drafts_as_we_do(
 def test_the_comparison_sees_another_network(trained_heads, reference, tmp_path, capsys):
     """Negative control: the same weights with the other residual (what SGLang does to such a head) fail by far.
 
-    Taps one layer off would not do: neighbouring layers of this small target say nearly the same (docs/log.md).
+    Taps one layer off would not do: neighbouring layers of this small target say nearly the same (dev/log).
     """
     head = trained_heads["eagle3"]
     config = dataclasses.replace(from_json(head / "config.json"), norm_before_residual=True)

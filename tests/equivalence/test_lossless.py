@@ -12,7 +12,7 @@ from tiny import EOS, NAMES, ScriptedDraft, prompt, tiny_draft, tiny_model, tiny
 
 from fledge.decoding import round
 from fledge.decoding.accept import accept
-from fledge.decoding.adaptive import Pace
+from fledge.decoding.adaptive import AdaptiveBudget
 from fledge.decoding.generate import Generation, Sampling, TreeShape, generate
 from fledge.errors import UserError
 from fledge.target.model import Target
@@ -104,11 +104,13 @@ def test_an_adaptive_tree_is_lossless(name):
     heads = (tiny_draft(target, "random"), half_right(target, ids, answer), ScriptedDraft(target, ids + answer))
     kinds = set()
     for head in heads:
-        pace = Pace(plain_s=1.0, verify_s={1: 1.0, 60: 1.5}, draft_s={n: 0.05 * n for n in range(1, 7)}, overhead_s=0.1)
+        budget = AdaptiveBudget(
+            plain_s=1.0, verify_s={1: 1.0, 60: 1.5}, draft_s={n: 0.05 * n for n in range(1, 7)}, overhead_s=0.1
+        )
         for length in (8, 5):
             found = generate(
                 target, head, prompt(length), tree=TreeShape(60, 5, 4), max_new_tokens=30, sampling=GREEDY,
-                eos_token_ids=(), trace=True, budget=pace,
+                eos_token_ids=(), trace=True, budget=budget,
             )  # fmt: skip
             assert found.token_ids == plain(name, length, 30).token_ids
             kinds |= {len(round_.token_ids) for round_ in found.rounds or ()}

@@ -18,7 +18,8 @@ from fledge.export.convert import ExportArgs, export_head
 RUN = {
     "target": "/home/me/models/Tiny-1B", "steps": 440, "versions": {"fledge": "0.1.0"},
     "config": {"train_data_path": ["/home/me/data/answers.jsonl"], "train_hidden_path": [], "ttt_steps": 4,
-               "model_max_length": 512, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "loss_type": "kl"},
+               "model_max_length": 512, "per_device_train_batch_size": 4, "learning_rate": 1e-3,
+               "position_weights": "dynamic"},
     "metrics": {"epoch": 3.0, "eval_tau": 1.7779, "eval_acc_0": 0.4347, "eval_acc_1": 0.382, "eval_coverage": 0.966},
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ GOOD: dict[str, tuple[str, str]] = {  # a good value of a flag, and another one
     "base_port": ("7000", "8000"), "adam_beta1": ("0.8", "0.5"), "adam_beta2": ("0.9", "0.99"),
     "rope_theta": ("10000", "500000"), "max_new_token": ("5", "6"), "weight_decay": ("0.1", "0"),
     "train_efficiency": ("0.5", "0.4"), "target_efficiency": ("0.5", "0.4"), "seed": ("1", "0"),
-    "max_tokens": ("16", "32"), "model_max_length": ("256", "512"), "sliding_window": ("16", "32"),
+    "max_tokens": ("16", "32"), "model_max_length": ("256", "512"),
     "optim": ("adamw_torch", "sgd"), "lr_scheduler_type": ("linear", "constant"), "data_format": ("auto", "messages"),
     "target_dtype": ("float32", "auto"), "report_to": ("none", "none"), "draft_type": ("eagle3", "eagle3.1"),
     "tap_storage": ("same", "fp8"), "last_storage": ("all", "supervised"), "hardware": ("h100", "h200"),
@@ -35,7 +35,7 @@ TOGETHER = set(
     json license license_link license_name local_rank matrix_optim max_gpu_memory max_pixels max_prompt_length
     min_pixels mode model notes num_gpus_per_model num_gpus_total num_servers num_tokens num_workers output
     prepare_only print private profile profile_path push_to_hub question_begin question_end raw report
-    resume_from_checkpoint retry_rejects run_code server step_decay tap_layers target target_backend
+    resume_from_checkpoint retry_rejects run_code server tap_layers target target_backend
     tensor_parallel_size tflops to tokenizer tp_plan train_hidden_path tune vllm work_dir
     """.split()
 )

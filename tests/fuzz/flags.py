@@ -27,7 +27,7 @@ SIZES = """
     max_clients concurrency max_attempts max_tokens max_prompt_length data_shard_size batch_size max_new_tokens
     max_new_token top_k repeats num_workers num_gpus_per_model per_device_train_batch_size
     per_device_eval_batch_size ttt_steps num_gpus num_tokens num_servers tensor_parallel_size max_model_len
-    num_speculative_tokens num_prompts epochs num_questions head_rank sliding_window gradient_accumulation_steps
+    num_speculative_tokens num_prompts epochs num_questions gradient_accumulation_steps
     eval_decode_prompts eval_decode_max_new_tokens
 """.split()
 COUNTS = """
@@ -38,7 +38,6 @@ SHARES = "max_reject_share supervised_share train_efficiency target_efficiency e
 NOT_NEGATIVE = "weight_decay learning_rate adam_epsilon".split()
 POSITIVE = """
     request_timeout_s give_up_after_s start_timeout_s shard_mb gpu_memory_gb tflops num_train_epochs rope_theta
-    step_decay
 """.split()
 RANGES: dict[str, tuple[str, ...]] = {
     **{name: ("0", *NEGATIVE) for name in SIZES},

@@ -21,7 +21,7 @@ AREA = "recipes and draft configs"
 # A good recipe of a command, and values that its keys cannot have.
 RECIPES: dict[str, dict[str, Any]] = {
     "regenerate": {"max_samples": 5, "top_p": 0.9, "deduplicate": True, "thinking": "off", "seed": 3},
-    "train": {"ttt_steps": 3, "learning_rate": 0.001, "loss_type": "lk", "model_max_length": 128, "seed": 3},
+    "train": {"ttt_steps": 3, "learning_rate": 0.001, "loss_average": "token", "model_max_length": 128, "seed": 3},
     "bench": {"repeats": 2, "temperature": 0.0, "dtype": "float32", "samples": 1, "no_metrics": True},
     "extract": {"shard_mb": 8.0, "model_max_length": 128, "tap_storage": "fp8", "num_proc": 1},
 }

@@ -58,14 +58,24 @@ def test_depths_are_drawn_at_random_by_default(tmp_path):
         parse("--output_dir", str(tmp_path), "--depth_survival", "1.5")
 
 
-def test_a_decay_is_of_fixed_weights(tmp_path):
-    fixed = ("--output_dir", str(tmp_path), "--position_weights", "fixed")
-    assert parse(*fixed).draft.loss_settings().step_decay == 0.8
-    assert parse(*fixed, "--step_decay", "0.9").draft.loss_settings().step_decay == 0.9
-    with pytest.raises(UserError, match="give --position_weights fixed with it"):
-        parse("--output_dir", str(tmp_path), "--step_decay", "0.9")
-    with pytest.raises(UserError, match="--step_decay is 0.0; it must be above 0"):
-        parse(*fixed, "--step_decay", "0")
+@pytest.mark.parametrize(("name", "value"), [
+    ("loss_type", "lk"), ("step_decay", "0.9"), ("head_rank", "64"), ("sliding_window", "512"),
+])  # fmt: skip
+def test_a_removed_flag_says_what_to_do(name: str, value: str, tmp_path):
+    """Recipes of earlier versions may still set them; `unknown flag` alone would not say that the option is gone."""
+    (tmp_path / "old.yaml").write_text(f"{name}: {value}\n")
+    for words in ((f"--{name}", value), (f"--{name.replace('_', '-')}={value}",),
+                  ("--config", str(tmp_path / "old.yaml"))):  # fmt: skip
+        with pytest.raises(UserError, match=f"--{name} {value} is no longer an option: .*Leave --{name} out"):
+            parse("--output_dir", str(tmp_path), *words)
+
+
+def test_an_older_resolved_config_with_the_values_of_today_runs(tmp_path):
+    """Negative control: these values ask for what is done anyway."""
+    (tmp_path / "old.yaml").write_text("loss_type: kl\nstep_decay: null\nhead_rank: null\nttt_steps: 5\n")
+    words = ("--output_dir", str(tmp_path), "--config", str(tmp_path / "old.yaml"))
+    assert parse(*words).draft == parse("--output_dir", str(tmp_path), "--ttt_steps", "5").draft
+    assert parse(*words, "--loss_type", "kl", "--step_decay", "0.8").draft == parse(*words).draft
 
 
 def test_recipe_below_flags(tmp_path):
@@ -91,12 +101,12 @@ def test_resolved_config_repeats_the_run(tmp_path):
     """What is written beside a head can be fed back as a recipe."""
     import yaml
 
-    first = parse("--output_dir", str(tmp_path), "--ttt_steps", "5", "--train_data_path", "x", "--step_decay", "0.9",
+    first = parse("--output_dir", str(tmp_path), "--ttt_steps", "5", "--train_data_path", "x",
                   "--position_weights", "fixed")  # fmt: skip
     own = {
         k: v
         for k, v in first.resolved().items()
-        if k in ("ttt_steps", "train_data_path", "position_weights", "step_decay", "tap_layers")
+        if k in ("ttt_steps", "train_data_path", "position_weights", "tap_layers")
     }
     recipe = tmp_path / "again.yaml"
     recipe.write_text(yaml.safe_dump({k: v for k, v in own.items() if v not in (None, [])}))

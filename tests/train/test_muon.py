@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW, Muon
 
 from fledge.errors import UserError
-from fledge.train.muon import MuonBeside, split_parameters
+from fledge.train.muon import MuonWithAuxiliary, split_parameters
 
 
 class Small(nn.Module):
@@ -22,9 +22,9 @@ class Small(nn.Module):
         return self.lm_head(self.norm(self.fc(x)))
 
 
-def both(model: Small) -> MuonBeside:
+def both(model: Small) -> MuonWithAuxiliary:
     matrices, rest = split_parameters(model)
-    return MuonBeside(matrices, rest, lambda left: AdamW(left, lr=0.01), lr=0.01, weight_decay=0.1)
+    return MuonWithAuxiliary(matrices, rest, lambda left: AdamW(left, lr=0.01), lr=0.01, weight_decay=0.1)
 
 
 def take_steps(model: Small, optimizers: list, num: int, *, first: int = 0) -> None:
@@ -90,4 +90,4 @@ def test_the_flag_is_obeyed(tmp_path, monkeypatch):
         sharded.create_optimizer()
     sharded.args.matrix_optim = "auto"
     sharded.optimizer = None
-    assert not isinstance(sharded.create_optimizer(), MuonBeside)
+    assert not isinstance(sharded.create_optimizer(), MuonWithAuxiliary)

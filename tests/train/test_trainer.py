@@ -154,24 +154,6 @@ def test_activation_checkpointing_is_honoured_and_changes_nothing(tmp_path, flag
         plain.model.activation_checkpointing_enable(offload=True)
 
 
-def test_a_low_rank_head_resumes_exactly_and_is_saved_whole(tmp_path):
-    data = samples(16)
-    whole = make_trainer(tmp_path / "whole", data, rank=8)
-    whole.train()
-    part = make_trainer(tmp_path / "part", data, rank=8)
-    part.train()
-    shutil.rmtree(tmp_path / "part" / "checkpoint-6")
-    again = make_trainer(tmp_path / "part", data, rank=8)
-    again.train(resume_from_checkpoint=find_checkpoint(tmp_path / "part", "auto"))
-    assert losses(again) == losses(whole)
-    for ours, theirs in zip(again.draft.parameters(), whole.draft.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-    again.save_model()
-    loaded = load_draft(tmp_path / "part", tiny_target("qwen3").embedding_weight)
-    torch.testing.assert_close(loaded.lm_head.weight, again.draft.lm_head.weight)
-    assert torch.linalg.matrix_rank(loaded.lm_head.weight) == 8
-
-
 def test_a_bad_sample_is_named_and_the_checkpoint_is_intact(tmp_path):
     data = samples(16)
     broken = Sample("broken", torch.tensor([5, 6, 10_000_000, 7, 8, 9]), torch.ones(6, dtype=torch.bool))

@@ -59,41 +59,39 @@ def blocks_of(runs: Sequence[Run], window: int | None) -> Iterator[tuple[slice, 
             yield rows, blocks
 
 
-Plan = tuple[tuple[slice, list[Block]], ...]
+class BlockAttention:
+    """Attention of the query rows of `runs`, block by block. A row sees `window` keys at most, its own included."""
 
+    def __init__(self, runs: Sequence[Run], window: int | None) -> None:
+        self.chunks = tuple(blocks_of(runs, window))
 
-def plan(runs: Sequence[Run], window: int | None) -> Plan:
-    return tuple(blocks_of(runs, window))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """q (S, h, d) over k, v (N, g, d); returns out (S, h, d) and the log-sum-exp (S, h) in fp32."""
+        queries, keys, values = _heads_first(q, k, v)
+        out = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        for rows, blocks in self.chunks:
+            parts = [(block, *_block(queries, keys, values, block)) for block in blocks]
+            merged, merged_lse = _merged(rows, parts)
+            out[rows], lse[rows] = merged.transpose(0, 1), merged_lse.T
+        return out, lse
 
-
-def attend(q: Tensor, k: Tensor, v: Tensor, chunks: Plan) -> tuple[Tensor, Tensor]:
-    """q (S, h, d) over k, v (N, g, d); returns out (S, h, d) and the log-sum-exp (S, h) in fp32."""
-    queries, keys, values = _heads_first(q, k, v)
-    out = torch.empty_like(q)
-    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    for rows, blocks in chunks:
-        parts = [(block, *_block(queries, keys, values, block)) for block in blocks]
-        merged, merged_lse = _merged(rows, parts)
-        out[rows], lse[rows] = merged.transpose(0, 1), merged_lse.T
-    return out, lse
-
-
-def attend_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, chunks: Plan
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v in fp32, given the merged out and lse of all rows."""
-    num_kv_heads = k.shape[1]
-    q, k, v = _heads_first(q, k, v)
-    grad_out, out, lse = (part.transpose(0, 1).contiguous() for part in (grad_out, out, lse))
-    grad_q = torch.zeros_like(q, dtype=torch.float32)
-    grad_k, grad_v = (k.new_zeros((num_kv_heads, *k.shape[1:]), dtype=torch.float32) for _ in range(2))
-    for _, blocks in chunks:
-        for block in blocks:
-            dq, dk, dv = _block_backward(grad_out, out, lse, q, k, v, block)
-            grad_q[:, block.queries] += dq
-            grad_k[:, block.keys] += _sum_groups(dk, num_kv_heads)
-            grad_v[:, block.keys] += _sum_groups(dv, num_kv_heads)
-    return grad_q.transpose(0, 1), grad_k.transpose(0, 1), grad_v.transpose(0, 1)
+    def attend_backward(
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v in fp32, given the merged out and lse of all rows."""
+        num_kv_heads = k.shape[1]
+        q, k, v = _heads_first(q, k, v)
+        grad_out, out, lse = (part.transpose(0, 1).contiguous() for part in (grad_out, out, lse))
+        grad_q = torch.zeros_like(q, dtype=torch.float32)
+        grad_k, grad_v = (k.new_zeros((num_kv_heads, *k.shape[1:]), dtype=torch.float32) for _ in range(2))
+        for _, blocks in self.chunks:
+            for block in blocks:
+                dq, dk, dv = _block_backward(grad_out, out, lse, q, k, v, block)
+                grad_q[:, block.queries] += dq
+                grad_k[:, block.keys] += _sum_groups(dk, num_kv_heads)
+                grad_v[:, block.keys] += _sum_groups(dv, num_kv_heads)
+        return grad_q.transpose(0, 1), grad_k.transpose(0, 1), grad_v.transpose(0, 1)
 
 
 def _heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

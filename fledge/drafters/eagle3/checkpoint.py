@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fledge.drafters.eagle3.config import DraftConfig, to_json
 from fledge.drafters.eagle3.head import WEIGHTS, Head, read_head
-from fledge.drafters.eagle3.low_rank import merged
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.errors import UserError, naming
 from fledge.outputs import staged, write_json
@@ -28,7 +27,7 @@ def save_draft(
     `weights` replaces the model's own parameters where they are sharded over ranks and were gathered elsewhere.
     """
     tensors = draft_tensors(model, dtype)
-    gathered = {name: weight for name, weight in merged(weights or {}).items() if name in tensors}
+    gathered = {name: weight for name, weight in (weights or {}).items() if name in tensors}
     tensors |= {name: weight.to("cpu", tensors[name].dtype).contiguous() for name, weight in gathered.items()}
     with staged(folder) as building:
         with naming(folder / WEIGHTS, needed_bytes=sum(tensor.nbytes for tensor in tensors.values())):
@@ -38,8 +37,7 @@ def save_draft(
 
 def draft_tensors(model: DraftModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """The checkpoint's tensors: trained weights in `dtype`, d2t and t2d unless the vocabulary is whole."""
-    parameters = merged({name: p.detach() for name, p in model.named_parameters()})
-    tensors = {name: p.to("cpu", dtype).contiguous() for name, p in parameters.items()}
+    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
     if not model.config.full_vocab:
         tensors |= {"d2t": model.d2t.cpu().contiguous(), "t2d": model.t2d.cpu().contiguous()}
     return tensors

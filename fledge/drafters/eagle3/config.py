@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fledge.drafters.eagle3.head_file import read_document
-from fledge.drafters.eagle3.rope import check_rope, plain, with_layout
+from fledge.drafters.eagle3.rope import check_rope, with_layout, without_axes
 from fledge.errors import UserError, nearest
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
@@ -97,7 +97,7 @@ class DraftConfig:
         """
         from transformers import LlamaConfig
 
-        rope = plain(self.rope_parameters)
+        rope = without_axes(self.rope_parameters)
         return LlamaConfig(
             hidden_size=self.hidden_size,
             num_attention_heads=self.num_attention_heads,

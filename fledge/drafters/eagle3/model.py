@@ -12,17 +12,16 @@ Module names are the checkpoint's names, so the state dict *is* the EAGLE layout
 (`fledge.train`), exports and decodes; it knows nothing of trees, losses or files.
 """
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fledge.drafters.cpu_kernels import linear
 from fledge.drafters.eagle3.config import DraftConfig
 from fledge.drafters.eagle3.layers import RMSNorm, SwiGLU
-from fledge.drafters.eagle3.rope import as_index, axis_of_dims, num_axes, pick
-from fledge.drafters.products import linear
+from fledge.drafters.eagle3.rope import as_index, axis_of_dims, num_axes, pick_axis
 from fledge.target.linear import head_logits
 
 # leading dims "..": any batch shape; H hidden, A taps, D draft vocab, V target vocab, h heads, g kv heads, d head_dim
@@ -126,7 +125,7 @@ class DraftModel(nn.Module):
           8 in SmolLM2, and next to them what attention and MLP add at first is lost;
         - the final norm starts low, so that the first logits are unsure (standard deviation 1.25): through the target's
           rows an untrained state is confident and wrong.
-        Measured together: +5 points of top-1 after 60 steps on SmolLM2 (docs/log.md, "How a head starts").
+        Measured together: +5 points of top-1 after 60 steps on SmolLM2 (dev/log, "How a head starts").
         """
         self.warm_start_head(target_head)
         size = self.config.hidden_size
@@ -157,7 +156,7 @@ class DraftModel(nn.Module):
         if self.axis_of_dim is None or position_ids.dim() == 1:
             return cos, sin
         assert shape[0] == self.rope_axes, f"{shape=}, a rope of {self.rope_axes} axes"
-        return pick(cos, self.axis_of_dim), pick(sin, self.axis_of_dim)
+        return pick_axis(cos, self.axis_of_dim), pick_axis(sin, self.axis_of_dim)
 
     def project(
         self, embeds: Tensor, hidden: Tensor, rope: tuple[Tensor, Tensor], *, queries: slice | Tensor | None = None
@@ -169,12 +168,12 @@ class DraftModel(nn.Module):
         layer, head_dim = self.midlayer, self.config.head_dim
         inputs = torch.cat((layer.input_layernorm(embeds), layer.hidden_norm(hidden)), dim=-1)
         cos, sin = rope
-        asked = inputs if queries is None else inputs[..., queries, :]
-        asked_rope = (cos, sin) if queries is None else (cos[..., queries, :], sin[..., queries, :])
-        q = layer.self_attn.q_proj(asked).unflatten(-1, (-1, head_dim))
+        query_inputs = inputs if queries is None else inputs[..., queries, :]
+        query_rope = (cos, sin) if queries is None else (cos[..., queries, :], sin[..., queries, :])
+        q = layer.self_attn.q_proj(query_inputs).unflatten(-1, (-1, head_dim))
         k = layer.self_attn.k_proj(inputs).unflatten(-1, (-1, head_dim))
         v = layer.self_attn.v_proj(inputs).unflatten(-1, (-1, head_dim))
-        return rotate(q, *asked_rope), rotate(k, cos, sin), v
+        return rotate(q, *query_rope), rotate(k, cos, sin), v
 
     def split_projection(self) -> tuple[Tensor, Tensor]:
         """q, k and v as one projection of token embeddings and one of states: twice ((h + 2g) * d, H).
@@ -198,14 +197,14 @@ class DraftModel(nn.Module):
         normed, (cos, sin) = self.midlayer.hidden_norm(hidden), rope
         if queries is None:
             q, kv = (tokens + linear(normed, weight)).split((width, weight.shape[0] - width), -1)
-            asked_rope = rope
+            query_rope = rope
         else:
             q = tokens[queries, :width] + linear(normed[queries], weight[:width])
             kv = tokens[:, width:] + linear(normed, weight[width:])
-            asked_rope = (cos[queries], sin[queries])
+            query_rope = (cos[queries], sin[queries])
         k, v = kv.unflatten(-1, (-1, head_dim)).chunk(2, dim=-2)
         # v as a copy: a view would keep the whole projection alive until the backward
-        return rotate(q.unflatten(-1, (-1, head_dim)), *asked_rope), rotate(k, cos, sin), v.contiguous()
+        return rotate(q.unflatten(-1, (-1, head_dim)), *query_rope), rotate(k, cos, sin), v.contiguous()
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Residual, output projection and MLP: f (.., H) and attention output (.., h, d) -> f'' (.., H)."""
@@ -233,13 +232,13 @@ class DraftModel(nn.Module):
         mask: Tensor | None = None,
         *,
         rope: tuple[Tensor, Tensor] | None = None,
-        asked: Tensor | None = None,
+        output_row: Tensor | None = None,
     ) -> Tensor:
         """One forward with a cache: tokens (B, S), features f (B, S, H) -> f'' (B, S, H), or (B, 1, H) of the row
-        `asked` (B,) in each sequence.
+        `output_row` (B,) of each sequence.
 
         Row s pairs the feature of position p with the *next* token; position_ids (B, S) hold p, the feature's
-        position (`rope`, cos and sin of those positions, stands in for them). `mask` (.., rows asked, K) is boolean
+        position (`rope`, cos and sin of those positions, stands in for them). `mask` (.., output rows, K) is boolean
         (True: may see) or additive over cached + new keys; None means one row that sees everything, or a causal block
         on an empty cache.
         """
@@ -247,8 +246,8 @@ class DraftModel(nn.Module):
             assert position_ids is not None
             rope = self.rope(position_ids)
         q, k, v = self.project(self.embed(token_ids), hidden, rope)
-        if asked is not None:
-            q, hidden = rows_at(q, asked), rows_at(hidden, asked)
+        if output_row is not None:
+            q, hidden = rows_at(q, output_row), rows_at(hidden, output_row)
         keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2))
         causal = mask is None and q.shape[1] > 1
         assert not causal or keys.shape[2] == q.shape[1], "a block of rows on a filled cache needs a mask"
@@ -271,8 +270,3 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     low, high = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-high, low), dim=-1) * sin
     return turned if kept.shape[-1] == 0 else torch.cat((turned, kept), dim=-1)
-
-
-def trainable_names(model: DraftModel) -> Sequence[str]:
-    """Names of the tensors a checkpoint holds, besides d2t and t2d."""
-    return [name for name, _ in model.named_parameters()]

@@ -5,7 +5,7 @@ cache. So a sequence of L committed tokens and its root x_L has L rows, and the 
 root. Each sequence brings up to E new tokens; the rows behind its own are computed all the same, from whatever the
 slots hold, and land behind its rows, where the beam overwrites them or no mask shows them:
 
-    E = 3, two new tokens     rows   0 .. L-3 | L-2  L-1  | L           output asked: row L - 1
+    E = 3, two new tokens     rows   0 .. L-3 | L-2  L-1  | L           output of row L - 1
                                      before   | x    y    | left over
 
 Rows of the cache while a tree grows (top_k = 2). A beam row sees all committed rows, its ancestors' rows and itself:
@@ -80,7 +80,7 @@ class EagleProposer:
         mask = self._mask(self._committed(lengths, lengths - 1, num_keys)[:, None])
         features = self.draft.fuse(emitted.taps)
         self._hidden = self.draft.step(
-            emitted.token_ids, features, None, self.cache, mask, rope=self._rope_of(rows), asked=num_new - 1
+            emitted.token_ids, features, None, self.cache, mask, rope=self._rope_of(rows), output_row=num_new - 1
         )  # fmt: skip
 
     def propose(self, emitted: Emitted, num_levels: int, num_keys: int, budget: Budget | None = None) -> Trees:

@@ -64,7 +64,7 @@ def check_rope(rope: dict[str, Any], head_dim: int) -> None:
     axis_of_dims(rope, int(head_dim * share))
 
 
-def plain(rope: dict[str, Any]) -> dict[str, Any]:
+def without_axes(rope: dict[str, Any]) -> dict[str, Any]:
     """The rope of one axis: what decides the angles."""
     return {key: value for key, value in rope.items() if not key.startswith("mrope_")}
 
@@ -102,7 +102,7 @@ def num_axes(rope: dict[str, Any]) -> int:
     return len(rope.get("mrope_section") or [0])
 
 
-def pick(angles: Tensor, axis_of_dim: Tensor) -> Tensor:
+def pick_axis(angles: Tensor, axis_of_dim: Tensor) -> Tensor:
     """cos or sin of every axis (R, .., D) to the one each dimension follows (.., D)."""
     index = axis_of_dim.expand(1, *angles.shape[1:])
     return angles.gather(0, index)[0]

@@ -13,7 +13,7 @@ teacher is p = P and, at k = 0, its row is P - 1: the last prompt row. With the 
 trained.
 
     P = 3, T = 6          x  p p p a a a        l  0 0 0 1 1 1
-    taught positions p    . . . 3 4 .
+    teacher positions p   . . . 3 4 .
     rows at k = 0         . . 2 3 . .           row = p - 1 - k
     rows at k = 1         . 1 2 . . .
 """
@@ -29,19 +29,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fledge.drafters.batch import Batch
+from fledge.drafters.cpu_kernels import linear, spare_rows
 from fledge.drafters.depth import RandomDepth, num_rows, unrolled
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.eagle3.runs import Run, runs_of
 from fledge.drafters.eagle3.ttt_attention import ttt_attention
-from fledge.drafters.products import FULL, linear
 
-# N rows of all documents, P taught positions, S active rows, R of them that learn, K TTT steps, M pairs, H hidden
+# N rows of all documents, P teacher positions, S active rows, R of them trained, K TTT steps, M pairs, H hidden
 
 
-class Chunk(NamedTuple):
-    """Consecutive rows with all that they learn."""
+class PairChunk(NamedTuple):
+    """Consecutive rows with all their pairs."""
 
-    rows: slice  # of the R rows that learn
+    rows: slice  # of the R trained rows
     pairs: slice  # of the M pairs
     places: slice  # of the P positions: those of the pairs, and what lies between
     seen: int  # how many of these positions earlier chunks have had
@@ -49,28 +49,28 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairs:
-    """All that is learned: M pairs of a TTT step and a taught position, by row and then by step."""
+    """All training pairs: M pairs of a TTT step and a teacher position, by row and then by step."""
 
     place: Tensor  # (M,) int64 index into the positions
     step: Tensor  # (M,) int64
     state: Tensor  # (M,) int64 row of the states of all steps, end to end
     row: Tensor  # (M,) int64 0 .. R - 1, ascending
-    asked: Tensor  # (K, R) bool: a taught position asks the row at this step; a draw may leave it out nevertheless
+    supervised: Tensor  # (K, R) bool: a teacher position has a pair with the row at this step, drawn or not
     ends: Sequence[int]  # R numbers: pairs of the rows up to each, itself included
     lowest: Sequence[int]  # R places, of each row's first pair
     highest: Sequence[int]  # R places, of each row's last pair
 
-    def chunks(self, most: int, num_positions: int) -> Iterator[Chunk]:
+    def chunks(self, most: int, num_positions: int) -> Iterator[PairChunk]:
         """Chunks with at most so many pairs (at least one row); together they have every pair and every position."""
         if not self.ends and num_positions:
-            yield Chunk(slice(0, 0), slice(0, 0), slice(0, num_positions), 0)
+            yield PairChunk(slice(0, 0), slice(0, 0), slice(0, num_positions), 0)
         row = first = seen = 0
         while row < len(self.ends):
             end = max(row + 1, bisect_right(self.ends, first + most))
             last = self.ends[end - 1]
             begin = min(seen, *self.lowest[row:end])
             stop = num_positions if end == len(self.ends) else 1 + max(self.highest[row:end])
-            yield Chunk(slice(row, end), slice(first, last), slice(begin, stop), seen - begin)
+            yield PairChunk(slice(row, end), slice(first, last), slice(begin, stop), seen - begin)
             row, first, seen = end, last, max(seen, stop)
 
 
@@ -82,8 +82,8 @@ class Alignment:
     document: Tensor  # (P,) int64 document of each position
     rows: Tensor  # (S,) int64 rows that are trained at some step: ascending, or those unrolled to more steps first
     row_index: Tensor  # (K, P) int64 index into rows of row p - 1 - k; -1 where that is not trained
-    asked: Tensor  # (K, P) bool: row p - 1 - k is in p's document. What a draw of depths leaves of it is `trained`
-    share: Tensor  # (K,) probability of an asked row to be trained
+    supervised: Tensor  # (K, P) bool: row p - 1 - k is in p's document; random depths train some of them, `trained`
+    share: Tensor  # (K,) probability of a supervised row to be trained
     runs: tuple[tuple[Run, ...], ...]  # K: the rows unrolled at each step, a prefix of `rows`, as contiguous runs;
     #                                    the last few may be there to fill up and are not trained
     last_row: Tensor  # (S,) int64 last row of each active row's document
@@ -111,14 +111,14 @@ def align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = None) -> Ali
     document = torch.repeat_interleave(torch.arange(len(batch.lengths)), lengths)
     first_row, last_row = (stops - lengths)[document], (stops - 1)[document]
 
-    supervised = batch.loss_mask.cpu()
-    row = torch.arange(len(supervised))
-    taught = supervised & supervised.roll(-1) & (row < last_row)
-    positions = taught.nonzero()[:, 0]
+    in_mask = batch.loss_mask.cpu()
+    row = torch.arange(len(in_mask))
+    teaches = in_mask & in_mask.roll(-1) & (row < last_row)
+    positions = teaches.nonzero()[:, 0]
 
     wanted = positions - 1 - torch.arange(ttt_steps)[:, None]  # (K, P)
     inside = wanted >= first_row[positions]
-    active = torch.zeros_like(supervised)
+    active = torch.zeros_like(in_mask)
     active[wanted[inside]] = True
     whole, spare = runs_of(active, batch.lengths), spare_rows(batch, int(active.sum()))
     if depth is None:
@@ -141,7 +141,7 @@ def align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = None) -> Ali
         document=document[positions].to(device),
         rows=rows.to(device),
         row_index=row_index.to(device),
-        asked=inside.to(device),
+        supervised=inside.to(device),
         share=torch.tensor(share, device=device),
         runs=runs,
         last_row=last_row[rows].to(device),
@@ -157,26 +157,20 @@ def make_pairs(row_index: Tensor, wanted: Tensor, inside: Tensor, alive: Tensor,
     order = (row_of_pair * num_steps + step).argsort()
     step, place, row_of_pair = step[order], place[order], row_of_pair[order]
     ends = number.cumsum(0)
-    asked = torch.zeros(num_steps, len(row) + 1, dtype=torch.bool)
+    supervised = torch.zeros(num_steps, len(row) + 1, dtype=torch.bool)
     column = torch.searchsorted(row, wanted)  # of rows that a draw leaves out altogether: another's, or behind the last
     same = inside & (F.pad(row, (0, 1), value=-1)[column] == wanted)
-    asked[torch.arange(num_steps)[:, None].expand_as(wanted)[same], column[same]] = True
+    supervised[torch.arange(num_steps)[:, None].expand_as(wanted)[same], column[same]] = True
     return Pairs(
         place=place.to(device),
         step=step.to(device),
         state=(row_index[step, place] + (alive.cumsum(0) - alive)[step]).to(device),
         row=row_of_pair.to(device),
-        asked=asked[:, :-1].to(device),
+        supervised=supervised[:, :-1].to(device),
         ends=ends.tolist(),
         lowest=place[ends - number].tolist(),
         highest=place[ends - 1].tolist(),
     )
-
-
-def spare_rows(batch: Batch, num_rows: int) -> tuple[Run, ...]:
-    """Rows of the filler that bring so many active rows to a multiple of FULL; they are unrolled and not trained."""
-    first, number = len(batch.loss_mask) - batch.filler, min(-num_rows % FULL, batch.filler)
-    return (Run(first, first, first + number),) if number else ()
 
 
 def unroll(

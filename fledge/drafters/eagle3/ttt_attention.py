@@ -10,22 +10,22 @@ of its own row (EAGLE-3 paper, section 3.2):
         row 3        1 1 1 1          . . . 1    . . . 1
 
 The step-0 part is flash attention over a few rectangular blocks (attention_blocks.py) or, for 16-bit numbers on a CPU,
-blocked matrix products (attention_products.py); the later steps are one score per row. The parts are merged by their
-log-sum-exp. The trick is in the backward: the backward of a block only uses the output and the log-sum-exp of a row to
-know its softmax, so given the *merged* ones it returns the exact gradient of its own block (ring attention does the
+blocked matrix products (`fledge.drafters.cpu_kernels`); the later steps are one score per row. The parts are merged by
+their log-sum-exp. The trick is in the backward: the backward of a block only uses the output and the log-sum-exp of a
+row to know its softmax. Given the *merged* ones it returns the exact gradient of its own block (ring attention does the
 same across devices), and the per-row part is elementwise.
 
 `dense_ttt_attention` is the slow twin: a materialised mask and an ordinary softmax.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fledge.drafters import attention_products
-from fledge.drafters.eagle3 import attention_blocks
+from fledge.drafters import cpu_kernels
+from fledge.drafters.eagle3.attention_blocks import BlockAttention
 from fledge.drafters.eagle3.runs import Run
 
 # N rows of all documents, S query rows, h query heads, g key heads, d head_dim, k later steps
@@ -43,16 +43,30 @@ def ttt_attention(
     """
     assert sum(run.stop - run.start for run in runs) == q.shape[0], f"{q.shape=} {runs=}"
     assert window is None or window > 0, f"{window=}"
-    of_step_0: Any = attention_products if attention_products.suits(q) else attention_blocks
-    return _TTTAttention.apply(q, k, v, of_step_0, of_step_0.plan(runs, window), *later_k, *later_v)
+    kernel = cpu_kernels.ProductAttention if cpu_kernels.suits(q) else BlockAttention
+    return _TTTAttention.apply(q, k, v, kernel(runs, window), *later_k, *later_v)
+
+
+class StepZeroAttention(Protocol):
+    """Attention of the query rows of some runs over the step-0 keys and values: what the two kernels have in common."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """q (S, h, d) over k, v (N, g, d); returns out (S, h, d) and the log-sum-exp (S, h) in fp32."""
+        ...
+
+    def attend_backward(
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v in fp32, given the merged out and lse of all rows."""
+        ...
 
 
 class _TTTAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, of_step_0: Any, plan: Any, *later: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, of_step_0: StepZeroAttention, *later: Tensor) -> Tensor:
         num_later = len(later) // 2
         later_k, later_v = later[:num_later], later[num_later:]
-        out, lse = of_step_0.attend(q, k, v, plan)
+        out, lse = of_step_0.attend(q, k, v)
         if num_later:
             scores = _own_scores(q, later_k)  # (S, h, k) fp32
             merged = torch.logsumexp(torch.cat((lse.unsqueeze(-1), scores), dim=-1), dim=-1)
@@ -61,7 +75,7 @@ class _TTTAttention(torch.autograd.Function):
             out = (total + _weighted(weights, later_v, q.shape[1])).to(q.dtype)
             lse = merged
         ctx.save_for_backward(q, k, v, out, lse, *later)
-        ctx.of_step_0, ctx.plan = of_step_0, plan
+        ctx.of_step_0 = of_step_0
         return out
 
     @staticmethod
@@ -71,9 +85,9 @@ class _TTTAttention(torch.autograd.Function):
         num_later = len(later) // 2
         later_k, later_v = later[:num_later], later[num_later:]
         grad_out = grad_out.contiguous()
-        grad_q, grad_k, grad_v = ctx.of_step_0.attend_backward(grad_out, q, k, v, out, lse, ctx.plan)
+        grad_q, grad_k, grad_v = ctx.of_step_0.attend_backward(grad_out, q, k, v, out, lse)
         grad_later = _own_backward(grad_out, q, out, lse, later_k, later_v, grad_q) if num_later else ()
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, *grad_later
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, *grad_later
 
 
 # -- the own-row part: one score per row, head and later step ----------------------------------------------------------

@@ -1,11 +1,13 @@
-"""Products by oneDNN are PyTorch's, to rounding, in value and gradient, for every layout that training multiplies."""
+"""The CPU's kernels are PyTorch's, to rounding, in value and gradient, for every layout that training multiplies."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fledge.drafters import products
-from fledge.drafters.products import linear, product
+from fledge.drafters import cpu_kernels
+from fledge.drafters.batch import pack
+from fledge.drafters.cpu_kernels import filled_up, is_argmax, linear, num_filler, product
+from fledge.target.record import TargetRecord
 
 
 def matrix(rows: int, columns: int, layout: str) -> torch.Tensor:
@@ -40,6 +42,24 @@ def test_linear_is_f_linear(shape):
 
 def test_slices_do_not_reach_onednn(monkeypatch):
     """Its reference code for them is a hundred times slower."""
-    assert products._dense(torch.randn(8, 16)[:, 8:]).is_contiguous()
+    assert cpu_kernels._dense(torch.randn(8, 16)[:, 8:]).is_contiguous()
     whole = torch.randn(8, 16)
-    assert products._dense(whole) is whole and products._dense(whole.T).data_ptr() == whole.data_ptr()
+    assert cpu_kernels._dense(whole) is whole and cpu_kernels._dense(whole.T).data_ptr() == whole.data_ptr()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_are_filled_up_on_a_cpu_alone(device):
+    numbers = torch.arange(70)
+    record = TargetRecord(
+        sample_id="a", input_ids=numbers, loss_mask=numbers > 3, position_ids=numbers,
+        tap_hidden=torch.randn(70, 3, 8), last_hidden=torch.randn(70, 8),
+    )  # fmt: skip
+    batch = pack(filled_up([record], torch.device(device)))
+    assert (len(batch.input_ids), num_filler(batch)) == ((192, 122) if device == "cpu" else (70, 0))
+    assert not batch.loss_mask[70:].any()
+
+
+def test_of_equal_maxima_one_is_the_argmax():
+    scores = torch.tensor([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]])
+    found = [is_argmax(scores, scores.amax(-1), torch.full((2,), column)) for column in range(3)]
+    assert torch.stack(found).sum(0).tolist() == [1, 1] and found[0].tolist() == [False, True]
