@@ -53,6 +53,11 @@ class RequestState:
         return self.limit - len(self.token_ids)
 
     @property
+    def length(self) -> int:
+        """Tokens of the text so far."""
+        return len(self.request.prompt_ids) + len(self.token_ids)
+
+    @property
     def finished(self) -> bool:
         return self.stopped or self.room == 0 or self.cancelled
 

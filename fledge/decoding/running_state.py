@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from fledge.decoding.accept import Accepted
-from fledge.decoding.verifier import AttentionVerifier, Lengths, ModelInputs, Verifier
+from fledge.decoding.verifier import Lengths, ModelInputs
 from fledge.drafters.tree import Trees
 from fledge.errors import UserError
 from fledge.target.model import Target
@@ -39,13 +39,6 @@ def keeps_running_state(target: Target) -> bool:
 
 def _new_cache(target: Target) -> Any:
     return DynamicCache(config=target.text_config)
-
-
-def verifier_of(target: Target, batch: int, capacity: int) -> Verifier:
-    """The verifier that this target needs, with room for sequences of `capacity` rows."""
-    if keeps_running_state(target):
-        return RunningStateVerifier(target, batch)
-    return AttentionVerifier(target, batch, capacity)
 
 
 class RunningStateVerifier:
@@ -89,8 +82,9 @@ class RunningStateVerifier:
     ) -> TargetOutput:  # fmt: skip
         if positions is not None or model_inputs:
             raise UserError(
-                f"{self.target.name}: pictures in the prompt are not supported for targets whose layers keep a running "
-                f"state. Ask with text alone."
+                f"{self.target.name}: pictures in the prompt are not supported for targets that are decoded with the "
+                f"library's cache (their layers keep a running state, or our cache does not fit them). Ask with text "
+                f"alone."
             )
         assert len(prompts) == 1, "prompts of running states are read one by one"
         state = self._states[slots.start] = RunningState(_new_cache(self.target))

@@ -23,7 +23,7 @@ from fledge.console import progress
 from fledge.data.samples import Prompt
 from fledge.decoding.generate import generate
 from fledge.decoding.records import Sampling
-from fledge.decoding.running_state import verifier_of
+from fledge.decoding.probe import verifier_of
 from fledge.decoding.tree_profile import TreeProfile
 from fledge.decoding.verifier import Lengths
 from fledge.drafters.base import Emitted
