@@ -149,16 +149,16 @@ def open_session(
         raise UserError("there are no prompts to answer. Give at least one.")
     if isinstance(drafter, DraftModel):
         check_pair(target, drafter)
+    tree = tree or TreeShape()
+    if drafter is not None:
+        possible = shape_for(target, tree)
+        drafter, tree = (None, tree) if possible is None else (drafter, possible)
     fixed = uses_fixed_shapes(
         shapes, target, drafter, pictures=any(request.model_inputs for request in requests),
         adaptive=budget is not None, trace=any(request.trace for request in requests),
     )  # fmt: skip
     one_at_a_time = budget is not None or ability_of(target).rope_limit is not None
     batch = 1 if one_at_a_time else min(batch_size or len(requests), len(requests))
-    tree = tree or TreeShape()
-    if drafter is not None:
-        possible = shape_for(target, tree)
-        drafter, tree = (None, tree) if possible is None else (drafter, possible)
     stops = frozenset(target.eos_token_ids if eos_token_ids is None else eos_token_ids)
     needed = max(len(request.prompt_ids) + check_request(target, request) for request in requests)
     num_rows = in_buckets(needed) + in_buckets(rows_ahead(tree)) if fixed else 0

@@ -1,6 +1,7 @@
-"""The target's side of a round where layers keep a running state (linear attention, state spaces): chains only.
+"""The target's side of a round over the library's own cache: chains only.
 
-A running state is one per sequence: it can follow a chain of drafts, not a tree, and cannot give tokens back. So it is
+For layers that keep a running state (linear attention, state spaces), and for targets whose attention our cache and
+masks do not fit (`probe.py`). A running state is one per sequence: it can follow a chain of drafts, not a tree, and cannot give tokens back. So it is
 copied before a round. When only a part of the chain is kept, the copy is put back and the kept tokens wait: the next
 round reads them again in front of its own chain, in one forward.
 
@@ -55,7 +56,7 @@ class RunningStateVerifier:
         except ValueError as error:
             raise UserError(
                 f"{target.name}: its layers keep a running state in a cache of their own kind, which fledge cannot "
-                f"roll back ({error}). It can be trained for, not decoded here."
+                f"roll back ({error})."
             ) from None
         self._states: list[RunningState | None] = [None] * batch
 

@@ -175,6 +175,11 @@ class Target:
         if collected is None:
             return TargetOutput(last_hidden, None)
         tapped = [collected[layer].to(last_hidden.device) for layer in self.tap_layers]
+        if tapped[0].shape != last_hidden.shape:
+            raise UserError(
+                f"{self.name}: its layers pass on states of shape {tuple(tapped[0].shape)}, several for each token, "
+                f"and a head reads one. Decode it with --draft lookup or without a draft."
+            )
         return TargetOutput(last_hidden, torch.stack(tapped, dim=-2))
 
     def positions(self, input_ids: Tensor, model_inputs: Mapping[str, Tensor]) -> Tensor:
@@ -247,8 +252,8 @@ class Target:
 
 
 def base_of(model: Any) -> Any:
-    """The model without its head. Llama 4's text model names a base that it does not have: its decoder is one."""
-    return model.base_model if model.base_model is not model else model.get_decoder()
+    """The model without its head. Llama 4's text model names a base that it does not have, and keeps it as `model`."""
+    return model.base_model if model.base_model is not model else model.model
 
 
 def cache_argument(model: Any) -> str:
