@@ -33,16 +33,19 @@ from fledge.target.model import Target, longrope_limit
 Way = Literal["trees", "chains", "plain"]
 Rounds = Sequence[tuple[Sequence[int], Sequence[int]]]  # parents of a tree's nodes, and the nodes that are kept
 
-# Relative error of a hidden state that rounding explains. Measured: 1e-6 in fp32 and 0.03 in bf16 (30 layers).
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.15}
+# Relative error of a hidden state that rounding explains. Rounding alone: 1e-6 in fp32; 0.01 to 0.03 in bf16 (SmolLM2
+# and the tests' targets). Faults: 0.12 (Jamba's chains) to 0.3 (MPT's trees) and more, in both.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.08}
 TRIES = 3  # rounding can send a token to another expert, once; a fault shows on all tokens
 PROMPT = 8  # tokens
 
 # What shows only in texts that are too long for a test. model_type of the text config -> why it decodes without drafts.
 STEPS_ONLY = {"doge": "among keys of equal scores its attention picks other ones when several rows are computed at once"}
 
-# Six children, so that a node's row is far from its position; the deepest path is kept, so that rows must move.
-TREES: Rounds = (((0, 0, 0, 0, 0, 0, 5, 5, 7), (0, 5, 7, 8)), ((0, 0, 0, 2), (0,)), ((0,), (0,)))
+# Four children, so that a node's row is far from its position; the deepest path is kept, so that rows must move.
+TREES: Rounds = (((0, 0, 0, 0, 0, 4, 4, 6), (0, 4, 6)), ((0,), (0,)))
+# Two sequences of different lengths.
+BATCH: Rounds = (((0, 0, 0, 2), (0,)),)
 # A part of the first chain is refused; the second follows what was kept of it.
 CHAINS: Rounds = (((0, 0, 1, 2), (0, 1)), ((0, 0, 1), (0, 1, 2)), ((0,), (0,)))
 STEPS: Rounds = (((0,), (0,)),) * 4
@@ -121,7 +124,7 @@ def _ways(target: Target) -> Iterator[tuple[Way, bool, Callable[[], str | None]]
         yield "trees", True, lambda: "its layers keep a running state, which can follow a chain but no tree"
     else:
         ours = lambda batch: AttentionVerifier(target, batch, 0)  # noqa: E731
-        yield "trees", True, lambda: check("a tree", ours, (TREES, [PROMPT]), (TREES[1:], [PROMPT, PROMPT - 3]))
+        yield "trees", True, lambda: check("a tree", ours, (TREES, [PROMPT]), (BATCH, [PROMPT, PROMPT - 3]))
     theirs = lambda batch: RunningStateVerifier(target, batch)  # noqa: E731
     yield "chains", False, lambda: check("a chain of drafts", theirs, (CHAINS, [PROMPT]))
     yield "plain", False, lambda: check("a token behind its cache", theirs, (STEPS, [PROMPT]))
@@ -166,19 +169,18 @@ def rounds_error(target: Target, verifier: Verifier, rounds: Rounds, lengths: Se
     """Sequences with prompts of these lengths go through the rounds; the largest relative error of a node's state."""
     draw = random_tokens(target, seed)
     texts = [draw(length) for length in lengths]
+    padded = _padded(target, texts)
     found: list[tuple[list[int], Tensor]] = []  # tokens up to a node, and its state
     verifier.reserve(max(lengths) + sum(len(parents) for parents, _ in rounds))
     with verifier.running():
-        for slot, text in enumerate(texts):
-            prompt = torch.tensor([text], device=target.device)
-            verifier.prefill(slice(slot, slot + 1), prompt, taps=False)
+        verifier.prefill(slice(0, len(texts)), padded, taps=False)
         for parents, kept in rounds:
             tokens = [draw(len(parents)) for _ in texts]
             rows = Lengths(torch.tensor([len(text) for text in texts], device=target.device), tuple(map(len, texts)))
             trees = _trees(tokens, parents, target.device)
             output = verifier.verify(trees, rows, max(map(len, texts)) + len(parents), taps=False)
             for text, drafted, states in zip(texts, tokens, output.last_hidden, strict=True):
-                paths = _paths(parents)
+                paths = _compared(parents)
                 found += [([*text, *(drafted[i] for i in path)], states[path[-1]].clone()) for path in paths]
                 text += [drafted[node] for node in kept]
             path = torch.tensor([list(kept)] * len(texts), device=target.device)
@@ -203,12 +205,24 @@ def _paths(parents: Sequence[int]) -> list[list[int]]:
     return paths
 
 
+def _compared(parents: Sequence[int]) -> list[list[int]]:
+    """Every reference costs a row, so these paths are enough: to all nodes down to the deepest, and to the first leaf."""
+    paths = _paths(parents)
+    deepest = max(paths, key=len)
+    first_leaf = next(path for path in paths if path[-1] not in parents or len(parents) == 1)
+    return [path for path in paths if path[-1] in {*deepest, *first_leaf}]
+
+
+def _padded(target: Target, texts: Sequence[Sequence[int]]) -> Tensor:
+    rows = [torch.tensor(text, device=target.device) for text in texts]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
 def _largest_error(target: Target, found: Sequence[tuple[list[int], Tensor]]) -> float:
     """Against one plain forward of all texts, filled up behind their ends."""
     texts = [text for text, _ in found]
     whole = [text for text in texts if not any(len(other) > len(text) and other[: len(text)] == text for other in texts)]
-    padded = [torch.tensor(text, device=target.device) for text in whole]
-    expected = target.forward(torch.nn.utils.rnn.pad_sequence(padded, batch_first=True), taps=False).last_hidden
+    expected = target.forward(_padded(target, whole), taps=False).last_hidden
     errors = []
     for text, state in found:
         row = next(index for index, other in enumerate(whole) if other[: len(text)] == text)

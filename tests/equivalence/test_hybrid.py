@@ -8,7 +8,8 @@ from tiny import HYBRIDS, ScriptedDraft, prompt, tiny_draft, tiny_model, tiny_ta
 
 from fledge.decoding import running_state
 from fledge.decoding.generate import Sampling, TreeShape, generate, generate_batch
-from fledge.decoding.running_state import RunningState, RunningStateVerifier, keeps_running_state, verifier_of
+from fledge.decoding.probe import verifier_of
+from fledge.decoding.running_state import RunningState, RunningStateVerifier, keeps_running_state
 from fledge.decoding.verifier import AttentionVerifier
 from fledge.errors import UserError
 from fledge.target.model import Target
