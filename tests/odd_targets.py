@@ -44,7 +44,7 @@ ODD: dict[str, tuple[str, dict[str, Any], str]] = {
         "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [96] * 4}, "trees"),
     "gemma4": ("Gemma4TextConfig", {**PER_LAYER, "global_head_dim": 32, "num_kv_shared_layers": 2}, "trees"),
     "moshi": ("MoshiConfig", {"sliding_window": 64, "audio_vocab_size": 32, "num_codebooks": 2}, "trees"),
-    "gpt2": ("GPT2Config", {"n_positions": 256}, "trees"),
+    "gpt2": ("GPT2Config", {"n_positions": 256, "initializer_range": 0.4}, "trees"),
     "glm4_moe": ("Glm4MoeConfig", {**MOE, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
         "first_k_dense_replace": 1}, "trees"),
     "minimax_m2": ("MiniMaxM2Config", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}, "trees"),
@@ -56,7 +56,7 @@ ODD: dict[str, tuple[str, dict[str, Any], str]] = {
         "chains"),
     "bloom": ("BloomConfig", {"n_head": 4, "n_layer": 4}, "chains"),
     "falcon": ("FalconConfig", {}, "chains"),
-    "falcon_alibi": ("FalconConfig", {"alibi": True}, "chains"),
+    "falcon_alibi": ("FalconConfig", {"alibi": True, "initializer_range": 0.5}, "chains"),
     "deepseek_v32": ("DeepseekV32Config", SPARSE, "chains"),
     "glm_moe_dsa": ("GlmMoeDsaConfig", SPARSE, "chains"),
     "nemotron_h": ("NemotronHConfig", {"layers_block_type": ["mamba", "attention", "mamba", "mlp"], "head_dim": 16,
@@ -91,6 +91,7 @@ def odd_target(name: str) -> Target:
     return Target(model, tap_layers=(1, 2, 3), name=f"tiny-{name}")
 
 
+@functools.cache
 def found(target: Target) -> tuple[str, str]:
     """What the self-test says: the most that can be drafted, and why it is not more."""
     try:

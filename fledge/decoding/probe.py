@@ -99,14 +99,15 @@ def shape_for(target: Target, shape: TreeShape) -> TreeShape | None:
 @torch.inference_mode()
 def probe(target: Target) -> Ability:
     """Try the ways to decode, the best first."""
-    reasons, rope_limit = [], _rope_limit(target)
+    reasons: list[str] = []
     for most, own_cache, check in _ways(target):
         reason = STEPS_ONLY.get(target.text_config.model_type) if most != "plain" else None
-        if not own_cache and rope_limit is not None:
-            reason = "its rope changes with the length, and our cache does not fit it"
         reason = reason or check()
         if reason is None:
-            return Ability(most, own_cache, reasons[-1] if reasons else "", rope_limit)
+            rope_limit = _rope_limit(target)
+            if own_cache or rope_limit is None:
+                return Ability(most, own_cache, reasons[-1] if reasons else "", rope_limit)
+            reason = "its rope changes with the length, and our cache does not fit it"
         reasons.append(reason)
     raise UserError(
         f"{target.name}: cannot be decoded here, because {reasons[-1]}. Try --attn-implementation eager, or serve it "
@@ -256,8 +257,8 @@ def random_tokens(target: Target, seed: int) -> Callable[[int], list[int]]:
 def _rope_limit(target: Target) -> int | None:
     """The length past which the rope of all tokens is another: what the config says of a longrope, else measured.
 
-    Where the config names the positions of a first training, tokens before that limit are cached and tokens behind it
-    read; a plain forward of all of them differs where the cached keys are those of another rope.
+    Where the config names the positions of a first training, the token past them is read behind cached ones; a plain
+    forward of all of them differs where the cached keys are those of another rope.
     """
     known, suspect = longrope_limit(getattr(target.text_config, "rope_parameters", None)), _original_positions(target.text_config)
     if known is not None or suspect is None or suspect <= PROMPT or keeps_running_state(target):
@@ -274,10 +275,10 @@ def _original_positions(text_config: Any) -> int | None:
 
 
 def crossing_error(target: Target, limit: int, seed: int) -> float:
-    """Tokens at the positions behind `limit`, cached ones before it, against all of them at once."""
+    """A token at the first position past `limit`, cached ones before it, against all of them at once."""
     cache: Any = DynamicCache(config=target.text_config)
-    ids = torch.tensor([random_tokens(target, seed)(PROMPT + 2)], device=target.device)
-    positions = torch.arange(limit - PROMPT, limit + 2, device=target.device)[None]
+    ids = torch.tensor([random_tokens(target, seed)(PROMPT + 1)], device=target.device)
+    positions = torch.arange(limit - PROMPT, limit + 1, device=target.device)[None]
     before, behind = slice(None, PROMPT), slice(PROMPT, None)
     target.forward(ids[:, before], position_ids=positions[:, before], past_key_values=cache, taps=False)
     found = target.forward(ids[:, behind], position_ids=positions[:, behind], past_key_values=cache, taps=False)
