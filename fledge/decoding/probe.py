@@ -13,9 +13,11 @@ through the verifiers and compared with the library's plain forward of the same 
 Nothing is compared with the head of a drafter: whether the answer is the target's own depends on the target alone.
 """
 
+import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -40,7 +42,9 @@ TRIES = 3  # rounding can send a token to another expert, once; a fault shows on
 PROMPT = 8  # tokens
 
 # What shows only in texts that are too long for a test. model_type of the text config -> why it decodes without drafts.
-STEPS_ONLY = {"doge": "among keys of equal scores its attention picks other ones when several rows are computed at once"}
+STEPS_ONLY = {
+    "doge": "among keys of equal scores its attention picks other ones when several rows are computed at once"
+}
 
 # Four children, so that a node's row is far from its position; the deepest path is kept, so that rows must move.
 TREES: Rounds = (((0, 0, 0, 0, 0, 4, 4, 6), (0, 4, 6)), ((0,), (0,)))
@@ -52,11 +56,28 @@ STEPS: Rounds = (((0,), (0,)),) * 4
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A way to decode, and what it must compute as plain forwards do."""
+
+    most: Way
+    own_cache: bool  # our cache for many sequences; else the library's, sequence by sequence
+    what: str
+    runs: tuple[tuple[Rounds, tuple[int, ...]], ...]  # with the lengths of the sequences' prompts
+
+
+TRIALS = (
+    Trial("trees", True, "a tree", ((TREES, (PROMPT,)), (BATCH, (PROMPT, PROMPT - 3)))),
+    Trial("chains", False, "a chain of drafts", ((CHAINS, (PROMPT,)),)),
+    Trial("plain", False, "a token behind its cache", ((STEPS, (PROMPT,)),)),
+)
+
+
+@dataclass(frozen=True)
 class Ability:
     """What decoding may ask of a target."""
 
     most: Way
-    own_cache: bool  # our cache for many sequences; else the library's, sequence by sequence
+    own_cache: bool  # as of a trial
     reason: str = ""  # why it is not more
     rope_limit: int | None = None  # longer sequences have another rope for *all* tokens, so they are read again there
 
@@ -79,9 +100,11 @@ def trust(target: Target, ability: Ability) -> None:
 
 def verifier_of(target: Target, batch: int, capacity: int) -> Verifier:
     """The verifier that this target needs, with room for sequences of `capacity` rows."""
-    if ability_of(target).own_cache:
-        return AttentionVerifier(target, batch, capacity)
-    return RunningStateVerifier(target, batch)
+    return _verifier(target, ability_of(target).own_cache, batch, capacity)
+
+
+def _verifier(target: Target, own_cache: bool, batch: int, capacity: int) -> Verifier:
+    return AttentionVerifier(target, batch, capacity) if own_cache else RunningStateVerifier(target, batch)
 
 
 def shape_for(target: Target, shape: TreeShape) -> TreeShape | None:
@@ -100,13 +123,12 @@ def shape_for(target: Target, shape: TreeShape) -> TreeShape | None:
 def probe(target: Target) -> Ability:
     """Try the ways to decode, the best first."""
     reasons: list[str] = []
-    for most, own_cache, check in _ways(target):
-        reason = STEPS_ONLY.get(target.text_config.model_type) if most != "plain" else None
-        reason = reason or check()
+    for trial in TRIALS:
+        reason = _fault(target, trial)
         if reason is None:
             rope_limit = _rope_limit(target)
-            if own_cache or rope_limit is None:
-                return Ability(most, own_cache, reasons[-1] if reasons else "", rope_limit)
+            if trial.own_cache or rope_limit is None:
+                return Ability(trial.most, trial.own_cache, reasons[-1] if reasons else "", rope_limit)
             reason = "its rope changes with the length, and our cache does not fit it"
         reasons.append(reason)
     raise UserError(
@@ -115,47 +137,37 @@ def probe(target: Target) -> Ability:
     )
 
 
-def _ways(target: Target) -> Iterator[tuple[Way, bool, Callable[[], str | None]]]:
-    """Every way, whether it has our cache, and its check: None, or what is wrong."""
-
-    def check(what: str, make: Callable[[int], Verifier], *runs: tuple[Rounds, Sequence[int]]) -> str | None:
-        return _first_fault(target, what, make, runs)
-
-    if keeps_running_state(target):
-        yield "trees", True, lambda: "its layers keep a running state, which can follow a chain but no tree"
-    else:
-        ours = lambda batch: AttentionVerifier(target, batch, 0)  # noqa: E731
-        yield "trees", True, lambda: check("a tree", ours, (TREES, [PROMPT]), (BATCH, [PROMPT, PROMPT - 3]))
-    theirs = lambda batch: RunningStateVerifier(target, batch)  # noqa: E731
-    yield "chains", False, lambda: check("a chain of drafts", theirs, (CHAINS, [PROMPT]))
-    yield "plain", False, lambda: check("a token behind its cache", theirs, (STEPS, [PROMPT]))
-
-
-def _first_fault(
-    target: Target, what: str, make: Callable[[int], Verifier], runs: Sequence[tuple[Rounds, Sequence[int]]]
-) -> str | None:
-    bound = TOLERANCE.get(target.dtype, TOLERANCE[torch.bfloat16])
+def _fault(target: Target, trial: Trial) -> str | None:
+    """What is wrong with this way to decode; None where it agrees with plain forwards."""
+    if trial.most != "plain" and (known := STEPS_ONLY.get(target.text_config.model_type)):
+        return known
+    if trial.own_cache and keeps_running_state(target):
+        return "its layers keep a running state, which can follow a chain but no tree"
+    bound = _tolerance(target)
     try:
-        for rounds, lengths in runs:
-            error = least_error(lambda seed: rounds_error(target, make(len(lengths)), rounds, lengths, seed), bound)
-            if not error <= bound:
-                return (
-                    f"its hidden states of {what} differ by {error:.0%} from those of a plain forward of the same "
-                    f"text (rounding explains {bound:.1%})"
-                )
-    except UserError as error:
-        return str(error).removeprefix(f"{target.name}: ").rstrip(".")
+        error = max(least_error(partial(rounds_error, target, trial.own_cache, *run), bound) for run in trial.runs)
+    except UserError as refusal:
+        return str(refusal).removeprefix(f"{target.name}: ").rstrip(".")
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # models are written for the library's own masks and caches, and fail in any way
-        words = (str(error).strip() or "no message").splitlines()[0][:120]
-        return f"it cannot compute {what} ({type(error).__name__}: {words})"
-    return None
+    except Exception as crash:  # models are written for the library's own masks and caches, and fail in any way
+        words = (str(crash).strip() or "no message").splitlines()[0][:120]
+        return f"it cannot compute {trial.what} ({type(crash).__name__}: {words})"
+    if error <= bound:
+        return None
+    return (
+        f"its hidden states of {trial.what} differ by {error:.0%} from those of a plain forward of the same text "
+        f"(rounding explains {bound:.1%})"
+    )
+
+
+def _tolerance(target: Target) -> float:
+    return TOLERANCE.get(target.dtype, TOLERANCE[torch.bfloat16])
 
 
 def least_error(error_of: Callable[[int], float], bound: float) -> float:
     """The least error of a few tries; one below the bound is enough."""
-    least = float("inf")
+    least = math.inf
     for seed in range(TRIES):
         least = min(least, error_of(seed))
         if least <= bound:
@@ -166,13 +178,14 @@ def least_error(error_of: Callable[[int], float], bound: float) -> float:
 # -- one comparison ----------------------------------------------------------------------------------------------------
 
 
-def rounds_error(target: Target, verifier: Verifier, rounds: Rounds, lengths: Sequence[int], seed: int) -> float:
+def rounds_error(target: Target, own_cache: bool, rounds: Rounds, lengths: Sequence[int], seed: int) -> float:
     """Sequences with prompts of these lengths go through the rounds; the largest relative error of a node's state."""
     draw = random_tokens(target, seed)
     texts = [draw(length) for length in lengths]
     padded = _padded(target, texts)
     found: list[tuple[list[int], Tensor]] = []  # tokens up to a node, and its state
-    verifier.reserve(max(lengths) + sum(len(parents) for parents, _ in rounds))
+    capacity = max(lengths) + sum(len(parents) for parents, _ in rounds)
+    verifier = _verifier(target, own_cache, len(texts), capacity)
     with verifier.running():
         verifier.prefill(slice(0, len(texts)), padded, taps=False)
         for parents, kept in rounds:
@@ -207,7 +220,7 @@ def _paths(parents: Sequence[int]) -> list[list[int]]:
 
 
 def _compared(parents: Sequence[int]) -> list[list[int]]:
-    """Every reference costs a row, so these paths are enough: to all nodes down to the deepest, and to the first leaf."""
+    """The paths to all nodes down to the deepest, and to the first leaf: every other one would cost a reference."""
     paths = _paths(parents)
     deepest = max(paths, key=len)
     first_leaf = next(path for path in paths if path[-1] not in parents or len(parents) == 1)
@@ -222,7 +235,9 @@ def _padded(target: Target, texts: Sequence[Sequence[int]]) -> Tensor:
 def _largest_error(target: Target, found: Sequence[tuple[list[int], Tensor]]) -> float:
     """Against one plain forward of all texts, filled up behind their ends."""
     texts = [text for text, _ in found]
-    whole = [text for text in texts if not any(len(other) > len(text) and other[: len(text)] == text for other in texts)]
+    whole = [
+        text for text in texts if not any(len(other) > len(text) and other[: len(text)] == text for other in texts)
+    ]
     expected = target.forward(_padded(target, whole), taps=False).last_hidden
     errors = []
     for text, state in found:
@@ -232,8 +247,10 @@ def _largest_error(target: Target, found: Sequence[tuple[list[int], Tensor]]) ->
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Of vectors; infinite where there is a NaN."""
     found, expected = found.float(), expected.float()
-    return ((found - expected).norm() / expected.norm()).item()
+    error = ((found - expected).norm() / expected.norm()).item()
+    return math.inf if math.isnan(error) else error
 
 
 def random_tokens(target: Target, seed: int) -> Callable[[int], list[int]]:
@@ -260,12 +277,12 @@ def _rope_limit(target: Target) -> int | None:
     Where the config names the positions of a first training, the token past them is read behind cached ones; a plain
     forward of all of them differs where the cached keys are those of another rope.
     """
-    known, suspect = longrope_limit(getattr(target.text_config, "rope_parameters", None)), _original_positions(target.text_config)
+    rope = getattr(target.text_config, "rope_parameters", None)
+    known, suspect = longrope_limit(rope), _original_positions(target.text_config)
     if known is not None or suspect is None or suspect <= PROMPT or keeps_running_state(target):
         return known
-    bound = TOLERANCE.get(target.dtype, TOLERANCE[torch.bfloat16])
-    error = least_error(lambda seed: crossing_error(target, suspect, seed), bound)
-    return None if error <= bound else suspect
+    error = least_error(partial(crossing_error, target, suspect), _tolerance(target))
+    return None if error <= _tolerance(target) else suspect
 
 
 def _original_positions(text_config: Any) -> int | None:

@@ -120,7 +120,6 @@ def check_request(target: Target, request: Request) -> int:
         return request.max_new_tokens
     if len(prompt_ids) >= longest:
         raise PromptTooLong(
-            f"the prompt has {len(prompt_ids)} tokens, but {target.name} has {longest} positions. "
-            f"Shorten the prompt."
+            f"the prompt has {len(prompt_ids)} tokens, but {target.name} has {longest} positions. Shorten the prompt."
         )
     return min(request.max_new_tokens, longest - len(prompt_ids))

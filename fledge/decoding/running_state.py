@@ -1,9 +1,9 @@
 """The target's side of a round over the library's own cache: chains only.
 
 For layers that keep a running state (linear attention, state spaces), and for targets whose attention our cache and
-masks do not fit (`probe.py`). A running state is one per sequence: it can follow a chain of drafts, not a tree, and cannot give tokens back. So it is
-copied before a round. When only a part of the chain is kept, the copy is put back and the kept tokens wait: the next
-round reads them again in front of its own chain, in one forward.
+masks do not fit (`probe.py`). A running state is one per sequence: it can follow a chain of drafts, not a tree, and
+cannot give tokens back. So it is copied before a round. When only a part of the chain is kept, the copy is put back and
+the kept tokens wait: the next round reads them again in front of its own chain, in one forward.
 
     state holds | waiting | chain            kept: x y
     a b c       |         | x y z       ->   state again at a b c, waiting x y

@@ -13,7 +13,6 @@ host reads a round behind:
 
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,7 +192,7 @@ class Session:
         seconds = time.perf_counter() - start
         return [(state, state.started([token], seconds)) for state, token in zip(group, tokens, strict=True)]
 
-    def _read_texts(self, slots: slice, texts: Sequence[Tensor], inputs: ModelInputs | None) -> TargetOutput:
+    def _read_texts(self, slots: slice, texts: list[Tensor], inputs: ModelInputs | None) -> TargetOutput:
         """The target and the proposer read texts from their beginning."""
         proposer, device = self.round.proposer, self.target.device
         positions = self.target.positions(texts[0], inputs) if inputs else None

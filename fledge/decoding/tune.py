@@ -22,8 +22,8 @@ from fledge import provenance
 from fledge.console import progress
 from fledge.data.samples import Prompt
 from fledge.decoding.generate import generate
-from fledge.decoding.records import Sampling
 from fledge.decoding.probe import ability_of, verifier_of
+from fledge.decoding.records import Sampling
 from fledge.decoding.tree_profile import TreeProfile
 from fledge.decoding.verifier import Lengths
 from fledge.drafters.base import Emitted

@@ -276,7 +276,7 @@ def rope_axes(text_config: Any) -> int:
 
 
 def longrope_limit(rope: Mapping[str, Any] | None) -> int | None:
-    """The length past which a longrope (`rope_parameters`) turns *all* tokens by other factors; None for other ropes."""
+    """The length past which a longrope turns *all* tokens by other factors; None for other `rope_parameters`."""
     rope = rope or {}
     layers = [rope, *(row for row in rope.values() if isinstance(row, dict))]
     known = next((row for row in layers if row.get("rope_type") == "longrope"), None)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from odd_targets import ODD, PAGE, ROPE_LIMIT, found, odd_target, page
-from tiny import ScriptedDraft, prompt, tiny_model, tiny_target
+from tiny import ScriptedDraft, prompt, tiny_model
 
 from fledge.decoding import probe as module
 from fledge.decoding.generate import Sampling, TreeShape, generate, generate_batch
@@ -57,12 +57,14 @@ def test_the_answer_is_the_librarys_or_an_error(name, monkeypatch):
             answer(target, None, ids)
         return
     theirs = librarys_answer(target, ids, 13)
-    assert answer(target, None, ids) == theirs and len(set(theirs)) > 3
+    assert answer(target, None, ids) == theirs and len(set(theirs)) > 2
     drafter = PromptLookup() if name == "gemma3n" else ScriptedDraft(target, ids + theirs, wrong=3)
     for _ in range(2):
         assert answer(target, drafter, ids) == theirs
     words = {"trees": [], "chains": ["drafts chains instead of trees, because "], "plain": ["decodes without drafts"]}
-    assert len(lines) == len(words[expected]) and all(word in line for word, line in zip(words[expected], lines))
+    assert len(lines) == len(words[expected]) and all(
+        word in line for word, line in zip(words[expected], lines, strict=True)
+    )
 
 
 def test_the_page_says_what_is_found():
@@ -135,13 +137,14 @@ def test_a_chunk_that_differs_from_its_steps(monkeypatch):
 def test_a_cache_that_differs_from_a_plain_forward():
     target = fresh()
     spoil(target, lambda rows, before: before > 0)
-    with pytest.raises(UserError, match="cannot be decoded here, because its hidden states of a token behind its cache"):
+    with pytest.raises(UserError, match="its hidden states of a token behind its cache differ"):
         answer(target, None, prompt(5))
 
 
 def test_biases_by_row_instead_of_position():
     """ALiBi in MPT counts rows: right for chains, wrong for trees, whose siblings share a position."""
-    assert ability_of(odd_target("mpt")).most == "chains" and "of a tree differ by" in ability_of(odd_target("mpt")).reason
+    ability = ability_of(odd_target("mpt"))
+    assert ability.most == "chains" and "of a tree differ by" in ability.reason
 
 
 def test_a_state_that_is_not_rolled_back(monkeypatch):
@@ -151,10 +154,10 @@ def test_a_state_that_is_not_rolled_back(monkeypatch):
     assert probe(target).most == "plain"
 
 
-@pytest.mark.parametrize("name, most", [("mpt", "chains"), ("jamba", "plain"), ("gemma4", "trees"), ("exaone4", "trees")])
-def test_bf16_rounds_and_is_no_fault(name, most):
+@pytest.mark.parametrize("name", ["mpt", "jamba", "gemma4", "exaone4"])
+def test_bf16_rounds_and_is_no_fault(name):
     target = Target(copy.deepcopy(odd_target(name).model).bfloat16(), tap_layers=(1, 2, 3), name=name)
-    assert probe(target).most == most
+    assert probe(target).most == ODD[name][2]
 
 
 # -- what it costs, and what limits a text -----------------------------------------------------------------------------
