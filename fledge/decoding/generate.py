@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from fledge.decoding.probe import ability_of, shape_for
 from fledge.decoding.records import Generation, RoundTrace, Sampling
 from fledge.decoding.requests import OnTokens, Request, RequestState, check_request
-from fledge.decoding.running_state import keeps_running_state
 from fledge.decoding.session import Session, in_buckets, rows_ahead
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.registry import Drafter
@@ -149,13 +149,16 @@ def open_session(
         raise UserError("there are no prompts to answer. Give at least one.")
     if isinstance(drafter, DraftModel):
         check_pair(target, drafter)
+    tree = tree or TreeShape()
+    if drafter is not None:
+        possible = shape_for(target, tree)
+        drafter, tree = (None, tree) if possible is None else (drafter, possible)
     fixed = uses_fixed_shapes(
         shapes, target, drafter, pictures=any(request.model_inputs for request in requests),
         adaptive=budget is not None, trace=any(request.trace for request in requests),
     )  # fmt: skip
-    one_at_a_time = budget is not None or rope_depends_on_company(target)
+    one_at_a_time = budget is not None or ability_of(target).rope_limit is not None
     batch = 1 if one_at_a_time else min(batch_size or len(requests), len(requests))
-    tree = tree or TreeShape()
     stops = frozenset(target.eos_token_ids if eos_token_ids is None else eos_token_ids)
     needed = max(len(request.prompt_ids) + check_request(target, request) for request in requests)
     num_rows = in_buckets(needed) + in_buckets(rows_ahead(tree)) if fixed else 0
@@ -194,22 +197,16 @@ def obstacle(
     devices = {parameter.device for parameter in target.model.parameters()}
     if isinstance(drafter, DraftModel):
         devices.add(drafter.fc.weight.device)
+    ability = ability_of(target)
     reasons = {
-        "its layers keep a running state": keeps_running_state(target),
-        "its rope (longrope) changes with the longest sequence of a batch": rope_depends_on_company(target),
+        ability.reason: not ability.own_cache,
+        "its rope changes with the longest sequence of a batch": ability.rope_limit is not None,
         f"it is spread over {len(devices)} devices": len(devices) > 1,
         "there are pictures in the prompt": pictures,
         "--adaptive decides every tree on the host": adaptive,
         "prompt lookup reads the tokens on the host": drafter is not None and not isinstance(drafter, DraftModel),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def rope_depends_on_company(target: Target) -> bool:
-    """A longrope takes its factors by the longest sequence of a batch."""
-    rope = getattr(target.text_config, "rope_parameters", None) or {}
-    types = {str(rope.get("rope_type")), *(str(row.get("rope_type")) for row in rope.values() if isinstance(row, dict))}
-    return "longrope" in types
 
 
 def check_pair(target: Target, draft: DraftModel) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fledge.decoding.records import Generation, RoundTrace, Sampling
 from fledge.errors import UserError
 from fledge.target.model import Target
+from fledge.target.quirks import longest_text
 
 OnTokens = Callable[[list[int]], None]
 PHASES = ("prefill", "draft", "verify", "accept", "other")
@@ -51,6 +52,11 @@ class RequestState:
     @property
     def room(self) -> int:
         return self.limit - len(self.token_ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text so far."""
+        return len(self.request.prompt_ids) + len(self.token_ids)
 
     @property
     def finished(self) -> bool:
@@ -109,12 +115,11 @@ def check_request(target: Target, request: Request) -> int:
     rows = target.embedding_weight.shape[0]
     if bad := next((token for token in prompt_ids if not 0 <= token < rows), None):
         raise UserError(f"the prompt holds token id {bad}, but {target.name} has ids 0..{rows - 1}. Use its tokenizer.")
-    longest = getattr(target.text_config, "max_position_embeddings", None)
+    longest = longest_text(target.text_config)
     if longest is None:
         return request.max_new_tokens
     if len(prompt_ids) >= longest:
         raise PromptTooLong(
-            f"the prompt has {len(prompt_ids)} tokens, but {target.name} has {longest} positions "
-            f"(max_position_embeddings). Shorten the prompt."
+            f"the prompt has {len(prompt_ids)} tokens, but {target.name} has {longest} positions. Shorten the prompt."
         )
     return min(request.max_new_tokens, longest - len(prompt_ids))

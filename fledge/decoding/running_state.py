@@ -1,8 +1,9 @@
-"""The target's side of a round where layers keep a running state (linear attention, state spaces): chains only.
+"""The target's side of a round over the library's own cache: chains only.
 
-A running state is one per sequence: it can follow a chain of drafts, not a tree, and cannot give tokens back. So it is
-copied before a round. When only a part of the chain is kept, the copy is put back and the kept tokens wait: the next
-round reads them again in front of its own chain, in one forward.
+For layers that keep a running state (linear attention, state spaces), and for targets whose attention our cache and
+masks do not fit (`probe.py`). A running state is one per sequence: it can follow a chain of drafts, not a tree, and
+cannot give tokens back. So it is copied before a round. When only a part of the chain is kept, the copy is put back and
+the kept tokens wait: the next round reads them again in front of its own chain, in one forward.
 
     state holds | waiting | chain            kept: x y
     a b c       |         | x y z       ->   state again at a b c, waiting x y
@@ -23,7 +24,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from fledge.decoding.accept import Accepted
-from fledge.decoding.verifier import AttentionVerifier, Lengths, ModelInputs, Verifier
+from fledge.decoding.verifier import Lengths, ModelInputs
 from fledge.drafters.tree import Trees
 from fledge.errors import UserError
 from fledge.target.model import Target
@@ -41,13 +42,6 @@ def _new_cache(target: Target) -> Any:
     return DynamicCache(config=target.text_config)
 
 
-def verifier_of(target: Target, batch: int, capacity: int) -> Verifier:
-    """The verifier that this target needs, with room for sequences of `capacity` rows."""
-    if keeps_running_state(target):
-        return RunningStateVerifier(target, batch)
-    return AttentionVerifier(target, batch, capacity)
-
-
 class RunningStateVerifier:
     """`Verifier` for such targets: the same methods, trees of one branch."""
 
@@ -62,7 +56,7 @@ class RunningStateVerifier:
         except ValueError as error:
             raise UserError(
                 f"{target.name}: its layers keep a running state in a cache of their own kind, which fledge cannot "
-                f"roll back ({error}). It can be trained for, not decoded here."
+                f"roll back ({error})."
             ) from None
         self._states: list[RunningState | None] = [None] * batch
 
@@ -89,8 +83,9 @@ class RunningStateVerifier:
     ) -> TargetOutput:  # fmt: skip
         if positions is not None or model_inputs:
             raise UserError(
-                f"{self.target.name}: pictures in the prompt are not supported for targets whose layers keep a running "
-                f"state. Ask with text alone."
+                f"{self.target.name}: pictures in the prompt are not supported for targets that are decoded with the "
+                f"library's cache (their layers keep a running state, or our cache does not fit them). Ask with text "
+                f"alone."
             )
         assert len(prompts) == 1, "prompts of running states are read one by one"
         state = self._states[slots.start] = RunningState(_new_cache(self.target))

@@ -21,15 +21,17 @@ from torch import Tensor
 
 from fledge.decoding.capture import Captured, Timer, run_parts
 from fledge.decoding.noise import seed_word
+from fledge.decoding.probe import ability_of, verifier_of
 from fledge.decoding.records import RoundTrace, Sampling
 from fledge.decoding.requests import Request, RequestState, check_request
 from fledge.decoding.round import Round, Shapes
-from fledge.decoding.running_state import verifier_of
+from fledge.decoding.verifier import ModelInputs
 from fledge.drafters.base import Budget
 from fledge.drafters.registry import Drafter, proposer_of
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 from fledge.target.model import Target
+from fledge.target.record import TargetOutput
 
 BUCKET = 256  # rows: caches grow, and fixed shapes are captured, in steps of so many
 PREPARED = 8  # buckets captured before a session begins; later ones when it reaches them
@@ -64,11 +66,8 @@ class Session:
         target, batch, capacity = self.target, self.batch_size, in_buckets(self.capacity)
         verifier = verifier_of(target, batch, 0)
         proposer = proposer_of(self.drafter, self.tree, batch, 0) if self.drafter is not None else None
-        if verifier.chains_only and proposer is not None and self.tree.top_k > 1:
-            raise UserError(
-                f"{target.name}: its layers keep a running state, which can follow a chain of drafts but no tree. "
-                f"Use a chain: --top-k 1 (found {self.tree.top_k})."
-            )
+        assert proposer is None or not verifier.chains_only or self.tree.top_k == 1, "a tree where chains are possible"
+        self._rope_limit = ability_of(target).rope_limit
         self.round = Round(target, verifier, proposer, batch)
         self._set_stops()
         self.capacity = 0
@@ -178,18 +177,9 @@ class Session:
         self._reserve(in_buckets(width + self.round.rows_ahead))
         first = next(slot for slot in range(self.batch_size) if self._slots[slot] is None)
         slots = slice(first, first + len(group))
-        proposer, inputs = self.round.proposer, group[0].request.model_inputs or None
-        positions = self.target.positions(prompts[0], inputs) if inputs else None
-        padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-        taps = proposer is not None and proposer.needs_taps
-        output = self.round.verifier.prefill(slots, padded, taps=taps, positions=positions, model_inputs=inputs)
+        output = self._read_texts(slots, prompts, group[0].request.model_inputs or None)
         ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
         rows = torch.arange(len(group), device=device)
-        for row, prompt in enumerate(prompts):
-            if proposer is not None:
-                known = None if output.tap_hidden is None else output.tap_hidden[row, : len(prompt)]
-                where = torch.arange(len(prompt), device=device) if positions is None else positions
-                proposer.fill(first + row, prompt, known, where)
         self.round.start(
             slots, prompts, output.last_hidden[rows, ends],
             None if output.tap_hidden is None else output.tap_hidden[rows, ends],
@@ -201,6 +191,28 @@ class Session:
         tokens = self.round.state.tokens[slots, 0].tolist()
         seconds = time.perf_counter() - start
         return [(state, state.started([token], seconds)) for state, token in zip(group, tokens, strict=True)]
+
+    def _read_texts(self, slots: slice, texts: list[Tensor], inputs: ModelInputs | None) -> TargetOutput:
+        """The target and the proposer read texts from their beginning."""
+        proposer, device = self.round.proposer, self.target.device
+        positions = self.target.positions(texts[0], inputs) if inputs else None
+        padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        taps = proposer is not None and proposer.needs_taps
+        output = self.round.verifier.prefill(slots, padded, taps=taps, positions=positions, model_inputs=inputs)
+        for row, text in enumerate(texts):
+            if proposer is not None:
+                known = None if output.tap_hidden is None else output.tap_hidden[row, : len(text)]
+                where = torch.arange(len(text), device=device) if positions is None else positions
+                proposer.fill(slots.start + row, text, known, where)
+        return output
+
+    def _read_again(self) -> None:
+        """Sequences that have just grown past the limit of a longrope: all their tokens turn by other factors now, so
+        what is cached is wrong. The library's `generate` reads them again at the same token."""
+        for slot, state in enumerate(self._slots):
+            if state is not None and state.length == (self._rope_limit or 0) + 1:
+                text = torch.tensor([*state.request.prompt_ids, *state.token_ids], device=self.target.device)
+                self._read_texts(slice(slot, slot + 1), [text], state.request.model_inputs or None)
 
     # -- rounds
 
@@ -219,6 +231,8 @@ class Session:
                 run_parts(self.round, Shapes(bucket), timer.lap)
         else:
             self._reserve(in_buckets(longest + self.round.rows_ahead))
+            if self._rope_limit is not None:
+                self._read_again()
             shapes = self._exact_shapes()
             timer.lap("begin")
             run_parts(self.round, shapes, timer.lap)
@@ -235,6 +249,9 @@ class Session:
         live = [state for state in self._slots if state is not None]
         lengths = tuple(self._lengths())
         num_levels = min(self.round.num_slots - 1, max(state.room for state in live) - 1)
+        if self._rope_limit is not None:  # no tree reaches past it
+            before = [self._rope_limit - state.length for state in live if state.length <= self._rope_limit]
+            num_levels = min([num_levels, *before])
         budget: Budget | None = self.budget
         if self.budget is not None and not self.budget.drafts():
             num_levels = 0
@@ -276,7 +293,7 @@ class Session:
 
     def _lengths(self) -> list[int]:
         """Committed rows of the live sequences, as far as the host has read."""
-        return [len(s.request.prompt_ids) + len(s.token_ids) - 1 for s in self._slots if s is not None]
+        return [s.length - 1 for s in self._slots if s is not None]
 
     def _drop_finished(self) -> None:
         """Finished sequences leave. With exact shapes the last ones move into their slots, so that no gap is left."""

@@ -23,8 +23,8 @@ from fledge import provenance
 from fledge.console import progress
 from fledge.data.samples import Prompt
 from fledge.decoding.generate import generate
+from fledge.decoding.probe import ability_of, verifier_of
 from fledge.decoding.records import Sampling
-from fledge.decoding.running_state import verifier_of
 from fledge.decoding.tree_profile import TreeProfile
 from fledge.decoding.verifier import Lengths
 from fledge.drafters.base import Emitted
@@ -67,6 +67,8 @@ def tune(
     eos_token_ids: Sequence[int] | None = None,
 ) -> TreeProfile:  # fmt: skip
     """Measure costs and acceptance on these prompts, choose the best tree, confirm it by real decoding."""
+    if (ability := ability_of(target)).most != "trees":
+        raise UserError(f"{target.name}: there is no tree to tune, because {ability.reason}. Use --top-k 1.")
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "sampling": sampling, "eos_token_ids": eos_token_ids,
     }  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fledge.data.tokenize import Sample
-from fledge.target.model import Target
+from fledge.target.model import Target, longrope_limit
 from fledge.target.record import TargetRecord, TeacherSummary
 
 WINDOW_BATCHES = 4  # samples of so many batches are looked at together, so that batches hold similar lengths
@@ -78,7 +78,8 @@ class BatchedSource:
     def _window(self, samples: Sequence[Sample]) -> Iterator[TargetRecord]:
         lengths = [len(sample.input_ids) if not sample.model_inputs else self.batch_tokens for sample in samples]
         made: dict[int, TargetRecord] = {}
-        for batch in length_batches(lengths, self.batch_tokens):
+        limit = longrope_limit(getattr(self._alone.target.text_config, "rope_parameters", None))
+        for batch in length_batches(lengths, self.batch_tokens, limit):
             made |= zip(batch, self._together([samples[index] for index in batch]), strict=True)
         yield from (made[index] for index in range(len(samples)))
 
@@ -107,11 +108,15 @@ class BatchedSource:
         return records
 
 
-def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of samples to run together: longest first, at most `batch_tokens` with padding, at least one."""
+def length_batches(lengths: Sequence[int], batch_tokens: int, limit: int | None = None) -> Iterator[list[int]]:
+    """Indices of samples to run together: longest first, at most `batch_tokens` with padding, at least one.
+
+    Past `limit` tokens the rope of a whole batch is another (longrope): no batch has samples on both sides of it.
+    """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+        crosses = limit is not None and batch and lengths[batch[0]] > limit >= lengths[index]
+        if batch and (crosses or (len(batch) + 1) * lengths[batch[0]] > batch_tokens):
             yield batch
             batch = []
         batch.append(index)

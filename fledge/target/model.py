@@ -48,7 +48,8 @@ class Target:
         self.tap_layers = self._checked_taps(tap_layers)
         self.quirks = logit_quirks(self.text_config)
         self.rope_axes = rope_axes(self.text_config)
-        self._accepted = frozenset(inspect.signature(self.model.base_model.forward).parameters)
+        self._base = base_of(self.model)
+        self._accepted = frozenset(inspect.signature(self._base.forward).parameters)
         self.num_layers, self.hidden_size = len(self.layers), self.text_config.hidden_size
         self._taps: dict[int, Tensor] | None = None
         for layer in self.tap_layers:
@@ -159,12 +160,12 @@ class Target:
         """
         self._taps = {} if taps else None
         try:
-            output = self.model.base_model(
+            output = self._base(
                 input_ids=input_ids,
                 position_ids=position_ids,
                 attention_mask=attention_mask,
                 use_cache=past_key_values is not None,
-                **{cache_argument(self.model.base_model): past_key_values},
+                **{cache_argument(self._base): past_key_values},
                 **self._as_the_model_wants(model_inputs),
             )
             collected = self._taps
@@ -174,13 +175,18 @@ class Target:
         if collected is None:
             return TargetOutput(last_hidden, None)
         tapped = [collected[layer].to(last_hidden.device) for layer in self.tap_layers]
+        if tapped[0].shape != last_hidden.shape:
+            raise UserError(
+                f"{self.name}: its layers pass on states of shape {tuple(tapped[0].shape)}, several for each token, "
+                f"and a head reads one. Decode it with --draft lookup or without a draft."
+            )
         return TargetOutput(last_hidden, torch.stack(tapped, dim=-2))
 
     def positions(self, input_ids: Tensor, model_inputs: Mapping[str, Tensor]) -> Tensor:
         """Where the model puts these tokens (T,): (T,), or (R, T) when pictures spread over several axes."""
         if self.rope_axes == 1 or not model_inputs:
             return torch.arange(input_ids.shape[0], device=input_ids.device)
-        get_rope_index = self.model.base_model.get_rope_index
+        get_rope_index = self._base.get_rope_index
         known = inspect.signature(get_rope_index).parameters
         asked = {key: value.to(input_ids.device) for key, value in model_inputs.items() if key in known}
         position_ids, _ = get_rope_index(input_ids=input_ids[None], **asked)
@@ -245,6 +251,11 @@ class Target:
             )
 
 
+def base_of(model: Any) -> Any:
+    """The model without its head. Llama 4's text model names a base that it does not have, and keeps it as `model`."""
+    return model.base_model if model.base_model is not model else model.model
+
+
 def cache_argument(model: Any) -> str:
     """What this model's forward calls its cache: `past_key_values`, from transformers 5.24 on `cache`."""
     parameters = inspect.signature(getattr(model, "forward", model)).parameters
@@ -262,6 +273,14 @@ def rope_axes(text_config: Any) -> int:
     """Rows of position_ids: 1, or the axes of a multimodal rope (3 in the Qwen-VL family, 4 in HunYuan-VL)."""
     rope = getattr(text_config, "rope_parameters", None) or {}
     return len(rope.get("mrope_section") or [0])
+
+
+def longrope_limit(rope: Mapping[str, Any] | None) -> int | None:
+    """The length past which a longrope turns *all* tokens by other factors; None for other `rope_parameters`."""
+    rope = rope or {}
+    layers = [rope, *(row for row in rope.values() if isinstance(row, dict))]
+    known = next((row for row in layers if row.get("rope_type") == "longrope"), None)
+    return None if known is None else int(known["original_max_position_embeddings"])
 
 
 def default_device() -> torch.device:

@@ -51,6 +51,14 @@ LOGIT_QUIRKS: dict[str, Callable[[Any], LogitQuirks]] = {
 }  # fmt: skip
 
 
+def longest_text(text_config: Any) -> int | None:
+    """Tokens that the model's positions hold, prompt and answer together; None where nothing limits them."""
+    limits = [getattr(text_config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    if text_config.model_type == "moshi":  # its cache forgets what is behind the window, its mask does not
+        limits.append(text_config.sliding_window)
+    return min((limit for limit in limits if limit), default=None)
+
+
 def logit_quirks(text_config: Any) -> LogitQuirks:
     """The row of this target; plain `lm_head(last_hidden)` where there is none."""
     row = LOGIT_QUIRKS.get(text_config.model_type)

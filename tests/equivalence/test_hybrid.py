@@ -8,7 +8,8 @@ from tiny import HYBRIDS, ScriptedDraft, prompt, tiny_draft, tiny_model, tiny_ta
 
 from fledge.decoding import running_state
 from fledge.decoding.generate import Sampling, TreeShape, generate, generate_batch
-from fledge.decoding.running_state import RunningState, RunningStateVerifier, keeps_running_state, verifier_of
+from fledge.decoding.probe import verifier_of
+from fledge.decoding.running_state import RunningState, RunningStateVerifier, keeps_running_state
 from fledge.decoding.verifier import AttentionVerifier
 from fledge.errors import UserError
 from fledge.target.model import Target
@@ -77,16 +78,18 @@ def test_waiting_tokens_get_a_forward_of_their_own(waiting, monkeypatch):
 
 def test_a_state_that_is_not_put_back_shows(monkeypatch):
     """Control: a wrong state does not merely cost acceptance, it changes the output."""
-    monkeypatch.setattr(RunningState, "_put_back", lambda self, copies: None)
     name, ids = "qwen3_next", prompt(5)
-    found = generate(tiny_target(name), heads(name, ids)[2], ids, tree=CHAINS[0], **OPTIONS)
+    head = heads(name, ids)[2]  # and the self-test has passed
+    monkeypatch.setattr(RunningState, "_put_back", lambda self, copies: None)
+    found = generate(tiny_target(name), head, ids, tree=CHAINS[0], **OPTIONS)
     assert found.token_ids != plain(name, 5)
 
 
-def test_trees_are_refused_and_other_targets_keep_them():
+def test_trees_become_chains_and_other_targets_keep_them():
     target = tiny_target("qwen3_next")
-    with pytest.raises(UserError, match="running state.*--top-k 1"):
-        generate(target, tiny_draft(target), prompt(5), tree=TreeShape(8, 2, 3), **OPTIONS)
+    found = generate(target, tiny_draft(target), prompt(5), tree=TreeShape(8, 2, 3), trace=True, **OPTIONS)
+    assert found.token_ids == plain("qwen3_next", 5)
+    assert all(round_.parents == [0, 0, 1, 2][: len(round_.parents)] for round_ in found.rounds)
     assert not keeps_running_state(tiny_target("llama"))
     assert isinstance(verifier_of(tiny_target("llama"), 1, 8), AttentionVerifier)
 

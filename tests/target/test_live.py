@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from odd_targets import odd_target
 from tiny import NAMES, prompt, tiny_target
 
 from fledge.data.tokenize import Sample
 from fledge.errors import UserError
 from fledge.extraction.extract import extract, open_target
 from fledge.storage.states.reader import HiddenStore
+from fledge.target import live
 from fledge.target.live import BatchedSource, LiveSource, length_batches
 
 LENGTHS = (3, 40, 17, 17, 5, 61, 1, 30)
@@ -34,6 +36,22 @@ def test_batched_is_one_by_one(name):
             for states in ("tap_hidden", "last_hidden"):
                 a, b = getattr(one, states), getattr(other, states)
                 assert (a - b).abs().max() <= TOLERANCE * a.abs().max(), (name, states)
+
+
+def batched_error(target) -> float:
+    """Samples on both sides of a longrope's limit, in one batch budget, against one by one."""
+    given = [Sample(str(n), torch.tensor(prompt(n)), torch.ones(n, dtype=torch.bool)) for n in (20, 40, 31, 33)]
+    alone, together = LiveSource(target).records(given), BatchedSource(target, 1000).records(given)
+    pairs = [(one.last_hidden, other.last_hidden) for one, other in zip(alone, together, strict=True)]
+    return max(((one - other).abs().max() / one.abs().max()).item() for one, other in pairs)
+
+
+def test_longrope_samples_meet_those_of_their_side_only(monkeypatch):
+    """A batch takes its rope by its longest sample: a short one beside a long one was off by its own size."""
+    target = odd_target("phi3_longrope")
+    assert batched_error(target) < TOLERANCE
+    monkeypatch.setattr(live, "longrope_limit", lambda rope: None)  # control
+    assert batched_error(target) > 0.1
 
 
 def test_padding_on_the_left_would_show():

@@ -120,7 +120,7 @@ def derive(
     heads, kv_heads, head_dim = _attention_shape(text_config)
     values: dict[str, Any] = {
         "hidden_size": text_config.hidden_size,
-        "intermediate_size": getattr(text_config, "intermediate_size", None) or 4 * text_config.hidden_size,
+        "intermediate_size": _intermediate_size(text_config),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
@@ -290,9 +290,21 @@ def _attention_shape(config: Any) -> tuple[int, int, int]:
         head_dim = next((size for size in (128, 64, 32, 16) if config.hidden_size % size == 0), config.hidden_size)
         heads = config.hidden_size // head_dim
         return heads, heads // 4 if heads % 4 == 0 else heads, head_dim
+    config = one_layer(config)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
+
+
+def one_layer(config: Any) -> Any:
+    """The config of the last layer, where layers differ (Gemma 4): the library then refuses to answer for all."""
+    return config.per_layer_config[-1] if getattr(config, "per_layer_config", None) else config
+
+
+def _intermediate_size(config: Any) -> int:
+    """Width of the MLP; the largest where layers differ (Gemma 3n)."""
+    size = getattr(one_layer(config), "intermediate_size", None)
+    return max(size) if isinstance(size, (list, tuple)) else size or 4 * config.hidden_size
 
 
 def _norm_eps(config: Any) -> float:

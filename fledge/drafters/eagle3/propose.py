@@ -24,6 +24,7 @@ from torch import Tensor
 from fledge.drafters.base import Budget, Emitted
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.tree import Trees, TreeShape, build_trees
+from fledge.target.model import longrope_limit
 
 # B sequences, E slots of new tokens, k beam width, W rows of the beam so far, S rows, H hidden size, K keys,
 # C candidates, D draft vocabulary
@@ -44,6 +45,8 @@ class EagleProposer:
         self.rows_ahead = max(self.width * (self.num_levels - 1), self.num_levels + 1)
         self.window = config.sliding_window
         self.cache = DraftCache(draft, batch)
+        self._rope_limit = longrope_limit(config.rope_parameters)
+        self._last_position = config.max_position_embeddings - 1
         self.reserve(capacity)
         self._levels = levels.to(device)
         self._offsets = torch.zeros(batch, dtype=torch.int64, device=device)  # rope position minus row, per sequence
@@ -55,9 +58,14 @@ class EagleProposer:
     def reserve(self, capacity: int) -> None:
         """Room for sequences of `capacity` rows."""
         self.cache.reserve(capacity)
-        # Rows past the last position are never needed; clamped, they cannot switch a length-dependent rope either.
-        last = self.draft.config.max_position_embeddings - 1
-        self._rope = self.draft.rope(torch.arange(capacity, device=self.draft.fc.weight.device).clamp(max=last))
+        self._tabulate(capacity)
+
+    def _tabulate(self, capacity: int) -> None:
+        """cos and sin of every row. Rows past the last position are never needed; clamped, they cannot switch a
+        length-dependent rope either."""
+        positions = torch.arange(capacity, device=self.draft.fc.weight.device)
+        if capacity:
+            self._rope = self.draft.rope(positions.clamp(max=self._last_position))
 
     def move(self, source: int, goal: int) -> None:
         self.cache.move(source, goal)
@@ -66,10 +74,14 @@ class EagleProposer:
     def fill(self, slot: int, token_ids: Tensor, taps: Tensor | None, positions: Tensor) -> None:
         """Keys and values of a layer need no attention, so nothing is computed that nobody reads."""
         assert taps is not None
+        if self._rope_limit is not None:  # factors follow the text; one that outgrows them is filled again
+            longer = len(token_ids) > self._rope_limit
+            self._last_position = (self.draft.config.max_position_embeddings if longer else self._rope_limit) - 1
+            self._tabulate(self.cache.capacity)
         self._offsets[slot] = positions[..., -1].max() + 1 - len(token_ids)
-        rope = self.draft.rope(positions[..., :-1].to(self._offsets.device))
+        cos, sin = self.draft.rope(positions.to(self._offsets.device))
         features = self.draft.fuse(taps[:-1])
-        _, keys, values = self.draft.project(self.draft.embed(token_ids[1:]), features, rope)
+        _, keys, values = self.draft.project(self.draft.embed(token_ids[1:]), features, (cos[:-1], sin[:-1]))
         self.cache.fill(slot, keys, values)
 
     def follow(self, emitted: Emitted, num_keys: int) -> None:
