@@ -17,8 +17,7 @@ from fledge.decoding.records import Generation, RoundTrace, Sampling
 from fledge.decoding.requests import OnTokens, Request, RequestState, check_request
 from fledge.decoding.running_state import keeps_running_state
 from fledge.decoding.session import Session, in_buckets, rows_ahead
-from fledge.drafters.eagle3.model import DraftModel
-from fledge.drafters.registry import Drafter
+from fledge.drafters.base import Drafter
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 from fledge.target.model import Target
@@ -147,7 +146,7 @@ def open_session(
     """A session for such requests: a kept one that is idle and large enough, else a new one."""
     if not requests:
         raise UserError("there are no prompts to answer. Give at least one.")
-    if isinstance(drafter, DraftModel):
+    if drafter is not None:
         check_pair(target, drafter)
     fixed = uses_fixed_shapes(
         shapes, target, drafter, pictures=any(request.model_inputs for request in requests),
@@ -192,15 +191,15 @@ def obstacle(
 ) -> str | None:  # fmt: skip
     """Why rounds cannot have fixed shapes; None where they can."""
     devices = {parameter.device for parameter in target.model.parameters()}
-    if isinstance(drafter, DraftModel):
-        devices.add(drafter.fc.weight.device)
+    if drafter is not None:
+        devices |= drafter.devices
     reasons = {
         "its layers keep a running state": keeps_running_state(target),
         "its rope (longrope) changes with the longest sequence of a batch": rope_depends_on_company(target),
         f"it is spread over {len(devices)} devices": len(devices) > 1,
         "there are pictures in the prompt": pictures,
         "--adaptive decides every tree on the host": adaptive,
-        "prompt lookup reads the tokens on the host": drafter is not None and not isinstance(drafter, DraftModel),
+        "the drafter reads the tokens on the host": drafter is not None and drafter.needs_host,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -212,10 +211,10 @@ def rope_depends_on_company(target: Target) -> bool:
     return "longrope" in types
 
 
-def check_pair(target: Target, draft: DraftModel) -> None:
-    """Refuse a head that learned from other layers: it would decode, at an acceptance near zero."""
-    if tuple(draft.config.tap_layers) != target.tap_layers:
+def check_pair(target: Target, drafter: Drafter) -> None:
+    """Refuse a drafter that learned from other layers: it would decode, at an acceptance near zero."""
+    if drafter.tap_layers not in (None, target.tap_layers):
         raise UserError(
-            f"the head was trained on tap layers {list(draft.config.tap_layers)}, the target taps "
+            f"the head was trained on tap layers {list(drafter.tap_layers or ())}, the target taps "
             f"{list(target.tap_layers)}. Load the target with the head's tap layers."
         )
