@@ -7,7 +7,7 @@ All layers of the draft but its attention work row by row, and the attention kno
 so packed documents give exactly what each would give alone.
 
 On a CPU a document of zeros lies at the end, which fills the batch up to a multiple of 64 rows and lends its own to the
-rows that are trained (`align` in `fledge.drafters.eagle3.ttt`). It teaches nothing. The library behind bf16 products
+rows that are trained (`runs` in `fledge.drafters.alignment`). It teaches nothing. The library behind bf16 products
 keeps half a MiB for every shape it has met, and conversations have all lengths (docs/log.md, "A leak of shapes").
 """
 

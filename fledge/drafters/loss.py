@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fledge.drafters.eagle3.ttt import Alignment
+from fledge.drafters.alignment import Alignment
 from fledge.drafters.position_weights import averaging_weights, dynamic_weights
 from fledge.drafters.products import FULL, product
 from fledge.target.record import TeacherSummary

@@ -18,7 +18,7 @@ one before. `floor` keeps late steps alive while the draft knows nothing.
 import torch
 from torch import Tensor
 
-from fledge.drafters.eagle3.ttt import Alignment
+from fledge.drafters.alignment import Alignment
 
 # K TTT steps, P taught positions, M pairs of a step and a position, m those of n rows
 

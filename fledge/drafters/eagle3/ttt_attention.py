@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fledge.drafters import attention_products
 from fledge.drafters.eagle3 import attention_blocks
-from fledge.drafters.eagle3.runs import Run
+from fledge.drafters.runs import Run
 
 # N rows of all documents, S query rows, h query heads, g key heads, d head_dim, k later steps
 
