@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STAGES = (
-    "data", "target", "storage", "servers", "extraction", "drafters", "decoding", "regeneration", "train", "export",
+    "data", "target", "storage", "servers", "extraction", "drafters", "decoding", "api", "regeneration", "train", "export",
     "bench", "doctor", "commands",
 )  # fmt: skip
 RIM = {

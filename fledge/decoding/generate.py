@@ -109,11 +109,19 @@ def stream(
     tree: TreeShape | None = None,
     sampling: Sampling | None = None,
     eos_token_ids: Sequence[int] | None = None,
+    model_inputs: Mapping[str, Tensor] | None = None,
     shapes: ShapePolicy = "auto",
 ) -> Iterator[list[list[int]]]:
-    """Per round, the new tokens of every prompt; an empty list for those without. Closing the iterator cancels."""
+    """Per round, the new tokens of every prompt; an empty list for those without. Closing the iterator cancels.
+
+    `model_inputs` belong to the prompt where there is one.
+    """
+    assert not model_inputs or len(prompts) == 1, "pictures are of one prompt"
     laws = seeded(sampling or Sampling(), len(prompts))
-    requests = [Request(prompt, max_new_tokens, law) for prompt, law in zip(prompts, laws, strict=True)]
+    requests = [
+        Request(prompt, max_new_tokens, law, model_inputs=model_inputs or {})
+        for prompt, law in zip(prompts, laws, strict=True)
+    ]
     session = open_session(target, drafter, requests, tree=tree, eos_token_ids=eos_token_ids, shapes=shapes)
     states: list[RequestState] = [session.add(request) for request in requests]
     try:
@@ -171,6 +179,11 @@ def open_session(
     session.prepare(max(len(request.prompt_ids) for request in requests), needed)
     kept[key] = session
     return session
+
+
+def drop_sessions(target: Target) -> None:
+    """Free what is kept for the next call with this target: its sessions know it, so it would never be freed itself."""
+    _sessions.pop(target, None)
 
 
 def uses_fixed_shapes(

@@ -51,8 +51,10 @@ class Target:
         self._accepted = frozenset(inspect.signature(self.model.base_model.forward).parameters)
         self.num_layers, self.hidden_size = len(self.layers), self.text_config.hidden_size
         self._taps: dict[int, Tensor] | None = None
-        for layer in self.tap_layers:
+        self._hooks = [
             self.layers[layer].register_forward_pre_hook(self._tap(layer), with_kwargs=True)
+            for layer in self.tap_layers
+        ]
         self._check_head()
 
     @classmethod
@@ -103,6 +105,11 @@ class Target:
             model = model.to(device or default_device())
         _refuse_bad_weights(model, loading["missing_keys"], name_or_path)
         return cls(model, tokenizer, vision=vision, tap_layers=tap_layers, name=name_or_path, revision=revision)
+
+    def remove_hooks(self) -> None:
+        """For a model that goes on without this target, which gives no taps any more."""
+        for hook in self._hooks:
+            hook.remove()
 
     # -- facts ---------------------------------------------------------------------------------------------------------
 
