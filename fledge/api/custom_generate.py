@@ -71,12 +71,12 @@ class Speculation:
                 pair.target, pair.drafter, prompts, max_new_tokens=stopping_criteria.max_length - input_ids.shape[1],
                 sampling=sampling, eos_token_ids=sorted(stops), tree=self.tree,
             )  # fmt: skip
-        padding = generation_config.pad_token_id  # transformers sets it where there is a stop token
+        padding = generation_config._pad_token_tensor  # of prompts without a stop token all answers are as long
         answers = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(one.token_ids, device=input_ids.device) for one in made], batch_first=True,
-            padding_value=0 if padding is None else padding,
+            padding_value=0 if padding is None else int(padding),
         )  # fmt: skip
-        sequences = torch.cat((input_ids, answers), dim=1)
+        sequences: Any = torch.cat((input_ids, answers), dim=1)
         if not generation_config.return_dict_in_generate:
             return sequences
         from transformers.generation import GenerateDecoderOnlyOutput
@@ -120,8 +120,7 @@ def _refuse(model_inputs: dict[str, Any], stopping_criteria: Any, config: Any) -
             f"fledge.speculate does not support {', '.join(sorted(names))}. Leave it out, or generate without "
             f"custom_generate. (Chats with pictures: fledge.load(...).generate.)"
         )
-    fields = {name: value for name, value in vars(config).items() if name not in SAMPLING}
-    refuse_fields(type(config)(), {**fields, "num_return_sequences": None})  # the prompts are repeated already
+    refuse_fields(config, but="num_return_sequences")  # the prompts are repeated already
 
 
 def _sampling(processors: Any, config: Any) -> Sampling:
@@ -131,8 +130,8 @@ def _sampling(processors: Any, config: Any) -> Sampling:
         field, attribute = PROCESSORS.get(type(processor).__name__, ("", ""))
         if field not in SAMPLING:
             raise UserError(
-                f"fledge.speculate does not support {type(processor).__name__}, which changes the target's choice. Leave "
-                f"out what asks for it, or generate without custom_generate."
+                f"fledge.speculate does not support {type(processor).__name__}, which changes the target's choice. "
+                f"Leave out what asks for it, or generate without custom_generate."
             )
         values[field] = getattr(processor, attribute)
     return Sampling(**values, seed=int(torch.randint(1 << 62, ())))

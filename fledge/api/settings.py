@@ -18,6 +18,7 @@ SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 ONLY_SAMPLED = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers', where do_sample is set
 LENGTHS = ("max_new_tokens", "max_length")
+TAKEN = (*SAMPLING, *LENGTHS, "eos_token_id")
 # What does not change the text of an answer that is drawn from the model's own distribution, token by token.
 WITHOUT_EFFECT = {
     "assistant_confidence_threshold", "assistant_lookbehind", "bos_token_id", "cache_config", "cache_implementation",
@@ -87,26 +88,24 @@ def _fields(config: Any, own: Any) -> dict[str, Any]:
     merged = copy.deepcopy(config)
     if own is not None:
         merged.update(**own.to_dict(), defaults_only=True)
-    values = {name: value for name, value in vars(merged).items() if value is not None}
-    if values.pop("do_sample", False):
-        values = DEFAULTS | values
-    else:
-        values = {name: value for name, value in values.items() if name not in ONLY_SAMPLED}
-    refuse_fields(type(config)(), {name: value for name, value in values.items() if name not in SAMPLING})
-    return {name: value for name, value in values.items() if name in (*SAMPLING, *LENGTHS, "eos_token_id")}
+    refuse_fields(merged)
+    values = {name: value for name, value in vars(merged).items() if value is not None and name in TAKEN}
+    if merged.do_sample:
+        return DEFAULTS | values
+    return {name: value for name, value in values.items() if name not in ONLY_SAMPLED}
 
 
-def refuse_fields(empty: Any, values: dict[str, Any]) -> None:
-    """An error that names the fields of a GenerationConfig that would change the answer."""
-    passed = {*WITHOUT_EFFECT, *LENGTHS, "eos_token_id", "do_sample"}
-    lost = [
-        f"{name}={value!r}"
-        for name, value in sorted(values.items())
-        if name in vars(empty) and not name.startswith("_") and name not in passed
-        and not (value is False or value in (None, 0, "", NEUTRAL.get(name)) or value == [] or value == {})
-    ]  # fmt: skip
+def refuse_fields(config: Any, *, but: str = "") -> None:
+    """An error that names the fields of a GenerationConfig that would change the answer; `but` is dealt with."""
+    passed = {*WITHOUT_EFFECT, *TAKEN, "do_sample", but, *(() if config.do_sample else ONLY_SAMPLED)}
+    fields = {name: getattr(config, name, None) for name in sorted(vars(type(config)()).keys() - passed)}
+    lost = [f"{name}={value!r}" for name, value in fields.items() if name[0] != "_" and not _is_neutral(name, value)]
     if lost:
         raise UserError(
             f"the generation config sets {', '.join(lost)}, which speculative decoding does not support here. Set it "
             f"to None, or generate with the model alone."
         )
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    return not value or value == NEUTRAL.get(name)

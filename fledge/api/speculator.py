@@ -6,7 +6,8 @@ print(pair.generate([{"role": "user", "content": "Why is the sky blue?"}]).text)
 
 import functools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack
 
@@ -56,9 +57,9 @@ def load(
     """A target and its drafter, ready to answer.
 
     `target`: a folder, a hub name, or a loaded transformers model, whose `tokenizer` must be given then; it is put into
-    evaluation mode. `draft`: the folder that training wrote, the name of a drafter without weights, a loaded drafter, or
-    None for plain decoding. `tree`: the shape of the draft trees. `chat_template_type` and `enable_thinking` are about
-    chat messages, as in `fledge decode`.
+    evaluation mode. `draft`: the folder that training wrote, the name of a drafter without weights, a loaded drafter,
+    or None for plain decoding. `tree`: the shape of the draft trees. `chat_template_type` and `enable_thinking` are
+    about chat messages, as in `fledge decode`.
     """
     if isinstance(target, (str, bytes)) or hasattr(target, "__fspath__"):
         if tokenizer is not None:
@@ -87,7 +88,7 @@ class Speculator:
     """A target that answers with the help of a drafter; the text is the target's own. Made by `load`.
 
     A prompt is a text (taken as it is), the messages of a chat (rendered by the chat template), token ids, a tensor of
-    them, or what a tokenizer returned. `generation_config` is transformers'; keyword arguments (`Options`) come before it.
+    them, or what a tokenizer returned. `generation_config` is transformers'; keyword arguments (`Options`) win.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Speculator:
         chat_template_type: str | None = None, enable_thinking: bool | None = None,
     ) -> None:  # fmt: skip
         self.target, self.drafter, self.tree = target, drafter, tree
-        self._template_options = {"name": chat_template_type, "enable_thinking": enable_thinking}
+        self._chat_template_type, self._enable_thinking = chat_template_type, enable_thinking
         weakref.finalize(self, let_go, target)
 
     @property
@@ -107,12 +108,11 @@ class Speculator:
         """Renders chat messages; its end-of-turn tokens end answers to them."""
         target = self.target
         return ChatTemplate(
-            target.tokenizer, eos_token_ids=target.eos_token_ids, vision=target.vision, **self._template_options
-        )  # type: ignore[arg-type]
+            target.tokenizer, self._chat_template_type, eos_token_ids=target.eos_token_ids,
+            enable_thinking=self._enable_thinking, vision=target.vision,
+        )  # fmt: skip
 
-    def generate(
-        self, prompt: PromptLike, generation_config: Any = None, **options: Unpack[Options]
-    ) -> GeneratedText:  # fmt: skip
+    def generate(self, prompt: PromptLike, generation_config: Any = None, **options: Unpack[Options]) -> GeneratedText:
         """The answer to one prompt."""
         settings, ready = self._settings(generation_config, options), self._prompt(prompt)
         return self._finished(
@@ -137,8 +137,10 @@ class Speculator:
         self, prompts: Sequence[PromptLike], generation_config: Any = None, *, batch_size: int | None = None,
         **options: Unpack[Options],
     ) -> list[GeneratedText]:  # fmt: skip
-        """The answers to several prompts, in their order, `batch_size` at a time (None: all). With a seed, prompt i draws
-        as it does alone with the seed plus i. Prompts with pictures are answered one by one."""
+        """The answers to several prompts, in their order, `batch_size` at a time (None: all).
+
+        With a seed, prompt i draws as it does alone with the seed plus i. Pictures are answered one by one.
+        """
         if isinstance(prompts, (str, Mapping)):
             raise UserError(f"generate_batch takes a list of prompts, not a {type(prompts).__name__}.")
         settings, ready = self._settings(generation_config, options), [self._prompt(prompt) for prompt in prompts]
@@ -185,11 +187,12 @@ class Speculator:
             return Prompt(_ids_of_encoding(prompt))
         return Prompt(_one_row(prompt))  # type: ignore[arg-type]
 
-    def _pieces(self, rounds: Iterator[list[list[int]]]) -> Iterator[str]:
+    def _pieces(self, rounds: Generator[list[list[int]], None, None]) -> Iterator[str]:
         detokenizer = Detokenizer(self.tokenizer)
-        for (tokens,) in rounds:
-            if piece := "".join(map(detokenizer.add, tokens)):
-                yield piece
+        with closing(rounds):
+            for (tokens,) in rounds:
+                if piece := "".join(map(detokenizer.add, tokens)):
+                    yield piece
         if rest := detokenizer.rest():
             yield rest
 

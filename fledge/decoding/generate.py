@@ -7,7 +7,7 @@ fixed on a GPU wherever that is possible.
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -111,7 +111,7 @@ def stream(
     eos_token_ids: Sequence[int] | None = None,
     model_inputs: Mapping[str, Tensor] | None = None,
     shapes: ShapePolicy = "auto",
-) -> Iterator[list[list[int]]]:
+) -> Generator[list[list[int]], None, None]:
     """Per round, the new tokens of every prompt; an empty list for those without. Closing the iterator cancels.
 
     `model_inputs` belong to the prompt where there is one.
