@@ -10,19 +10,19 @@ from fledge.drafters.registry import kind_of, read_drafter
 from fledge.target.model import Target
 
 Draft = str | Path | Drafter | None
-TapLayers = tuple[int, ...] | None
+TapLayers = tuple[int, ...]
 
 
 def pair_up(draft: Draft, make_target: Callable[[TapLayers], Target]) -> tuple[Target, Drafter | None]:
     """The target, made with the taps that the drafter reads, and the drafter. A drafter's files are read first."""
     if draft is None:
-        return make_target(None), None
+        return make_target(()), None
     if isinstance(draft, (str, Path)):
         files = read_drafter(draft)
-        target = make_target(files.tap_layers)
+        target = make_target(files.tap_layers or ())
         return target, files.bind(target.embedding_weight)
     kind_of(draft)  # refuses what is none
-    return make_target(draft.tap_layers), draft
+    return make_target(draft.tap_layers or ()), draft
 
 
 def target_of(model: Any, tokenizer: Any, tap_layers: TapLayers) -> Target:

@@ -35,7 +35,7 @@ NEUTRAL = {
 }  # fmt: skip
 
 
-class Options(TypedDict, total=False):
+class GenerationOptions(TypedDict, total=False):
     """The keyword arguments of `Speculator.generate`, `stream` and `generate_batch`."""
 
     max_new_tokens: int | None
@@ -47,7 +47,7 @@ class Options(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerationSettings:
     """What was asked for."""
 
     sampling: Sampling
@@ -66,9 +66,9 @@ class Settings:
         return self.max_length - prompt_length
 
 
-def read_settings(config: Any, own: Any, options: Options) -> Settings:
+def read_settings(config: Any, own: Any, options: GenerationOptions) -> GenerationSettings:
     """Settings from a GenerationConfig or None, the model's own one, and keyword arguments, which come first."""
-    known = Options.__annotations__.keys() | set(SAMPLING)
+    known = GenerationOptions.__annotations__.keys() | set(SAMPLING)
     if unknown := next((name for name in options if name not in known), None):
         raise UserError(
             f"{unknown} is no setting of a generation{nearest(unknown, known)}. There are: {sorted(known)}."
@@ -80,7 +80,7 @@ def read_settings(config: Any, own: Any, options: Options) -> Settings:
         lengths = {"max_new_tokens": given.pop("max_new_tokens")}
     eos: Any = given.pop("eos_token_id", fields.pop("eos_token_id", None))
     ids = eos if eos is None or isinstance(eos, (list, tuple)) else [eos]
-    return Settings(Sampling(**{**fields, **given}), None if ids is None else tuple(ids), **lengths)
+    return GenerationSettings(Sampling(**{**fields, **given}), None if ids is None else tuple(ids), **lengths)
 
 
 def _fields(config: Any, own: Any) -> dict[str, Any]:

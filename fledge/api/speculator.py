@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fledge.api.pairs import Draft, TapLayers, let_go, pair_up, target_of
-from fledge.api.settings import Options, Settings, read_settings
+from fledge.api.settings import GenerationOptions, GenerationSettings, read_settings
 from fledge.data.detokenize import Detokenizer
 from fledge.data.rejects import Reject
 from fledge.data.samples import Prompt
@@ -88,7 +88,7 @@ class Speculator:
     """A target that answers with the help of a drafter; the text is the target's own. Made by `load`.
 
     A prompt is a text (taken as it is), the messages of a chat (rendered by the chat template), token ids, a tensor of
-    them, or what a tokenizer returned. `generation_config` is transformers'; keyword arguments (`Options`) win.
+    them, or what a tokenizer returned. `generation_config` is transformers'; keyword arguments win.
     """
 
     def __init__(
@@ -112,7 +112,9 @@ class Speculator:
             enable_thinking=self._enable_thinking, vision=target.vision,
         )  # fmt: skip
 
-    def generate(self, prompt: PromptLike, generation_config: Any = None, **options: Unpack[Options]) -> GeneratedText:
+    def generate(
+        self, prompt: PromptLike, generation_config: Any = None, **options: Unpack[GenerationOptions]
+    ) -> GeneratedText:
         """The answer to one prompt."""
         settings, ready = self._settings(generation_config, options), self._prompt(prompt)
         return self._finished(
@@ -123,7 +125,7 @@ class Speculator:
         )  # fmt: skip
 
     def stream(
-        self, prompt: PromptLike, generation_config: Any = None, **options: Unpack[Options]
+        self, prompt: PromptLike, generation_config: Any = None, **options: Unpack[GenerationOptions]
     ) -> Iterator[str]:  # fmt: skip
         """The same answer in pieces of text, as they are generated. Closing the iterator ends the generation."""
         settings, ready = self._settings(generation_config, options), self._prompt(prompt)
@@ -135,7 +137,7 @@ class Speculator:
 
     def generate_batch(
         self, prompts: Sequence[PromptLike], generation_config: Any = None, *, batch_size: int | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[GenerationOptions],
     ) -> list[GeneratedText]:  # fmt: skip
         """The answers to several prompts, in their order, `batch_size` at a time (None: all).
 
@@ -160,10 +162,10 @@ class Speculator:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _settings(self, config: Any, options: Options) -> Settings:
+    def _settings(self, config: Any, options: GenerationOptions) -> GenerationSettings:
         return read_settings(config, getattr(self.target.model, "generation_config", None), options)
 
-    def _arguments(self, settings: Settings, prompts: Sequence[PromptLike], longest: int) -> dict[str, Any]:
+    def _arguments(self, settings: GenerationSettings, prompts: Sequence[PromptLike], longest: int) -> dict[str, Any]:
         """What every way to decode takes."""
         stops = settings.eos_token_ids
         if stops is None:

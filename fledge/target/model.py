@@ -164,7 +164,7 @@ class Target:
 
         position_ids are (B, T), or (R, B, T) for a multimodal rope; `model_inputs` are the pixels and their like.
         """
-        self._taps = {} if taps else None
+        self._taps = {} if taps and self.tap_layers else None
         try:
             output = self.model.base_model(
                 input_ids=input_ids,
@@ -221,7 +221,7 @@ class Target:
     def _checked_taps(self, tap_layers: Sequence[int] | None) -> tuple[int, ...]:
         num_layers = len(self.layers)
         taps = tuple(tap_layers) if tap_layers is not None else default_tap_layers(num_layers)
-        if len(set(taps)) != len(taps) or list(taps) != sorted(taps) or taps[0] < 0 or taps[-1] >= num_layers:
+        if list(taps) != sorted(set(taps)) or not set(taps) <= set(range(num_layers)):
             reason = "given" if tap_layers is not None else "derived as 2, N // 2, N - 3"
             raise UserError(
                 f"{self.name}: tap layers {list(taps)} ({reason}) are not distinct, ascending layers of a target with "

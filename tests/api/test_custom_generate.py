@@ -103,12 +103,13 @@ def test_a_model_under_training_goes_on_as_it_was(model, head):
         model.lm_head.weight.mul_(-1)
 
 
-def test_a_loop_made_for_every_call_leaves_no_hooks(model):
+def test_a_loop_made_for_every_call_leaves_no_hooks(model, head):
     before = [len(layer._forward_pre_hooks) for layer in model.model.layers]
     for _ in range(3):
-        model.generate(
-            **padded(prompt(9)), max_new_tokens=4, do_sample=False, custom_generate=fledge.speculate("lookup")
-        )
+        once = fledge.speculate(head, tree=TREE)
+        model.generate(**padded(prompt(9)), max_new_tokens=4, do_sample=False, custom_generate=once)
+        assert sum(len(layer._forward_pre_hooks) for layer in model.model.layers) == sum(before) + 3
+        del once
     assert [len(layer._forward_pre_hooks) for layer in model.model.layers] == before
 
 

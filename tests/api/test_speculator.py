@@ -10,6 +10,7 @@ import pytest
 import torch
 from saved_target import byte_tokenizer
 from tiny import tiny_draft, tiny_model
+from tiny_vlm import picture_file, save_vlm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import fledge
@@ -101,6 +102,21 @@ def test_streams_and_batches_say_the_same(pair):
     assert pair.generate(TEXT, max_new_tokens=20, eos_token_id=[]).token_ids == alone[0].token_ids
 
 
+def test_a_chat_may_hold_pictures(tmp_path):
+    """Streamed and in a batch, too. Four layers are too few for the usual three taps; here nobody reads them."""
+    target, seen = save_vlm(tmp_path / "target"), picture_file(tmp_path)
+    plain, by_lookup = (fledge.load(str(target), draft, tree=fledge.TreeShape(6, 4, 1)) for draft in (None, "lookup"))
+    content = [{"type": "image", "image": str(seen)}, {"type": "text", "text": "what is it"}]
+    chat, options = [{"role": "user", "content": content}], {"max_new_tokens": 12, "eos_token_id": []}
+    expected = plain.generate(chat, **options)
+    assert by_lookup.generate(chat, **options).token_ids == expected.token_ids
+    assert "".join(by_lookup.stream(chat, **options)) == expected.text
+    blind = [{"role": "user", "content": "what is it"}]
+    together = by_lookup.generate_batch([chat, blind], **options)
+    assert [one.token_ids for one in together] == [expected.token_ids, plain.generate(blind, **options).token_ids]
+    assert together[0].token_ids != together[1].token_ids
+
+
 def test_draws_follow_the_seed(pair):
     options = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.9, "top_k": 20, "eos_token_id": []}
     once, again, other = (pair.generate(TEXT, seed=seed, **options).token_ids for seed in (5, 5, 6))
@@ -166,14 +182,15 @@ def test_bad_calls(pair, model, tiny_model_dir):
             call()
 
 
-def test_a_pair_that_goes_frees_its_sessions_and_leaves_the_model(tmp_path):
+def test_a_pair_that_goes_frees_its_sessions_and_leaves_the_model():
     """Sessions are kept for the next call and know their target: a pair that was let go kept its caches for ever."""
     model = tiny_model("llama", vocab_size=258)
-    pair = fledge.load(model, "lookup", tokenizer=byte_tokenizer())
+    head = tiny_draft(Target(tiny_model("llama", vocab_size=258)), draft_vocab_size=None)
+    pair = fledge.load(model, head, tokenizer=byte_tokenizer())
     pair.generate(TEXT, max_new_tokens=3)
+    assert any(layer._forward_pre_hooks for layer in pair.target.layers), "negative control"
     target = weakref.ref(pair.target)
     layers = list(pair.target.layers)
-    assert any(layer._forward_pre_hooks for layer in layers), "negative control"
     del pair
     gc.collect()
     assert target() is None and not any(layer._forward_pre_hooks for layer in layers)
