@@ -191,8 +191,8 @@ def flop_per_token(args: argparse.Namespace) -> int:
 
 def compare_attention(device: torch.device) -> None:
     """The flash kernels of this device against the dense twin, in bf16 against fp32, whole and with a window."""
-    from fledge.drafters.eagle3.runs import Run
     from fledge.drafters.eagle3.ttt_attention import dense_ttt_attention, ttt_attention
+    from fledge.drafters.runs import Run
 
     generator = torch.Generator().manual_seed(0)
     shapes = [(200, 8, 64), (300, 2, 64), (300, 2, 64), *[(200, 2, 64)] * 4]

@@ -1,12 +1,13 @@
-"""The shell blocks of README and docs/: which there are, and how each is run.
+"""The blocks of README and docs/: which there are, and how each is run. Python blocks run from top to bottom.
 
-Every block is preceded by `<!-- run: HOW -->`. yes: executed by test_readme.py on a tiny model; ci: by .ci/run;
+Every shell block is preceded by `<!-- run: HOW -->`. yes: executed by test_readme.py on a tiny model; ci: by .ci/run;
 engines: by engines/test_walkthrough.py, with vLLM; no (reason): at least its commands and flags must exist.
 """
 
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 HOW = ("yes", "ci", "engines", "no")
@@ -27,3 +28,15 @@ def commands(text: str) -> list[list[str]]:
     lines = text.replace("\\\n", " ").splitlines()
     found = [words for line in lines if (words := shlex.split(line, comments=True))]
     return [words[: words.index("--")] if words[0] == "fledge" and "--" in words else words for words in found]
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def run_python(page: Path) -> dict[str, Any]:
+    """All Python blocks of a page, in one namespace, which is returned."""
+    names: dict[str, Any] = {"__name__": page.stem}
+    for number, block in enumerate(python_blocks(page), start=1):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+    return names

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STAGES = (
-    "data", "target", "storage", "servers", "extraction", "drafters", "decoding", "regeneration", "train", "export",
-    "bench", "doctor", "commands",
+    "data", "target", "storage", "servers", "extraction", "drafters", "decoding", "api", "regeneration", "train",
+    "export", "bench", "doctor", "commands",
 )  # fmt: skip
 RIM = {
     "cli", "config", "errors", "escaping", "console", "http_client", "outputs", "parsing", "provenance", "ranges",

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from fledge.drafters.alignment import Alignment
 from fledge.drafters.eagle3.config import DraftConfig
 from fledge.drafters.eagle3.model import DraftModel
-from fledge.drafters.eagle3.ttt import Alignment
 from fledge.drafters.loss import PositionWeights
 from fledge.drafters.position_weights import dynamic_weights
 from fledge.target.quirks import LogitQuirks

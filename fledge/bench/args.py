@@ -198,8 +198,6 @@ class BenchArgs:
                 f"--mode {self.model.mode} measures a draft head but --eagle-model-path is not given. Give the head's "
                 f"folder, or measure the target alone with --mode baseline."
             )
-        if self.tuning.tune and self.model.eagle_model_path == "lookup":
-            raise UserError("--tune measures the trees of a draft head; prompt lookup proposes chains. Give a head.")
         if self.decoding.adaptive and (self.model.mode not in ("both", "eagle") or self.tuning.tune):
             flag = "--tune" if self.tuning.tune else f"--mode {self.model.mode}"
             raise UserError(f"--adaptive adapts the trees of speculative decoding; {flag} has none to adapt. Drop one.")

@@ -62,7 +62,9 @@ def bench(args: BenchArgs) -> None:
 
     refuse_missing_folder(args.model.base_model_path)
     if args.needs_head:
-        read_drafter(str(args.model.eagle_model_path))
+        files = read_drafter(str(args.model.eagle_model_path))
+        if args.tuning.tune and not files.grows_trees:
+            raise UserError(f"--tune measures trees, and {args.model.eagle_model_path} proposes chains. Give a head.")
     placement = place(args)
     if args.tuning.tune:
         return tune_tree(args, EngineSpec.of(args, TreeShape(), num_gpus=placement.gpus_per_worker))

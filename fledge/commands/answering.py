@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TextIO
 
 from fledge.console import say, show_table
+from fledge.data.detokenize import Detokenizer
 from fledge.data.image_urls import AllowImageUrls, allow_image_urls
 from fledge.data.rejects import Reject
 from fledge.data.samples import Prompt
@@ -174,34 +175,27 @@ def rendered(template: ChatTemplate, messages: list[dict[str, Any]]) -> Prompt:
 
 
 class Stream:
-    """Writes text as its tokens arrive; a character split over several tokens waits for its last one."""
+    """Writes text as its tokens arrive."""
 
     def __init__(self, tokenizer: Any, out: TextIO) -> None:
-        self._tokenizer, self._out = tokenizer, out
+        self._detokenizer, self._out = Detokenizer(tokenizer), out
         self._colour = out.isatty()
-        self._token_ids: list[int] = []
-        self._shown = ""
 
     def write(self, new: list[int]) -> None:
         """One round: the drafts that were kept, then the target's own token."""
         for index, token in enumerate(new):
-            self._token_ids.append(token)
-            text = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
-            if text.endswith("\ufffd") or not text.startswith(self._shown):
-                continue
-            piece, self._shown = text[len(self._shown) :], text
+            piece = self._detokenizer.add(token)
             kept = self._colour and index < len(new) - 1
             piece = printable(piece) if self._colour else piece  # a terminal obeys control characters
-            self._out.write(f"{GREEN}{piece}{NORMAL}" if kept else piece)
+            self._out.write(f"{GREEN}{piece}{NORMAL}" if kept and piece else piece)
         self._out.flush()
 
     def close(self) -> str:
         """What was held back, and a line end. The whole text."""
-        text = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
-        rest = text[len(self._shown) :] if text.startswith(self._shown) else ""
+        rest = self._detokenizer.rest()
         self._out.write((printable(rest) if self._colour else rest) + "\n")
         self._out.flush()
-        return text
+        return self._detokenizer.text
 
 
 def speed_line(name: str, generation: Generation) -> str:
@@ -209,14 +203,9 @@ def speed_line(name: str, generation: Generation) -> str:
     tau = f", tau {generation.tau:.2f}" if generation.drafted_depth and generation.num_forwards else ""
     ended = "at a stop token" if generation.finish_reason == "stop" else "at the length limit"
     return (
-        f"{name}: {len(generation.token_ids)} tokens, ended {ended}{tau}, {tokens_per_s(generation):.1f} tok/s, "
+        f"{name}: {len(generation.token_ids)} tokens, ended {ended}{tau}, {generation.tokens_per_s:.1f} tok/s, "
         f"first token after {1000 * generation.ttft_s:.0f} ms"
     )
-
-
-def tokens_per_s(generation: Generation) -> float:
-    """Decoding speed: the tokens after the first over the time after the first."""
-    return (len(generation.token_ids) - 1) / generation.decode_s if generation.decode_s else 0.0
 
 
 def show_profile(generation: Generation, target: Any) -> None:

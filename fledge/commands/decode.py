@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from fledge.commands.answering import Answerer, ModelArgs, rendered, speed_line, tokens_per_s
+from fledge.commands.answering import Answerer, ModelArgs, rendered, speed_line
 from fledge.console import say
 from fledge.data.samples import Prompt
 from fledge.decoding.records import Generation, Sampling
@@ -98,7 +98,7 @@ def show_comparison(found: Generation, plain: Generation, sampling: Sampling) ->
     """Both sides, and whether they agree where they must."""
     say(speed_line("plain", plain))
     if plain.decode_s and found.decode_s:
-        say(f"speed-up: {tokens_per_s(found) / tokens_per_s(plain):.2f}x")
+        say(f"speed-up: {found.tokens_per_s / plain.tokens_per_s:.2f}x")
     if sampling.temperature:
         say("outputs: both follow the target's law; the draws differ")
     elif found.token_ids == plain.token_ids:

@@ -7,7 +7,7 @@ fixed on a GPU wherever that is possible.
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,8 +17,7 @@ from fledge.decoding.probe import ability_of, shape_for
 from fledge.decoding.records import Generation, RoundTrace, Sampling
 from fledge.decoding.requests import OnTokens, Request, RequestState, check_request
 from fledge.decoding.session import Session, in_buckets, rows_ahead
-from fledge.drafters.eagle3.model import DraftModel
-from fledge.drafters.registry import Drafter
+from fledge.drafters.base import Drafter
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 from fledge.target.model import Target
@@ -110,11 +109,19 @@ def stream(
     tree: TreeShape | None = None,
     sampling: Sampling | None = None,
     eos_token_ids: Sequence[int] | None = None,
+    model_inputs: Mapping[str, Tensor] | None = None,
     shapes: ShapePolicy = "auto",
-) -> Iterator[list[list[int]]]:
-    """Per round, the new tokens of every prompt; an empty list for those without. Closing the iterator cancels."""
+) -> Generator[list[list[int]], None, None]:
+    """Per round, the new tokens of every prompt; an empty list for those without. Closing the iterator cancels.
+
+    `model_inputs` belong to the prompt where there is one.
+    """
+    assert not model_inputs or len(prompts) == 1, "pictures are of one prompt"
     laws = seeded(sampling or Sampling(), len(prompts))
-    requests = [Request(prompt, max_new_tokens, law) for prompt, law in zip(prompts, laws, strict=True)]
+    requests = [
+        Request(prompt, max_new_tokens, law, model_inputs=model_inputs or {})
+        for prompt, law in zip(prompts, laws, strict=True)
+    ]
     session = open_session(target, drafter, requests, tree=tree, eos_token_ids=eos_token_ids, shapes=shapes)
     states: list[RequestState] = [session.add(request) for request in requests]
     try:
@@ -147,7 +154,7 @@ def open_session(
     """A session for such requests: a kept one that is idle and large enough, else a new one."""
     if not requests:
         raise UserError("there are no prompts to answer. Give at least one.")
-    if isinstance(drafter, DraftModel):
+    if drafter is not None:
         check_pair(target, drafter)
     tree = tree or TreeShape()
     if drafter is not None:
@@ -177,6 +184,11 @@ def open_session(
     return session
 
 
+def drop_sessions(target: Target) -> None:
+    """Free what is kept for the next call with this target: its sessions know it, so it would never be freed itself."""
+    _sessions.pop(target, None)
+
+
 def uses_fixed_shapes(
     shapes: ShapePolicy, target: Target, drafter: Drafter | None, *, pictures: bool = False, adaptive: bool = False,
     trace: bool = False,
@@ -195,8 +207,8 @@ def obstacle(
 ) -> str | None:  # fmt: skip
     """Why rounds cannot have fixed shapes; None where they can."""
     devices = {parameter.device for parameter in target.model.parameters()}
-    if isinstance(drafter, DraftModel):
-        devices.add(drafter.fc.weight.device)
+    if drafter is not None:
+        devices |= drafter.devices
     ability = ability_of(target)
     reasons = {
         ability.reason: not ability.own_cache,
@@ -204,15 +216,15 @@ def obstacle(
         f"it is spread over {len(devices)} devices": len(devices) > 1,
         "there are pictures in the prompt": pictures,
         "--adaptive decides every tree on the host": adaptive,
-        "prompt lookup reads the tokens on the host": drafter is not None and not isinstance(drafter, DraftModel),
+        "the drafter reads the tokens on the host": drafter is not None and drafter.needs_host,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def check_pair(target: Target, draft: DraftModel) -> None:
-    """Refuse a head that learned from other layers: it would decode, at an acceptance near zero."""
-    if tuple(draft.config.tap_layers) != target.tap_layers:
+def check_pair(target: Target, drafter: Drafter) -> None:
+    """Refuse a drafter that learned from other layers: it would decode, at an acceptance near zero."""
+    if drafter.tap_layers not in (None, target.tap_layers):
         raise UserError(
-            f"the head was trained on tap layers {list(draft.config.tap_layers)}, the target taps "
+            f"the head was trained on tap layers {list(drafter.tap_layers or ())}, the target taps "
             f"{list(target.tap_layers)}. Load the target with the head's tap layers."
         )

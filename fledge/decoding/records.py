@@ -62,6 +62,11 @@ class Generation:
     rounds: list[RoundTrace] | None = None
 
     @property
+    def tokens_per_s(self) -> float:
+        """Decoding speed: the tokens after the first over the time after the first."""
+        return (len(self.token_ids) - 1) / self.decode_s if self.decode_s else 0.0
+
+    @property
     def tau(self) -> float:
         """Tokens per target forward, bonus included; the prefill's token belongs to no round. NaN without rounds."""
         return (len(self.token_ids) - 1) / self.num_forwards if self.num_forwards else float("nan")

@@ -26,8 +26,8 @@ from fledge.decoding.records import RoundTrace, Sampling
 from fledge.decoding.requests import Request, RequestState, check_request
 from fledge.decoding.round import Round, Shapes
 from fledge.decoding.verifier import ModelInputs
-from fledge.drafters.base import Budget
-from fledge.drafters.registry import Drafter, proposer_of
+from fledge.drafters.base import Budget, Drafter
+from fledge.drafters.registry import proposer_of
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 from fledge.target.model import Target

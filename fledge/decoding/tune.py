@@ -27,10 +27,9 @@ from fledge.decoding.probe import ability_of, verifier_of
 from fledge.decoding.records import Sampling
 from fledge.decoding.tree_profile import TreeProfile
 from fledge.decoding.verifier import Lengths
-from fledge.drafters.base import Emitted
-from fledge.drafters.eagle3.model import DraftModel
-from fledge.drafters.eagle3.propose import EagleProposer, candidate_levels
-from fledge.drafters.tree import Trees, TreeShape, ancestors_of
+from fledge.drafters.base import Drafter, Emitted, TreeProposer
+from fledge.drafters.registry import proposer_of
+from fledge.drafters.tree import Trees, TreeShape, ancestors_of, candidate_levels
 from fledge.errors import UserError
 from fledge.target.model import Target
 
@@ -63,7 +62,7 @@ Ranks = dict[int, list[np.ndarray]]  # by top_k, per position: (MAX_LEVELS, MAX_
 
 @torch.inference_mode()
 def tune(
-    target: Target, draft: DraftModel, prompts: Sequence[Prompt], *, sampling: Sampling, max_new_tokens: int,
+    target: Target, draft: Drafter, prompts: Sequence[Prompt], *, sampling: Sampling, max_new_tokens: int,
     eos_token_ids: Sequence[int] | None = None,
 ) -> TreeProfile:  # fmt: skip
     """Measure costs and acceptance on these prompts, choose the best tree, confirm it by real decoding."""
@@ -82,7 +81,7 @@ def tune(
             f"all {len(prompts)} answers are shorter than {MAX_LEVELS + 1} tokens: too short to tune a tree on. Use "
             f"prompts that ask for more, or a larger --max-new-token."
         )
-    widths = [width for width in WIDTHS if width <= draft.config.draft_vocab_size]
+    widths = [width for width in WIDTHS if tree_proposer(draft, largest_tree(width), 0).width == width]
     with progress("tune", len(widths) + len(NODES) + 3) as bar:
         ranks: Ranks = {}
         for width in widths:
@@ -104,11 +103,24 @@ def tune(
     )  # fmt: skip
 
 
+def largest_tree(width: int) -> TreeShape:
+    """All candidates of `width` children per node."""
+    return TreeShape(candidate_count(width, MAX_LEVELS) + 1, MAX_LEVELS - 1, width)
+
+
+def tree_proposer(draft: Drafter, shape: TreeShape, num_rows: int) -> TreeProposer:
+    """The drafter at work on such trees behind a text of `num_rows` tokens."""
+    proposer = proposer_of(draft, shape, 1, num_rows + candidate_count(shape.top_k, shape.levels))
+    if not isinstance(proposer, TreeProposer):
+        raise UserError("there are no trees to tune: this drafter proposes chains. Tune a draft head.")
+    return proposer
+
+
 # -- acceptance --------------------------------------------------------------------------------------------------------
 
 
 def ranks_along(
-    target: Target, draft: DraftModel, pairs: Sequence[tuple[Prompt, list[int]]], width: int
+    target: Target, draft: Drafter, pairs: Sequence[tuple[Prompt, list[int]]], width: int
 ) -> Iterator[np.ndarray]:
     """For positions spread over every answer: the ranks of the true continuation in the head's largest tree."""
     levels = candidate_levels(width, MAX_LEVELS).numpy()
@@ -121,8 +133,7 @@ def ranks_along(
             tokens[None], position_ids=None if where is None else where[..., None, :], **extra_inputs
         ).tap_hidden  # fmt: skip
         assert taps is not None
-        shape = TreeShape(len(levels) + 1, MAX_LEVELS - 1, width)
-        proposer = EagleProposer(draft, shape, 1, len(tokens) + len(levels))
+        proposer = tree_proposer(draft, largest_tree(width), len(tokens))
         rows = torch.arange(len(tokens), device=target.device) if where is None else where
         done = len(prompt)
         proposer.fill(0, tokens[:done], taps[0, :done], rows[..., :done])
@@ -205,7 +216,7 @@ def candidate_count(width: int, levels: int) -> int:
 
 @torch.inference_mode()
 def measure_costs(
-    target: Target, draft: DraftModel, pair: tuple[Prompt, list[int]], widths: Sequence[int],
+    target: Target, draft: Drafter, pair: tuple[Prompt, list[int]], widths: Sequence[int],
     options: dict[str, Any], on_step: Callable[[str], None],
 ) -> RoundCosts:  # fmt: skip
     """Time the parts of a round in the middle of an answer."""
@@ -241,14 +252,14 @@ def verify_time(target: Target, tokens: list[int], nodes: int) -> float:
         )  # fmt: skip
 
 
-def draft_times(target: Target, draft: DraftModel, tokens: list[int], width: int) -> Iterator[tuple[int, float]]:
+def draft_times(target: Target, draft: Drafter, tokens: list[int], width: int) -> Iterator[tuple[int, float]]:
     """Seconds to follow three new tokens and grow a tree, for every number of levels."""
     device, length = target.device, len(tokens) - 1
     shape = TreeShape(max(NODES[-1], MAX_LEVELS + 1), MAX_LEVELS - 1, width)
-    proposer = EagleProposer(draft, shape, 1, len(tokens) + candidate_count(width, MAX_LEVELS))
+    proposer = tree_proposer(draft, shape, len(tokens))
     ids = torch.tensor(tokens, device=device)
-    size = (len(tokens), len(draft.config.tap_layers), draft.config.hidden_size)
-    taps = torch.zeros(size, device=device, dtype=draft.fc.weight.dtype)
+    size = (len(tokens), len(target.tap_layers), target.hidden_size)
+    taps = torch.zeros(size, device=device, dtype=target.dtype)
     proposer.fill(0, ids, taps, torch.arange(len(tokens), device=device))
     emitted, num_keys = emitted_between(ids, taps, length - 2, length), length + proposer.rows_ahead
 
@@ -276,10 +287,10 @@ def median_time(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def confirm(
-    target: Target, draft: DraftModel, prompts: Sequence[Prompt], tree: TreeShape, options: dict[str, Any]
+    target: Target, draft: Drafter, prompts: Sequence[Prompt], tree: TreeShape, options: dict[str, Any]
 ) -> dict[str, float]:
     """Real decoding speeds on the same prompts, interleaved: plain, the chosen tree, the default tree."""
-    ways: dict[str, tuple[DraftModel | None, TreeShape | None]] = {
+    ways: dict[str, tuple[Drafter | None, TreeShape | None]] = {
         "plain": (None, None), "chosen": (draft, tree), "default": (draft, DEFAULT),
     }  # fmt: skip
     tokens, seconds = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0.0)

@@ -1,21 +1,50 @@
 """The seam between drafters and the rest: what decoding may ask of any drafter.
 
-A drafter proposes trees of tokens; decoding verifies them and knows nothing of how they came about. Everything is said
-for B sequences at once, in slots 0 .. B-1. A sequence of L committed tokens and its root (the last emitted token, whose
-row the target has not computed yet) looks like this to both sides:
+A drafter is read from its files (`DrafterFiles`), bound to its target (`Drafter`) and set to work on B sequences
+(`Proposer`); `fledge.drafters.registry` has a row for each kind. It proposes trees of tokens; decoding verifies them
+and knows nothing of how they came about. Everything is said for B sequences at once, in slots 0 .. B-1. A sequence of L
+committed tokens and its root (the last emitted token, whose row the target has not computed yet) looks like this to
+both sides:
 
     token      x_0 x_1 .. x_(L-1) | x_L = root
     position   0   1   .. L-1     | L
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from fledge.drafters.tree import Trees
 
 # B sequences, P prompt tokens, E new tokens, A tapped layers, H hidden size, K keys (rows of a cache that are read)
+
+
+class Drafter(Protocol):
+    """A drafter bound to its target: what decoding must know of it before it works."""
+
+    needs_host: bool  # whether it looks at token ids on the host: its rounds cannot be captured into a graph
+
+    @property
+    def tap_layers(self) -> tuple[int, ...] | None:
+        """The target layers whose inputs it reads; None where it reads none."""
+        ...
+
+    @property
+    def devices(self) -> frozenset[torch.device]:
+        """Where its weights lie."""
+        ...
+
+
+@dataclass(frozen=True)
+class DrafterFiles:
+    """A drafter read from its files, and checked, that waits for its target."""
+
+    tap_layers: tuple[int, ...] | None  # the target layers that it reads; None where it reads none
+    grows_trees: bool  # whether its proposers are `TreeProposer`s
+    bind: Callable[[Tensor], Drafter]  # from the target's input embedding (V, H)
 
 
 @dataclass(frozen=True)
@@ -51,7 +80,6 @@ class Proposer(Protocol):
     num_drafted: int  # most drafted nodes of a tree
     rows_ahead: int  # cache rows behind the committed ones that it may write in a round
     needs_taps: bool  # whether it reads the target's tapped states
-    needs_host: bool  # whether it looks at token ids on the host: such a proposer cannot be captured into a graph
 
     def fill(self, slot: int, token_ids: Tensor, taps: Tensor | None, positions: Tensor) -> None:
         """A prompt (P,) enters this slot; its taps (P, A, H) and the target's rope positions (P,) or (axes, P)."""
@@ -71,4 +99,18 @@ class Proposer(Protocol):
 
     def move(self, source: int, goal: int) -> None:
         """The sequence of slot `source` goes on in slot `goal`, whose own has ended."""
+        ...
+
+
+@runtime_checkable
+class TreeProposer(Proposer, Protocol):
+    """A proposer whose trees are chosen from scored candidates: the best shape of them can be measured."""
+
+    width: int  # children per node
+
+    def candidates(
+        self, lengths: Tensor, num_levels: int, num_keys: int, budget: Budget | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, target ids and parents (B, C) of all candidates, in the order of `fledge.drafters.tree`: level by
+        level, parent -1 for the root."""
         ...

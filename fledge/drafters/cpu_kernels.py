@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.drafters.batch import Batch
-from fledge.drafters.eagle3.runs import Run
+from fledge.drafters.runs import Run
 from fledge.target.linear import fits_onednn, onednn_product
 from fledge.target.record import TargetRecord, TeacherSummary
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fledge.drafters.cpu_kernels import round_up
-from fledge.drafters.eagle3.runs import Run
+from fledge.drafters.runs import Run
 
 SMALLEST_PIECE = 32  # rows
 PIECES_OF_A_RUN = 16  # at most; more would cost attention more calls than they even out

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fledge.drafters.alignment import Alignment
 from fledge.drafters.cpu_kernels import MULTIPLE, is_argmax, pad_index, product
-from fledge.drafters.eagle3.ttt import Alignment
 from fledge.drafters.position_weights import CONFIDENCE_FLOOR, STEP_DECAY, averaging_weights, dynamic_weights
 from fledge.target.record import TeacherSummary
 

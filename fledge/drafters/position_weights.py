@@ -18,7 +18,7 @@ of the row's last step before them. `floor` keeps late steps alive while the dra
 import torch
 from torch import Tensor
 
-from fledge.drafters.eagle3.ttt import Alignment
+from fledge.drafters.alignment import Alignment
 
 STEP_DECAY = 0.8  # fixed weights are STEP_DECAY ** k, as in other EAGLE-3 trainers
 CONFIDENCE_FLOOR = 0.5  # the least confidence that dynamic weights assume of a step

@@ -81,6 +81,14 @@ def chains(token_ids: Tensor) -> Trees:
     )  # fmt: skip
 
 
+def candidate_levels(width: int, num_levels: int) -> Tensor:
+    """Level of every candidate (C,): `width` of level 1, then `width` squared per level."""
+    levels = [1] * (width if num_levels else 0)
+    for level in range(2, num_levels + 1):
+        levels += [level] * width * width
+    return torch.tensor(levels, dtype=torch.int64)
+
+
 def build_trees(
     roots: Tensor, token_ids: Tensor, parents: Tensor, levels: Tensor, scores: Tensor, num_drafted: int, num_levels: int
 ) -> Trees:

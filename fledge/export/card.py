@@ -23,9 +23,6 @@ from fledge.parsing import convert, decode_text, read_bytes, read_python_json
 CARD = "README.md"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PLAIN_NAME = re.compile(r"[\w./@:+][\w./@:+-]*")
-READERS = {"vllm": ("vllm",), "eagle": ("vllm",), "speculators": ("speculators",), "sglang": ("sglang",)}
-OTHER_READER = {"vllm": "sglang", "eagle": "sglang", "speculators": "sglang", "sglang": "vllm"}
-TITLES = {"vllm": "vLLM", "speculators": "vLLM", "eagle": "vLLM", "sglang": "SGLang"}
 
 
 class TrainSettings(msgspec.Struct):
@@ -104,13 +101,14 @@ def _introduction(config: DraftConfig) -> str:
 
 
 def _serving(name: str, layout: str, target: str) -> str:
-    here = _command(layout, target, name)
-    other = OTHER_READER[layout]
+    reader = LAYOUTS[layout].reader
+    other = next(one for one in LAYOUTS.values() if one.reader != reader)
     return (
-        f"## Serving\n\nThese files are written for {TITLES[layout]} (tap ids, names):\n\n```bash\n{here}\n```\n\n"
-        f"For {TITLES[other]}, `fledge export` the head with `--to {other}` first; read as they are, the tap ids would "
-        f"be off by one layer and the head would draft next to nothing.\n\n"
-        f"```bash\n{_command(other, target, name + '-' + other)}\n```"
+        f"## Serving\n\nThese files are written for {reader} (tap ids, names):\n\n"
+        f"```bash\n{_command(layout, target, name)}\n```\n\n"
+        f"For {other.reader}, `fledge export` the head with `--to {other.name}` first; read as they are, tap ids or "
+        f"names would be wrong and the head would draft next to nothing.\n\n"
+        f"```bash\n{_command(other.name, target, f'{name}-{other.name}')}\n```"
     )
 
 

@@ -27,6 +27,8 @@ class Layout:
     """Config fields its reader does not know, though a head that sets them is another function."""
     serve: str = ""
     """The command that serves HEAD with TARGET."""
+    reader: str = "vLLM"
+    """The engine that reads it, as people call it."""
 
     def tensor_name(self, ours: str) -> str:
         """The layout's name of one of our tensors."""
@@ -100,9 +102,11 @@ SGLANG = (
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout("eagle", _eagle_config, serve=VLLM),
         Layout("vllm", _eagle_config, serve=VLLM),
-        Layout("sglang", _sglang_config, ignores=("norm_before_residual", "sliding_window"), serve=SGLANG),
+        Layout(
+            "sglang", _sglang_config, ignores=("norm_before_residual", "sliding_window"), serve=SGLANG, reader="SGLang"
+        ),
         Layout("speculators", _speculators_config, layer_prefix="layers.0.", serve="vllm serve HEAD"),
+        Layout("eagle", _eagle_config, serve=VLLM),
     )
 }

@@ -52,8 +52,10 @@ class Target:
         self._accepted = frozenset(inspect.signature(self._base.forward).parameters)
         self.num_layers, self.hidden_size = len(self.layers), self.text_config.hidden_size
         self._taps: dict[int, Tensor] | None = None
-        for layer in self.tap_layers:
+        self._hooks = [
             self.layers[layer].register_forward_pre_hook(self._tap(layer), with_kwargs=True)
+            for layer in self.tap_layers
+        ]
         self._check_head()
 
     @classmethod
@@ -104,6 +106,11 @@ class Target:
             model = model.to(device or default_device())
         _refuse_bad_weights(model, loading["missing_keys"], name_or_path)
         return cls(model, tokenizer, vision=vision, tap_layers=tap_layers, name=name_or_path, revision=revision)
+
+    def remove_hooks(self) -> None:
+        """For a model that goes on without this target, which gives no taps any more."""
+        for hook in self._hooks:
+            hook.remove()
 
     # -- facts ---------------------------------------------------------------------------------------------------------
 
@@ -158,7 +165,7 @@ class Target:
 
         position_ids are (B, T), or (R, B, T) for a multimodal rope; `model_inputs` are the pixels and their like.
         """
-        self._taps = {} if taps else None
+        self._taps = {} if taps and self.tap_layers else None
         try:
             output = self._base(
                 input_ids=input_ids,
@@ -220,7 +227,7 @@ class Target:
     def _checked_taps(self, tap_layers: Sequence[int] | None) -> tuple[int, ...]:
         num_layers = len(self.layers)
         taps = tuple(tap_layers) if tap_layers is not None else default_tap_layers(num_layers)
-        if len(set(taps)) != len(taps) or list(taps) != sorted(taps) or taps[0] < 0 or taps[-1] >= num_layers:
+        if list(taps) != sorted(set(taps)) or not set(taps) <= set(range(num_layers)):
             reason = "given" if tap_layers is not None else "derived as 2, N // 2, N - 3"
             raise UserError(
                 f"{self.name}: tap layers {list(taps)} ({reason}) are not distinct, ascending layers of a target with "

@@ -100,5 +100,5 @@ class TargetOutput:
 
 
 def default_tap_layers(num_layers: int) -> tuple[int, int, int]:
-    """Low, middle and high tap: inputs of decoder layers 2, N // 2 and N - 3 (EAGLE-3; vLLM and SGLang agree)."""
+    """Low, middle and high tap: inputs of decoder layers 2, N // 2 and N - 3, as vLLM and SGLang have them."""
     return 2, num_layers // 2, num_layers - 3

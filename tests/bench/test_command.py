@@ -306,8 +306,9 @@ def test_fixed_shapes_measure_the_same_answers(run_bench, tmp_path):
         (("--adaptive", "--tune"), "--tune has none to adapt"),
         (("--adaptive", "--backend", "server"), "--adaptive is about decoding in this process"),
         (("--shapes", "fixed", "--backend", "server"), "--shapes is about decoding in this process"),
+        (("--draft", "lookup", "--tune"), "--tune measures trees, and lookup proposes chains"),
     ],
 )
-def test_what_adaptive_and_shapes_do_not_go_with(folders, flags, message):
+def test_what_adaptive_shapes_and_tune_do_not_go_with(folders, flags, message):
     with pytest.raises(UserError, match=message):
         bench(parse_bench(folders, *flags))

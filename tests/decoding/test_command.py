@@ -128,7 +128,7 @@ def test_sampling_says_that_draws_differ(folders, capsys):
     [
         (("--draft", "/nowhere"), "/nowhere/config.json: no such file"),
         (("--raw", "--system", "w9"), "--system has no place"),
-        (("--draft", "lookup", "--shapes", "fixed"), "prompt lookup reads the tokens on the host"),
+        (("--draft", "lookup", "--shapes", "fixed"), "the drafter reads the tokens on the host"),
         (("w30", "--image", "a.png"), "--image belongs to one prompt; --prompt has 2"),
     ],
 )

@@ -16,8 +16,9 @@ from fledge.decoding.tune import (
     emitted_between,
     expected_tau,
 )
-from fledge.drafters.eagle3.propose import EagleProposer, candidate_levels
-from fledge.drafters.tree import TreeShape
+from fledge.drafters.eagle3.propose import EagleProposer
+from fledge.drafters.lookup.propose import PromptLookup
+from fledge.drafters.tree import TreeShape, candidate_levels
 from fledge.errors import UserError
 
 
@@ -100,6 +101,11 @@ def test_tune_measures_chooses_and_confirms(monkeypatch):
     assert set(profile.measured) == {"plain", "chosen", "default"} and min(profile.measured.values()) > 0
     with pytest.raises(UserError, match="too short to tune"):
         tune.tune(target, draft, [Prompt(prompt(8))], sampling=Sampling(), max_new_tokens=4, eos_token_ids=())
+
+
+def test_a_drafter_of_chains_has_no_tree_to_tune():
+    with pytest.raises(UserError, match="no trees to tune"):
+        tune.tree_proposer(PromptLookup(), tune.largest_tree(3), 0)
 
 
 def some_profile(hardware):

@@ -19,10 +19,10 @@ from ttt_reference import (
 from fledge.drafters import cpu_kernels, depth
 from fledge.drafters.batch import pack
 from fledge.drafters.depth import RandomDepth, pieces_of
-from fledge.drafters.eagle3.runs import Run
 from fledge.drafters.eagle3.ttt import align, unroll
 from fledge.drafters.loss import LossSettings, Teacher, dense_loss, ttt_loss
 from fledge.drafters.position_weights import STEP_DECAY
+from fledge.drafters.runs import Run
 from fledge.train.module import TTTModule
 
 

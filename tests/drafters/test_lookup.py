@@ -3,7 +3,7 @@
 import torch
 
 from fledge.drafters.base import Emitted
-from fledge.drafters.lookup.propose import LONGEST, History, LookupProposer
+from fledge.drafters.lookup.propose import LONGEST, History, LookupProposer, PromptLookup
 from fledge.drafters.tree import TreeShape
 
 
@@ -38,7 +38,7 @@ def test_found_as_by_the_definition():
 
 def test_chains_of_a_batch():
     """A sequence that finds less is filled up; one that finds nothing proposes something that will be refused."""
-    proposer = LookupProposer(TreeShape(8, 3, 1), 3)
+    proposer = LookupProposer(PromptLookup(), TreeShape(8, 3, 1), 3)
     texts = ([1, 2, 3, 4, 1], [5, 6, 5], [7, 8])
     for slot, text in enumerate(texts):
         proposer.fill(slot, torch.tensor(text), None, torch.arange(len(text)))
@@ -54,7 +54,7 @@ def test_chains_of_a_batch():
 
 
 def test_nothing_found_is_a_root():
-    proposer = LookupProposer(TreeShape(8, 3, 1), 1)
+    proposer = LookupProposer(PromptLookup(), TreeShape(8, 3, 1), 1)
     proposer.fill(0, torch.tensor([1, 2]), None, torch.arange(2))
     new = Emitted(torch.tensor([[3]]), torch.tensor([1]), None, torch.tensor([2]))
     proposer.follow(new, 0)

@@ -2,8 +2,7 @@
 
 import torch
 
-from fledge.drafters.eagle3.propose import candidate_levels
-from fledge.drafters.tree import Trees, ancestors_of, build_trees, chains, roots_only
+from fledge.drafters.tree import Trees, ancestors_of, build_trees, candidate_levels, chains, roots_only
 
 WIDTH, LEVELS, BATCH, VOCAB = 3, 4, 5, 6
 

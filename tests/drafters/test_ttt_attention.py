@@ -5,8 +5,8 @@ import torch
 
 from fledge.drafters import cpu_kernels
 from fledge.drafters.eagle3 import attention_blocks as blocks
-from fledge.drafters.eagle3.runs import Run, runs_of
 from fledge.drafters.eagle3.ttt_attention import _own_backward, dense_ttt_attention, ttt_attention
+from fledge.drafters.runs import Run, runs_of
 
 
 def tensors(num_rows: int, num_queries: int, later: int, heads: int = 4, kv_heads: int = 2, dim: int = 8):

@@ -27,7 +27,7 @@ from fledge.decoding.records import Generation, Sampling
 from fledge.decoding.requests import Request
 from fledge.decoding.round import Round, Shapes
 from fledge.decoding.session import Session
-from fledge.drafters.registry import PromptLookup
+from fledge.drafters.lookup.propose import PromptLookup
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 from fledge.target.model import Target
@@ -605,7 +605,7 @@ def test_what_cannot_be_fixed_is_said():
     for options, reason in (({"pictures": True}, "pictures"), ({"adaptive": True}, "--adaptive decides every tree")):
         with pytest.raises(UserError, match=reason):
             uses_fixed_shapes("fixed", target, None, **options)
-    with pytest.raises(UserError, match="prompt lookup reads"):
+    with pytest.raises(UserError, match="the drafter reads"):
         uses_fixed_shapes("fixed", target, PromptLookup())
     hybrid = Target(tiny_model(next(iter(HYBRIDS))), tap_layers=(1, 2, 3), name="hybrid")
     with pytest.raises(UserError, match="hybrid: .*running state.*Use --shapes auto or exact"):

@@ -4,16 +4,19 @@ import json
 import re
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
+from pages import ROOT, run_python
+from safetensors.torch import load_file
 from tiny import tiny_draft, tiny_target
 
 from fledge.drafters.eagle3.checkpoint import save_draft
 from fledge.errors import UserError
 from fledge.export.card import Licence
 from fledge.export.convert import ExportArgs, export_head
+from fledge.export.layouts import LAYOUTS
 
 RUN = {
     "target": "/home/me/models/Tiny-1B", "steps": 440, "versions": {"fledge": "0.1.0"},
@@ -169,3 +172,18 @@ def test_a_repository_has_an_owner(head, hub):
     with pytest.raises(UserError, match="named NAME/HEAD. Nothing was uploaded"):
         card(head, push_to_hub="tiny-head")
     assert hub.calls == []
+
+
+def test_a_layout_is_added_as_the_guide_says(head, monkeypatch):
+    """The card had tables of layouts of its own, so a head in a new layout ended in a KeyError."""
+    monkeypatch.setitem(LAYOUTS, "myengine", LAYOUTS["vllm"])  # taken out again after the test
+    run_python(ROOT / "docs" / "add-an-engine-layout.md")
+    text = card(head, "myengine", target="org/Tiny-1B")
+    assert "written for MyEngine" in text and "myengine serve org/Tiny-1B --draft out-myengine" in text
+    assert "For vLLM" in text and "--to vllm" in text
+    tensors = load_file(head.parent / "out-myengine" / "model.safetensors")
+    assert "layers.0.mlp.up_proj.weight" in tensors and not any(name.startswith("midlayer") for name in tensors)
+
+
+def test_the_flag_names_every_layout():
+    assert sorted(get_args(get_type_hints(ExportArgs)["to"])) == sorted(LAYOUTS)

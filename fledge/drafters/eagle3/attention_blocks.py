@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fledge.drafters.eagle3.runs import Run
+from fledge.drafters.runs import Run
 
 # N rows of all documents, S query rows, h query heads, g key heads, d head_dim; s queries and n keys of one block
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fledge.drafters.base import DrafterFiles
 from fledge.drafters.eagle3.config import DraftConfig, to_json
 from fledge.drafters.eagle3.head import WEIGHTS, Head, read_head
 from fledge.drafters.eagle3.model import DraftModel
@@ -49,6 +50,13 @@ def load_draft(folder: str | Path, embedding: Tensor, *, dtype: torch.dtype | No
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder. A head is a folder with config.json and {WEIGHTS}.")
     return bind_head(read_head(folder), embedding, folder, dtype=dtype)
+
+
+def read_draft(name: str) -> DrafterFiles:
+    """The head in this folder, for the registry of drafters."""
+    folder = Path(name)
+    head = read_head(folder)
+    return DrafterFiles(head.config.tap_layers, True, lambda embedding: bind_head(head, embedding, folder))
 
 
 def bind_head(head: Head, embedding: Tensor, folder: Path, *, dtype: torch.dtype | None = None) -> DraftModel:

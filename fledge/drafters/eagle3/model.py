@@ -60,6 +60,7 @@ class MidLayer(nn.Module):
 class DraftModel(nn.Module):
     """An EAGLE-3 (or 3.1) head bound to the target's embedding."""
 
+    needs_host = False
     axis_of_dim: Tensor | None  # (R,) axis of a multimodal rope that each dimension follows
     d2t: Tensor  # (D,) int64 offsets: target_id = draft_id + d2t[draft_id]
     t2d: Tensor  # (V,) bool: v is in the draft vocabulary
@@ -95,6 +96,14 @@ class DraftModel(nn.Module):
     @property
     def embedding(self) -> Tensor:
         return self._embedding[0]
+
+    @property
+    def tap_layers(self) -> tuple[int, ...]:
+        return tuple(self.config.tap_layers)
+
+    @property
+    def devices(self) -> frozenset[torch.device]:
+        return frozenset({self.fc.weight.device})
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """(..) target ids -> (.., H) in the head's dtype."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fledge.drafters.base import Budget, Emitted
 from fledge.drafters.eagle3.model import DraftModel
-from fledge.drafters.tree import Trees, TreeShape, build_trees
+from fledge.drafters.tree import Trees, TreeShape, build_trees, candidate_levels
 from fledge.target.model import longrope_limit
 
 # B sequences, E slots of new tokens, k beam width, W rows of the beam so far, S rows, H hidden size, K keys,
@@ -34,7 +34,6 @@ class EagleProposer:
     """An EAGLE-3 (or 3.1) head that drafts for `batch` sequences."""
 
     needs_taps = True
-    needs_host = False
 
     def __init__(self, draft: DraftModel, shape: TreeShape, batch: int, capacity: int) -> None:
         config, device = draft.config, draft.fc.weight.device
@@ -201,14 +200,6 @@ class DraftCache:
             block[:batch].scatter_(2, index, states)
         read = self._block[:, :batch, :, : self._num_keys]
         return read[0], read[1]
-
-
-def candidate_levels(width: int, num_levels: int) -> Tensor:
-    """Level of every candidate (C,): `width` of level 1, then `width` squared per level."""
-    levels = [1] * (width if num_levels else 0)
-    for level in range(2, num_levels + 1):
-        levels += [level] * width * width
-    return torch.tensor(levels, dtype=torch.int64)
 
 
 def beam_width(shape: TreeShape, draft_vocab_size: int) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fledge.drafters import cpu_kernels
 from fledge.drafters.eagle3.attention_blocks import BlockAttention
-from fledge.drafters.eagle3.runs import Run
+from fledge.drafters.runs import Run
 
 # N rows of all documents, S query rows, h query heads, g key heads, d head_dim, k later steps
 

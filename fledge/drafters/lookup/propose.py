@@ -7,23 +7,40 @@ No weights, and it works with every target. Known from transformers (`prompt_loo
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fledge.drafters.base import Budget, Emitted
+from fledge.drafters.base import Budget, DrafterFiles, Emitted
 from fledge.drafters.tree import Trees, TreeShape, chains, roots_only
 
 LONGEST, SHORTEST = 5, 1  # tokens of an n-gram, tried from the longest
+
+
+NAME = "lookup"  # what --draft says: there is no folder to name
+
+
+@dataclass(frozen=True)
+class PromptLookup:
+    """The drafter without weights."""
+
+    needs_host = True
+    tap_layers = None
+    devices: frozenset[torch.device] = frozenset()
+
+
+def read_lookup(name: str) -> DrafterFiles | None:
+    """Prompt lookup, where --draft names it."""
+    return DrafterFiles(None, False, lambda embedding: PromptLookup()) if name == NAME else None
 
 
 class LookupProposer:
     """Proposes chains from the tokens of each sequence itself."""
 
     needs_taps = False
-    needs_host = True
 
-    def __init__(self, shape: TreeShape, batch: int) -> None:
+    def __init__(self, drafter: PromptLookup, shape: TreeShape, batch: int, capacity: int = 0) -> None:
         self.num_levels = self.num_drafted = self.rows_ahead = shape.levels
         self._histories: list[History] = [History([]) for _ in range(batch)]
 
