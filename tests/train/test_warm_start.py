@@ -1,6 +1,7 @@
 """`fledge train --init_from HEAD`: any layout, and rows of lm_head that follow their tokens."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from fledge.drafters.eagle3.model import DraftModel
 from fledge.errors import UserError
 from fledge.export.convert import ExportArgs, export_head
 from fledge.target.record import TargetRecord
+from fledge.train import run
+from fledge.train.arguments import DraftArguments
 from fledge.train.warm_start import architecture_of, continue_from, first_step, take_weights
 
 LAYERS = 8
@@ -140,3 +143,19 @@ def test_the_command_continues_a_head(tmp_path):
     assert third.config.fc_norm and third.config.norm_output
     kept = "midlayer.mlp.gate_proj.weight"
     assert torch.equal(third.tensors[kept], first.tensors[kept])
+
+
+@pytest.mark.parametrize("window", [4, 3])
+def test_a_head_with_a_window_is_continued_with_it(window, monkeypatch):
+    """A row's later steps must lie inside the window, or a step would see no key of the target's."""
+    target = tiny_target("qwen3")
+    source = SimpleNamespace(
+        text_config=target.text_config, head_weight=target.head_weight, tap_layers=target.tap_layers
+    )
+    monkeypatch.setattr(run, "architecture_of", lambda *_: {"sliding_window": window})
+    args = DraftArguments(init_from="HEAD", ttt_steps=3, draft_vocab_size=48)
+    if window > args.ttt_steps:
+        assert run.draft_config(args, source).sliding_window == window
+    else:
+        with pytest.raises(UserError, match="reaches 3 positions back, which must be more than --ttt_steps 3"):
+            run.draft_config(args, source)
