@@ -13,7 +13,8 @@ from typing import Any, Literal, Union
 from fledge.cli import COMMANDS
 
 GOOD: dict[str, tuple[str, str]] = {  # a good value of a flag, and another one
-    "top_p": ("0.9", "0.5"), "temperature": ("0.5", "1"), "max_reject_share": ("0.5", "0"), "total_token": ("8", "16"),
+    "top_p": ("0.9", "0.5"), "min_p": ("0.1", "0.5"),
+    "temperature": ("0.5", "1"), "max_reject_share": ("0.5", "0"), "total_token": ("8", "16"),
     "eval_fraction": ("0.1", "0.2"), "supervised_share": ("0.5", "1"), "depth_survival": ("0.5", "1"),
     "base_port": ("7000", "8000"), "adam_beta1": ("0.8", "0.5"), "adam_beta2": ("0.9", "0.99"),
     "rope_theta": ("10000", "500000"), "max_new_token": ("5", "6"), "weight_decay": ("0.1", "0"),

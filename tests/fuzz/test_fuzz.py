@@ -52,7 +52,7 @@ ENDS = {
     "refused though right": Case("x", None, refuse),
     "wrong value": Case("x", None, misread),
     "traceback": Case("x", "broken", lambda folder: {}["absent"]),
-    "hang": Case("x", None, lambda folder: time.sleep(5)),
+    "hang": Case("x", None, lambda folder: time.sleep(60)),
     "memory": Case("x", None, lambda folder: bytearray(LIMIT_BYTES + (64 << 20))),
 }
 
