@@ -163,12 +163,12 @@ class ScriptedDraft(DraftModel):
         off = (torch.arange(longest) % wrong == 0) if wrong else torch.zeros(longest, dtype=torch.bool)
         self.script = (self.right + off) % VOCAB
 
-    def step(self, token_ids, hidden, position_ids, cache, mask=None, *, rope=None, asked=None):  # noqa: D102
-        output = super().step(token_ids, hidden, position_ids, cache, mask, rope=rope, asked=asked)
-        if asked is None:
+    def step(self, token_ids, hidden, position_ids, cache, mask=None, *, rope=None, output_row=None):  # noqa: D102
+        output = super().step(token_ids, hidden, position_ids, cache, mask, rope=rope, output_row=output_row)
+        if output_row is None:
             place = torch.stack((hidden[..., 0] + 1, hidden[..., 1]), dim=-1)
         else:
-            position, root = cache.rows.gather(1, asked[:, None]), token_ids.gather(1, asked[:, None])
+            position, root = cache.rows.gather(1, output_row[:, None]), token_ids.gather(1, output_row[:, None])
             same = self.right[:, (position + 1).clamp(max=self.right.shape[1] - 1)[:, 0]].T == root  # (B, scripts)
             place = torch.stack((position, same.int().argmax(1, keepdim=True)), dim=-1)
         return torch.cat((place.to(output.dtype), torch.zeros_like(output[..., 2:])), dim=-1)

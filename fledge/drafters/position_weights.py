@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fledge.drafters.alignment import Alignment
 
-STEP_DECAY = 0.8  # fixed weights are STEP_DECAY ** k, as in other EAGLE-3 trainers
+STEP_DECAY = 0.8  # fixed weights are STEP_DECAY ** k, as other trainers have them
 CONFIDENCE_FLOOR = 0.5  # the least confidence that dynamic weights assume of a step
 
 # K TTT steps, P teacher positions, M pairs of a step and a position, m those of n rows

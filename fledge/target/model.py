@@ -185,7 +185,7 @@ class Target:
         if tapped[0].shape != last_hidden.shape:
             raise UserError(
                 f"{self.name}: its layers pass on states of shape {tuple(tapped[0].shape)}, several for each token, "
-                f"and a head reads one. Decode it with --draft lookup or without a draft."
+                f"and a head reads one. Decode it with a drafter that reads none, or without a draft."
             )
         return TargetOutput(last_hidden, torch.stack(tapped, dim=-2))
 

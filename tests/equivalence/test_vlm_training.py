@@ -108,7 +108,7 @@ def test_unrolled_is_decoding_with_a_cache(name, eagle31, records):
         cache.reserve(len(ids) + steps)
         cache.open(torch.arange(row + 1)[None], row + 1)
         hidden = draft.fuse(record.tap_hidden[: row + 1])
-        out = draft.step(ids[None, 1 : row + 2], hidden[None], None, cache, rope=rope, asked=torch.tensor([row]))
+        out = draft.step(ids[None, 1 : row + 2], hidden[None], None, cache, rope=rope, output_row=torch.tensor([row]))
         for step in range(steps):
             if not (alignment.row_index[step] == index).any():
                 break
