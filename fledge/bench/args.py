@@ -12,9 +12,12 @@ import tyro
 from fledge.bench.sandbox import Isolation, refuse_without_sandbox
 from fledge.config import Overwrite
 from fledge.data.image_urls import AllowImageUrls
+from fledge.data.sampling import ExtraSampling
+from fledge.decoding.law import FromConfig, law_of
+from fledge.decoding.records import Sampling
 from fledge.errors import UserError
 from fledge.http_client import base_url
-from fledge.ranges import Count, Natural, NotNegative, PositiveShare, Seed, TreeNodes, check_ranges
+from fledge.ranges import Count, Natural, NotNegative, Positive, PositiveShare, Seed, Share, TreeNodes, check_ranges
 
 Mode = Literal["both", "eagle", "baseline", "aa"]
 SIDES: dict[str, tuple[str, ...]] = {
@@ -76,8 +79,15 @@ class DecodingArgs:
     """0 takes the most likely token, 1 samples from the target's own distribution."""
     top_p: PositiveShare = 1.0
     """Sample only from the most likely tokens that hold this share of the probability."""
-    sample_top_k: Natural = 0
-    """Sample only from this many most likely tokens; 0 for all. (--top-k is the draft tree's.)"""
+    sample_top_k: Natural | None = None
+    """Sample only from this many most likely tokens; 0 for all. (--top-k is the draft tree's.) None, here and below:
+    what the target's generation_config asks for."""
+    min_p: Share | None = None
+    """Least probability of a sampled token, relative to the likeliest."""
+    repetition_penalty: Positive | None = None
+    """Divisor of the logits of tokens that prompt or answer hold already; at temperature 0 as well."""
+    generation_config: FromConfig = "apply"
+    """ignore: the flags alone decide. Servers apply it by themselves."""
     max_new_token: Annotated[Count, tyro.conf.arg(aliases=["--max-new-tokens"])] = 1024
     """Longest answer per turn, in tokens."""
     total_token: TreeNodes | Literal["auto"] = 60
@@ -94,6 +104,18 @@ class DecodingArgs:
     target. auto: fixed on a GPU wherever it can be. Both sides are decoded in the same ones."""
     seed: Seed = 42
     """Seed of the sampled answers and of the bootstrap."""
+
+    @property
+    def extra(self) -> ExtraSampling:
+        """The flags beyond temperature and top_p."""
+        return ExtraSampling(self.repetition_penalty, self.sample_top_k, self.min_p)
+
+    def law(self, target: str) -> Sampling:
+        """How both sides sample."""
+        return law_of(
+            target, temperature=self.temperature, top_p=self.top_p, flags=self.extra, seed=self.seed,
+            from_config=self.generation_config,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

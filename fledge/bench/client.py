@@ -13,6 +13,7 @@ from typing import Any
 
 from msgspec import UNSET
 
+from fledge.data.sampling import ExtraSampling
 from fledge.http_client import Client, Limits, ServerError
 from fledge.servers.replies import Chunk, Usage, error_text, read_reply
 
@@ -43,7 +44,7 @@ class Request:
     model: str
     temperature: float
     top_p: float
-    top_k: int
+    extra: ExtraSampling
     max_tokens: int
     enable_thinking: bool | None
 
@@ -53,8 +54,9 @@ class Request:
             "model": self.model, "messages": messages, "temperature": self.temperature, "top_p": self.top_p,
             "max_tokens": self.max_tokens, "seed": seed, "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
-        if self.top_k:
-            body["top_k"] = self.top_k
+        body |= self.extra.given()
+        if self.extra.top_k == 0:
+            body["top_k"] = -1  # all tokens, for vLLM and SGLang alike
         if self.enable_thinking is not None:
             body["chat_template_kwargs"] = {"enable_thinking": self.enable_thinking}
         return body

@@ -17,7 +17,7 @@ from fledge.bench.args import BenchArgs
 from fledge.data.rejects import Reject
 from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
-from fledge.decoding.accept import one_node
+from fledge.decoding.accept import one_node, penalised
 from fledge.decoding.adaptive import AdaptiveBudget
 from fledge.decoding.generate import ShapePolicy, generate, uses_fixed_shapes
 from fledge.decoding.probe import verifier_of
@@ -43,9 +43,7 @@ class EngineSpec:
     dtype: str
     chat_template_type: str | None
     thinking: Literal["default", "on", "off"]
-    temperature: float
-    top_p: float
-    sample_top_k: int
+    sampling: Sampling
     tree: TreeShape
     num_gpus: int
     max_gpu_memory: str | None
@@ -64,9 +62,7 @@ class EngineSpec:
             dtype=args.model.dtype,
             chat_template_type=args.model.chat_template_type,
             thinking=args.model.thinking,
-            temperature=args.decoding.temperature,
-            top_p=args.decoding.top_p,
-            sample_top_k=args.decoding.sample_top_k,
+            sampling=args.decoding.law(args.model.base_model_path),
             tree=tree,
             num_gpus=num_gpus,
             max_gpu_memory=args.workers.max_gpu_memory,
@@ -136,7 +132,7 @@ class LocalEngine:
     def generate(self, side: str, prompt: Prompt, *, max_new_tokens: int, seed: int, trace: bool = False) -> Generation:
         """One answer; side `eagle` decodes speculatively, except in an A/A run. Traces need exact shapes."""
         spec = self.spec
-        sampling = Sampling(temperature=spec.temperature, top_p=spec.top_p, top_k=spec.sample_top_k, seed=seed)
+        sampling = dataclasses.replace(spec.sampling, seed=seed)
         draft = None if side == "baseline" or spec.mode == "aa" else self.draft
         fixed = uses_fixed_shapes(
             spec.shapes, self.target, self.draft, pictures=bool(prompt.model_inputs),
@@ -180,15 +176,15 @@ class LocalEngine:
     @torch.inference_mode()
     def top2(self, prompt: Prompt, token_ids: list[int], chosen: Sequence[int] = ()) -> dict[str, Any]:
         """The gap of the target's two best next logits, how far behind the best the `chosen` tokens are at most, and
-        how far rounding moves gaps in this text.
+        how far rounding moves gaps in this text. All logits under the repetition penalty, if there is one.
 
         The gaps of the last NOISE_TOKENS tokens are computed twice: all tokens in one pass, and one by one as plain
         decoding does. `noise` is the largest move.
         """
         whole = prompt.followed_by(token_ids)
         one_by_one = min(NOISE_TOKENS, len(token_ids) if prompt.model_inputs else len(whole) - 1)
-        together = self._logits(whole, last=one_by_one + 1).float()
-        alone = self._logits_one_by_one(whole, one_by_one).float()
+        together = self._penalised(whole, self._logits(whole, last=one_by_one + 1))
+        alone = self._penalised(whole, self._logits_one_by_one(whole, one_by_one))
         best = together.topk(2, dim=-1)
         gaps = best.values[:, 0] - best.values[:, 1]
         moved = alone.gather(-1, best.indices)
@@ -228,6 +224,15 @@ class LocalEngine:
                 states.append(verifier.verify(trees, lengths, row + 1, taps=False).last_hidden[0])
                 verifier.keep(lengths, one_node(ids.device))
         return self.target.head(torch.cat(states))
+
+    def _penalised(self, prompt: Prompt, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (R, V) after the last R beginnings of the prompt, under the repetition penalty: float32."""
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        if self.spec.sampling.penalises:
+            for row in range(len(logits)):
+                before = torch.tensor(prompt.ids[: len(prompt.ids) - len(logits) + row + 1], device=logits.device)
+                seen[row, before[before < logits.shape[1]]] = True
+        return penalised(logits, seen, self.spec.sampling.repetition_penalty)
 
     def _logits(self, prompt: Prompt, last: int = 1) -> torch.Tensor:
         ids = torch.tensor(prompt.ids, device=self.target.device)

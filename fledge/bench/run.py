@@ -20,6 +20,7 @@ from fledge.bench.report import PAGE, write_report
 from fledge.bench.rows import BENCHMARK, Results, Row, code_fingerprint, folder_fingerprint, open_results, row_key
 from fledge.console import progress, say, show_table, warn
 from fledge.data.image_urls import allow_image_urls
+from fledge.decoding.records import Sampling
 from fledge.decoding.tree_profile import profile_path, resolve_tree, write_profile
 from fledge.drafters.registry import read_drafter
 from fledge.drafters.tree import TreeShape
@@ -73,7 +74,7 @@ def bench(args: BenchArgs) -> None:
         head=args.model.eagle_model_path, path=args.tuning.profile_path,
     )  # fmt: skip
     spec = EngineSpec.of(args, tree, num_gpus=placement.gpus_per_worker)
-    run(args, spec, placement, settings_of(args, dataclasses.asdict(tree), placement))
+    run(args, spec, placement, settings_of(args, spec.sampling, dataclasses.asdict(tree), placement))
 
 
 def run(args: BenchArgs, spec: Loader, placement: Placement, settings: dict[str, Any]) -> None:
@@ -98,7 +99,6 @@ def run(args: BenchArgs, spec: Loader, placement: Placement, settings: dict[str,
 
 def tune_tree(args: BenchArgs, spec: Any) -> None:
     """Find the best tree on a few of the questions and write it where --total-token auto looks."""
-    from fledge.decoding.records import Sampling
     from fledge.decoding.tune import tune
 
     path = profile_path(args.model.eagle_model_path, args.tuning.profile_path)
@@ -114,9 +114,8 @@ def tune_tree(args: BenchArgs, spec: Any) -> None:
     ]
     chosen = questions[:: max(len(questions) // TUNE_QUESTIONS, 1)][:TUNE_QUESTIONS]
     prompts = [engine.prompt([{"role": "user", "content": question.turns[0]}]) for question in chosen]
-    sampling = Sampling(args.decoding.temperature, args.decoding.top_p, args.decoding.sample_top_k, args.decoding.seed)
     profile = tune(
-        engine.target, engine.draft, prompts, sampling=sampling, eos_token_ids=engine.eos_token_ids(),
+        engine.target, engine.draft, prompts, sampling=spec.sampling, eos_token_ids=engine.eos_token_ids(),
         max_new_tokens=min(args.decoding.max_new_token, TUNE_TOKENS),
     )  # fmt: skip
     show_table(
@@ -236,7 +235,7 @@ def place(args: BenchArgs) -> Placement:
     return Placement(wanted // group, group)
 
 
-def settings_of(args: BenchArgs, tree: dict[str, int], placement: Placement) -> dict[str, Any]:
+def settings_of(args: BenchArgs, law: Sampling, tree: dict[str, int], placement: Placement) -> dict[str, Any]:
     """Everything that may change a measured figure; its fingerprint keeps rows of different settings apart."""
     versions = provenance.versions()
     return {
@@ -249,10 +248,8 @@ def settings_of(args: BenchArgs, tree: dict[str, int], placement: Placement) -> 
         "chat_template_type": args.model.chat_template_type,
         "thinking": args.model.thinking,
         **{key: value for key in ("max_pixels", "min_pixels") if (value := getattr(args.model, key)) is not None},
-        **{
-            key: getattr(args.decoding, key)
-            for key in ("temperature", "top_p", "sample_top_k", "max_new_token", "seed", "adaptive", "shapes")
-        },
+        **law_settings(law),
+        **{key: getattr(args.decoding, key) for key in ("max_new_token", "seed", "adaptive", "shapes")},
         "tree": tree,
         "placement": dataclasses.asdict(placement),
         "max_gpu_memory": args.workers.max_gpu_memory,
@@ -262,6 +259,14 @@ def settings_of(args: BenchArgs, tree: dict[str, int], placement: Placement) -> 
         "versions": {name: versions[name] for name in ("python", "torch", "transformers") if name in versions},
         "code": code_fingerprint(),
     }
+
+
+def law_settings(law: Sampling) -> dict[str, float]:
+    """The law under the names of the flags; what was not known to earlier runs only where it is used."""
+    found = {"temperature": law.temperature, "top_p": law.top_p, "sample_top_k": law.top_k}
+    neutral = Sampling()
+    newer = {name: getattr(law, name) for name in ("min_p", "repetition_penalty")}
+    return {**found, **{name: value for name, value in newer.items() if value != getattr(neutral, name)}}
 
 
 def warn_without_tests(questions: Sequence[Question], run_code: bool) -> None:

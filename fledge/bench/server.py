@@ -207,7 +207,7 @@ def request_for(args: BenchArgs, model: str) -> Request:
     """The flags as request settings."""
     decoding = args.decoding
     return Request(
-        model, decoding.temperature, decoding.top_p, decoding.sample_top_k, decoding.max_new_token,
+        model, decoding.temperature, decoding.top_p, decoding.extra, decoding.max_new_token,
         THINKING[args.model.thinking],
     )  # fmt: skip
 
@@ -364,7 +364,8 @@ def settings_of(args: BenchArgs) -> dict[str, Any]:
         "eagle_url": redact(args.server.eagle_url or "") or None, "mode": args.model.mode,
         "thinking": args.model.thinking,
         "temperature": args.decoding.temperature, "top_p": args.decoding.top_p,
-        "sample_top_k": args.decoding.sample_top_k, "max_new_token": args.decoding.max_new_token,
+        **{name: value for name, value in args.decoding.extra.given().items() if name != "top_k"},
+        "sample_top_k": args.decoding.sample_top_k or 0, "max_new_token": args.decoding.max_new_token,
         "seed": args.decoding.seed, "num_speculative_tokens": args.server.num_speculative_tokens,
         "num_gpus_per_model": args.workers.num_gpus_per_model,
         "hardware": provenance.hardware(),

@@ -8,11 +8,13 @@ from fledge.data.detokenize import Detokenizer
 from fledge.data.image_urls import AllowImageUrls, allow_image_urls
 from fledge.data.rejects import Reject
 from fledge.data.samples import Prompt
+from fledge.data.sampling import ExtraSampling
 from fledge.data.tokenize import ChatTemplate
-from fledge.decoding.records import Generation, Sampling
+from fledge.decoding.law import FromConfig, law_of
+from fledge.decoding.records import Generation
 from fledge.errors import UserError
 from fledge.escaping import printable
-from fledge.ranges import Count, Natural, NotNegative, PositiveShare, Seed, TreeNodes
+from fledge.ranges import Count, Natural, NotNegative, Positive, PositiveShare, Seed, Share, TreeNodes
 
 GREEN, NORMAL = "\033[32m", "\033[0m"
 READ_BYTES = 256 << 20  # read once to learn the memory's speed
@@ -38,8 +40,15 @@ class SamplingArgs:
     """0 takes the most likely token, 1 samples from the target's own distribution."""
     top_p: PositiveShare = 1.0
     """Sample only from the most likely tokens that hold this share of the probability."""
-    sample_top_k: Natural = 0
-    """Sample only from this many most likely tokens; 0 for all. (--top-k is the draft tree's.)"""
+    sample_top_k: Natural | None = None
+    """Sample only from this many most likely tokens; 0 for all. (--top-k is the draft tree's.) None, here and below:
+    what the target's generation_config asks for."""
+    min_p: Share | None = None
+    """Least probability of a sampled token, relative to the likeliest."""
+    repetition_penalty: Positive | None = None
+    """Divisor of the logits of tokens that prompt or answer hold already; at temperature 0 as well."""
+    generation_config: FromConfig = "apply"
+    """ignore: the flags alone decide."""
     seed: Seed | None = None
     """Seed of the draws. None draws differently every time."""
 
@@ -94,7 +103,6 @@ class Answerer:
         allow_image_urls(args.allow_image_urls)
         sampling = args.sampling
         self.args = args
-        self.sampling = Sampling(sampling.temperature, sampling.top_p, sampling.sample_top_k, sampling.seed)
         self.tree = TreeShape(args.tree.total_token, args.tree.depth, args.tree.top_k)
         self.budget = None
         if args.adaptive:
@@ -108,6 +116,11 @@ class Answerer:
             min_pixels=args.min_pixels, max_pixels=args.max_pixels,
         )  # fmt: skip
         self.draft = files.bind(self.target.embedding_weight) if files else None
+        self.sampling = law_of(
+            args.target, temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed,
+            flags=ExtraSampling(sampling.repetition_penalty, sampling.sample_top_k, sampling.min_p),
+            from_config=sampling.generation_config,
+        )  # fmt: skip
         self.stops = self.target.eos_token_ids
 
     def template(self) -> ChatTemplate:

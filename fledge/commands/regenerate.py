@@ -141,7 +141,7 @@ def _read(prompts: PromptArgs, rejects: Rejects) -> Iterator[Conversation]:
 
 
 def _settings(
-    args: RegenerateArgs, model: str, digest: str, generation_config: dict[str, float] | None
+    args: RegenerateArgs, model: str, digest: str, generation_config: dict[str, Any] | None
 ) -> dict[str, Any]:
     """What decides the content of the rows: a run is only continued with the same."""
     prompts = asdict(args.prompts)

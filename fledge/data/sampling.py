@@ -59,6 +59,15 @@ class TemperatureMixture:
         return self.temperatures[-1]
 
 
+Listed = str | list[Any] | dict[str, Any] | None
+NEUTRAL: dict[str, float] = {
+    "repetition_penalty": 1, "min_p": 0, "top_p": 1, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0,
+    "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1, "encoder_no_repeat_ngram_size": 0, "guidance_scale": 1,
+    "num_beams": 1, "penalty_alpha": 0, "min_length": 0, "min_new_tokens": 0,
+}  # fmt: skip
+EMPTY: tuple[Any, ...] = ("", [], {})
+
+
 @dataclass(frozen=True)
 class ExtraSampling:
     """Sampling beyond temperature and top_p, in the order transformers applies it. None: left to the engine, which in
@@ -74,41 +83,64 @@ class ExtraSampling:
 
 
 class GenerationConfig(msgspec.Struct, omit_defaults=True):
-    """What a target's generation_config.json says of sampling."""
+    """What a target's generation_config.json says of sampling: what fledge applies, then what it only knows by name."""
 
     temperature: float | None = None
     top_p: float | None = None
     repetition_penalty: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+
     typical_p: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
+    top_h: float | None = None
     no_repeat_ngram_size: int | None = None
+    encoder_repetition_penalty: float | None = None
+    encoder_no_repeat_ngram_size: int | None = None
+    guidance_scale: float | None = None
+    num_beams: int | None = None
+    penalty_alpha: float | None = None
+    min_length: int | None = None
+    min_new_tokens: int | None = None
+    suppress_tokens: Listed = None
+    begin_suppress_tokens: Listed = None
+    bad_words_ids: Listed = None
+    sequence_bias: Listed = None
+    stop_strings: Listed = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | list[int] | None = None
+    exponential_decay_length_penalty: Listed = None
+    watermarking_config: Listed = None
 
-    def asked(self) -> dict[str, float]:
+    def asked(self) -> dict[str, Any]:
         """Every setting that changes what is sampled."""
-        neutral = {"repetition_penalty": 1, "min_p": 0, "top_p": 1, "typical_p": 1, "no_repeat_ngram_size": 0}
         asked = {**msgspec.to_builtins(self), **({"top_k": max(self.top_k, 0)} if self.top_k is not None else {})}
-        return {name: value for name, value in asked.items() if value is not None and value != neutral.get(name)}
+        return {
+            name: value for name, value in asked.items()
+            if value is not None and value != NEUTRAL.get(name) and value not in EMPTY
+        }  # fmt: skip
 
 
-def read_generation_config(name: str) -> dict[str, float] | None:
+def read_generation_config(name: str, *, download: bool = False) -> dict[str, Any] | None:
     """What the generation_config of a folder, or of a hub model in this machine's cache, asks for; None where there is
-    none to read. Nothing is downloaded: a server's model may bear any name."""
+    none to read. `download` fetches a hub model's; else nothing is: a server's model may bear any name."""
     path = Path(name) / "generation_config.json"
     if not path.is_file():
-        cached = _in_hub_cache(name)
+        cached = None if Path(name).is_dir() else _from_hub(name, download)
         if cached is None:
             return None
         path = cached
     return read_json(path, GenerationConfig, hint="It belongs to the target; download it again.").asked()
 
 
-def resolve_extra(flags: ExtraSampling, asked: Mapping[str, float]) -> ExtraSampling:
+def resolve_extra(flags: ExtraSampling, asked: Mapping[str, Any]) -> ExtraSampling:
     """The flags, and what generation_config asks for where no flag is given."""
-    return ExtraSampling(**{**{name: asked.get(name) for name in asdict(flags)}, **flags.given()})  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {**{name: asked.get(name) for name in asdict(flags)}, **flags.given()}
+    return ExtraSampling(**chosen)
 
 
-def describe(extra: ExtraSampling, asked: Mapping[str, float] | None, *, temperature: str, top_p: float) -> list[str]:
+def describe(extra: ExtraSampling, asked: Mapping[str, Any] | None, *, temperature: str, top_p: float) -> list[str]:
     """Sentences for the log: how answers are sampled, and where that differs from what the target asks for."""
     settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, **extra.given()}
     told = [f"sampling: {', '.join(f'{name} {value}' for name, value in settings.items())}"]
@@ -123,12 +155,16 @@ def describe(extra: ExtraSampling, asked: Mapping[str, float] | None, *, tempera
     return told
 
 
-def _in_hub_cache(name: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
+def _from_hub(name: str, download: bool) -> Path | None:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         found = try_to_load_from_cache(name, "generation_config.json")
+        if found is None and download:
+            found = hf_hub_download(name, "generation_config.json")
     except HFValidationError:  # not a name the hub knows: a path on the server's machine, say
+        return None
+    except OSError:  # no such file or no network; what loads the target says more
         return None
     return Path(found) if isinstance(found, str) else None

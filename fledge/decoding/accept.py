@@ -8,6 +8,9 @@ A draw inverts the cumulative distribution at a number that depends on the reque
 alone (`noise.py`). So the same seed gives the same text with and without a draft, as a tree or a chain, alone or in a
 batch, as far as the target's logits are the same.
 
+A repetition penalty makes the choice at a node depend on the tokens before it: those that were committed (`seen`) and
+those of the node's ancestors.
+
 Knows trees, token ids and logits. Knows nothing of models, caches or time: every function is a pure function of
 tensors.
 """
@@ -46,19 +49,32 @@ def one_node(device: torch.device) -> Accepted:
 
 def accept(
     trees: Trees, logits: Tensor, samplings: Sequence[Sampling], seeds: Tensor, lengths: Tensor, num_slots: int, *,
-    lazily: bool,
+    lazily: bool, seen: Tensor | None = None,
 ) -> Accepted:  # fmt: skip
-    """The accepted path of each tree. logits (B, N, V) are the target's at every node, seeds and lengths (B,).
+    """The accepted path of each tree. logits (B, N, V) are the target's at every node, seeds and lengths (B,), seen
+    (B, V) bool the tokens up to the root, for a repetition penalty.
 
-    `lazily`: where tokens are drawn, the target chooses only at the nodes the walk comes by. On a CPU a draw costs more
-    than a step of the walk (60 rows of 49152 tokens, top-p 0.9, on one core: 24 ms for all nodes, 0.6 ms per step).
+    `lazily`: where tokens are not simply the argmax, the target chooses only at the nodes the walk comes by. On a CPU a
+    draw costs more than a step of the walk (60 rows of 49152 tokens, top-p 0.9, on one core: 24 ms for all nodes,
+    0.6 ms per step).
     """
-    if lazily and any(sampling.temperature for sampling in samplings):
-        return walk(trees, logits, samplings, seeds, lengths, num_slots)
+    if lazily and not all(sampling.takes_the_argmax for sampling in samplings):
+        return walk(trees, logits, samplings, seeds, lengths, num_slots, seen)
     noise = _noise(samplings, seeds, lengths[:, None] + trees.levels + 1)
-    chosen = choose_all(logits.flatten(0, 1), _repeated(samplings, trees.num_nodes), noise).view_as(trees.token_ids)
+    before = None
+    if seen is not None and any(sampling.penalises for sampling in samplings):
+        before = seen_at_nodes(trees, seen).flatten(0, 1)
+    laws = _repeated(samplings, trees.num_nodes)
+    chosen = choose_all(logits.flatten(0, 1), laws, noise, before).view_as(trees.token_ids)
     path, num_accepted = accepted_paths(trees, chosen, num_slots)
     return Accepted(path, chosen.gather(1, path), num_accepted)
+
+
+def seen_at_nodes(trees: Trees, seen: Tensor) -> Tensor:
+    """The tokens up to each node (B, N, V) bool, itself included, from those up to the root (B, V)."""
+    tokens, roots = trees.token_ids[:, None, :], trees.token_ids[:, :1, None]
+    on_the_way = torch.where(trees.ancestors, tokens, roots)  # (B, N, N); the root has been seen anyway
+    return seen[:, None].repeat(1, trees.num_nodes, 1).scatter_(2, on_the_way, True)
 
 
 def accepted_paths(trees: Trees, chosen: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
@@ -80,17 +96,21 @@ def accepted_paths(trees: Trees, chosen: Tensor, num_slots: int) -> tuple[Tensor
 
 
 def walk(
-    trees: Trees, logits: Tensor, samplings: Sequence[Sampling], seeds: Tensor, lengths: Tensor, num_slots: int
-) -> Accepted:
+    trees: Trees, logits: Tensor, samplings: Sequence[Sampling], seeds: Tensor, lengths: Tensor, num_slots: int,
+    seen: Tensor | None = None,
+) -> Accepted:  # fmt: skip
     """The same walk step by step: the target chooses at a node when the walk comes there."""
     batch = len(logits)
     path, token_ids = (torch.zeros(batch, num_slots, dtype=torch.int64) for _ in range(2))
     num_accepted = torch.zeros(batch, dtype=torch.int64)
     node, going = torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
+    before = seen.clone() if seen is not None and any(sampling.penalises for sampling in samplings) else None
     for slot in range(num_slots):
         laws = [samplings[row] for row in going.tolist()]
         noise = _noise(laws, seeds[going], (lengths[going] + slot + 1)[:, None])
-        chosen = choose_all(logits[going, node], laws, noise)
+        chosen = choose_all(logits[going, node], laws, noise, None if before is None else before[going])
+        if before is not None:
+            before[going, chosen] = True
         path[going, slot], token_ids[going, slot] = node, chosen
         num_accepted[going] += 1
         follows = (trees.parents[going] == node[:, None]) & (trees.token_ids[going] == chosen[:, None])
@@ -102,28 +122,43 @@ def walk(
     return Accepted(path, token_ids, num_accepted)
 
 
-def choose_all(logits: Tensor, samplings: Sequence[Sampling], noise: Tensor | None) -> Tensor:
-    """The target's token for each row of logits (R, V), each under its own sampling: (R,) int64. noise (R,)."""
+def choose_all(
+    logits: Tensor, samplings: Sequence[Sampling], noise: Tensor | None, seen: Tensor | None = None
+) -> Tensor:
+    """The target's token for each row of logits (R, V), each under its own sampling: (R,) int64. noise (R,), seen
+    (R, V) the tokens before each."""
     laws = {sampling.law for sampling in samplings}
     if len(laws) == 1:
-        return choose(logits, samplings[0], noise)
+        return choose(logits, samplings[0], noise, seen)
     chosen = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     for law in laws:
         rows = torch.tensor([row for row, one in enumerate(samplings) if one.law == law], device=logits.device)
-        chosen[rows] = choose(logits[rows], law, None if noise is None else noise[rows])
+        its_noise, its_seen = (None if given is None else given[rows] for given in (noise, seen))
+        chosen[rows] = choose(logits[rows], law, its_noise, its_seen)
     return chosen
 
 
-def choose(logits: Tensor, sampling: Sampling, noise: Tensor | None = None) -> Tensor:
-    """The target's token for each row of logits (R, V): (R,) int64. `noise` (R,) uniform in [0, 1), for draws."""
+def choose(logits: Tensor, sampling: Sampling, noise: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
+    """The target's token for each row of logits (R, V): (R,) int64. `noise` (R,) uniform in [0, 1), for draws; `seen`
+    (R, V) bool, for a repetition penalty."""
+    if sampling.penalises:
+        assert seen is not None
+        logits = penalised(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     assert noise is not None
     return draw(distribution(logits, sampling), noise)
 
 
+def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits (R, V) float32 in which the tokens already seen are less likely (more likely where penalty < 1)."""
+    scores = logits.float()
+    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities (R, V) float32 after temperature, top-k and top-p. Tokens tied with the last kept one are kept."""
+    """Probabilities (R, V) float32, unnormalised, of penalised logits: temperature, top-k, top-p, min-p. Tokens tied
+    with the last kept one are kept."""
     scores = logits.float() / sampling.temperature
     vocab_size = scores.shape[-1]
     kept = min(sampling.top_k, vocab_size) if sampling.top_k else vocab_size
@@ -134,6 +169,9 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         least = least_kept(probabilities, sampling.top_p, kept)
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+    if sampling.min_p:
+        best = probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < sampling.min_p * best, 0.0)
     return probabilities
 
 

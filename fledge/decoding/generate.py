@@ -169,7 +169,7 @@ def open_session(
     stops = frozenset(target.eos_token_ids if eos_token_ids is None else eos_token_ids)
     needed = max(len(request.prompt_ids) + check_request(target, request) for request in requests)
     num_rows = in_buckets(needed) + in_buckets(rows_ahead(tree)) if fixed else 0
-    law = requests[0].sampling.law if fixed else None
+    law = requests[0].sampling.law if fixed else Sampling()
     kept = _sessions.setdefault(target, OrderedDict())
     key = (id(drafter), tree if drafter is not None else None, batch, stops, fixed, law)
     session = kept.pop(key, None)
@@ -177,7 +177,7 @@ def open_session(
         session = None  # free its caches first
         while len(kept) >= KEPT_SESSIONS:
             kept.popitem(last=False)
-        session = Session(target, drafter, tree, batch, num_rows, fixed, stops)
+        session = Session(target, drafter, tree, batch, num_rows, fixed, stops, law)
     session.budget = budget
     session.prepare(max(len(request.prompt_ids) for request in requests), needed)
     kept[key] = session

@@ -3,6 +3,7 @@
 Plain records. Knows nothing of models; the numbers are defined here and nowhere else.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -12,7 +13,8 @@ from fledge.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from the target's logits: temperature, then top-k, then top-p, then a draw."""
+    """How a token is chosen from the target's logits, in transformers' order: repetition penalty, temperature, top-k,
+    top-p, min-p, then a draw."""
 
     temperature: float = 0.0
     """0 takes the most likely token; 1 samples from the target's own distribution"""
@@ -22,6 +24,10 @@ class Sampling:
     """keep this many most likely tokens; 0 keeps all"""
     seed: int | None = None
     """seed of the draws; None takes a fresh one"""
+    min_p: float = 0.0
+    """keep tokens whose probability is at least this share of the likeliest one's; 0 keeps all"""
+    repetition_penalty: float = 1.0
+    """divides positive logits, and multiplies negative ones, of tokens that prompt or answer hold already; 1 is off"""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -30,6 +36,19 @@ class Sampling:
             raise UserError(f"top_p={self.top_p} must lie in (0, 1]; 1 keeps every token.")
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k} must be 0 (keep every token) or positive.")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p={self.min_p} must lie in [0, 1]; 0 keeps every token.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"repetition_penalty={self.repetition_penalty} must be positive and finite; 1 is off.")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a choice depends on the tokens before it beyond the logits."""
+        return self.repetition_penalty != 1
+
+    @property
+    def takes_the_argmax(self) -> bool:
+        return self.temperature == 0 and not self.penalises
 
     @cached_property
     def law(self) -> "Sampling":

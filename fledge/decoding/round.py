@@ -41,6 +41,7 @@ class State:
     room: Tensor  # (B,) tokens that may still be emitted
     done: Tensor  # (B,) bool
     seeds: Tensor  # (B,) of the draws
+    seen: Tensor  # (B, V) bool, the tokens up to the root; kept where the sampling penalises repetition
     news: Tensor  # (B, 1 + E) for the host: how many tokens the last round emitted, and the tokens
 
     def first(self, batch: int) -> "State":
@@ -97,7 +98,8 @@ class Round:
         self.state = State(
             lengths=zeros(), tokens=zeros(self.num_slots), num_new=zeros() + 1,
             taps=zeros(self.num_slots, num_taps, target.hidden_size, dtype=target.dtype),
-            room=zeros(), done=zeros(dtype=torch.bool), seeds=zeros(), news=zeros(1 + self.num_slots),
+            room=zeros(), done=zeros(dtype=torch.bool), seeds=zeros(),
+            seen=zeros(target.vocab_size, dtype=torch.bool), news=zeros(1 + self.num_slots),
         )  # fmt: skip
         self._taps = needs_taps
         self._logits = self._seen_taps = self.state.taps
@@ -152,10 +154,13 @@ class Round:
         batch, num_slots = len(state.lengths), min(self.num_slots, trees.num_nodes)
         accepted = accept(
             trees, self._logits, self.samplings[:batch], state.seeds, state.lengths, num_slots,
-            lazily=shapes.lengths is not None and self._logits.device.type == "cpu",
+            lazily=shapes.lengths is not None and self._logits.device.type == "cpu", seen=state.seen,
         )  # fmt: skip
         self.verifier.keep(self._lengths(shapes), accepted)
         tokens, num_accepted = accepted.token_ids, accepted.num_accepted
+        if any(sampling.penalises for sampling in self.samplings[:batch]):
+            slots = torch.arange(num_slots, device=tokens.device)
+            state.seen.scatter_(1, torch.where(slots < num_accepted[:, None], tokens, tokens[:, :1]), True)
         emitted, done = self._cut(state, tokens, num_accepted)
         goes_on = ~done
         taps = state.taps[:, :num_slots]
@@ -208,15 +213,25 @@ class Round:
         self.samplings[slots] = samplings
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=room.device)
         noise = uniforms(seeds, lengths[:, None])[:, 0] if any(one.temperature for one in samplings) else None
-        first = choose_all(self._head(last_hidden), samplings, noise)
-        one = torch.ones_like(first)
         state = State(**{field.name: getattr(self.state, field.name)[slots] for field in dataclasses.fields(State)})
+        if any(sampling.penalises for sampling in samplings):
+            self._see(state.seen, prompts)
+        first = choose_all(self._head(last_hidden), samplings, noise, state.seen)
+        state.seen.scatter_(1, first[:, None], True)
+        one = torch.ones_like(first)
         state.set(
             lengths=lengths, tokens=first[:, None], num_new=one, room=room - 1, seeds=seeds,
             done=self.stops[first] | (room <= 1), news=torch.stack((one, first), dim=1),
         )  # fmt: skip
         if self._taps and last_taps is not None:
             state.set(taps=last_taps[:, None])
+
+    @staticmethod
+    def _see(seen: Tensor, prompts: Sequence[Tensor]) -> None:
+        """Forget the last sequences of these slots and see their prompts."""
+        seen.zero_()
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[prompt[prompt < len(row)]] = True  # ids without a logit, of pictures say, are never chosen
 
     def move(self, source: int, goal: int) -> None:
         """The sequence of slot `source` goes on in slot `goal`, whose own has ended."""

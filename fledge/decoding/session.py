@@ -59,6 +59,7 @@ class Session:
     capacity: int
     fixed: bool = False
     stop_token_ids: frozenset[int] = frozenset()
+    law: Sampling = Sampling()  # of all requests where shapes are fixed: what is captured holds it
     budget: Any = None  # an adaptive.AdaptiveBudget; exact shapes and one sequence only
     waiting: deque[RequestState] = field(default_factory=deque)
 
@@ -69,6 +70,7 @@ class Session:
         assert proposer is None or not verifier.chains_only or self.tree.top_k == 1, "a tree where chains are possible"
         self._rope_limit = ability_of(target).rope_limit
         self.round = Round(target, verifier, proposer, batch)
+        self.round.samplings = [self.law] * batch
         self._set_stops()
         self.capacity = 0
         self._reserve(capacity)
@@ -85,8 +87,8 @@ class Session:
 
     def add(self, request: Request) -> RequestState:
         """Queue a request; it is read when a slot is free."""
-        if self.fixed and self._laws() - {request.sampling.law}:
-            raise UserError("requests of one captured session share temperature, top_p and top_k.")
+        if self.fixed and request.sampling.law != self.law:
+            raise UserError("requests of one session of fixed shapes share one sampling, but for the seed.")
         state = RequestState(request, check_request(self.target, request), self.stop_token_ids)
         state.drafts, state.drafted_depth = self.drafter is not None, self.round.num_slots - 1
         self.waiting.append(state)
@@ -323,10 +325,6 @@ class Session:
     def _set_stops(self) -> None:
         inside = [token for token in self.stop_token_ids if 0 <= token < self.target.vocab_size]
         self.round.stops.zero_()[torch.tensor(inside, dtype=torch.int64, device=self.target.device)] = True
-
-    def _laws(self) -> set[Sampling]:
-        states = [*self.waiting, *(state for state in self._slots if state is not None)]
-        return {state.request.sampling.law for state in states}
 
 
 def rows_ahead(tree: TreeShape) -> int:

@@ -1,6 +1,7 @@
 """A tiny target with an untrained head: the documented command line, and every flag that decoding sees."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,27 @@ def test_sampling_flags_change_the_answers(run_bench, tmp_path):
         texts[name] = [turn["baseline"]["text"] for row in rows for turn in row["turns"]]
     assert texts["greedy"] == texts["nucleus"] == texts["one"]
     assert len({tuple(text) for text in texts.values()}) == 3
+
+
+def test_both_sides_follow_the_targets_generation_config(folders, tmp_path, capsys):
+    """A repetition penalty that the target asks for was ignored: its greedy answers were others than served ones."""
+    target = shutil.copytree(folders[0], tmp_path / "target")
+    path, texts = target / "generation_config.json", {}
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    for name, config in {"plain": {}, "asked": {"repetition_penalty": 1.7, "top_k": 9}}.items():
+        path.write_text(json.dumps({**before, **config}))
+        args = parse_bench(
+            (target, folders[1]), "--temperature", "0", "--output-dir", str(tmp_path / name), "--question-end", "1"
+        )
+        bench(args)
+        turns = [turn for row in read_rows(args.output_dir / "results.jsonl") for turn in row["turns"]]
+        assert all(turn["baseline"]["text"] == turn["eagle"]["text"] for turn in turns)
+        texts[name] = [turn["baseline"]["text"] for turn in turns]
+        settings = json.loads((args.output_dir / "summary.json").read_text())["settings"]
+        assert settings.get("repetition_penalty") == config.get("repetition_penalty")
+        assert settings["sample_top_k"] == config.get("top_k", 0)
+    assert texts["plain"] != texts["asked"]
+    assert "sampling: greedy, repetition_penalty 1.7" in " ".join(capsys.readouterr().err.split())
 
 
 def test_thinking_and_template_flags_change_the_prompt(folders):

@@ -47,3 +47,10 @@ def test_a_broken_config_is_one_line(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"top_k": "many"}')
     with pytest.raises(UserError, match=r"generation_config.json: Expected `int \| null`, got `str` - at `\$.top_k`"):
         read_generation_config(str(tmp_path))
+
+
+def test_what_fledge_cannot_apply_is_known_by_name(tmp_path):
+    """Settings beyond the five were passed over in silence."""
+    more = {"no_repeat_ngram_size": 3, "suppress_tokens": [4, 5], "bad_words_ids": [], "num_beams": 4, "min_length": 0}
+    asked = read_generation_config(target(tmp_path, **more))
+    assert asked == {"no_repeat_ngram_size": 3, "suppress_tokens": [4, 5], "num_beams": 4}

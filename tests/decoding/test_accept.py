@@ -1,11 +1,29 @@
 """Choosing and accepting, against transformers' processors, exact frequencies and a drawn tree."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from fledge.decoding import accept as module
-from fledge.decoding.accept import accept, accepted_paths, choose, choose_all, distribution, draw, walk
+from fledge.decoding.accept import (
+    accept,
+    accepted_paths,
+    choose,
+    choose_all,
+    distribution,
+    draw,
+    penalised,
+    seen_at_nodes,
+    walk,
+)
 from fledge.decoding.records import Sampling
 from fledge.drafters.tree import Trees, ancestors_of
 
@@ -14,17 +32,40 @@ def random_logits(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
     return 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 20, 0.9), (1.3, 5, 1.0), (0.5, 0, 0.3)])
-def test_distribution_is_transformers(temperature, top_k, top_p):
+LAWS = (
+    Sampling(1.0), Sampling(0.7, 0.9, 20), Sampling(1.3, top_k=5), Sampling(0.5, 0.3), Sampling(1.0, min_p=0.2),
+    Sampling(0.8, 0.95, 50, min_p=0.05), Sampling(1.0, repetition_penalty=1.4), Sampling(2.0, repetition_penalty=0.5),
+    Sampling(0.8, 0.9, 30, min_p=0.1, repetition_penalty=1.2),
+)  # fmt: skip
+
+
+def seen_of(texts: torch.Tensor, vocab: int) -> torch.Tensor:
+    return torch.zeros(len(texts), vocab, dtype=torch.bool).scatter(1, texts, True)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+def test_distribution_is_transformers(law):
+    """All processors of `generate`, in its order."""
     logits = random_logits(16, 200)
-    scores = TemperatureLogitsWarper(temperature)(None, logits)
-    if top_k:
-        scores = TopKLogitsWarper(top_k)(None, scores)
-    if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(None, scores)
-    found = distribution(logits, Sampling(temperature, top_p, top_k))
+    texts = torch.randint(0, 200, (16, 40), generator=torch.Generator().manual_seed(1))
+    steps = [RepetitionPenaltyLogitsProcessor(law.repetition_penalty), TemperatureLogitsWarper(law.temperature)]
+    steps += [TopKLogitsWarper(law.top_k)] if law.top_k else []
+    steps += [TopPLogitsWarper(law.top_p)] if law.top_p < 1 else []
+    steps += [MinPLogitsWarper(law.min_p)] if law.min_p else []
+    scores = logits
+    for step in steps:
+        scores = step(texts, scores)
+    found = distribution(penalised(logits, seen_of(texts, 200), law.repetition_penalty), law)
     found = found / found.sum(-1, keepdim=True)
     torch.testing.assert_close(found, scores.softmax(-1))
+
+
+def test_a_penalty_moves_the_argmax_away_from_what_was_said():
+    logits = torch.tensor([[2.0, 1.9, -1.0], [-0.2, -0.1, -3.0]])
+    seen, law = seen_of(torch.tensor([[0], [1]]), 3), Sampling(repetition_penalty=1.5)
+    assert choose(logits, law, seen=seen).tolist() == [1, 1]
+    assert choose(logits, replace(law, repetition_penalty=4.0), seen=seen).tolist() == [1, 0]
+    assert choose(logits, Sampling(), seen=seen).tolist() == [0, 1]
 
 
 def test_top_k_larger_than_the_vocabulary_keeps_all():
@@ -121,8 +162,16 @@ def test_the_walk_from_the_root(chosen, path):
             assert found.token_ids[0, :count].tolist() == [chosen[node] for node in path]
 
 
-def test_both_walks_agree_on_random_trees():
-    """All nodes at once, and step by step; several sequences, drawn tokens and all."""
+def test_what_has_been_seen_at_a_node():
+    """What was committed, the root, and the node's own way down: not its siblings."""
+    seen = seen_of(torch.tensor([[0, 9]]), 10)
+    found = [row.nonzero().flatten().tolist() for row in seen_at_nodes(TREE, seen)[0]]
+    assert found == [[0, 9], [0, 1, 9], [0, 2, 9], [0, 1, 3, 9], [0, 1, 4, 9], [0, 1, 3, 5, 9]]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_both_walks_agree_on_random_trees(penalty):
+    """All nodes at once, and step by step; several sequences, drawn tokens, penalties and all."""
     generator = torch.Generator().manual_seed(0)
     lengths_seen = set()
     for _ in range(100):
@@ -138,9 +187,12 @@ def test_both_walks_agree_on_random_trees():
         batch, slots = stacked(trees), int(max(one.levels.max() for one in trees)) + 1
         logits = 2 * torch.randn(3, num_nodes, 12, generator=generator)
         logits[..., :3] += 2
-        laws, seeds, lengths = [Sampling(1.0), Sampling(), Sampling(0.5, 0.8)], torch.arange(3), torch.tensor([9, 4, 7])
-        at_once = accept(batch, logits, laws, seeds, lengths, slots, lazily=False)
-        by_steps = walk(batch, logits, laws, seeds, lengths, slots)
+        seeds, lengths = torch.arange(3), torch.tensor([9, 4, 7])
+        seen = torch.rand(3, 12, generator=generator) < 0.3
+        seen[:, 11] = True
+        laws = [Sampling(1.0), Sampling(repetition_penalty=penalty), Sampling(0.5, 0.8, repetition_penalty=penalty)]
+        at_once = accept(batch, logits, laws, seeds, lengths, slots, lazily=False, seen=seen)
+        by_steps = walk(batch, logits, laws, seeds, lengths, slots, seen)
         assert torch.equal(at_once.num_accepted, by_steps.num_accepted)
         for row, count in enumerate(at_once.num_accepted.tolist()):
             assert torch.equal(at_once.path[row, :count], by_steps.path[row, :count])

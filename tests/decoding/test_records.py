@@ -8,8 +8,10 @@ from fledge.errors import UserError
 
 
 @pytest.mark.parametrize(
-    "values", [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}]
-)
+    "values",
+    [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1},
+     {"min_p": 1.5}, {"min_p": -0.1}, {"repetition_penalty": 0.0}, {"repetition_penalty": float("inf")}],
+)  # fmt: skip
 def test_impossible_sampling(values):
     with pytest.raises(UserError, match=next(iter(values))):
         Sampling(**values)

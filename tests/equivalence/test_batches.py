@@ -204,7 +204,8 @@ def test_a_finished_sequence_makes_room_for_the_next(batch_size, shapes):
 def test_requests_of_several_laws_share_a_session():
     """Each draws as it does alone: greedy, warm, with a seed of its own."""
     target = tiny_target("llama")
-    laws = [Sampling(), Sampling(1.0, seed=3), Sampling(0.6, 0.9, seed=4), Sampling(1.0, seed=5)]
+    laws = [Sampling(), Sampling(1.0, seed=3), Sampling(0.6, 0.9, seed=4), Sampling(1.0, seed=5),
+            Sampling(repetition_penalty=0.3), Sampling(1.0, seed=6, min_p=0.2, repetition_penalty=1.3)]  # fmt: skip
     drafter, options = tiny_draft(target), dict(tree=TreeShape(12, 3, 3), eos_token_ids=())
     alone = [generate(target, drafter, prompt(8), max_new_tokens=NEW, sampling=law, **options) for law in laws]
     requests = [Request(prompt(8), NEW, law) for law in laws]
@@ -212,13 +213,56 @@ def test_requests_of_several_laws_share_a_session():
     states = [shared.add(request) for request in requests]
     shared.run()
     assert [state.token_ids for state in states] == [one.token_ids for one in alone]
-    assert len({tuple(state.token_ids) for state in states}) == 4
+    assert len({tuple(state.token_ids) for state in states}) == len(laws)
+
+
+PENALTY = Sampling(repetition_penalty=1.6)
+
+
+@functools.cache
+def generated(name: str, length: int) -> list[int]:
+    """What transformers itself says under the penalty."""
+    found = tiny_target(name).model.generate(
+        torch.tensor([prompt(length)]), max_new_tokens=24, do_sample=False, eos_token_id=VOCAB, pad_token_id=0,
+        repetition_penalty=PENALTY.repetition_penalty,
+    )  # fmt: skip
+    return found[0, length:].tolist()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss", "deepseek_v3", "qwen2"])
+def test_greedy_with_a_repetition_penalty_is_transformers(name):
+    """Plain, as trees and chains of any drafter, in batches of both shape policies; sequences join and leave."""
+    target, options = tiny_target(name), dict(max_new_tokens=24, eos_token_ids=())
+    right = ScriptedDraft(target, *(prompt(length) + generated(name, length) for length in RAGGED), wrong=4)
+    ways = [
+        (None, TREE), (tiny_draft(target), TreeShape(12, 3, 3)), (tiny_draft(target, "adversarial"), TREE),
+        (right, TreeShape(20, 4, 3)), (right, TreeShape(6, 4, 1)), (PromptLookup(), TreeShape(8, 6, 1)),
+    ]  # fmt: skip
+    for (drafter, tree), shapes in itertools.product(ways, POLICIES):
+        if isinstance(drafter, PromptLookup) and shapes == "fixed":
+            continue
+        found = batch(name, drafter, RAGGED, tree, shapes=shapes, sampling=PENALTY, batch_size=2, **options)
+        assert [one.token_ids for one in found] == [generated(name, length) for length in RAGGED], (drafter, shapes)
+        if drafter is right:
+            assert max(max(one.accepted) for one in found) >= 3, "paths of several tokens were put to the test"
+    assert generated(name, 20) != plain(name, 20, 24), "the penalty matters"
+
+
+def test_chains_of_running_states_keep_the_penalty():
+    target = Target(tiny_model("lfm2"), tap_layers=(1, 2, 3), name="hybrid")
+    options = dict(max_new_tokens=20, eos_token_ids=(), sampling=PENALTY)
+    expected = generate(target, None, prompt(8), **options).token_ids
+    drafter = ScriptedDraft(target, prompt(8) + expected, wrong=4)
+    found = generate(target, drafter, prompt(8), tree=TreeShape(6, 4, 1), **options)
+    assert found.token_ids == expected and max(found.accepted) >= 3
+    assert expected != generate(target, None, prompt(8), max_new_tokens=20, eos_token_ids=()).token_ids
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_a_seed_gives_one_text_however_it_is_decoded(name):
+@pytest.mark.parametrize("warm", [Sampling(1.0, seed=7), Sampling(0.9, 0.95, seed=7, repetition_penalty=1.2)])
+def test_a_seed_gives_one_text_however_it_is_decoded(name, warm):
     """Plain, as a tree, as a chain, by prompt lookup, alone, in a batch, in fixed shapes: the same draws."""
-    target, warm = tiny_target(name), Sampling(1.0, seed=7)
+    target = tiny_target(name)
     options = dict(max_new_tokens=24, sampling=warm, eos_token_ids=())
     expected = generate(target, None, prompt(8), **options).token_ids
     ways = [(tiny_draft(target), TreeShape(12, 3, 3)), (tiny_draft(target, "adversarial"), TreeShape(5, 4, 1)),
@@ -321,7 +365,7 @@ def run_once(found: Session, num_keys: int = 64) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.7, 0.9, 20)])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.7, 0.9, 20, min_p=0.02, repetition_penalty=1.1)])
 def test_a_round_never_waits_for_the_device(name, sampling):
     for drafter in (tiny_draft(tiny_target(name)), None):
         found = begun(name, drafter, sampling)
@@ -361,7 +405,7 @@ def test_shapes_do_not_depend_on_what_was_accepted():
     assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, seed=4)])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, seed=4), PENALTY])
 def test_a_rehearsal_leaves_no_trace(sampling, monkeypatch):
     """Graphs are captured in mid-generation: what runs before a capture must not move it."""
     drafter = tiny_draft(tiny_target("gemma3"))
@@ -436,7 +480,7 @@ def test_recorded_rounds_are_the_real_ones(name):
     target = tiny_target(name)
     cases = [(tiny_draft(target), GREEDY)]
     if name == "gemma3":
-        cases += [(None, GREEDY), (tiny_draft(target), Sampling(1.0, seed=1))]
+        cases += [(None, GREEDY), (tiny_draft(target), Sampling(1.0, seed=1)), (tiny_draft(target), PENALTY)]
     for drafter, sampling in cases:
         lengths = (RAGGED, (5, 8, 9))
         options = {"sampling": sampling, "eos_token_ids": ()}
@@ -460,6 +504,29 @@ def test_buckets_are_captured_before_the_clock_runs():
     ready = set(again._captured._graphs)
     assert again is first and answers(again) == [plain("llama", length) for length in (20, 5)]
     assert set(again._captured._graphs) == ready
+
+
+def test_what_is_captured_before_the_first_request_draws(monkeypatch):
+    """Rounds were captured while a new session's slots still said greedy, so on a GPU its first buckets ignored the
+    temperature."""
+    real = Session.__post_init__
+
+    def recording(self):
+        real(self)
+        self._captured, self._behind = RecordedRounds(self.round, "llama"), 1
+
+    options = dict(sampling=Sampling(1.0, seed=1), eos_token_ids=())
+    greedy, expected = [plain("llama", n) for n in RAGGED], answers(opened("llama", None, RAGGED, **options))
+    module._sessions.clear()
+    monkeypatch.setattr(Session, "__post_init__", recording)
+    assert answers(opened("llama", None, RAGGED, **options)) == expected != greedy
+
+
+def test_a_session_of_fixed_shapes_has_one_law():
+    found = opened("llama", None, (5,), sampling=Sampling(1.0, seed=1))
+    found.add(Request(prompt(3), NEW, Sampling(1.0, seed=2)))
+    with pytest.raises(UserError, match="share one sampling"):
+        found.add(Request(prompt(3), NEW, Sampling(0.9, seed=2)))
 
 
 def test_a_round_the_host_takes_part_in_cannot_be_recorded(monkeypatch):

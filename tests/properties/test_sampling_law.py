@@ -11,16 +11,22 @@ import pytest
 import torch
 from scipy import stats
 from tiny import tiny_draft, tiny_model
+from transformers import RepetitionPenaltyLogitsProcessor
 
+from fledge.decoding import accept as accept_module
 from fledge.decoding import round
 from fledge.decoding.accept import accept, distribution
-from fledge.decoding.generate import Sampling, TreeShape, generate, generate_batch
+from fledge.decoding.generate import Sampling, ShapePolicy, TreeShape, generate, generate_batch
 from fledge.decoding.round import Round
 from fledge.target.model import Target
 
 VOCAB, LENGTH, DRAWS = 8, 3, 1000
 IDS = [5, 2, 7]
-SETTINGS = {"T=1": (1.0, 1.0, 0), "T=0.7 top-p 0.9 top-k 20": (0.7, 0.9, 20)}
+SETTINGS = {
+    "T=1": Sampling(1.0), "T=0.7 top-p 0.9 top-k 20": Sampling(0.7, 0.9, 20),
+    "T=1 penalty 4": Sampling(1.0, repetition_penalty=4.0),
+    "T=0.8 min-p 0.15 penalty 1.5": Sampling(0.8, min_p=0.15, repetition_penalty=1.5),
+}  # fmt: skip
 
 
 @functools.cache
@@ -30,14 +36,15 @@ def small_target() -> Target:
 
 
 @functools.cache
-def law(temperature: float, top_p: float, top_k: int) -> dict[tuple[int, ...], float]:
+def law(sampling: Sampling) -> dict[tuple[int, ...], float]:
     """Probability of every sequence of three tokens."""
-    target, sampling = small_target(), Sampling(temperature, top_p, top_k)
+    target = small_target()
     probabilities: dict[tuple[int, ...], float] = {(): 1.0}
     for length in range(LENGTH):
         prefixes = list(itertools.product(range(VOCAB), repeat=length))
         batch = torch.tensor([IDS + list(prefix) for prefix in prefixes])
-        rows = distribution(target.head(target.forward(batch, taps=False).last_hidden[:, -1]), sampling)
+        logits = target.head(target.forward(batch, taps=False).last_hidden[:, -1])
+        rows = distribution(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(batch, logits), sampling)
         rows = rows / rows.sum(-1, keepdim=True)
         for prefix, row in zip(prefixes, rows.tolist(), strict=True):
             probabilities |= {(*prefix, token): probabilities[prefix] * p for token, p in enumerate(row)}
@@ -69,7 +76,7 @@ def speculative_sequences(setting: str) -> list[tuple[int, ...]]:
     for seed in range(DRAWS):
         generation = generate(
             target, head, IDS, tree=TreeShape(6, 1, 3), max_new_tokens=LENGTH, eos_token_ids=(),
-            sampling=Sampling(*SETTINGS[setting], seed=seed),
+            sampling=replace(SETTINGS[setting], seed=seed),
         )  # fmt: skip
         found.append(tuple(generation.token_ids))
         accepted += sum(generation.accepted)
@@ -77,20 +84,22 @@ def speculative_sequences(setting: str) -> list[tuple[int, ...]]:
     return found
 
 
-def all_at_once(*args, lazily):
+def all_at_once(*args, lazily, **options):
     """Acceptance as accelerators do it: the target draws at every node in parallel."""
-    return accept(*args, lazily=False)
+    return accept(*args, lazily=False, **options)
 
 
 @pytest.mark.parametrize("setting, in_parallel", [("T=1", False), ("T=1", True), ("T=0.7 top-p 0.9 top-k 20", False)])
 def test_speculative_sampling_follows_the_targets_law(setting, in_parallel, monkeypatch):
     if in_parallel:
         monkeypatch.setattr(round, "accept", all_at_once)
-    assert p_value(speculative_sequences(setting), law(*SETTINGS[setting])) > 1e-3
+    assert p_value(speculative_sequences(setting), law(SETTINGS[setting])) > 1e-3
 
 
-def batch_sequences(setting: str, tree: TreeShape | None, batch: int = 50) -> list[tuple[int, ...]]:
-    """Batches of the same prompt in fixed shapes, each row with a seed of its own."""
+def batch_sequences(
+    setting: str, tree: TreeShape | None, shapes: ShapePolicy = "fixed", batch: int = 50
+) -> list[tuple[int, ...]]:
+    """Batches of the same prompt, each row with a seed of its own."""
     target = small_target()
     head = tiny_draft(target, draft_vocab_size=None)
     head.warm_start_head(target.head_weight)
@@ -98,7 +107,7 @@ def batch_sequences(setting: str, tree: TreeShape | None, batch: int = 50) -> li
     for seed in range(DRAWS // batch):
         made = generate_batch(
             target, head if tree else None, [IDS] * batch, tree=tree or TreeShape(), max_new_tokens=LENGTH,
-            eos_token_ids=(), sampling=Sampling(*SETTINGS[setting], seed=seed * batch), shapes="fixed",
+            eos_token_ids=(), sampling=replace(SETTINGS[setting], seed=seed * batch), shapes=shapes,
         )  # fmt: skip
         found += [tuple(one.token_ids) for one in made]
         accepted += sum(sum(one.accepted) for one in made)
@@ -106,11 +115,14 @@ def batch_sequences(setting: str, tree: TreeShape | None, batch: int = 50) -> li
     return found
 
 
-@pytest.mark.parametrize("setting, tree", [
-    ("T=1", TreeShape(6, 1, 3)), ("T=0.7 top-p 0.9 top-k 20", TreeShape(6, 1, 3)), ("T=1", None),
+@pytest.mark.parametrize("setting, tree, shapes", [
+    ("T=1", TreeShape(6, 1, 3), "fixed"), ("T=0.7 top-p 0.9 top-k 20", TreeShape(6, 1, 3), "fixed"),
+    ("T=1", None, "fixed"), ("T=1 penalty 4", TreeShape(6, 1, 3), "fixed"),
+    ("T=1 penalty 4", TreeShape(6, 1, 3), "exact"), ("T=0.8 min-p 0.15 penalty 1.5", TreeShape(4, 2, 1), "exact"),
 ])  # fmt: skip
-def test_batches_follow_the_targets_law(setting, tree):
-    assert p_value(batch_sequences(setting, tree), law(*SETTINGS[setting])) > 1e-3
+def test_batches_follow_the_targets_law(setting, tree, shapes):
+    """Fixed shapes draw at every node in parallel, exact ones along the walk."""
+    assert p_value(batch_sequences(setting, tree, shapes), law(SETTINGS[setting])) > 1e-3
 
 
 def test_a_batched_rule_that_favours_the_draft_is_found(monkeypatch):
@@ -125,7 +137,17 @@ def test_a_batched_rule_that_favours_the_draft_is_found(monkeypatch):
         real(self, shapes)
 
     monkeypatch.setattr(Round, "accept", wrong)
-    assert p_value(batch_sequences("T=1", TreeShape(6, 1, 3)), law(*SETTINGS["T=1"])) < 1e-6
+    assert p_value(batch_sequences("T=1", TreeShape(6, 1, 3)), law(SETTINGS["T=1"])) < 1e-6
+
+
+def test_a_penalty_that_knows_no_paths_is_found(monkeypatch):
+    """The planted fault: at every node the tokens of all nodes are penalised, not those on its own path."""
+    monkeypatch.setattr(
+        accept_module, "seen_at_nodes",
+        lambda trees, seen: seen.scatter(1, trees.token_ids, True)[:, None].repeat(1, trees.num_nodes, 1),
+    )  # fmt: skip
+    found = batch_sequences("T=1 penalty 4", TreeShape(6, 1, 3))
+    assert p_value(found, law(SETTINGS["T=1 penalty 4"])) < 1e-6
 
 
 def test_plain_sampling_follows_the_targets_law():
@@ -133,12 +155,12 @@ def test_plain_sampling_follows_the_targets_law():
     found = [
         tuple(
             generate(
-                target, None, IDS, max_new_tokens=LENGTH, eos_token_ids=(), sampling=Sampling(*setting, seed=seed)
+                target, None, IDS, max_new_tokens=LENGTH, eos_token_ids=(), sampling=replace(setting, seed=seed)
             ).token_ids
         )
         for seed in range(DRAWS)
     ]
-    assert p_value(found, law(*setting)) > 1e-3
+    assert p_value(found, law(setting)) > 1e-3
 
 
 def test_a_rule_that_favours_the_draft_is_found(monkeypatch):
@@ -153,7 +175,7 @@ def test_a_rule_that_favours_the_draft_is_found(monkeypatch):
         return accepted
 
     monkeypatch.setattr(round, "accept", wrong)
-    assert p_value(speculative_sequences("T=1"), law(*SETTINGS["T=1"])) < 1e-6
+    assert p_value(speculative_sequences("T=1"), law(SETTINGS["T=1"])) < 1e-6
 
 
 def test_the_seed_decides():
