@@ -42,6 +42,8 @@ class GenerationOptions(TypedDict, total=False):
     temperature: float | None  # 0, the default, takes the most likely token
     top_p: float | None
     top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
     seed: int | None
     eos_token_id: int | list[int] | None  # instead of the target's own
 
