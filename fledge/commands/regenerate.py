@@ -282,6 +282,9 @@ def _report(journal: Journal, args: RegenerateArgs, rate: float | None = None) -
         f"{counts['rows']} rows, {counts['output_tokens']} answer tokens{speed}, "
         f"{counts['finish_reason: length']} cut at --max-tokens, {rejected.total()} rejected"
     )
+    for name, count in sorted(counts.items()):
+        if name.startswith("untraced: "):
+            warn(f"{count} rows have {name.removeprefix('untraced: ')}, which the chat template does not render")
     for reason, count in rejected.most_common():
         warn(f"{count} rows rejected: {reason} (listed in {args.output_dir / 'rejects.jsonl'})")
     failed = sum(count for reason, count in rejected.items() if reason not in CHOSEN)

@@ -16,6 +16,7 @@ from fledge.data.image_urls import anchored, has_images
 from fledge.data.rejects import Reject
 from fledge.data.sampling import ExtraSampling, TemperatureMixture, fraction
 from fledge.data.thinking import BOOLEAN_SWITCHES, ThinkingSwitch
+from fledge.data.traces import untraced
 from fledge.regeneration.args import AnswerArgs, PromptArgs
 from fledge.regeneration.engine import Answer, Engine, Request
 from fledge.regeneration.questions import Message, Turn, turns_of
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 OURS = (
     "id", "finish_reason", "num_prompt_tokens", "num_output_tokens", "sampling", "thinking", "model", "n",
     "prompt_token_ids", "chat_template_kwargs", "turns_left_out", "turns_left_out_because",
+    "untraced",
 )  # fmt: skip
 # Columns of the input row that hold its old answers: left beside the new ones, a reader might take them instead.
 STALE = {*TURN_COLUMNS, *TOKEN_COLUMNS, "prompt_ids", "loss_mask", "labels", "attention_mask"}
@@ -60,6 +62,7 @@ class Asker:
     async def row(self, conversation: Conversation) -> dict[str, Any]:
         """The row of one conversation: asked turn by turn. Raises Reject when not even the first turn has an answer."""
         drawn, dialogue = self._draw(conversation), Dialogue(self, _folder_of(conversation))
+        lost = self._untraced(conversation, drawn)
         await dialogue.run(turns_of(conversation, self._prompts.system_prompt), drawn)
         last = dialogue.given[-1]
         if last.finish_reason == "length" and self._answers.truncated == "drop":
@@ -80,6 +83,7 @@ class Asker:
             "sampling": sampling,
             "thinking": drawn.thinking,
             **({"chat_template_kwargs": drawn.chat_template_kwargs} if drawn.chat_template_kwargs else {}),
+            **({"untraced": list(lost)} if lost else {}),
             "model": self._engine.model,
             **({} if has_images(dialogue.said) else token_fields(dialogue.given)),
         }
@@ -106,6 +110,17 @@ class Asker:
             chat_template_kwargs={**(conversation.meta.get("chat_template_kwargs") or {}), **switched},
             tools=conversation.meta.get("tools") or None,
         )
+
+    def _untraced(self, conversation: Conversation, drawn: Drawn) -> tuple[str, ...]:
+        """Fields of the prompt that the chat template does not render, where the template is at hand."""
+        first = next((index for index, m in enumerate(conversation.messages) if m["role"] == "user"), None)
+        given = {**drawn.chat_template_kwargs, **({"tools": drawn.tools} if drawn.tools else {})}
+        if self._template is None or first is None or (first == 0 and not given):
+            return ()
+        try:
+            return untraced(conversation.messages[: first + 1], given, self._template.render, self._template.text)
+        except Reject:  # the template refuses the prompt, and so will the answering
+            return ()
 
     def _check_length(self, request: Request) -> None:
         longest = self._prompts.max_prompt_length
@@ -200,6 +215,7 @@ def tally(row: dict[str, Any]) -> dict[str, int]:
             else {}
         ),
         **({f"thinking: {'on' if row['thinking'] else 'off'}": 1} if row["thinking"] is not None else {}),
+        **{f"untraced: {name}": 1 for name in row.get("untraced", ())},
     }
 
 
