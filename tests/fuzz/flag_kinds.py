@@ -30,9 +30,9 @@ GOOD: dict[str, tuple[str, str]] = {  # a good value of a flag, and another one
 # Flags that mean something only together with others, or that choose another way through the command.
 TOGETHER = set(
     """
-    data_format adaptive api_key_env backend baseline_url bench_dir bench_name chat_template_type concurrency data
-    data_shard_size device device_map draft draft_model_config_path dtype eagle_url enable_thinking endpoints engine
-    eval_data_path eval_decode_steps eval_hidden_path fix gpu_memory_gb gpus gpus_per_worker host image init_from
+    data_format adaptive api_key_env backend baseline_url bench_dir bench_name chat_template_type columns concurrency
+    data data_shard_size device device_map draft draft_model_config_path dtype eagle_url enable_thinking endpoints
+    engine eval_data_path eval_decode_steps eval_hidden_path fix gpu_memory_gb gpus gpus_per_worker host image init_from
     json license license_link license_name local_rank matrix_optim max_gpu_memory max_pixels max_prompt_length
     min_pixels mode model notes num_gpus_per_model num_gpus_total num_servers num_tokens num_workers output
     prepare_only print private profile profile_path push_to_hub question_begin question_end raw report
