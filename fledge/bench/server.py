@@ -69,6 +69,7 @@ def bench_servers(args: BenchArgs) -> None:
     """Measure every level that has no row yet, then write the report."""
     if args.model.mode == "aa":
         raise UserError("--mode aa compares plain decoding with itself in this process; servers have no such mode.")
+    api_key(args.server.api_key_env)  # before servers are started for minutes
     levels = list_levels(args)
     with open_results(args.output_dir, settings := settings_of(args), overwrite=args.output.overwrite) as results:
         provenance.write(args.output_dir / "run.json", args, settings=settings, fingerprint=results.fingerprint)

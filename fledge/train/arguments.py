@@ -20,6 +20,7 @@ from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataForma
 from fledge.data.image_urls import ALLOW_HELP
 from fledge.data.traces import UNTRACED_HELP, Untraced
 from fledge.drafters.loss import LossSettings
+from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError, nearest
 from fledge.http_client import base_url
 from fledge.ranges import (
@@ -119,6 +120,15 @@ class EvaluationArguments:
     eval_decode_tree: list[Natural] = _flag([60, 5, 10], "The tree: total tokens, depth, top-k.")
     eval_decode_load_best: bool = _flag(True, "The final head is the best by tau rather than the last.")
 
+    def tree(self) -> TreeShape:
+        numbers = self.eval_decode_tree
+        if len(numbers) != 3 or numbers[0] < 2 or numbers[2] < 1:
+            raise UserError(
+                f"--eval_decode_tree {' '.join(map(str, numbers))}: needed are three numbers: total tokens (at least "
+                f"2), depth, top-k (at least 1)."
+            )
+        return TreeShape(*numbers)
+
 
 @dataclass
 class TrainerArguments(TrainingArguments):
@@ -126,7 +136,7 @@ class TrainerArguments(TrainingArguments):
 
     _argument_group_name = "trainer (transformers' TrainingArguments)"
     RANGES = {  # of the fields that are the library's own
-        "num_train_epochs": Positive, "max_steps": Whole, "warmup_steps": NotNegative, "weight_decay": NotNegative,
+        "num_train_epochs": Positive, "max_steps": Whole, "weight_decay": NotNegative,
         "adam_beta1": PartialShare, "adam_epsilon": Positive, "gradient_accumulation_steps": Count,
         "label_smoothing_factor": Share, "neftune_noise_alpha": NotNegative | None,
         "torch_empty_cache_steps": Count | None, "eval_steps": NotNegative | None, "eval_delay": NotNegative,
@@ -144,6 +154,9 @@ class TrainerArguments(TrainingArguments):
     )
     lr_scheduler_type: str = _flag("cosine", "Schedule after warm-up.")
     warmup_ratio: Share | None = _flag(0.03, "Share of the steps spent warming up, unless --warmup_steps is given.")
+    warmup_steps: NotNegative | None = _flag(  # type: ignore[assignment]
+        None, "Steps spent warming up; below 1, a share of them. Empty: --warmup_ratio."
+    )
     adam_beta2: PartialShare = _flag(0.95, "Second AdamW beta.")
     matrix_optim: Literal["auto", "muon", "same"] = _flag(
         "auto", "muon: the draft's matrices (not lm_head) by Muon, the rest by --optim. same: all by --optim. auto: "
@@ -168,8 +181,8 @@ class TrainerArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True
-        if self.warmup_ratio and not self.warmup_steps:
-            self.warmup_steps = self.warmup_ratio  # below 1, the library reads it as a share
+        if self.warmup_steps is None:
+            self.warmup_steps = self.warmup_ratio or 0.0  # below 1, the library reads it as a share
         super().__post_init__()
 
 
@@ -235,6 +248,7 @@ def parse_args(_args_class: type, argv: Sequence[str], *, prog: str, description
         raise UserError("--output_dir is needed: the folder for the head, its checkpoints and its provenance.")
     args = TrainArgs(data=data, draft=draft, evaluation=evaluation, trainer=trainer)
     check_ranges(args, separator="_")
+    evaluation.tree()
     check_report_to(trainer)
     for server in data.server:
         base_url(server)

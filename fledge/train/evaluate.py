@@ -163,8 +163,6 @@ def decoding_evaluation(flags: Any, source: Any, open_target: Any) -> DecodingEv
     """What the flags ask for; None without --eval_decode_steps. `open_target()` loads a target where none is."""
     if not flags.eval_decode_steps:
         return None
-    if len(flags.eval_decode_tree) != 3:
-        raise UserError(f"--eval_decode_tree {flags.eval_decode_tree}: needed are three numbers, total depth top_k.")
     if source.eval is None:
         raise UserError(
             "--eval_decode_steps decodes held-out conversations, and there are none: give --eval_data_path, "
@@ -182,5 +180,4 @@ def decoding_evaluation(flags: Any, source: Any, open_target: Any) -> DecodingEv
     if len(prompts) < flags.eval_decode_prompts:
         warn(f"--eval_decode_prompts {flags.eval_decode_prompts}: only {len(prompts)} held-out prompts; all are used.")
     say(f"every {flags.eval_decode_steps} steps {len(prompts)} prompts are decoded; {BEST}/ keeps the best head")
-    tree = TreeShape(*flags.eval_decode_tree)
-    return DecodingEvaluation(target, prompts, tree, flags.eval_decode_max_new_tokens)
+    return DecodingEvaluation(target, prompts, flags.tree(), flags.eval_decode_max_new_tokens)

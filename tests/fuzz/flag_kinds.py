@@ -21,7 +21,8 @@ GOOD: dict[str, tuple[str, str]] = {  # a good value of a flag, and another one
     "train_efficiency": ("0.5", "0.4"), "target_efficiency": ("0.5", "0.4"), "seed": ("1", "0"),
     "max_tokens": ("16", "32"), "model_max_length": ("256", "512"),
     "optim": ("adamw_torch", "sgd"), "lr_scheduler_type": ("linear", "constant"), "data_format": ("auto", "messages"),
-    "target_dtype": ("float32", "auto"), "report_to": ("none", "none"), "draft_type": ("eagle3", "eagle3.1"),
+    "target_dtype": ("float32", "auto"), "logging_steps": ("2", "4"), "save_steps": ("2", "4"),
+    "warmup_ratio": ("0.1", "0.2"), "draft_type": ("eagle3", "eagle3.1"),
     "tap_storage": ("same", "fp8"), "last_storage": ("all", "supervised"), "hardware": ("h100", "h200"),
     "eval_decode_tree": ("8 2 3", "16 3 4"), "max_steps": ("1", "2"),
     "save_strategy": ("steps", "epoch"), "logging_strategy": ("steps", "epoch"), "eval_strategy": ("no", "no"),
@@ -30,12 +31,12 @@ GOOD: dict[str, tuple[str, str]] = {  # a good value of a flag, and another one
 # Flags that mean something only together with others, or that choose another way through the command.
 TOGETHER = set(
     """
-    data_format adaptive api_key_env backend baseline_url bench_dir bench_name chat_template_type concurrency data
-    data_shard_size device device_map draft draft_model_config_path dtype eagle_url enable_thinking endpoints engine
+    data_format adaptive api_key_env backend baseline_url bench_dir bench_name chat_template_type columns concurrency
+    data data_shard_size device device_map draft draft_model_config_path dtype eagle_url enable_thinking endpoints
     engine eval_data_path eval_decode_steps eval_hidden_path fix gpu_memory_gb gpus gpus_per_worker host image init_from
     json license license_link license_name local_rank matrix_optim max_gpu_memory max_pixels max_prompt_length
     min_pixels mode model notes num_gpus_per_model num_gpus_total num_servers num_tokens num_workers output
-    prepare_only print private profile profile_path push_to_hub question_begin question_end raw report
+    prepare_only print private profile profile_path push_to_hub question_begin question_end raw report report_to
     resume_from_checkpoint retry_rejects run_code server tap_layers target target_backend
     tensor_parallel_size tflops to tokenizer tp_plan train_hidden_path tune vllm work_dir
     """.split()

@@ -37,7 +37,7 @@ COUNTS = """
 SHARES = "max_reject_share supervised_share train_efficiency target_efficiency eval_fraction depth_survival".split()
 NOT_NEGATIVE = "weight_decay learning_rate adam_epsilon".split()
 POSITIVE = """
-    request_timeout_s give_up_after_s start_timeout_s shard_mb gpu_memory_gb tflops num_train_epochs rope_theta
+    request_timeout_s start_timeout_s shard_mb gpu_memory_gb tflops num_train_epochs rope_theta
 """.split()
 RANGES: dict[str, tuple[str, ...]] = {
     **{name: ("0", *NEGATIVE) for name in SIZES},
@@ -53,9 +53,11 @@ RANGES: dict[str, tuple[str, ...]] = {
     "adam_beta2": ("-0.1", "1.0", "2", *NO_NUMBER),
     "tap_layers": ("-1",),
     "max_grad_norm": ("-1", "nan"),
+    "give_up_after_s": ("-1", *NO_NUMBER),
 }
 # By command, where the same name means something else.
 OTHER_RANGES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("regenerate", "top_k"): NEGATIVE,
     ("plan", "sample"): ("0", *NEGATIVE),
     ("regenerate", "temperature"): ("-0.1", "nan", "inf", "x", "", "0.5:", ":1", "0.5:-1", "0.0:0.3,0.7", "0:nan"),
     ("train", "optim"): ("nonsense", ""),

@@ -37,6 +37,22 @@ def test_unknown_flag_names_the_nearest(tmp_path):
         parse("--output_dir", str(tmp_path), "--ttt_stepz", "5")
 
 
+def test_no_warm_up_can_be_asked_for(tmp_path):
+    """`--warmup_steps 0` was once taken for "not given", and the default ratio warmed up all the same."""
+    flags = ("--output_dir", str(tmp_path))
+    given = ((), 0.03), (("--warmup_steps", "0"), 0), (("--warmup_steps", "7"), 7), (("--warmup_ratio", "0"), 0)
+    for words, steps in given:
+        assert parse(*flags, *words).trainer.warmup_steps == steps
+
+
+@pytest.mark.parametrize("numbers", ["60", "60 5", "60 5 10 4", "1 5 10", "60 5 0"])
+def test_a_tree_is_three_numbers(tmp_path, numbers):
+    flags = ("--output_dir", str(tmp_path), "--eval_decode_tree")
+    with pytest.raises(UserError, match="needed are three numbers"):
+        parse(*flags, *numbers.split())
+    assert parse(*flags, "60", "5", "10").evaluation.tree().depth == 5  # control
+
+
 def test_a_flag_is_not_cut_short(tmp_path):
     """The parser once took `--ttt_step` for --ttt_steps, and would have taken it for a newer flag tomorrow."""
     with pytest.raises(UserError, match="unknown flag '--ttt_step'.*'ttt_steps'"):
