@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 import fledge
-from fledge.console import warn
+from fledge.console import say, warn
 from fledge.errors import UserError, naming
 from fledge.parsing import read_json
 from fledge.redaction import redacted
@@ -295,6 +295,16 @@ def write_file(path: Path, content: bytes | str, tag: str = "") -> None:
 def write_json(path: Path, document: Any) -> None:
     """Write a document for people and programs, whole and without secrets."""
     write_file(path, json.dumps(redacted(document), indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_figures(path: Path, document: dict[str, Any], *, overwrite: bool = False) -> None:
+    """Write the file that a flag named; one that is there is replaced if it holds the same kind of document."""
+    if path.exists() and not overwrite and not document_has(path, *document):
+        raise UserError(
+            f"{path}: is there and was not written by this command. Name another file, or give --overwrite."
+        )
+    write_json(path, document)
+    say(f"figures written to {path}")
 
 
 def sync_folder(folder: Path) -> None:

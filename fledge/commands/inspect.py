@@ -13,7 +13,6 @@ import msgspec
 import tyro
 
 from fledge.config import Overwrite
-from fledge.console import say
 from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
 from fledge.data.image_urls import AllowImageUrls, allow_image_urls
 from fledge.data.traces import UNTRACED_HELP, Untraced
@@ -96,7 +95,7 @@ def inspect_data(args: InspectArgs) -> None:
     from fledge.data.inspect import SAMPLES_SHOWN, figures, show
     from fledge.data.rows import check_source
     from fledge.data.tokenize import ChatTemplate
-    from fledge.outputs import write_json
+    from fledge.outputs import write_figures
 
     check_source(args.path)
     if args.target is None:
@@ -116,8 +115,7 @@ def inspect_data(args: InspectArgs) -> None:
     document = figures(data, args.path, args.data_format, args.data_split, args.columns, args.repeated_ids)
     show(document, [data[index] for index in range(len(data))[args.sample :][:SAMPLES_SHOWN]], template)
     if args.json is not None:
-        write_json(args.json, document)
-        say(f"figures written to {args.json}")
+        write_figures(args.json, document, overwrite=args.overwrite)
 
 
 def _call(module: str, function: str, args: InspectArgs, what: str) -> None:

@@ -18,7 +18,7 @@ from fledge.errors import UserError
 from fledge.export.convert import HEAD_FILES, write_head
 from fledge.export.engines import ENGINES, file_shapes, problems
 from fledge.export.layouts import LAYOUTS
-from fledge.outputs import Output, check, document_has, write_json, written
+from fledge.outputs import Output, check, document_has, write_figures, written
 
 USELESS_TAU = 1.05  # a head below this proposes nothing that its target would say
 REPAIRED = Output(
@@ -137,8 +137,8 @@ def _fix(args: InspectHeadArgs, seen: Examination, text_config: Any, diagnosis: 
 def _conclude(args: InspectHeadArgs, found: list[Finding], diagnosis: Diagnosis | None) -> None:
     """The findings as a table (and JSON), and the exit status."""
     if args.json is not None:
-        write_json(args.json, {"findings": [dataclasses.asdict(f) for f in found],
-                                          "measured": diagnosis and _figures(diagnosis)})  # fmt: skip
+        document = {"findings": [dataclasses.asdict(f) for f in found], "measured": diagnosis and _figures(diagnosis)}
+        write_figures(args.json, document, overwrite=args.overwrite)
     if not found:
         say(f"fits {args.target}" if args.target else "nothing wrong in the files by themselves")
         return

@@ -31,6 +31,7 @@ from fledge.ranges import Count, Port, Positive
 
 POLL_S = 0.5
 STOP_PATIENCE_S = 20.0
+LOG_HEADING = "--- fledge serve, "
 LOG_TAIL_LINES = 12
 PROBE = Limits(total_s=5.0, body_bytes=1 << 20)
 CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
@@ -95,7 +96,7 @@ class Server:
 
     def shell_line(self) -> str:
         where = "".join(f"{name}={value} " for name, value in self.environment.items())
-        return f"{where}{shlex.join(self.command)} > {shlex.quote(str(self.log))} 2>&1 &"
+        return f"{where}{shlex.join(self.command)} >> {shlex.quote(str(self.log))} 2>&1 &"
 
 
 def parse_args(args_class: type[ServeArgs], argv: Sequence[str], *, prog: str, description: str) -> ServeArgs:
@@ -237,7 +238,9 @@ def running(servers: Sequence[Server], start_timeout_s: float) -> Iterator[list[
         try:
             for server in servers:
                 server.log.parent.mkdir(parents=True, exist_ok=True)
-                logs.append(open(server.log, "wb"))
+                logs.append(open(server.log, "ab"))
+                logs[-1].write(f"{LOG_HEADING}{time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+                logs[-1].flush()
                 processes.append(
                     subprocess.Popen(
                         server.command, stdin=subprocess.DEVNULL, stdout=logs[-1], stderr=subprocess.STDOUT,
@@ -287,8 +290,9 @@ def _group_lives(process: subprocess.Popen[Any]) -> bool:
 
 
 def tail(log: Path, lines: int = LOG_TAIL_LINES) -> str:
-    """The end of a log on one line."""
+    """The end of what the last start logged, on one line."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    text = text.rpartition(LOG_HEADING)[2].partition("\n")[2]  # of this start, not of earlier ones
     return " | ".join(line.strip() for line in text.splitlines()[-lines:] if line.strip()) or "(empty)"
 
 

@@ -43,6 +43,18 @@ def test_figures_for_programs(inspect, data, tmp_path):
     assert document["supervised_length"]["max"] == 329 and document["supervised_length"]["min"] == 9
 
 
+def test_a_foreign_file_is_not_replaced(inspect, data, tmp_path):
+    """`--json data.jsonl`, a slip of the keyboard, cost the data."""
+    before, mine = data.read_bytes(), tmp_path / "mine.json"
+    mine.write_text('{"mine": 1}')
+    for path in (data, mine):
+        code, shown = inspect(str(data), "--json", str(path))
+        assert code == 1 and "was not written by this command" in shown
+    assert data.read_bytes() == before and mine.read_text() == '{"mine": 1}'
+    assert inspect(str(data), "--json", str(mine), "--overwrite")[0] == 0 == inspect(str(data), "--json", str(mine))[0]
+    assert "report" in json.loads(mine.read_text())
+
+
 def test_tables_for_people(inspect, data):
     code, shown = inspect(str(data), "--model-max-length", "100", "--sample", "3")
     assert code == 0

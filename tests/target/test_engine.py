@@ -183,7 +183,9 @@ def test_a_list_of_gpus_that_is_none_is_refused(text):
 def test_print_starts_nothing(capsys):
     serve(args(print=True, vllm="/no/such/vllm", base_port=1, num_servers=2, gpus=""))
     lines = capsys.readouterr().out.splitlines()
-    assert all(" /no/such/vllm serve " in f" {line}" for line in lines) and len(lines) == 2 and "--port 2 >" in lines[1]
+    assert (
+        all(" /no/such/vllm serve " in f" {line}" for line in lines) and len(lines) == 2 and "--port 2 >>" in lines[1]
+    )
 
 
 def test_servers_answer_inside_the_block_and_are_gone_after_it(fake_vllm, port, tmp_path):
@@ -211,8 +213,10 @@ def test_when_one_dies_all_are_stopped_and_its_log_is_shown(fake_vllm, port, tmp
 
 def test_a_server_that_does_not_start_says_why(fake_vllm, port, tmp_path):
     servers = plan(args(vllm=fake_vllm, base_port=port, log_dir=tmp_path, vllm_args=("--fail",)), [])
-    with pytest.raises(UserError, match="out of memory, says the fake"), running(servers, 20):
+    servers[0].log.write_text("of an earlier run\n")
+    with pytest.raises(UserError, match="out of memory, says the fake") as caught, running(servers, 20):
         raise AssertionError("it never answers")
+    assert "earlier run" in servers[0].log.read_text() and "earlier run" not in str(caught.value)
 
 
 def test_a_missing_program_and_a_taken_port_are_named(fake_vllm, port, tmp_path):

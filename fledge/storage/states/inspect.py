@@ -7,7 +7,7 @@ import numpy as np
 
 from fledge.console import say, show_table, warn
 from fledge.data.vocab import control_ids, coverage
-from fledge.outputs import write_json
+from fledge.outputs import write_figures
 from fledge.storage.states.reader import HiddenStore
 from fledge.storage.states.writer import gib
 
@@ -22,6 +22,8 @@ class Wanted(Protocol):
     def path(self) -> str: ...
     @property
     def json(self) -> Path | None: ...
+    @property
+    def overwrite(self) -> bool: ...
 
 
 def inspect_store(args: Wanted) -> None:
@@ -40,8 +42,7 @@ def inspect_store(args: Wanted) -> None:
     if not document["complete"]:
         warn(f"{folder}: incomplete. Run the same `fledge extract` again to finish it.")
     if args.json is not None:
-        write_json(args.json, document)
-        say(f"figures written to {args.json}")
+        write_figures(args.json, document, overwrite=args.overwrite)
     say(f"{folder}: every checksum matches ({len(store.shards)} shards, {gib(document['counts']['bytes'])})")
 
 
