@@ -22,8 +22,8 @@ from pathlib import Path
 
 from fledge import provenance
 from fledge.commands import regenerate as command
-from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
-from fledge.regeneration.engine import Answer
+from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptSourceArgs, RegenerateArgs
+from fledge.regeneration.engine import PromptAnswer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RATE = re.compile(r"(\d+) answer tokens \(([\d.]+) tok/s")
@@ -95,7 +95,7 @@ class InstantEngine:
 
     async def answer(self, request):
         await asyncio.sleep(0)
-        return Answer("word " * 300, "stop", 40, 300, prompt_ids=list(range(40)), output_ids=list(range(300)))
+        return PromptAnswer("word " * 300, "stop", 40, 300, prompt_ids=list(range(40)), output_ids=list(range(300)))
 
 
 def in_own_process(folder: Path, rows: int) -> dict[str, object]:
@@ -126,7 +126,7 @@ def memory(folder: Path, rows: int) -> None:
     command._engine = lambda args: InstantEngine()  # type: ignore[assignment]
     command.regenerate(
         RegenerateArgs(
-            prompts=PromptArgs(data_name_or_path=str(folder / "in.jsonl"), deduplicate=True),
+            prompts=PromptSourceArgs(data_name_or_path=str(folder / "in.jsonl"), deduplicate=True),
             output_dir=folder / "out", answers=AnswerArgs(), engines=EngineArgs(),
         )
     )  # fmt: skip

@@ -47,7 +47,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
     console.print(table)
 
 
-class Bar(Protocol):
+class ProgressBar(Protocol):
     """What a loop needs of its progress display."""
 
     def advance(self, steps: int = 1, note: str | None = None) -> None: ...
@@ -84,7 +84,7 @@ class _PlainBar:
 
 
 @contextmanager
-def progress(title: str, total: int | None, done: int = 0) -> Iterator[Bar]:
+def progress(title: str, total: int | None, done: int = 0) -> Iterator[ProgressBar]:
     """A progress bar over `total` steps (None: unknown), `done` of which a resumed run already has."""
     if not console.is_terminal:
         yield _PlainBar(title, total, done)

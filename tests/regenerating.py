@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from fledge.commands.regenerate import regenerate
-from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
+from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptSourceArgs, RegenerateArgs
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -26,7 +26,7 @@ def run(data: Path, out: Path, url: str, *, shard_size: int = 4, prompt=None, an
 def regenerate_only(data: Path, out: Path, url: str, *, shard_size: int = 4, prompt=None, answer=None, engine=None):
     regenerate(
         RegenerateArgs(
-            prompts=PromptArgs(data_name_or_path=str(data), **(prompt or {})),
+            prompts=PromptSourceArgs(data_name_or_path=str(data), **(prompt or {})),
             output_dir=out,
             data_shard_size=shard_size,
             answers=AnswerArgs(**{"max_tokens": 64, **(answer or {})}),

@@ -1,6 +1,7 @@
 """Imports go left to right, stage by stage, with a rim below; no module imports itself in a circle."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,3 +88,12 @@ def test_the_checks_find_a_wrong_import_and_a_circle(tmp_path):
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "run.py").write_text("import fledge.bad\n")
     assert list(circles(import_graph(tmp_path)))
+
+
+def class_names(path: Path) -> list[str]:
+    return [node.name for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ClassDef)]
+
+
+def test_a_class_name_stands_for_one_class():
+    counts = Counter(name for path in PACKAGE.rglob("*.py") for name in class_names(path))
+    assert len(counts) > 200 and {name for name, times in counts.items() if times > 1} == set()

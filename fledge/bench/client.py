@@ -27,7 +27,7 @@ SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class ServerAnswer:
     """One streamed answer and its clock."""
 
     text: str
@@ -38,7 +38,7 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class ServerRequest:
     """The sampling settings every request carries."""
 
     model: str
@@ -62,7 +62,9 @@ class Request:
         return body
 
 
-async def ask(client: Client, url: str, request: Request, messages: list[dict[str, str]], seed: int) -> Answer:
+async def ask(
+    client: Client, url: str, request: ServerRequest, messages: list[dict[str, str]], seed: int
+) -> ServerAnswer:
     """One chat completion, streamed; a ServerError when it is none."""
     start = time.perf_counter()
     first = last = None
@@ -86,7 +88,7 @@ async def ask(client: Client, url: str, request: Request, messages: list[dict[st
         raise ServerError("malformed answer", "no usage report, so its tokens cannot be counted. Update the server")
     end = time.perf_counter()
     first, last = first or end, last or end
-    return Answer("".join(pieces), usage.completion_tokens, first - start, last - first, reason)
+    return ServerAnswer("".join(pieces), usage.completion_tokens, first - start, last - first, reason)
 
 
 async def metrics(client: Client, url: str) -> dict[str, float]:

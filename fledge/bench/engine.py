@@ -73,7 +73,7 @@ class EngineSpec:
             if args.decoding.adaptive else None,
         )  # fmt: skip
 
-    def load(self) -> "LocalEngine":
+    def load(self) -> "InProcessEngine":
         """Load target, head and template."""
         pace = AdaptiveBudget.from_profile(read_profile(Path(self.profile)), self.tree) if self.profile else None
         files = read_drafter(self.head) if self.head else None  # before the target: a bad head costs no loading
@@ -86,7 +86,7 @@ class EngineSpec:
             **self.placement(),
         )
         draft = files.bind(target.embedding_weight) if files else None
-        return LocalEngine(self, target, draft, self._template(target), pace)
+        return InProcessEngine(self, target, draft, self._template(target), pace)
 
     def _template(self, target: Target) -> ChatTemplate:
         return ChatTemplate(
@@ -114,8 +114,8 @@ def refused_path(one: RoundTrace) -> list[int]:
     return path
 
 
-class LocalEngine:
-    """See `fledge.bench.measure.Engine`."""
+class InProcessEngine:
+    """See `fledge.bench.measure.BenchEngine`."""
 
     def __init__(
         self, spec: EngineSpec, target: Target, draft: Any, template: ChatTemplate, pace: AdaptiveBudget | None = None

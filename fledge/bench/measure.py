@@ -3,7 +3,7 @@
 The two sides take turns on every prompt, in alternating order, so that a machine that warms up or slows down does so
 for both. Both see the same prompt at every turn: the conversation goes on with the plain side's answer (the only
 side's when there is one). Whatever is not decoding (quality checks, coloured samples) happens after both clocks
-stopped. Knows an `Engine`, not how it decodes.
+stopped. Knows a `BenchEngine`, not how it decodes.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ WARM_UP_TOKENS = 48
 SAMPLE_TOKENS = 96
 
 
-class Engine(Protocol):
+class BenchEngine(Protocol):
     """A target (with or without a head) that can answer, and be asked what it thinks of an answer."""
 
     def prompt(self, messages: list[dict[str, Any]]) -> Prompt: ...
@@ -78,7 +78,7 @@ class Job:
         }  # fmt: skip
 
 
-def measure(engine: Engine, job: Job, settings: MeasureSettings) -> Row:
+def measure(engine: BenchEngine, job: Job, settings: MeasureSettings) -> Row:
     """Measure one question on every side and return its row; a question too long for the target is `skipped`."""
     try:
         return _measured(engine, job, settings)
@@ -86,7 +86,7 @@ def measure(engine: Engine, job: Job, settings: MeasureSettings) -> Row:
         return {**job.key_fields(), "turns": [], "skipped": str(error)}
 
 
-def _measured(engine: Engine, job: Job, settings: MeasureSettings) -> Row:
+def _measured(engine: BenchEngine, job: Job, settings: MeasureSettings) -> Row:
     question = job.question
     messages: list[dict[str, Any]] = [{"role": "system", "content": question.system}] if question.system else []
     turns: list[dict[str, Any]] = []
@@ -121,7 +121,7 @@ def _measured(engine: Engine, job: Job, settings: MeasureSettings) -> Row:
     return row
 
 
-def warm_up(engine: Engine, questions: Sequence[Question], settings: MeasureSettings) -> None:
+def warm_up(engine: BenchEngine, questions: Sequence[Question], settings: MeasureSettings) -> None:
     """Run every side once, unmeasured, on the first question that fits: compilation, caches and clocks settle here."""
     num_tokens = min(WARM_UP_TOKENS, settings.max_new_tokens)
     for question in questions:
@@ -152,7 +152,7 @@ def check_generation(generation: Generation, max_new_tokens: int, eos_token_ids:
         assert rounds == len(ids) - 1, f"{len(ids)} tokens need {len(ids) - 1} plain forwards, found {rounds}"
 
 
-def side_record(engine: Engine, generation: Generation) -> dict[str, Any]:
+def side_record(engine: BenchEngine, generation: Generation) -> dict[str, Any]:
     """One side's generation as it stands in a row."""
     return {
         "num_tokens": len(generation.token_ids),
@@ -168,7 +168,7 @@ def side_record(engine: Engine, generation: Generation) -> dict[str, Any]:
     }
 
 
-def coloured_sample(engine: Engine, prompt: Prompt, max_new_tokens: int, seed: int) -> list[dict[str, Any]]:
+def coloured_sample(engine: BenchEngine, prompt: Prompt, max_new_tokens: int, seed: int) -> list[dict[str, Any]]:
     """The first tokens once more with tracing, outside every clock: per round what was accepted, rejected, bonus."""
     traced = engine.generate("eagle", prompt, max_new_tokens=max_new_tokens, seed=seed, trace=True)
     return engine.coloured_rounds(traced)

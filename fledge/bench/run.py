@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import fledge.provenance as provenance
 from fledge.bench.args import SIDES, BenchArgs
-from fledge.bench.measure import Engine, Job, MeasureSettings, measure, warm_up
+from fledge.bench.measure import BenchEngine, Job, MeasureSettings, measure, warm_up
 from fledge.bench.prompts import load_questions
 from fledge.bench.questions import Question
 from fledge.bench.report import PAGE, write_report
@@ -35,7 +35,7 @@ TUNE_QUESTIONS, TUNE_TOKENS = 6, 128
 class Loader(Protocol):
     """What makes an engine; it travels to the workers."""
 
-    def load(self) -> Engine: ...
+    def load(self) -> BenchEngine: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +192,7 @@ def measure_missing(args: BenchArgs, spec: Loader, placement: Placement, jobs: l
 
 
 def each_result(
-    load: Callable[[], Engine], work: Callable[[Engine, Job], Row], jobs: Sequence[Job], placement: Placement
+    load: Callable[[], BenchEngine], work: Callable[[BenchEngine, Job], Row], jobs: Sequence[Job], placement: Placement
 ) -> Iterator[tuple[Job, Row]]:
     """Rows as they finish: in this process with one worker, through Ray with several."""
     if placement.num_workers > 1:
@@ -206,7 +206,7 @@ def each_result(
         yield job, work(engine, job)
 
 
-def load_warm(spec: Loader, questions: Sequence[Question], settings: MeasureSettings) -> Engine:
+def load_warm(spec: Loader, questions: Sequence[Question], settings: MeasureSettings) -> BenchEngine:
     """An engine that has already decoded once on every side."""
     engine = spec.load()
     warm_up(engine, questions, settings)

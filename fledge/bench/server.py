@@ -20,7 +20,7 @@ import numpy as np
 
 from fledge import provenance
 from fledge.bench.args import SIDES, BenchArgs
-from fledge.bench.client import Answer, Request, acceptance_of, ask, metrics, metrics_between
+from fledge.bench.client import ServerAnswer, ServerRequest, acceptance_of, ask, metrics, metrics_between
 from fledge.bench.measure import Job, turn_seed
 from fledge.bench.prompts import load_questions
 from fledge.bench.questions import Question
@@ -178,7 +178,7 @@ async def model_of(client: Client, url: str) -> str:
         ) from None
 
 
-async def warm_up(client: Client, url: str, request: Request) -> None:
+async def warm_up(client: Client, url: str, request: ServerRequest) -> None:
     """One short question that is not measured."""
     try:
         await ask(client, url, request, [{"role": "user", "content": "Say hello."}], 0)
@@ -204,22 +204,22 @@ def api_key(variable: str | None) -> str | None:
     return os.environ[variable]
 
 
-def request_for(args: BenchArgs, model: str) -> Request:
+def request_for(args: BenchArgs, model: str) -> ServerRequest:
     """The flags as request settings."""
     decoding = args.decoding
-    return Request(
+    return ServerRequest(
         model, decoding.temperature, decoding.top_p, decoding.extra, decoding.max_new_token,
         THINKING[args.model.thinking],
     )  # fmt: skip
 
 
-async def measure_level(client: Client, url: str, request: Request, level: Level, seed: int) -> Row:
+async def measure_level(client: Client, url: str, request: ServerRequest, level: Level, seed: int) -> Row:
     """All questions of a level, `concurrency` conversations at a time; a conversation's turns follow each other.
 
     A question whose reply is odd is in the row's `failed` with the reason, and in no figure.
     """
     waiting = list(reversed(level.questions))
-    done: dict[str, list[Answer]] = {}
+    done: dict[str, list[ServerAnswer]] = {}
     failed: dict[str, str] = {}
 
     async def work() -> None:
@@ -251,8 +251,8 @@ async def measure_level(client: Client, url: str, request: Request, level: Level
 
 
 async def converse(
-    client: Client, url: str, request: Request, question: Question, seed: int, repeat: int
-) -> list[Answer]:
+    client: Client, url: str, request: ServerRequest, question: Question, seed: int, repeat: int
+) -> list[ServerAnswer]:
     """All turns of a question, with the model's own answers in between."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": question.system}] if question.system else []
     answers = []

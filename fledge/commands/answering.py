@@ -54,7 +54,7 @@ class SamplingArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelArgs:
+class ModelPairArgs:
     target: str
     """Target model: a folder or a hub name."""
     draft: str | None = None
@@ -91,7 +91,7 @@ class ModelArgs:
 class Answerer:
     """A loaded target, with its head when there is one, that answers by the flags."""
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: ModelPairArgs) -> None:
         import torch
 
         from fledge.decoding.adaptive import AdaptiveBudget

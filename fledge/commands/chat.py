@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from fledge.commands.answering import Answerer, ModelArgs, rendered
+from fledge.commands.answering import Answerer, ModelPairArgs, rendered
 from fledge.console import say, warn
 from fledge.errors import UserError
 from fledge.ranges import Count
@@ -16,7 +16,7 @@ HELP = "/reset begins a new conversation, /exit or Ctrl-D ends; Ctrl-C stops an 
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatArgs(ModelArgs):
+class ChatArgs(ModelPairArgs):
     max_new_tokens: Count = 1024
     """Longest answer, in tokens."""
 

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from fledge.commands.answering import Answerer, ModelArgs, rendered, speed_line
+from fledge.commands.answering import Answerer, ModelPairArgs, rendered, speed_line
 from fledge.console import say
 from fledge.data.samples import Prompt
 from fledge.decoding.records import Generation, Sampling
@@ -18,7 +18,7 @@ from fledge.ranges import Count
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeArgs(ModelArgs):
+class DecodeArgs(ModelPairArgs):
     prompt: list[str]
     """What the user says; - reads it from stdin. Several are answered one after another, or --batch-size at a time."""
     batch_size: Count = 1

@@ -70,7 +70,7 @@ class InspectArgs:
     allow_image_urls: AllowImageUrls = False
 
 
-class Manifest(msgspec.Struct):
+class ManifestKind(msgspec.Struct):
     """What a folder with a manifest.json is; others' manifests say nothing of the kind."""
 
     kind: Any = None
@@ -81,7 +81,7 @@ def inspect(args: InspectArgs) -> None:
     allow_image_urls(args.allow_image_urls)
     folder = Path(args.path).expanduser()
     manifest = folder / "manifest.json"
-    if manifest.is_file() and read_python_json(manifest, Manifest).kind == "hidden_store":
+    if manifest.is_file() and read_python_json(manifest, ManifestKind).kind == "hidden_store":
         _call("fledge.storage.states.inspect", "inspect_store", args, "stored hidden states")
     elif (folder / "config.json").is_file():
         _call("fledge.doctor.inspect_head", "inspect_head", args, "draft heads")

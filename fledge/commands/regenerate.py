@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from fledge import provenance
-from fledge.console import Bar, progress, say, warn
+from fledge.console import ProgressBar, progress, say, warn
 from fledge.data.conversations import ANSWER_MARK, Conversation, read_conversations
 from fledge.data.image_urls import allow_image_urls
 from fledge.data.rejects import Reject, Rejects
@@ -34,7 +34,7 @@ from fledge.errors import UserError
 from fledge.http_client import base_url
 from fledge.outputs import check, is_own
 from fledge.parsing import read_json
-from fledge.regeneration.args import AnswerArgs, PromptArgs, RegenerateArgs
+from fledge.regeneration.args import AnswerArgs, PromptSourceArgs, RegenerateArgs
 from fledge.regeneration.engine import Engine
 from fledge.regeneration.journal import ANSWERS, Journal
 from fledge.regeneration.questions import prompt_digest
@@ -118,7 +118,7 @@ class _Manifest(msgspec.Struct):
     settings: dict[str, Any]
 
 
-def _count(prompts: PromptArgs, rejects: Rejects) -> tuple[int, str]:
+def _count(prompts: PromptSourceArgs, rejects: Rejects) -> tuple[int, str]:
     """How many rows there will be, and a digest of what they ask: reads everything once, before hours of work."""
     digest, total = hashlib.sha256(), 0
     if is_local(prompts.data_name_or_path):
@@ -129,7 +129,7 @@ def _count(prompts: PromptArgs, rejects: Rejects) -> tuple[int, str]:
     return total, digest.hexdigest()[:16]
 
 
-def _read(prompts: PromptArgs, rejects: Rejects) -> Iterator[Conversation]:
+def _read(prompts: PromptSourceArgs, rejects: Rejects) -> Iterator[Conversation]:
     stream = read_conversations(
         prompts.data_name_or_path, data_format=prompts.data_format, rejects=rejects, split=prompts.split,
         columns=prompts.columns, repeated_ids=prompts.repeated_ids,
@@ -222,7 +222,7 @@ class _Run:
                 syncing.cancel()
                 self.rejects.close()
 
-    async def _worker(self, bar: Bar) -> None:
+    async def _worker(self, bar: ProgressBar) -> None:
         while (item := await self._next()) is not None:
             index, conversation, first = item
             try:

@@ -20,7 +20,7 @@ from fledge.parsing import parse_json
 FILE, OFFSETS = "images.jsonl", "image_offsets.npy"
 
 
-class Line(msgspec.Struct, array_like=True):
+class ImageEntry(msgspec.Struct, array_like=True):
     """An ImageRef as a line of the table has it."""
 
     source: str
@@ -43,7 +43,9 @@ class ImageTable:
         begin, end = int(self._offsets[row]), int(self._offsets[row + 1])
         lines = self._bytes[begin:end].tobytes().splitlines()
         where, again = f"{self._file} (sample {row})", "Delete this folder and run again."
-        return tuple(ImageRef(*msgspec.structs.astuple(parse_json(line, Line, where, hint=again))) for line in lines)
+        return tuple(
+            ImageRef(*msgspec.structs.astuple(parse_json(line, ImageEntry, where, hint=again))) for line in lines
+        )
 
     @staticmethod
     @contextmanager

@@ -22,7 +22,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Engine:
+class ServingEngine:
     """One engine's reader. `reads` maps each config field to what an absent one means to it."""
 
     name: str
@@ -48,7 +48,7 @@ COMMON_READS = {
     "target_hidden_size": "hidden_size",
     "vocab_size": "error",
 }
-VLLM = Engine(
+VLLM = ServingEngine(
     "vllm", "vLLM", "0.32.0", "input",
     reads={**COMMON_READS, "attention_bias": "no biases", "logit_scale": "1", "norm_before_residual":
            "the un-normed state is the residual (in the speculators layout: the normed one)"},
@@ -56,7 +56,7 @@ VLLM = Engine(
     architectures=("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Qwen2_5vlForCausalLM",
                    "Eagle3Qwen3vlForCausalLM", "Eagle3MiniMaxM2ForCausalLM"),
 )  # fmt: skip
-SGLANG = Engine(
+SGLANG = ServingEngine(
     "sglang", "SGLang", "0.5.23", "output",
     reads={**COMMON_READS, "bias": "no bias in fc", "hidden_act": "error", "intermediate_size": "error",
            "intermediate_size_mlp": "read for llama4_text only", "model_type": "error",
@@ -70,7 +70,7 @@ ENGINES = {engine.name: engine for engine in (VLLM, SGLANG)}
 SPECULATORS_LAYERS = ("llama", "qwen3")
 
 
-def problems(engine: Engine, document: JSON, shapes: Shapes, target_config: Any | None = None) -> list[str]:
+def problems(engine: ServingEngine, document: JSON, shapes: Shapes, target_config: Any | None = None) -> list[str]:
     """What this engine would crash on or serve at an acceptance of zero. `shapes` are the file's tensors."""
     speculators = "speculators_model_type" in document
     if speculators and engine.name != "vllm":
@@ -82,7 +82,7 @@ def problems(engine: Engine, document: JSON, shapes: Shapes, target_config: Any 
     return found + (_target_problems(layer, target_config) if target_config is not None else [])
 
 
-def check_servable(folder: Path, engine: Engine, target_config: Any | None = None) -> None:
+def check_servable(folder: Path, engine: ServingEngine, target_config: Any | None = None) -> None:
     """An error that lists every problem, or nothing."""
     document = read_config(folder)
     if found := problems(engine, document, file_shapes(folder), target_config):
@@ -107,7 +107,7 @@ def file_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         raise UserError(f"{path}: not a complete safetensors file ({error}). Copy or export the head again.") from None
 
 
-def _plain_problems(engine: Engine, document: JSON) -> list[str]:
+def _plain_problems(engine: ServingEngine, document: JSON) -> list[str]:
     architecture = (document.get("architectures") or ["none"])[0]
     found = []
     if architecture not in engine.architectures:
@@ -143,7 +143,7 @@ def _speculators_problems(document: JSON) -> list[str]:
     return found
 
 
-def _tensor_problems(engine: Engine, document: JSON, shapes: Shapes) -> list[str]:
+def _tensor_problems(engine: ServingEngine, document: JSON, shapes: Shapes) -> list[str]:
     """Tensors that are absent, or that it would pass over silently."""
     try:
         config = config_of(document, stated_tap_ids(document) or (0, 1, 2), None, Path("."))
@@ -161,7 +161,7 @@ def _tensor_problems(engine: Engine, document: JSON, shapes: Shapes) -> list[str
     return wrong
 
 
-def _tap_problems(engine: Engine, document: JSON, target_config: Any | None, known: str | None) -> list[str]:
+def _tap_problems(engine: ServingEngine, document: JSON, target_config: Any | None, known: str | None) -> list[str]:
     """Ids in the other engine's convention: by our own mark, else by the target's usual three."""
     stated = stated_tap_ids(document)
     if not stated:

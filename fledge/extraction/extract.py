@@ -20,7 +20,7 @@ import tyro
 
 from fledge import provenance
 from fledge.config import Overwrite
-from fledge.console import Bar, progress, say, show_table, warn
+from fledge.console import ProgressBar, progress, say, show_table, warn
 from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
 from fledge.data.dataset import TokenizedData
 from fledge.data.image_urls import AllowImageUrls, allow_image_urls
@@ -387,6 +387,6 @@ def _watch(folder: Path) -> Iterator[None]:
         thread.join()
 
 
-def _shown(ranks: Ranks, total: int, done: int) -> AbstractContextManager[Bar]:
+def _shown(ranks: Ranks, total: int, done: int) -> AbstractContextManager[ProgressBar]:
     title = "extracting" if ranks.world == 1 else f"extracting (rank {ranks.rank} of {ranks.world})"
     return progress(title, total, done)

@@ -14,7 +14,7 @@ from fledge.ranges import Count, Natural, NotNegative, Port, Positive, PositiveS
 
 
 @dataclass(kw_only=True)
-class PromptArgs:
+class PromptSourceArgs:
     data_name_or_path: str
     """Conversations whose user turns are asked: a file, a folder, or a hub data set (`org/name`)."""
     data_format: DataFormat = "auto"
@@ -103,7 +103,7 @@ class EngineArgs:
 
 @dataclass(kw_only=True)
 class RegenerateArgs:
-    prompts: PromptArgs
+    prompts: PromptSourceArgs
     output_dir: Path
     """Folder of the shards, manifest.json and rejects.jsonl. An unfinished run there is continued."""
     overwrite: Overwrite = False

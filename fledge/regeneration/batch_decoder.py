@@ -34,7 +34,7 @@ TOP_P_CANDIDATES = 1024
 
 
 @dataclass
-class Job:
+class DecodingJob:
     """One prompt, how to answer it, and the answer as it grows."""
 
     prompt_ids: list[int]
@@ -56,7 +56,7 @@ class Job:
 class _Part:
     """Rows that share a cache: `mask` is (B, L), 1 on real columns."""
 
-    jobs: list[Job]
+    jobs: list[DecodingJob]
     cache: DynamicCache
     mask: Tensor
 
@@ -101,7 +101,7 @@ class BatchDecoder:
         self._eos = frozenset(eos_token_ids)
         self._part: _Part | None = None
 
-    def live_jobs(self) -> list[Job]:
+    def live_jobs(self) -> list[DecodingJob]:
         return [job for job in self._part.jobs if job.finish_reason is None] if self._part else []
 
     @property
@@ -117,7 +117,7 @@ class BatchDecoder:
         return self.num_live == 0 or self.num_free >= max(self.batch_size // 8, 1)
 
     @torch.inference_mode()
-    def admit(self, jobs: Sequence[Job]) -> list[Job]:
+    def admit(self, jobs: Sequence[DecodingJob]) -> list[DecodingJob]:
         """Prefill these and let them join. Returns those that are finished with their first token."""
         parts = [self._prefill(group) for group in prefill_groups(jobs)]
         if self._part:
@@ -126,7 +126,7 @@ class BatchDecoder:
         return [job for job in jobs if job.finish_reason]
 
     @torch.inference_mode()
-    def step(self) -> list[Job]:
+    def step(self) -> list[DecodingJob]:
         """One token for every row. Returns the rows that finished with it."""
         part = self._part
         if part is None:
@@ -142,7 +142,7 @@ class BatchDecoder:
         self._emit(part.jobs, self._forward(ids, part.mask, positions, part.cache))
         return [job for job in live if job.finish_reason]
 
-    def _prefill(self, jobs: list[Job]) -> _Part:
+    def _prefill(self, jobs: list[DecodingJob]) -> _Part:
         width = max(len(job.prompt_ids) for job in jobs)
         ids = torch.tensor([[0] * (width - len(job.prompt_ids)) + job.prompt_ids for job in jobs], device=self.device)
         mask = torch.tensor(
@@ -161,7 +161,7 @@ class BatchDecoder:
         )  # fmt: skip
         return out.logits[:, -1].float()
 
-    def _emit(self, jobs: list[Job], logits: Tensor) -> None:
+    def _emit(self, jobs: list[DecodingJob], logits: Tensor) -> None:
         """Give every live row its next token (a finished one keeps its last until it is replaced)."""
         live = [index for index, job in enumerate(jobs) if job.finish_reason is None]
         if not live:
@@ -214,9 +214,9 @@ def _stack(pieces: Sequence[tuple[Tensor, list[int]]], widths: Sequence[int]) ->
     return out
 
 
-def prefill_groups(jobs: Sequence[Job]) -> list[list[Job]]:
+def prefill_groups(jobs: Sequence[DecodingJob]) -> list[list[DecodingJob]]:
     """Jobs of similar length together, each group at most PREFILL_TOKENS when padded (a longer prompt goes alone)."""
-    groups: list[list[Job]] = []
+    groups: list[list[DecodingJob]] = []
     for job in sorted(jobs, key=lambda job: len(job.prompt_ids)):
         if groups and len(job.prompt_ids) * (len(groups[-1]) + 1) <= PREFILL_TOKENS:
             groups[-1].append(job)
@@ -225,7 +225,7 @@ def prefill_groups(jobs: Sequence[Job]) -> list[list[Job]]:
     return groups
 
 
-def repetition_penalised(logits: Tensor, jobs: Sequence[Job]) -> Tensor:
+def repetition_penalised(logits: Tensor, jobs: Sequence[DecodingJob]) -> Tensor:
     """(B, V) logits with every token that a row already holds made less likely, where the row asks for it."""
     rows = [row for row, job in enumerate(jobs) if job.extra.repetition_penalty not in (None, 1.0)]
     if not rows:

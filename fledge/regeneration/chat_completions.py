@@ -13,7 +13,7 @@ import msgspec
 
 from fledge.data.rejects import Reject
 from fledge.http_client import ServerError
-from fledge.regeneration.engine import Answer, Request
+from fledge.regeneration.engine import PromptAnswer, PromptRequest
 from fledge.servers.replies import Completion, Usage, read_reply
 
 STOP_REASONS: dict[str, Literal["stop", "length"]] = {
@@ -69,7 +69,7 @@ def parse_retry_after(value: str | None) -> float | None:
         return None
 
 
-def body(request: Request, *, model: str, max_model_len: int | None, token_ids: bool) -> dict[str, Any]:
+def body(request: PromptRequest, *, model: str, max_model_len: int | None, token_ids: bool) -> dict[str, Any]:
     """The JSON of a request; an answer longer than the server's context is not asked for."""
     fields: dict[str, Any] = {
         "model": model, "messages": [_as_sent(message) for message in request.messages],
@@ -96,7 +96,7 @@ def _as_sent(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "reasoning": reasoning} if reasoning else message
 
 
-def parse_completion(content: bytes) -> Answer:
+def parse_completion(content: bytes) -> PromptAnswer:
     """A chat completion; raises ServerError when it is none, or empty, and Reject when asking again cannot help."""
     found = read_reply(content, Completion)
     choice, usage = found.choices[0], found.usage or Usage()
@@ -110,7 +110,7 @@ def parse_completion(content: bytes) -> Answer:
     if not text.strip() and not calls and not (reasoning and reason == "length"):
         raise ServerError("empty answer", f"finish_reason {reason}, {num_tokens} tokens")
     prompt_ids, output_ids = found.prompt_token_ids, choice.token_ids
-    return Answer(
+    return PromptAnswer(
         text=text, finish_reason=STOP_REASONS[reason], reasoning=reasoning or None, tool_calls=calls,
         num_prompt_tokens=usage.prompt_tokens or len(prompt_ids or ()),
         num_output_tokens=usage.completion_tokens or len(output_ids or ()),
@@ -127,7 +127,7 @@ def room(text: str) -> int | None:
     return _number(ANSWER_LIMIT, text)
 
 
-def shorter(request: Request, error: ContextTooLong) -> Request:
+def shorter(request: PromptRequest, error: ContextTooLong) -> PromptRequest:
     """The same request for an answer that may fit; raises Reject when none can.
 
     The newest vLLM stops counting a prompt one token above what fits beside the answer that was asked for, so the room

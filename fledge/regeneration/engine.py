@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Request:
+class PromptRequest:
     """One turn to be answered: everything said so far, what the chat template is told, and how to sample the answer."""
 
     messages: list[dict[str, Any]]
@@ -33,7 +33,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
+class PromptAnswer:
     """The target's answer. Token ids are there when the engine knows them; `output_ids` ends with the end-of-turn token
     when finish_reason is "stop". `text` may be empty beside tool calls, or when the answer was cut while reasoning."""
 
@@ -59,6 +59,6 @@ class Engine(Protocol):
         """Requests worth having in flight; known once the context is entered."""
         ...
 
-    async def answer(self, request: Request) -> Answer: ...
+    async def answer(self, request: PromptRequest) -> PromptAnswer: ...
     async def __aenter__(self) -> Any: ...
     async def __aexit__(self, *error: object) -> None: ...

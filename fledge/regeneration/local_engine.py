@@ -18,11 +18,11 @@ from fledge.console import say
 from fledge.data.image_urls import has_images
 from fledge.data.rejects import Reject
 from fledge.errors import UserError
-from fledge.regeneration.engine import Answer, Request
+from fledge.regeneration.engine import PromptAnswer, PromptRequest
 
 if TYPE_CHECKING:
     from fledge.data.tokenize import ChatTemplate
-    from fledge.regeneration.batch_decoder import Job
+    from fledge.regeneration.batch_decoder import DecodingJob
 
 CPU_BATCH, GPU_BATCH = 64, 256
 CACHED_BY_COLUMN = {"full_attention", "sliding_attention"}
@@ -40,7 +40,7 @@ class LocalEngine:
         self._template_name = chat_template_type
         self.errors: Counter[str] = Counter()
         self.template: ChatTemplate | None = None
-        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[DecodingJob | None] = queue.SimpleQueue()
         self._failed: BaseException | None = None
 
     @property
@@ -58,8 +58,8 @@ class LocalEngine:
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
 
-    async def answer(self, request: Request) -> Answer:
-        from fledge.regeneration.batch_decoder import Job
+    async def answer(self, request: PromptRequest) -> PromptAnswer:
+        from fledge.regeneration.batch_decoder import DecodingJob
 
         if has_images(request.messages):
             raise Reject("image parts", "--engine transformers answers text; images need a server (--engine openai)")
@@ -77,9 +77,9 @@ class LocalEngine:
             raise Reject("context length", f"the prompt has {len(ids)} tokens, the model takes {self._longest}")
         if self._failed:
             raise self._failed
-        done: asyncio.Future[Job] = self._loop.create_future()
+        done: asyncio.Future[DecodingJob] = self._loop.create_future()
         self._inbox.put(
-            Job(
+            DecodingJob(
                 ids,
                 min(request.max_tokens or room, room),
                 request.temperature,
@@ -98,7 +98,7 @@ class LocalEngine:
             text, calls = split_calls(text)
         if not text.strip() and not calls:
             raise Reject("empty answer", f"{len(job.output_ids)} tokens and no text")
-        return Answer(
+        return PromptAnswer(
             text=text, tool_calls=calls, finish_reason=job.finish_reason or "length", num_prompt_tokens=len(ids),
             num_output_tokens=len(job.output_ids), prompt_ids=ids, output_ids=job.output_ids,
         )  # fmt: skip
@@ -135,13 +135,13 @@ class LocalEngine:
 
     def _decode_forever(self) -> None:
         """The decoding thread: admit, step, hand out; ends at None in the inbox."""
-        waiting: list[Job] = []
+        waiting: list[DecodingJob] = []
         try:
             while True:
                 block = not waiting and self._decoder.num_live == 0
                 if not self._collect(waiting, block):
                     return
-                finished: list[Job] = []
+                finished: list[DecodingJob] = []
                 if waiting and self._decoder.wants_more():
                     free = self._decoder.num_free
                     finished += self._decoder.admit(waiting[:free])
@@ -155,7 +155,7 @@ class LocalEngine:
             for job in [*waiting, *self._decoder.live_jobs()]:
                 self._loop.call_soon_threadsafe(_fail, job, error)
 
-    def _collect(self, waiting: "list[Job]", block: bool) -> bool:
+    def _collect(self, waiting: "list[DecodingJob]", block: bool) -> bool:
         """Everything in the inbox; False when the engine is closing."""
         while True:
             try:
@@ -186,11 +186,11 @@ def split_calls(text: str) -> tuple[str, list[dict[str, Any]] | None]:
     return (text[: text.index("<tool_call>")].rstrip(), calls) if calls else (text, None)
 
 
-def _give(job: "Job") -> None:
+def _give(job: "DecodingJob") -> None:
     if not job.tag.done():
         job.tag.set_result(job)
 
 
-def _fail(job: "Job", error: BaseException) -> None:
+def _fail(job: "DecodingJob", error: BaseException) -> None:
     if not job.tag.done():
         job.tag.set_exception(error)

@@ -37,7 +37,7 @@ from fledge.regeneration.chat_completions import (
     room,
     shorter,
 )  # fmt: skip
-from fledge.regeneration.engine import Answer, Request
+from fledge.regeneration.engine import PromptAnswer, PromptRequest
 from fledge.servers.replies import MODELS, Model, Models, error_text, read_reply
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class OpenAIClient:
 
     # -- one request
 
-    async def answer(self, request: Request) -> Answer:
+    async def answer(self, request: PromptRequest) -> PromptAnswer:
         """The answer, after as many attempts as it takes; raises Reject when there is none to be had."""
         if has_images(request.messages):
             messages = await asyncio.to_thread(with_data_urls, request.messages)
@@ -161,7 +161,7 @@ class OpenAIClient:
             if attempts:
                 await asyncio.sleep(self._backoff(attempts))
 
-    async def _attempt(self, endpoint: Endpoint, request: Request) -> Answer:
+    async def _attempt(self, endpoint: Endpoint, request: PromptRequest) -> PromptAnswer:
         """One POST, which `_take_down` may cancel from outside."""
         task = asyncio.create_task(self._post(endpoint, request))
         endpoint.attempts.add(task)
@@ -182,7 +182,7 @@ class OpenAIClient:
         endpoint.limited_since, endpoint.num_limits = None, 0
         return answer
 
-    async def _post(self, endpoint: Endpoint, request: Request) -> Answer:
+    async def _post(self, endpoint: Endpoint, request: PromptRequest) -> PromptAnswer:
         fields = body(request, model=endpoint.model, max_model_len=endpoint.max_model_len, token_ids=endpoint.is_vllm)
         reply = await self._http.post(f"{endpoint.url}/chat/completions", fields)
         if reply.status != 200:

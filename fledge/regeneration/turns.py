@@ -17,8 +17,8 @@ from fledge.data.rejects import Reject
 from fledge.data.sampling import ExtraSampling, TemperatureMixture, fraction
 from fledge.data.thinking import BOOLEAN_SWITCHES, ThinkingSwitch
 from fledge.data.traces import untraced
-from fledge.regeneration.args import AnswerArgs, PromptArgs
-from fledge.regeneration.engine import Answer, Engine, Request
+from fledge.regeneration.args import AnswerArgs, PromptSourceArgs
+from fledge.regeneration.engine import Engine, PromptAnswer, PromptRequest
 from fledge.regeneration.questions import Message, Turn, turns_of
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Drawn:
 class Asker:
     """Asks the user turns of conversations in order, each with the target's own previous answers before it."""
 
-    def __init__(self, prompts: PromptArgs, answers: AnswerArgs, engine: Engine, extra: ExtraSampling) -> None:
+    def __init__(self, prompts: PromptSourceArgs, answers: AnswerArgs, engine: Engine, extra: ExtraSampling) -> None:
         self._prompts, self._answers, self._engine, self._extra = prompts, answers, engine, extra
         self._mixture = TemperatureMixture.parse(answers.temperature)
         self._template = engine.template or _known_template(prompts, answers, engine.model)
@@ -88,11 +88,11 @@ class Asker:
             **({} if has_images(dialogue.said) else token_fields(dialogue.given)),
         }
 
-    async def ask(self, messages: list[Message], drawn: Drawn, turn: int) -> Answer:
+    async def ask(self, messages: list[Message], drawn: Drawn, turn: int) -> PromptAnswer:
         """The target's answer to these messages, of which only the fields of the protocol are sent."""
         sent = [{name: message[name] for name in SENT if name in message} for message in messages]
         answers = self._answers
-        request = Request(
+        request = PromptRequest(
             sent, answers.max_tokens, drawn.temperature, answers.top_p, (drawn.seed + turn) % 2**31,
             drawn.chat_template_kwargs, drawn.tools, self._extra,
         )  # fmt: skip
@@ -122,7 +122,7 @@ class Asker:
         except Reject:  # the template refuses the prompt, and so will the answering
             return ()
 
-    def _check_length(self, request: Request) -> None:
+    def _check_length(self, request: PromptRequest) -> None:
         longest = self._prompts.max_prompt_length
         if longest is None:
             return
@@ -138,7 +138,7 @@ class Dialogue:
     def __init__(self, asker: Asker, folder: Path) -> None:
         self._asker, self._folder = asker, folder
         self.said: list[Message] = []
-        self.given: list[Answer] = []
+        self.given: list[PromptAnswer] = []
         self.left_out: dict[str, Any] = {}
 
     async def run(self, turns: list[Turn], drawn: Drawn) -> None:
@@ -183,7 +183,7 @@ def draw_thinking(choice: str, seed: int, row_id: str) -> bool | None:
     return {"default": None, "on": True, "off": False}[choice]
 
 
-def token_fields(given: list[Answer]) -> dict[str, Any]:
+def token_fields(given: list[PromptAnswer]) -> dict[str, Any]:
     """Token ids of the row, with which training needs no template: of one turn as prompt and answer, of several as one
     sequence and its mask. Left out where a later prompt does not continue the earlier tokens (a template that drops
     old reasoning, for one): there the mask comes from the template."""
@@ -224,7 +224,7 @@ def _is_kept(name: str, value: Any) -> bool:
     return name not in OURS and (name not in STALE or (name == "data" and not isinstance(value, (list, tuple))))
 
 
-def _assistant(answer: Answer) -> Message:
+def _assistant(answer: PromptAnswer) -> Message:
     reasoning = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
     calls = {"tool_calls": answer.tool_calls} if answer.tool_calls else {}
     return {"role": "assistant", "content": answer.text, **reasoning, **calls}
@@ -250,7 +250,7 @@ def _folder_of(conversation: Conversation) -> Path:
     return Path(conversation.where.rpartition(":")[0] or ".").parent
 
 
-def _known_template(prompts: PromptArgs, answers: AnswerArgs, model: str) -> "ChatTemplate | None":
+def _known_template(prompts: PromptSourceArgs, answers: AnswerArgs, model: str) -> "ChatTemplate | None":
     """The template of a server's model, where something needs it and it can be had."""
     from transformers import AutoTokenizer
 

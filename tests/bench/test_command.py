@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fledge.bench.args import BenchArgs
-from fledge.bench.engine import EngineSpec, LocalEngine, refused_path
+from fledge.bench.engine import EngineSpec, InProcessEngine, refused_path
 from fledge.bench.rows import read_rows
 from fledge.bench.run import bench
 from fledge.config import parse
@@ -78,7 +78,7 @@ def spec_of(folders, *flags: str) -> EngineSpec:
 
 
 @pytest.fixture(scope="module")
-def engine(folders) -> LocalEngine:
+def engine(folders) -> InProcessEngine:
     return spec_of(folders, "--temperature", "0").load()
 
 
@@ -243,8 +243,8 @@ def test_rounding_of_a_text_is_measured(engine, monkeypatch):
     """Coarser numbers move the same gaps further."""
     prompt = engine.prompt([{"role": "user", "content": "hi"}])
     exact = engine.top2(prompt, [5, 6, 7])
-    real = LocalEngine._logits_one_by_one
-    monkeypatch.setattr(LocalEngine, "_logits_one_by_one", lambda *words: real(*words).bfloat16())
+    real = InProcessEngine._logits_one_by_one
+    monkeypatch.setattr(InProcessEngine, "_logits_one_by_one", lambda *words: real(*words).bfloat16())
     assert engine.top2(prompt, [5, 6, 7])["noise"] > 100 * exact["noise"]
 
 

@@ -14,7 +14,14 @@ from transformers.generation.logits_process import (
 )
 
 from fledge.data.sampling import ExtraSampling
-from fledge.regeneration.batch_decoder import BatchDecoder, Job, nucleus, prefill_groups, repetition_penalised, sample
+from fledge.regeneration.batch_decoder import (
+    BatchDecoder,
+    DecodingJob,
+    nucleus,
+    prefill_groups,
+    repetition_penalised,
+    sample,
+)
 
 EOS = 3
 
@@ -30,7 +37,7 @@ def greedy_alone(model, prompt_ids: list[int], max_new_tokens: int) -> list[int]
     return ids[len(prompt_ids) :]
 
 
-def decode(model, jobs: list[Job], batch_size: int) -> None:
+def decode(model, jobs: list[DecodingJob], batch_size: int) -> None:
     decoder = BatchDecoder(model, eos_token_ids=[EOS], batch_size=batch_size)
     waiting = list(jobs)
     while waiting or decoder.num_live:
@@ -45,7 +52,7 @@ def decode(model, jobs: list[Job], batch_size: int) -> None:
 def test_rows_that_join_and_leave_get_the_answers_they_get_alone(name):
     model, draw = tiny_model(name), random.Random(0)
     jobs = [
-        Job([draw.randrange(4, 100) for _ in range(draw.randint(2, 30))], draw.randint(1, 25), 0.0, 1.0, 0)
+        DecodingJob([draw.randrange(4, 100) for _ in range(draw.randint(2, 30))], draw.randint(1, 25), 0.0, 1.0, 0)
         for _ in range(12)
     ]
     decode(model, jobs, batch_size=6)
@@ -56,12 +63,12 @@ def test_rows_that_join_and_leave_get_the_answers_they_get_alone(name):
 
 def test_a_row_samples_the_same_in_any_company():
     model = tiny_model("llama")
-    jobs = [Job([5, 6, 7 + i % 3], 12, 1.0, 0.9, seed=i) for i in range(9)]
-    again = [Job(job.prompt_ids, 12, 1.0, 0.9, job.seed) for job in jobs]
+    jobs = [DecodingJob([5, 6, 7 + i % 3], 12, 1.0, 0.9, seed=i) for i in range(9)]
+    again = [DecodingJob(job.prompt_ids, 12, 1.0, 0.9, job.seed) for job in jobs]
     decode(model, jobs, batch_size=9)
     decode(model, again[::-1], batch_size=2)
     assert [job.output_ids for job in jobs] == [job.output_ids for job in again]
-    other = Job(jobs[0].prompt_ids, 12, 1.0, 0.9, seed=99)
+    other = DecodingJob(jobs[0].prompt_ids, 12, 1.0, 0.9, seed=99)
     decode(model, [other], batch_size=1)
     assert other.output_ids != jobs[0].output_ids
 
@@ -85,7 +92,7 @@ def test_nucleus_falls_back_to_all_tokens_when_the_candidates_are_too_few():
 
 
 def test_prefill_groups_hold_every_job_and_waste_little():
-    jobs = [Job([1] * length, 1, 0.0, 1.0, 0) for length in (3000, 10, 900, 12, 1000, 11)]
+    jobs = [DecodingJob([1] * length, 1, 0.0, 1.0, 0) for length in (3000, 10, 900, 12, 1000, 11)]
     groups = prefill_groups(jobs)
     assert [[len(job.prompt_ids) for job in group] for group in groups] == [[10, 11, 12], [900, 1000], [3000]] or [
         [len(job.prompt_ids) for job in group] for group in groups
@@ -105,7 +112,7 @@ def test_extra_sampling_keeps_the_tokens_that_transformers_keeps(name):
     """The engine in this process passed over what generation_config asks for, and trained on another distribution."""
     extra, draw = EXTRAS[name], torch.Generator().manual_seed(0)
     logits = torch.randn(3, 20, generator=draw)
-    jobs = [Job([1, 2, 3 + row], 9, 0.8, 0.9, row, extra=extra, output_ids=[7, row]) for row in range(3)]
+    jobs = [DecodingJob([1, 2, 3 + row], 9, 0.8, 0.9, row, extra=extra, output_ids=[7, row]) for row in range(3)]
     expected = transformers_probabilities(logits, jobs)
     penalised = repetition_penalised(logits, jobs)
     draws = [(i + 0.5) / 300 for i in range(300)]
@@ -116,7 +123,7 @@ def test_extra_sampling_keeps_the_tokens_that_transformers_keeps(name):
         assert chosen != sample(logits[row].expand(300, -1), [0.8] * 300, [0.9] * 300, draws)  # the check could fail
 
 
-def transformers_probabilities(logits: torch.Tensor, jobs: list[Job]) -> torch.Tensor:
+def transformers_probabilities(logits: torch.Tensor, jobs: list[DecodingJob]) -> torch.Tensor:
     """What transformers' generate() would sample from: its own processors, in its order."""
     extra, filled = jobs[0].extra, torch.tensor([[*job.prompt_ids, *job.output_ids] for job in jobs])
     steps = [RepetitionPenaltyLogitsProcessor(extra.repetition_penalty or 1.0)]
@@ -132,7 +139,7 @@ def transformers_probabilities(logits: torch.Tensor, jobs: list[Job]) -> torch.T
 def test_a_repetition_penalty_counts_every_token_of_its_own_row():
     """Against one forward per token: rows that join and leave keep their own tokens apart."""
     model, extra = tiny_model("llama"), ExtraSampling(repetition_penalty=1.5)
-    jobs = [Job([5, 6 + i], 8, 0.0, 1.0, 0, extra=extra if i % 2 else ExtraSampling()) for i in range(4)]
+    jobs = [DecodingJob([5, 6 + i], 8, 0.0, 1.0, 0, extra=extra if i % 2 else ExtraSampling()) for i in range(4)]
     decode(model, jobs, batch_size=3)
     for job in jobs:
         ids = list(job.prompt_ids)

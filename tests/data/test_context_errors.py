@@ -4,7 +4,7 @@ import pytest
 
 from fledge.data.rejects import Reject
 from fledge.regeneration.chat_completions import CONTEXT_ERROR, ContextTooLong, room, shorter
-from fledge.regeneration.engine import Request
+from fledge.regeneration.engine import PromptRequest
 
 # (who says it, the whole message, room for the answer)
 WORDINGS = [
@@ -125,8 +125,8 @@ PARTLY_COUNTED = [
 ]
 
 
-def request(max_tokens: int | None = 200_000) -> Request:
-    return Request([{"role": "user", "content": "q"}], max_tokens, 0.7, 1.0, 0)
+def request(max_tokens: int | None = 200_000) -> PromptRequest:
+    return PromptRequest([{"role": "user", "content": "q"}], max_tokens, 0.7, 1.0, 0)
 
 
 @pytest.mark.parametrize("text, left", [case[1:] for case in WORDINGS], ids=[case[0] for case in WORDINGS])

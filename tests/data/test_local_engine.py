@@ -16,8 +16,8 @@ from fledge.data.rejects import Reject
 from fledge.data.sampling import ExtraSampling
 from fledge.data.tokenize import ChatTemplate
 from fledge.errors import UserError
-from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
-from fledge.regeneration.engine import Request
+from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptSourceArgs, RegenerateArgs
+from fledge.regeneration.engine import PromptRequest
 from fledge.regeneration.local_engine import LocalEngine, split_calls
 
 
@@ -39,7 +39,7 @@ def test_rows_of_several_turns_carry_their_tokens(tiny_dir, tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     regenerate(
         RegenerateArgs(
-            prompts=PromptArgs(data_name_or_path=str(tmp_path / "in.jsonl"), max_reject_share=1.0),
+            prompts=PromptSourceArgs(data_name_or_path=str(tmp_path / "in.jsonl"), max_reject_share=1.0),
             output_dir=tmp_path / "out",
             answers=AnswerArgs(max_tokens=8, temperature="1.0"),
             engines=EngineArgs(engine="transformers", model=str(tiny_dir), batch_size=5),
@@ -59,7 +59,7 @@ def test_rows_of_several_turns_carry_their_tokens(tiny_dir, tmp_path):
 def test_greedy_answers_are_the_models_own(tiny_dir):
     async def ask():
         async with LocalEngine(str(tiny_dir), batch_size=4, device="cpu") as engine:
-            requests = [Request([{"role": "user", "content": f"q{i}"}], 6, 0.0, 1.0, 0, None) for i in range(6)]
+            requests = [PromptRequest([{"role": "user", "content": f"q{i}"}], 6, 0.0, 1.0, 0, None) for i in range(6)]
             answers = await asyncio.gather(*(engine.answer(r) for r in requests), return_exceptions=True)
             return [a for a in answers if not isinstance(a, Reject)], engine._decoder.model
 
@@ -75,7 +75,7 @@ def test_greedy_answers_are_the_models_own(tiny_dir):
 def test_a_prompt_beyond_the_context_is_rejected(tiny_dir):
     async def ask():
         async with LocalEngine(str(tiny_dir), batch_size=2) as engine:
-            await engine.answer(Request([{"role": "user", "content": "x" * 300}], 6, 0.0, 1.0, 0, None))
+            await engine.answer(PromptRequest([{"role": "user", "content": "x" * 300}], 6, 0.0, 1.0, 0, None))
 
     with pytest.raises(Reject, match="context length"):
         asyncio.run(ask())
@@ -85,7 +85,7 @@ def test_a_failing_model_reaches_everybody_who_waits(tiny_dir):
     async def ask():
         async with LocalEngine(str(tiny_dir), batch_size=2) as engine:
             engine._decoder.model = None  # as an out-of-memory error would: the decoding thread dies
-            request = Request([{"role": "user", "content": "x"}], 6, 0.0, 1.0, 0, None)
+            request = PromptRequest([{"role": "user", "content": "x"}], 6, 0.0, 1.0, 0, None)
             return await asyncio.gather(*(engine.answer(request) for _ in range(5)), return_exceptions=True)
 
     assert all(isinstance(answer, TypeError) for answer in asyncio.run(ask()))
@@ -96,7 +96,7 @@ def test_a_failure_reaches_requests_that_nobody_has_read(tiny_dir):
 
     async def ask():
         async with LocalEngine(str(tiny_dir), batch_size=2) as engine:
-            request = Request([{"role": "user", "content": "x"}], 6, 0.0, 1.0, 0, None)
+            request = PromptRequest([{"role": "user", "content": "x"}], 6, 0.0, 1.0, 0, None)
             late: list[asyncio.Task] = []
 
             def die(jobs):
@@ -121,7 +121,7 @@ def test_a_missing_model_is_named(tmp_path):
         (tmp_path / "in.jsonl").write_text('{"id": "a", "conversations": [{"from": "human", "value": "x"}]}\n')
         regenerate(
             RegenerateArgs(
-                prompts=PromptArgs(data_name_or_path=str(tmp_path / "in.jsonl")), output_dir=tmp_path / "out",
+                prompts=PromptSourceArgs(data_name_or_path=str(tmp_path / "in.jsonl")), output_dir=tmp_path / "out",
                 engines=EngineArgs(engine="transformers"),
             )
         )  # fmt: skip
@@ -151,7 +151,7 @@ def test_template_variables_tools_and_extra_sampling_reach_the_model(tiny_dir, m
 
     async def ask():
         async with LocalEngine(str(folder), batch_size=2, device="cpu") as engine:
-            plain = Request(messages, 12, 0.0, 1.0, 0)
+            plain = PromptRequest(messages, 12, 0.0, 1.0, 0)
             told = replace(plain, chat_template_kwargs={"effort": "high"}, tools=tools)
             wild = replace(plain, temperature=50.0)
             tamed = replace(wild, extra=ExtraSampling(top_k=1))
@@ -166,7 +166,7 @@ def test_template_variables_tools_and_extra_sampling_reach_the_model(tiny_dir, m
 def test_tools_of_a_template_whose_calls_are_not_read_are_refused(tiny_dir):
     async def ask():
         async with LocalEngine(str(tiny_dir), batch_size=2) as engine:
-            await engine.answer(Request([{"role": "user", "content": "x"}], 6, 0.0, 1.0, 0, tools=[{}]))
+            await engine.answer(PromptRequest([{"role": "user", "content": "x"}], 6, 0.0, 1.0, 0, tools=[{}]))
 
     with pytest.raises(Reject, match="reads calls written as <tool_call> JSON"):
         asyncio.run(ask())

@@ -9,14 +9,14 @@ from fakes.openai_server import FakeServer, ServerThread, answer_to
 from fledge.data.rejects import Reject
 from fledge.errors import UserError
 from fledge.regeneration.chat_completions import parse_retry_after, room
-from fledge.regeneration.engine import Request
+from fledge.regeneration.engine import PromptRequest
 from fledge.regeneration.openai_client import OpenAIClient, Patience, normal_url
 
 QUICK = Patience(request_s=1.0, give_up_after_s=2.0, backoff_s=0.01, probe_every_s=0.1, probe_timeout_s=0.2)
 
 
-def request(prompt: str, max_tokens: int = 64, thinking: bool | None = None) -> Request:
-    return Request([{"role": "user", "content": prompt}], max_tokens, 0.7, 0.9, 7, thinking)
+def request(prompt: str, max_tokens: int = 64, thinking: bool | None = None) -> PromptRequest:
+    return PromptRequest([{"role": "user", "content": prompt}], max_tokens, 0.7, 0.9, 7, thinking)
 
 
 def ask(urls: list[str], prompts: list[str], patience: Patience = QUICK, **options):

@@ -22,8 +22,8 @@ from fledge.data.conversations import Conversation, read_conversations
 from fledge.data.rejects import Rejects
 from fledge.data.tokenize import ChatTemplate
 from fledge.errors import UserError
-from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
-from fledge.regeneration.engine import Answer
+from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptSourceArgs, RegenerateArgs
+from fledge.regeneration.engine import PromptAnswer
 from fledge.regeneration.turns import token_fields
 
 
@@ -224,8 +224,8 @@ def test_the_rows_train(server, tmp_path, target_dir):
 
 
 def test_token_fields_of_several_turns():
-    def answer(prompt: list[int], output: list[int] | None) -> Answer:
-        return Answer("x", "stop", len(prompt), 1, prompt_ids=prompt, output_ids=output)
+    def answer(prompt: list[int], output: list[int] | None) -> PromptAnswer:
+        return PromptAnswer("x", "stop", len(prompt), 1, prompt_ids=prompt, output_ids=output)
 
     assert token_fields([answer([1, 2], [3])]) == {"prompt_token_ids": [1, 2], "token_ids": [3]}
     assert token_fields([answer([1, 2], [3, 4]), answer([1, 2, 3, 4, 5], [6])]) == {
@@ -280,7 +280,7 @@ class InstantEngine:
 
     async def answer(self, request):
         await asyncio.sleep(0)
-        return Answer("word " * 50, "stop", 20, 50, prompt_ids=list(range(20)), output_ids=list(range(50)))
+        return PromptAnswer("word " * 50, "stop", 20, 50, prompt_ids=list(range(20)), output_ids=list(range(50)))
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
@@ -303,7 +303,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
 
 def test_a_named_template_is_for_the_engine_in_this_process():
     args = RegenerateArgs(
-        prompts=PromptArgs(data_name_or_path="x"), answers=AnswerArgs(), output_dir=Path("y"),
+        prompts=PromptSourceArgs(data_name_or_path="x"), answers=AnswerArgs(), output_dir=Path("y"),
         engines=EngineArgs(chat_template_type="chatml"),
     )  # fmt: skip
     with pytest.raises(UserError, match="--chat-template-type chatml is for --engine transformers"):

@@ -14,7 +14,7 @@ import pytest
 from fakes.openai_server import FakeServer, ServerThread
 
 from fledge.commands.regenerate import regenerate
-from fledge.regeneration.args import EngineArgs, PromptArgs, RegenerateArgs
+from fledge.regeneration.args import EngineArgs, PromptSourceArgs, RegenerateArgs
 
 KILLS = 25
 ROWS = 2500
@@ -92,7 +92,7 @@ def start(data: Path, out: Path, url: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         regenerate(
             RegenerateArgs(
-                prompts=PromptArgs(data_name_or_path=str(data)), output_dir=out, data_shard_size=SHARD,
+                prompts=PromptSourceArgs(data_name_or_path=str(data)), output_dir=out, data_shard_size=SHARD,
                 engines=EngineArgs(endpoints=(url,), concurrency=16),
             )
         )  # fmt: skip

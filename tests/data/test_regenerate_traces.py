@@ -9,8 +9,8 @@ import pytest
 from fledge.data.conversations import Conversation
 from fledge.data.sampling import ExtraSampling
 from fledge.data.tokenize import ChatTemplate
-from fledge.regeneration.args import AnswerArgs, PromptArgs
-from fledge.regeneration.engine import Answer
+from fledge.regeneration.args import AnswerArgs, PromptSourceArgs
+from fledge.regeneration.engine import PromptAnswer
 from fledge.regeneration.turns import Asker, tally
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
@@ -21,12 +21,12 @@ PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 def test_a_tool_that_the_template_drops_is_counted(make_tokenizer, template, lost):
     """A target whose template ignores tools answered without them, and no word was said."""
 
-    async def answer(request) -> Answer:
-        return Answer("fine", "stop", 3, 1)
+    async def answer(request) -> PromptAnswer:
+        return PromptAnswer("fine", "stop", 3, 1)
 
     chat = ChatTemplate(make_tokenizer(template=template))
     engine = SimpleNamespace(model="target", template=chat, errors=Counter(), answer=answer)
-    asker = Asker(PromptArgs(data_name_or_path="x"), AnswerArgs(), engine, ExtraSampling())
+    asker = Asker(PromptSourceArgs(data_name_or_path="x"), AnswerArgs(), engine, ExtraSampling())
     asked = Conversation("a", ({"role": "user", "content": "What weather?"},), {"tools": TOOLS})
     row = asyncio.run(asker.row(asked))
     assert row.get("untraced", []) == lost and row["tools"] == TOOLS

@@ -21,12 +21,7 @@ from fledge.data.tokenize import ChatTemplate
 from fledge.data.vision import Vision, load_vision
 from fledge.errors import UserError
 
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLEDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def template_for(name: str, **limits) -> ChatTemplate:

@@ -16,7 +16,7 @@ from fledge.commands.regenerate import regenerate
 from fledge.data.conversations import read_conversations
 from fledge.data.rejects import Rejects
 from fledge.data.tokenize import ChatTemplate
-from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptArgs, RegenerateArgs
+from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptSourceArgs, RegenerateArgs
 from fledge.servers.processes import ServeArgs, plan, running, visible_gpus
 
 pytestmark = pytest.mark.vllm
@@ -58,7 +58,7 @@ def test_serve_regenerate_and_rows_that_train(url, smollm2_dir, tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     regenerate(
         RegenerateArgs(
-            prompts=PromptArgs(data_name_or_path=str(tmp_path / "in.jsonl"), max_reject_share=0.2),
+            prompts=PromptSourceArgs(data_name_or_path=str(tmp_path / "in.jsonl"), max_reject_share=0.2),
             output_dir=tmp_path / "out",
             answers=AnswerArgs(max_tokens=4096, temperature="0.0:0.5,0.6:0.5"),  # more than the context: capped
             engines=EngineArgs(endpoints=(url,), concurrency=4),

@@ -31,11 +31,7 @@ STEPS = 6
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "hunyuan_vl", "gemma3")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLEDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

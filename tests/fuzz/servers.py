@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from fledge.errors import UserError
-from fledge.regeneration.engine import Request
+from fledge.regeneration.engine import PromptRequest
 from fledge.regeneration.openai_client import OpenAIClient, Patience
 from fuzz.documents import NO_COUNT, NO_LIST, NO_OBJECT, NO_SIZE, NO_TEXT, broken_fields, broken_text, encoded
 from fuzz.harness import Case, WrongValue
@@ -84,7 +84,7 @@ def completion(text: str) -> dict[str, Any]:
 async def ask() -> Any:
     client = OpenAIClient([server().url], patience=PATIENCE)
     async with client:
-        request = Request([{"role": "user", "content": "hello"}], 64, 0.0, 1.0, 1, None)
+        request = PromptRequest([{"role": "user", "content": "hello"}], 64, 0.0, 1.0, 1, None)
         try:
             return await client.answer(request)
         except UserError as error:

@@ -16,6 +16,8 @@ from fledge.train.arguments import TrainArgs, parse_args
 from fledge.train.continuation import check_resumable, weights_digest
 from fledge.train.stored import stored_source
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 PARTS = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
@@ -61,13 +63,6 @@ def test_a_digest_sees_any_tensor_and_any_shape():
     assert weights_digest(weights.items()) == digest
     assert weights_digest((weights | {"a": weights["a"] * 1.01}).items()) != digest
     assert weights_digest((weights | {"b": torch.zeros(4, 3)}).items()) != digest
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLEDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
