@@ -1,8 +1,9 @@
 """What a caller asks of an answer, as keyword arguments or as a transformers GenerationConfig.
 
 A GenerationConfig means here what it means to `model.generate`: fields that are not set are the model's own, then
-transformers' defaults; sampling needs `do_sample`. A field that would change the answer in a way that is not built here
-is refused by its name, never passed over.
+transformers' defaults; sampling needs `do_sample`. Keyword arguments alone mean what the flags of `fledge decode` do:
+the model's own repetition_penalty, top_k and min_p hold where they are not given. A field that would change the answer
+in a way that is not built here is refused by its name, never passed over.
 """
 
 import copy
@@ -16,6 +17,7 @@ from fledge.errors import UserError, nearest
 DEFAULT_LENGTH = 256  # new tokens, where nothing says how many
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 ONLY_SAMPLED = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+FROM_OWN = ("repetition_penalty", "top_k", "min_p")  # the model's, where only keyword arguments are given
 DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers', where do_sample is set
 LENGTHS = ("max_new_tokens", "max_length")
 TAKEN = (*SAMPLING, *LENGTHS, "eos_token_id")
@@ -76,7 +78,8 @@ def read_settings(config: Any, own: Any, options: GenerationOptions) -> Generati
             f"{unknown} is no setting of a generation{nearest(unknown, known)}. There are: {sorted(known)}."
         )
     given = {name: value for name, value in options.items() if value is not None}
-    fields = {} if config is None else _fields(config, own)
+    drawn = (options.get("temperature") or 0) > 0
+    fields = _own_fields(own, drawn=drawn) if config is None else _fields(config, own)
     lengths = {name: fields.pop(name, None) for name in LENGTHS}
     if "max_new_tokens" in given:
         lengths = {"max_new_tokens": given.pop("max_new_tokens")}
@@ -97,9 +100,20 @@ def _fields(config: Any, own: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ONLY_SAMPLED}
 
 
-def refuse_fields(config: Any, *, but: str = "") -> None:
-    """An error that names the fields of a GenerationConfig that would change the answer; `but` is dealt with."""
-    passed = {*WITHOUT_EFFECT, *TAKEN, "do_sample", but, *(() if config.do_sample else ONLY_SAMPLED)}
+def _own_fields(own: Any, *, drawn: bool) -> dict[str, Any]:
+    """What the model's own GenerationConfig sets, of the fields that need no `do_sample` of its own."""
+    if own is None:
+        return {}
+    refuse_fields(own, drawn=drawn)
+    values = {name: getattr(own, name, None) for name in FROM_OWN if drawn or name not in ONLY_SAMPLED}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def refuse_fields(config: Any, *, but: str = "", drawn: bool | None = None) -> None:
+    """An error that names the fields of a GenerationConfig that would change the answer; `but` is dealt with. `drawn`:
+    whether tokens are drawn, where the config's do_sample does not say it."""
+    drawn = config.do_sample if drawn is None else drawn
+    passed = {*WITHOUT_EFFECT, *TAKEN, "do_sample", but, *(() if drawn else ONLY_SAMPLED)}
     fields = {name: getattr(config, name, None) for name in sorted(vars(type(config)()).keys() - passed)}
     lost = [f"{name}={value!r}" for name, value in fields.items() if name[0] != "_" and not _is_neutral(name, value)]
     if lost:

@@ -14,7 +14,9 @@ from tiny_vlm import picture_file, save_vlm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import fledge
+from fledge.api.settings import read_settings
 from fledge.decoding.generate import generate
+from fledge.decoding.records import Sampling
 from fledge.drafters.eagle3.checkpoint import save_draft
 from fledge.errors import UserError
 from fledge.target.model import Target
@@ -155,11 +157,37 @@ def test_what_cannot_be_done_is_refused_by_name(pair, fields, named):
 
 
 def test_the_model_s_own_config_counts_as_in_generate(pair, monkeypatch):
-    """A model may ship with settings of its own: they are refused, not dropped, where a config is given."""
-    monkeypatch.setattr(pair.target.model.generation_config, "no_repeat_ngram_size", 3)
-    with pytest.raises(UserError, match="no_repeat_ngram_size=3"):
-        pair.generate(TEXT, GenerationConfig(max_new_tokens=3))
-    assert pair.generate(TEXT, max_new_tokens=3).token_ids
+    """A model may ship with settings of its own: they are refused, not dropped, with a config and without."""
+    own = pair.target.model.generation_config
+    with monkeypatch.context() as patch:
+        patch.setattr(own, "typical_p", 0.5)
+        assert pair.generate(TEXT, max_new_tokens=3).token_ids, "greedy: it changes nothing"
+        with pytest.raises(UserError, match=r"typical_p=0\.5"):
+            pair.generate(TEXT, max_new_tokens=3, temperature=1.0)
+    monkeypatch.setattr(own, "no_repeat_ngram_size", 3)
+    for config in (GenerationConfig(max_new_tokens=3), None):
+        with pytest.raises(UserError, match="no_repeat_ngram_size=3"):
+            pair.generate(TEXT, config, max_new_tokens=3)
+
+
+def test_the_model_s_own_penalty_holds(pair, model, monkeypatch):
+    """Greedy answers were not those of `model.generate` where the model ships with a repetition_penalty."""
+    ids, options = pair.tokenizer(TEXT)["input_ids"], {"max_new_tokens": 24, "eos_token_id": []}
+    before = pair.generate(ids, **options).token_ids
+    for one in (pair.target.model, model):
+        monkeypatch.setattr(one.generation_config, "repetition_penalty", 1.5)
+    expected = text_of(model, ids, max_new_tokens=24, eos_token_id=-1)
+    assert pair.generate(ids, **options).token_ids == expected != before
+    assert pair.generate(ids, repetition_penalty=1.0, **options).token_ids == before
+
+
+def test_keyword_arguments_are_the_law(pair, monkeypatch):
+    own = pair.target.model.generation_config
+    monkeypatch.setattr(own, "top_k", 7)
+    monkeypatch.setattr(own, "min_p", 0.2)
+    law = lambda **options: read_settings(None, own, options).sampling  # noqa: E731
+    assert law(temperature=0.9) == Sampling(0.9, top_k=7, min_p=0.2) and law() == Sampling()
+    assert law(temperature=0.9, top_k=0, min_p=0.1) == Sampling(0.9, min_p=0.1)
 
 
 def test_bad_calls(pair, model, tiny_model_dir):
