@@ -152,7 +152,7 @@ def test_a_server_behind_a_password_is_reached_and_what_it_echoes_is_not_kept(tm
     with serving(handler) as url:
         named = url.replace("http://", "http://ann:hunter2-hunter2@")
         args = regenerate_args.RegenerateArgs(
-            prompts=regenerate_args.PromptArgs(data_name_or_path=str(one_row(tmp_path)), max_reject_share=1.0),
+            prompts=regenerate_args.PromptSourceArgs(data_name_or_path=str(one_row(tmp_path)), max_reject_share=1.0),
             output_dir=tmp_path / "out", engines=regenerate_args.EngineArgs(endpoints=(named,), max_attempts=1),
         )  # fmt: skip
         with pytest.raises(UserError, match="no row was answered"):

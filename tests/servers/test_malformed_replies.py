@@ -133,7 +133,7 @@ def test_regeneration_keeps_the_other_rows(tmp_path):
     with serving(answering(replies, http(good()))) as url:
         regenerate(
             regenerate_args.RegenerateArgs(
-                prompts=regenerate_args.PromptArgs(data_name_or_path=str(tmp_path / "in.jsonl"), max_reject_share=1.0),
+                prompts=regenerate_args.PromptSourceArgs(data_name_or_path=str(tmp_path / "in.jsonl"), max_reject_share=1.0),
                 output_dir=tmp_path / "out",
                 engines=regenerate_args.EngineArgs(endpoints=(url,), max_attempts=1, concurrency=8),
             )
@@ -234,7 +234,7 @@ def test_a_level_in_which_every_question_fails_is_not_kept(tmp_path):
 def test_a_list_of_models_that_is_none(tmp_path, models):
     (tmp_path / "one.jsonl").write_text(json.dumps({"id": "1", "conversations": [{"from": "human", "value": "q"}]}))
     args = regenerate_args.RegenerateArgs(
-        prompts=regenerate_args.PromptArgs(data_name_or_path=str(tmp_path / "one.jsonl")),
+        prompts=regenerate_args.PromptSourceArgs(data_name_or_path=str(tmp_path / "one.jsonl")),
         output_dir=tmp_path / "out",
         engines=regenerate_args.EngineArgs(max_attempts=1),
     )
