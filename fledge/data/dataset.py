@@ -8,17 +8,13 @@ Splitting goes by a hash of the conversation's id, so a conversation stays on it
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import tempfile
 import zlib
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -28,6 +24,7 @@ from torch import Tensor
 
 from fledge.console import progress, say, warn
 from fledge.data.conversations import HOPELESS_ROWS, Conversation, DataFormat, RepeatedIds, read_conversations
+from fledge.data.encoding import encode_batches
 from fledge.data.image_table import ImageTable
 from fledge.data.images import ImageRef, picture_state
 from fledge.data.rejects import MAX_REJECT_SHARE, Reject, Rejects
@@ -41,7 +38,6 @@ from fledge.outputs import write_json
 from fledge.parsing import read_json
 
 LAYOUT = 2  # raise it when samples would come out differently
-BATCH = 256
 ARRAYS = ("offsets", "truncated", "cut")
 LARGEST_IDS = 16 << 30  # bytes; ours, and as long as the data has rows
 AGAIN = "Delete this folder and run again."
@@ -304,7 +300,7 @@ def _write_samples(
         ImageTable.writer(folder, template.vision is not None) as images,
         progress("tokenising", count_rows(source)) as bar,
     ):
-        for batch, results in _encode_batches(conversations, template, max_length, min_supervised, num_proc):
+        for batch, results in encode_batches(conversations, template, max_length, min_supervised, num_proc):
             for conversation, result in zip(batch, results, strict=True):
                 if isinstance(result, Drop):
                     report.dropped[result.reason] = report.dropped.get(result.reason, 0) + 1
@@ -336,72 +332,6 @@ def _write_samples(
     np.save(folder / "cut.npy", np.array(cut, dtype=np.int64))
     (folder / "ids.json").write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
     return report
-
-
-Encoded = tuple[list[Conversation], list[list[Sample] | Reject]]
-
-
-def _encode_batches(
-    conversations: Iterator[Conversation], template: ChatTemplate, max_length: int | None, min_supervised: int,
-    num_proc: int,
-) -> Iterator[Encoded]:  # fmt: skip
-    """Batches in order; with several processes a few are under way at a time, so memory stays flat."""
-    batches = iter(lambda: list(islice(conversations, BATCH)), [])
-    if num_proc <= 1:
-        for batch in batches:
-            yield batch, template.encode_many(batch, max_length, min_supervised)
-        return
-    under_way: deque[tuple[list[Conversation], Future]] = deque()
-    with ProcessPoolExecutor(
-        num_proc, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(template,)
-    ) as pool:
-        for batch in batches:
-            under_way.append((batch, pool.submit(_encode_in_worker, batch, max_length, min_supervised)))
-            if len(under_way) > 2 * num_proc:
-                done, future = under_way.popleft()
-                yield done, _unpack(future.result())
-        for done, future in under_way:
-            yield done, _unpack(future.result())
-
-
-_worker_template: ChatTemplate | None = None
-
-
-def _start_worker(template: ChatTemplate) -> None:
-    global _worker_template
-    _worker_template = template
-
-
-Packed = list[list[tuple[str, np.ndarray, np.ndarray, bool, int, tuple[ImageRef, ...], tuple[str, ...]]] | Reject]
-
-
-def _encode_in_worker(batch: list[Conversation], max_length: int | None, min_supervised: int) -> Packed:
-    """Arrays, not tensors, travel back: torch would pass each of them through a file descriptor."""
-    assert _worker_template is not None, "the worker was not initialised"
-    packed: Packed = []
-    for result in _worker_template.encode_many(batch, max_length, min_supervised):
-        if isinstance(result, Reject):
-            packed.append(result)
-        else:
-            packed.append(
-                [
-                    (s.id, s.input_ids.numpy(), s.loss_mask.numpy(), s.truncated, s.num_cut, s.images, s.untraced)
-                    for s in result
-                ]
-            )
-    return packed
-
-
-def _unpack(packed: Packed) -> list[list[Sample] | Reject]:
-    as_tensor = torch.from_numpy
-    return [
-        result if isinstance(result, Reject)
-        else [
-            Sample(id, as_tensor(ids), as_tensor(mask), cut, n, images, untraced)
-            for id, ids, mask, cut, n, images, untraced in result
-        ]
-        for result in packed
-    ]  # fmt: skip
 
 
 def hash_share(id: str, seed: int) -> float:
