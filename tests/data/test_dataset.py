@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fledge.data import dataset
+from fledge.data import dataset, encoding
 from fledge.data.dataset import TokenizedData
 from fledge.data.tokenize import ChatTemplate
 from fledge.errors import UserError
@@ -80,7 +80,7 @@ def test_whatever_changes_the_samples_changes_the_key(load, write_rows, rows, ch
 
 
 def test_several_processes_give_the_same_data(load, write_rows, rows, monkeypatch):
-    monkeypatch.setattr(dataset, "BATCH", 16)
+    monkeypatch.setattr(encoding, "BATCH", 16)
     path = write_rows([*rows, {"id": "bad", "messages": rows[0]["messages"][:1]}])
     one, two = load(path), load(path, cache_dir=None, num_proc=2)
     assert same(one, two) and one.report == two.report and two.report.rejected == {"no answer": 1}
