@@ -1,10 +1,11 @@
 """Which columns of a row hold its conversation, and what they say about it.
 
 Knows the shapes of public data: a list of turns (ShareGPT, OpenAI, UltraChat, LMSYS), a prompt and an answer (TRL,
-Alpaca, Dolly, OpenOrca, xLAM), and what may stand beside them: a system text, tools, template arguments, reasoning.
-Every column that is read here is used up; the others are the row's own and stay in its meta.
+Alpaca, Dolly, OpenOrca, xLAM), one text (Guanaco), and what may stand beside them: a system text, tools, template
+arguments, reasoning. Every column that is read here is used up; the others are the row's own and stay in its meta.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 QUESTION_COLUMNS = ("prompt", "instruction", "question", "query")
 CONTEXT_COLUMNS = ("input", "context")  # Alpaca's and Dolly's text that the instruction is about
 ANSWER_COLUMNS = ("completion", "response", "output", "answer", "answers")
+MARKED_TURN = re.compile(r"### (Human|Assistant):")  # Guanaco's: the whole conversation is one text
 SWITCHES = ("enable_thinking", "reasoning_effort", "thinking")  # arguments of chat templates that rows name directly
 BESIDE_TURNS = frozenset(  # columns that change what the model sees, beside those that hold the turns
     (*SYSTEM_COLUMNS, *REASONING_KEYS, *SWITCHES, "tools", "chat_template_kwargs", "image", "images")
@@ -88,6 +90,8 @@ def turns_of(row: Mapping[str, Any], data_format: str) -> tuple[list[Any], set[s
         return turns, {*found, *(name for name in unread if _list_of(row[name], name) is not None)}
     if data_format == "auto" and (question := _first(row, QUESTION_COLUMNS)):
         return _of_question(row, question)
+    if data_format == "auto" and isinstance(text := row.get("text"), str) and MARKED_TURN.match(text.lstrip()):
+        return _of_marked_text(text), {"text"}
     if any(row.get(name) is not None for name in TOKEN_COLUMNS):
         return [], set()
     wanted = " or ".join(repr(key) for key in FORMAT_KEYS[data_format])
@@ -183,6 +187,12 @@ def _of_question(row: Mapping[str, Any], question: str) -> tuple[list[Any], set[
     else:
         turns += said[len(asked) :] if _same_turns(said[: len(asked)], asked) else said
     return turns, used
+
+
+def _of_marked_text(text: str) -> list[dict[str, str]]:
+    """The turns of `### Human: Hi### Assistant: Hello`."""
+    _, *pieces = MARKED_TURN.split(text)
+    return [{"role": role, "content": said.strip()} for role, said in zip(pieces[::2], pieces[1::2], strict=True)]
 
 
 def _first(row: Mapping[str, Any], names: Sequence[str]) -> str | None:

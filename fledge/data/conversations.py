@@ -28,7 +28,8 @@ from fledge.data.columns import (
 from fledge.data.images import with_row_images
 from fledge.data.messages import check_roles, joined, message_of
 from fledge.data.rejects import Reject, Rejects
-from fledge.data.rows import Row, read_rows
+from fledge.data.rows import ANSWER_MARK, Row, read_rows
+from fledge.data.trees import paths_of_trees
 from fledge.errors import UserError
 
 __all__ = [
@@ -42,7 +43,6 @@ REPEATED_IDS_HELP = (
     "sample of its own, all of them on the same side of the evaluation split."
 )
 ID_KEYS = ("id", "conversation_id", "prompt_id", "uid")
-ANSWER_MARK = "#answer"  # ID#answer2 is the second answer to the prompt ID
 HOPELESS_ROWS = 200  # this many rows and not one good: stop at once instead of reading a million more
 
 
@@ -85,7 +85,7 @@ def read_conversations(
     seen_ids = _SeenIds(repeated_ids)
     names = ColumnMap(columns)
     good = 0
-    for row in read_rows(path_or_name, split):
+    for row in paths_of_trees(read_rows(path_or_name, split)):
         rejects.seen += 1
         try:
             conversation = seen_ids.claimed(parse_row(row, data_format, names))

@@ -14,13 +14,14 @@ from fledge.console import say
 from fledge.data.row_files import SUFFIXES, Row, file_rows, open_parquet, row, suffix_of
 from fledge.errors import UserError
 
-__all__ = ["Row", "check_source", "content_hash", "count_rows", "data_files", "is_local", "read_rows"]
+__all__ = ["ANSWER_MARK", "Row", "check_source", "content_hash", "count_rows", "data_files", "is_local", "read_rows"]
 
 # What fledge, the datasets library and the hub write beside rows; none of it is a row.
 NOT_ROWS = (
     "rejects.jsonl", "manifest.json", "run.json", "provenance.json", "report.json", "dataset_info.json",
     "dataset_infos.json", "dataset_dict.json", "state.json",
 )  # fmt: skip
+ANSWER_MARK = "#answer"  # ID#answer2 is the second answer to the prompt ID
 FILES_NAMED = 5
 CHUNK = 4 << 20
 

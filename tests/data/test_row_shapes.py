@@ -65,6 +65,10 @@ PUBLIC_SHAPES = {
     "openorca": (
         {"id": "o", "system_prompt": "Be brief.", "question": "Hi", "response": "Hello"}, [("system", "Be brief."), *QA]
     ),
+    "guanaco": (
+        {"text": "### Human: Hi### Assistant: Hello### Human: More?\n### Assistant: ### No.\n"},
+        [*QA, ("user", "More?"), ("assistant", "### No.")],
+    ),
     "metamath": ({"query": "Hi", "response": "Hello", "type": "x"}, QA),
     "trl prompt and completion": ({"prompt": "Hi", "completion": "Hello"}, QA),
     "trl conversational": ({"prompt": [user()], "completion": [assistant()]}, QA),

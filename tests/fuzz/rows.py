@@ -20,6 +20,7 @@ from fuzz.harness import Case, WrongValue
 
 AREA = "conversation rows"
 Row = dict[str, Any]
+TREE_MESSAGE = {"message_id": "m", "role": "assistant", "text": "x"}
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).filter(str.strip)
 TEXT_KEYS = {"conversations": ("from", "value", "human", "gpt"), "messages": ("role", "content", "user", "assistant")}
 
@@ -92,6 +93,12 @@ BAD_ROWS: dict[str, Callable[[Row], Any]] = {
     "tool calls are a number": with_last(content=None, tool_calls=5),
     "an answer first": with_turns(lambda turns: [turns[-1], *turns[-2:]]),
     "a system message at the end": with_turns(lambda turns: [*turns, {"role": "system", "content": "x"}]),
+    "a message of a tree that is not there": lambda row: {**TREE_MESSAGE, "parent_id": "gone"},
+    "a message of a tree without a role": lambda row: {**TREE_MESSAGE, "role": None},
+    "a tree with a text for a reply": lambda row: {"prompt": {"role": "prompter", "text": "x", "replies": ["x"]}},
+    "a tree with a number for replies": lambda row: {"prompt": {"role": "prompter", "text": "x", "replies": 5}},
+    "a marked text without a question": lambda row: {"text": "### Assistant: x"},
+    "a marked text without words": lambda row: {"text": "### Human:### Assistant:"},
     "id of another row": lambda row: {**row, "id": "row-0"},
     "id with a lone surrogate": lambda row: {**row, "id": "\udfff"},
 }

@@ -133,7 +133,9 @@ def test_regeneration_keeps_the_other_rows(tmp_path):
     with serving(answering(replies, http(good()))) as url:
         regenerate(
             regenerate_args.RegenerateArgs(
-                prompts=regenerate_args.PromptSourceArgs(data_name_or_path=str(tmp_path / "in.jsonl"), max_reject_share=1.0),
+                prompts=regenerate_args.PromptSourceArgs(
+                    data_name_or_path=str(tmp_path / "in.jsonl"), max_reject_share=1.0
+                ),
                 output_dir=tmp_path / "out",
                 engines=regenerate_args.EngineArgs(endpoints=(url,), max_attempts=1, concurrency=8),
             )
