@@ -26,6 +26,7 @@ from fledge.drafters.eagle3.foreign import (
 from fledge.drafters.eagle3.head import Head, check_tensors
 from fledge.drafters.eagle3.rope import described
 from fledge.errors import UserError
+from fledge.export.engine_rope import trained_rope
 from fledge.target.record import default_tap_layers
 
 
@@ -88,6 +89,10 @@ def findings(config: DraftConfig, target_config: Any) -> list[Finding]:
            "acceptance falls with the position", "if measured")  # fmt: skip
     expect("warning", "rope", "multimodal rope", described(ours), described(theirs),
            "acceptance falls behind pictures")  # fmt: skip
+    if config.head_dim == wanted.head_dim and not any(finding.topic == "rope" for finding in found):
+        if difference := trained_rope(config).difference(trained_rope(wanted)):
+            found.append(Finding("warning", "rope", f"its rope {difference}, as the target's does",
+                                 "acceptance falls with the position", "if measured"))  # fmt: skip
     expect("warning", "target", "head_dim", config.head_dim, wanted.head_dim,
            "fine if trained so; EAGLE derived it wrongly once")  # fmt: skip
     expect("warning", "target", "rms_norm_eps", config.rms_norm_eps, wanted.rms_norm_eps, "small")

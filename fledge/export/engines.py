@@ -15,6 +15,7 @@ from fledge.drafters.eagle3.checkpoint import WEIGHTS
 from fledge.drafters.eagle3.foreign import config_of, our_name, read_config, read_weights, stated_tap_ids
 from fledge.drafters.eagle3.head import expected_shapes
 from fledge.errors import UserError
+from fledge.export.engine_rope import rope_problem
 from fledge.target.record import default_tap_layers
 
 JSON = dict[str, Any]
@@ -78,6 +79,7 @@ def problems(engine: ServingEngine, document: JSON, shapes: Shapes, target_confi
     found = _speculators_problems(document) if speculators else _plain_problems(engine, document)
     layer = {**document, **(document.get("transformer_layer_config") or {})} if speculators else document
     found += _tensor_problems(engine, document, {our_name(name): shape for name, shape in shapes.items()})
+    found += _rope_problems(engine, document, layer)
     found += _tap_problems(engine, document, target_config, "input" if speculators else None)
     return found + (_target_problems(layer, target_config) if target_config is not None else [])
 
@@ -159,6 +161,16 @@ def _tensor_problems(engine: ServingEngine, document: JSON, shapes: Shapes) -> l
     if unknown:
         wrong.append(f"unknown tensors {', '.join(unknown[:4])}")
     return wrong
+
+
+def _rope_problems(engine: ServingEngine, document: JSON, layer: JSON) -> list[str]:
+    """A rope that comes out of the same fields as other numbers than the head was trained with."""
+    try:
+        config = config_of(document, stated_tap_ids(document) or (0, 1, 2), None, Path("."))
+        problem = rope_problem(engine.name, layer, config)
+    except UserError:
+        return []  # said by _tensor_problems
+    return [f"its rope {config.rope_parameters} comes out differently in {engine.title}: {problem}"] if problem else []
 
 
 def _tap_problems(engine: ServingEngine, document: JSON, target_config: Any | None, known: str | None) -> list[str]:

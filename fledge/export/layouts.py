@@ -7,11 +7,12 @@ in eagle_config: they name layer *outputs*), speculators 0.9.0, SpecForge 0.2.0,
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fledge.drafters.eagle3.config import DraftConfig, to_json
 from fledge.errors import UserError
+from fledge.export.engine_rope import trained_rope
 
 JSON = dict[str, Any]
 
@@ -53,7 +54,15 @@ def _sglang_config(config: DraftConfig, dtype: str, target: str) -> JSON:
     document["eagle_aux_hidden_state_layer_ids"] = outputs
     document["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = outputs
     document["fledge"]["tap_convention"] = "output of decoder layer i"
+    _state_yarn_scale(document["rope_parameters"], config)
     return document
+
+
+def _state_yarn_scale(rope: JSON, config: DraftConfig) -> None:
+    """SGLang scales cos and sin by a number of its own and by `attn_factor`; it does not read `attention_factor`."""
+    if rope.get("rope_type") == "yarn" and rope.get("attention_factor") is not None:
+        own = trained_rope(replace(config, rope_parameters={**rope, "attention_factor": None})).scale
+        rope["attn_factor"] = rope["attention_factor"] / own
 
 
 def _speculators_config(config: DraftConfig, dtype: str, target: str) -> JSON:

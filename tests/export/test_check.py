@@ -17,6 +17,9 @@ from fledge.errors import UserError
 
 DISEASES = {
     "rope theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "rotates 8 dimensions of a head instead of 16": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    },
     "max_position_embeddings": {"max_position_embeddings": 64},
     "layer \\*outputs\\*": {"tap_layers": (1, 3, 4)},
     "tap layers \\[2, 4, 9\\]": {"tap_layers": (2, 4, 9), "target_layers": None},

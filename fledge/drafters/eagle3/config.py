@@ -93,15 +93,18 @@ class DraftConfig:
     def rotary_config(self) -> Any:
         """The transformers config of the draft's rotary embedding.
 
-        Llama's rotary embedding turns whole heads, whatever `partial_rotary_factor` says: it gets the turned part.
+        Llama's rotary embedding turns whole heads, whatever `partial_rotary_factor` says: it gets the turned part. A
+        "proportional" rope (Gemma 4) spreads its frequencies over the whole head and stands still in the rest of it.
         """
         from transformers import LlamaConfig
 
-        rope = without_axes(self.rope_parameters)
+        rope, turned = without_axes(self.rope_parameters), self.head_dim
+        if rope.get("rope_type") != "proportional":
+            turned = int(self.head_dim * (rope.pop("partial_rotary_factor", None) or 1.0))
         return LlamaConfig(
             hidden_size=self.hidden_size,
             num_attention_heads=self.num_attention_heads,
-            head_dim=int(self.head_dim * (rope.pop("partial_rotary_factor", None) or 1.0)),
+            head_dim=turned,
             max_position_embeddings=self.max_position_embeddings,
             rope_parameters=rope,
         )
@@ -157,7 +160,8 @@ KNOWN_EXTRA = {
     "torch_dtype", "transformers_version", "use_cache", "tie_word_embeddings", "rope_theta", "rope_scaling",
     "num_hidden_layers", "attention_bias", "attention_dropout", "mlp_bias", "pretraining_tp", "max_window_layers",
     "sliding_window", "use_sliding_window", "eagle_config", "eagle_aux_hidden_state_layer_ids", "target_hidden_size",
-    "target_model_type", "modal_type", "norm_before_residual", "layer_types", "mrope_section", "fledge",
+    "target_model_type", "modal_type", "norm_before_residual", "layer_types", "mrope_section",
+    "partial_rotary_factor", "fledge",
 }  # fmt: skip
 
 
@@ -165,6 +169,7 @@ def to_json(config: DraftConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
     """config.json in the EAGLE layout: what vLLM and SGLang read, with tap ids as *inputs* of decoder layers."""
     rope = dict(config.rope_parameters)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    share = rope.get("partial_rotary_factor")
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
@@ -183,6 +188,7 @@ def to_json(config: DraftConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
         "rope_theta": rope.get("rope_theta"),
         "rope_scaling": scaling if scaling.get("rope_type", "default") != "default" else None,
         "rope_parameters": rope,
+        **({"partial_rotary_factor": share} if share is not None else {}),  # SGLang reads it here only
         "tie_word_embeddings": False,
         "attention_bias": False,
         "dtype": dtype,
@@ -316,10 +322,12 @@ def _norm_eps(config: Any) -> float:
 
 def rope_of_document(document: dict[str, Any]) -> dict[str, Any]:
     """`rope_parameters` of a config.json, whichever of the three ways it states its rope (ModelOpt: inside scaling)."""
+    share = document.get("partial_rotary_factor")
+    shared = {"rope_type": "default", **({} if share is None else {"partial_rotary_factor": share})}
     if document.get("rope_parameters"):
-        return {"rope_type": "default", **document["rope_parameters"]}
+        return {**shared, **document["rope_parameters"]}
     scaling = dict(document.get("rope_scaling") or {})
     if "type" in scaling:
         scaling.setdefault("rope_type", scaling.pop("type"))
     theta = document.get("rope_theta")
-    return {"rope_type": "default", "rope_theta": 10_000.0 if theta is None else theta, **scaling}
+    return {**shared, "rope_theta": 10_000.0 if theta is None else theta, **scaling}
