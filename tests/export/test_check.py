@@ -18,7 +18,7 @@ from fledge.errors import UserError
 DISEASES = {
     "rope theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "rotates 8 dimensions of a head instead of 16": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+        "rope_parameters": {**tiny_config(tiny_target("llama")).rope_parameters, "partial_rotary_factor": 0.5}
     },
     "max_position_embeddings": {"max_position_embeddings": 64},
     "layer \\*outputs\\*": {"tap_layers": (1, 3, 4)},
