@@ -5,8 +5,10 @@ is put back after it. Caches need no such care: a rehearsal writes only behind t
 either, they are functions of seeds and positions.
 """
 
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +42,6 @@ class Captured:
         self._round, self._name = round_, name
         self._graphs: dict[int, dict[str, Any]] = {}
         self._pool: Any = None
-        self._stream: Any = None
         self.refused = ""  # why the device would not capture this target
 
     def prepare(self, bucket: int) -> None:
@@ -58,28 +59,50 @@ class Captured:
 
     def _capture(self, bucket: int) -> None:
         """Rehearse and capture on a stream of our own. An operation that waits for the device is found in the rehearsal
-        by torch's sync debug mode, so that a capture is never begun that would have to be abandoned half way."""
-        self._stream = self._stream or torch.cuda.Stream()
-        self._stream.wait_stream(torch.cuda.current_stream())
+        by torch's sync debug mode, so that a capture is hardly ever begun that has to be abandoned half way."""
+        stream = capture_stream(torch.cuda.current_device())
+        stream.wait_stream(torch.cuda.current_stream())
         graphs: dict[str, Any] = {}
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(stream):
                 rehearse(self._round, bucket)
                 with waiting_is_an_error():
                     rehearse(self._round, bucket)
-                for name, part in self._round.parts(Shapes(bucket)).items():
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                        part()
-                    self._pool = graph.pool()
-                    graphs[name] = graph
+                with generator_kept():
+                    for name, part in self._round.parts(Shapes(bucket)).items():
+                        graph = torch.cuda.CUDAGraph()
+                        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                            part()
+                        self._pool = graph.pool()
+                        graphs[name] = graph
         except RuntimeError as error:  # an operation of this model that waits for the device
             self.refused = str(error).strip().splitlines()[0]
             warn(f"{self._name}: not captured ({self.refused}); rounds run launch by launch.")
         finally:
-            torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.current_stream().wait_stream(stream)
         if not self.refused:
             self._graphs[bucket] = graphs
+
+
+@functools.cache
+def capture_stream(device: int) -> Any:
+    """The stream of a device's rehearsals and captures: memory cached for one stream is of no use to another."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def generator_kept() -> Iterator[None]:
+    """A capture that fails leaves the device's random numbers in capture mode, where the next draw outside a graph is
+    refused. Then the generator gets a state of its own again, with the numbers it had."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = generator.get_state()
+    try:
+        yield
+    except RuntimeError:
+        fresh = torch.Generator(generator.device)
+        fresh.set_state(before)
+        generator.graphsafe_set_state(fresh)
+        raise
 
 
 class waiting_is_an_error:

@@ -48,6 +48,7 @@ class Target:
         self.tap_layers = self._checked_taps(tap_layers)
         self.quirks = logit_quirks(self.text_config)
         self.rope_axes = rope_axes(self.text_config)
+        use_flash_attention(self.device)
         self._base = base_of(self.model)
         self._accepted = frozenset(inspect.signature(self._base.forward).parameters)
         self.num_layers, self.hidden_size = len(self.layers), self.text_config.hidden_size
@@ -294,6 +295,13 @@ def default_device() -> torch.device:
     """The accelerator when there is one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
+
+
+def use_flash_attention(device: torch.device) -> None:
+    """cuDNN's attention is PyTorch's first choice on Hopper and builds a plan for every new length, which costs more
+    than the attention itself where prompts have all lengths."""
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _refuse_bad_weights(model: nn.Module, missing: Sequence[str], name: str) -> None:

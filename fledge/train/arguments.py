@@ -167,6 +167,13 @@ class TrainerArguments(TrainingArguments):
     logging_steps: NotNegative = _flag(10, "Steps between log lines.")
     save_total_limit: Natural | None = _flag(2, "Checkpoints kept for resuming.")
     report_to: str | None = _flag("none", "wandb, tensorboard, trackio, ... or none.")
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute every TTT step but its input again in the backward: less memory, more time.",
+            "nargs": "?", "const": True,
+        },
+    )  # fmt: skip
     remove_unused_columns: bool = _flag(False, "Not used: samples are records.")
     ddp_find_unused_parameters: bool | None = _flag(False, "Every step reaches every parameter: no search.")
     logging_nan_inf_filter: bool = _flag(False, "False: a NaN loss stops the run.")
@@ -183,6 +190,8 @@ class TrainerArguments(TrainingArguments):
             self.use_cpu = True
         if self.warmup_steps is None:
             self.warmup_steps = self.warmup_ratio or 0.0  # below 1, the library reads it as a share
+        if self.activation_checkpointing and not hasattr(TrainingArguments, "activation_checkpointing"):
+            self.gradient_checkpointing = True  # the name before transformers had this one
         super().__post_init__()
 
 

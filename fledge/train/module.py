@@ -74,4 +74,8 @@ class TTTModule(nn.Module):
             )
         self.recompute = True
 
-    gradient_checkpointing_enable = activation_checkpointing_enable
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """What older versions of transformers call instead."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)

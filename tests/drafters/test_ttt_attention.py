@@ -42,11 +42,13 @@ ACTIVE = {
 
 @pytest.mark.parametrize("case", ACTIVE)
 @pytest.mark.parametrize("later", [0, 1, 3])
-@pytest.mark.parametrize("kernel", ["flash", "plain", "products"])
+@pytest.mark.parametrize("kernel", ["flash", "plain", "plain in parts", "products"])
 def test_equals_dense(case: str, later: int, kernel: str, monkeypatch):
-    if kernel == "plain":  # what a device without a flash kernel runs
+    if kernel.startswith("plain"):  # what a device without a flash kernel runs
         monkeypatch.setattr(blocks, "_flash", blocks._plain)
         monkeypatch.setattr(blocks, "_flash_backward", blocks._plain_backward)
+    if kernel == "plain in parts":
+        monkeypatch.setattr(blocks, "PLAIN_BYTES", 100)  # one or two rows at a time
     if kernel == "products":
         by_products(monkeypatch)
     flags, lengths = ACTIVE[case]

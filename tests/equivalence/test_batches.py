@@ -15,8 +15,8 @@ from tiny import HYBRIDS, NAMES, VOCAB, ScriptedDraft, prompt, tiny_draft, tiny_
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fledge.decoding import capture, round, session
 from fledge.decoding import generate as module
-from fledge.decoding import round, session
 from fledge.decoding.accept import accept
 from fledge.decoding.attention import NAME
 from fledge.decoding.cache import TargetCache
@@ -540,39 +540,98 @@ def test_a_round_the_host_takes_part_in_cannot_be_recorded(monkeypatch):
     assert answers(recorded_session("llama", None, (5,), eos_token_ids=())) != [plain("llama", 5)]
 
 
-def test_what_the_device_will_not_capture_runs_launch_by_launch(monkeypatch, capsys):
-    """A model that waits for the device is found in a rehearsal, before a capture begins: the answer is the same, and
-    neither the stream nor the way torch treats waiting stays changed."""
-    modes, current = ["default"], ["main"]
+class FakeGenerator:
+    """A device's generator: a state that it may share with a capture, or get a new one of."""
 
-    class Stream:
-        def wait_stream(self, other):
-            pass
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.holds = torch.Generator()
+
+    def get_state(self) -> torch.Tensor:
+        return self.holds.get_state()
+
+    def graphsafe_set_state(self, state: torch.Generator) -> None:
+        self.holds = state
+
+
+class FakeCuda:
+    """What a capture asks of torch.cuda: streams that are current, the way waiting is treated, graphs."""
+
+    def __init__(self) -> None:
+        self.modes, self.current = ["default"], ["main"]
+        self.default_generators = [FakeGenerator()]
+
+    def names(self) -> dict:
+        return {
+            "Stream": lambda device: self, "current_stream": lambda: self, "stream": self.stream, "graph": self.graph,
+            "CUDAGraph": lambda: None, "get_sync_debug_mode": lambda: self.modes[-1], "current_device": lambda: 0,
+            "set_sync_debug_mode": self.modes.append, "default_generators": self.default_generators,
+        }  # fmt: skip
+
+    def wait_stream(self, other: object) -> None:
+        """Streams of one thread."""
 
     @contextmanager
-    def stream_context(one):
-        current.append("side")
+    def stream(self, one):
+        depth = len(self.current)
+        self.current.append("side")
         try:
             yield
         finally:
-            current.pop()
+            del self.current[depth:]
 
-    def planted():
-        if modes[-1] == "error":
-            raise RuntimeError("called a synchronizing CUDA operation\nmore lines")
+    @contextmanager
+    def graph(self, graph, pool, stream):
+        self.current.append("capturing")
+        self.default_generators[0].holds.manual_seed(99)  # stands for the capture's hold on it
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")  # its stream stays current
 
-    fakes = {"Stream": Stream, "current_stream": Stream, "stream": stream_context, "CUDAGraph": lambda: None,
-             "get_sync_debug_mode": lambda: modes[-1], "set_sync_debug_mode": modes.append}  # fmt: skip
-    for name, fake in fakes.items():
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    made = FakeCuda()
+    for name, fake in made.names().items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    real = Round.verify
-    monkeypatch.setattr(Round, "verify", lambda self, shapes: (planted(), real(self, shapes))[1])
+    capture.capture_stream.cache_clear()
+    yield made
+    capture.capture_stream.cache_clear()
+
+
+def refused_session() -> Session:
     found = opened("llama", tiny_draft(tiny_target("llama")), (5,), eos_token_ids=())
     found._captured = Captured(found.round, "llama")
     assert answers(found) == [plain("llama", 5)]
-    assert modes[-1] == "default" and current == ["main"]
+    return found
+
+
+def test_what_the_device_will_not_capture_runs_launch_by_launch(fake_cuda, monkeypatch, capsys):
+    """A model that waits for the device is found in a rehearsal, before a capture begins: the answer is the same, and
+    neither the stream nor the way torch treats waiting stays changed."""
+
+    def planted():
+        if fake_cuda.modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation\nmore lines")
+
+    real = Round.verify
+    monkeypatch.setattr(Round, "verify", lambda self, shapes: (planted(), real(self, shapes))[1])
+    refused_session()
+    assert fake_cuda.modes[-1] == "default" and fake_cuda.current == ["main"]
     shown = " ".join(capsys.readouterr().err.split())
     assert shown.count("not captured (called a synchronizing CUDA operation)") == 1
+
+
+def test_a_capture_that_fails_half_way_leaves_stream_and_generator(fake_cuda, capsys):
+    """`torch.cuda.graph` raises before it leaves its stream, and its hold on the generator stays: every later draw on
+    the device was refused."""
+    before = fake_cuda.default_generators[0].get_state()
+    refused_session()
+    assert fake_cuda.current == ["main"]
+    assert torch.equal(fake_cuda.default_generators[0].get_state(), before)
+    assert "due to a previous error during capture" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: what is captured runs only there")

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
 from tiny import tiny_target
 from tiny_trainer import STEPS, losses, make_trainer, samples
+from transformers import TrainingArguments
 
 from fledge.data.tokenize import Sample
 from fledge.drafters.eagle3.checkpoint import load_draft
@@ -142,8 +144,9 @@ def test_activation_checkpointing_is_honoured_and_changes_nothing(tmp_path, flag
     run = {"max_steps": 2, "save_strategy": "no"}
     plain = make_trainer(tmp_path, samples(8), **run)
     plain.train()
-    if flag == "gradient_checkpointing":  # the library's old name for it
-        with pytest.warns(FutureWarning):
+    if flag == "gradient_checkpointing":  # the library's old name for it; 5.17 knows no other
+        known = hasattr(TrainingArguments, "activation_checkpointing")
+        with pytest.warns(FutureWarning) if known else nullcontext():
             spared = make_trainer(tmp_path, samples(8), **run, gradient_checkpointing=True)
     else:
         spared = make_trainer(tmp_path, samples(8), **run, activation_checkpointing=True)

@@ -25,6 +25,8 @@ from fledge.drafters.runs import Run
 
 # N rows of all documents, S query rows, h query heads, g key heads, d head_dim; s queries and n keys of one block
 
+PLAIN_BYTES = 256 * 2**20  # of scores that exist at a time where no flash kernel is used
+
 
 @dataclass(frozen=True)
 class Block:
@@ -181,15 +183,30 @@ def _cuda_flash(q: Tensor) -> bool:
     return q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
 
 
+def _plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    parts = [_plain_part(q[:, rows], k[:, keys], v[:, keys], causal) for rows, keys in _plain_parts(q, k, causal)]
+    return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
+
+
+def _plain_parts(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
+    """Rows of a block whose scores fit PLAIN_BYTES, and the keys they see: the whole matrix of 8192 rows and 32 heads
+    has 8 GiB."""
+    num_rows = max(1, PLAIN_BYTES // (4 * q.shape[0] * k.shape[1]))
+    for start in range(0, q.shape[1], num_rows):
+        stop = min(start + num_rows, q.shape[1])
+        yield slice(start, stop), slice(0, stop if causal else k.shape[1])
+
+
 def _plain_scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """(h, s, n); where causal, the last query sees the last key."""
     scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
     if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[1] - q.shape[1])
         scores = scores.masked_fill(hidden, float("-inf"))
     return scores
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def _plain_part(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     scores = _plain_scores(q, k, causal)
     lse = torch.logsumexp(scores, dim=-1)
     return (torch.exp(scores - lse.unsqueeze(-1)) @ v.float()).to(q.dtype), lse
@@ -198,8 +215,14 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tenso
 def _plain_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weights = torch.exp(_plain_scores(q, k, causal) - lse.unsqueeze(-1))
-    grad = grad_out.float()
-    delta = (grad * out.float()).sum(-1, keepdim=True)
-    grad_scores = weights * (grad @ v.float().transpose(-1, -2) - delta) * q.shape[-1] ** -0.5
-    return grad_scores @ k.float(), grad_scores.transpose(-1, -2) @ q.float(), weights.transpose(-1, -2) @ grad
+    grad_q = torch.empty_like(q, dtype=torch.float32)
+    grad_k, grad_v = (torch.zeros_like(part, dtype=torch.float32) for part in (k, v))
+    for rows, keys in _plain_parts(q, k, causal):
+        query, key, value, grad = q[:, rows].float(), k[:, keys].float(), v[:, keys].float(), grad_out[:, rows].float()
+        weights = torch.exp(_plain_scores(query, key, causal) - lse[:, rows].unsqueeze(-1))
+        delta = (grad * out[:, rows].float()).sum(-1, keepdim=True)
+        grad_scores = weights * (grad @ value.transpose(-1, -2) - delta) * q.shape[-1] ** -0.5
+        grad_q[:, rows] = grad_scores @ key
+        grad_k[:, keys] += grad_scores.transpose(-1, -2) @ query
+        grad_v[:, keys] += weights.transpose(-1, -2) @ grad
+    return grad_q, grad_k, grad_v
