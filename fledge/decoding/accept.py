@@ -180,12 +180,30 @@ def least_kept(probabilities: Tensor, top_p: float, at_most: int) -> Tensor:
 
     at_most bounds the number of tokens with probability > 0, up to ties; only they are sorted.
     """
+    if probabilities.is_cuda and at_most > NUCLEUS_GUESS:
+        return least_kept_unsorted(probabilities, top_p)
     ranked = probabilities.topk(min(at_most, NUCLEUS_GUESS), dim=-1).values
-    if ranked.shape[-1] < at_most and (probabilities.is_cuda or (ranked.sum(dim=-1) < top_p).any()):
-        ranked = probabilities.topk(at_most, dim=-1).values  # a wide nucleus; on a GPU sorting is cheaper than asking
+    if ranked.shape[-1] < at_most and (ranked.sum(dim=-1) < top_p).any():
+        ranked = probabilities.topk(at_most, dim=-1).values  # a wide nucleus
     before = ranked.cumsum(dim=-1) - ranked  # probability held by the tokens ahead of each
     inside = (before < top_p).sum(dim=-1, keepdim=True).clamp_min(1)
     return ranked.gather(-1, inside - 1)
+
+
+def least_kept_unsorted(probabilities: Tensor, top_p: float) -> Tensor:
+    """`least_kept` where asking costs more than computing and sorting more than both: on a GPU.
+
+    A probability is in the nucleus if those above it hold less than top_p. Positive numbers are ordered like their
+    bits, so 31 halvings of all bit patterns find the least such number, and it is one of the probabilities.
+    """
+    low = torch.zeros(len(probabilities), 1, dtype=torch.int32, device=probabilities.device)
+    high = probabilities.amax(dim=-1, keepdim=True).view(torch.int32)  # nothing lies above the most likely one
+    for _ in range(31):
+        middle = low + (high - low) // 2
+        above = torch.where(probabilities > middle.view(torch.float32), probabilities, 0.0).sum(-1, keepdim=True)
+        inside = above < top_p
+        low, high = torch.where(inside, low, middle + 1), torch.where(inside, middle, high)
+    return high.view(torch.float32)
 
 
 def draw(probabilities: Tensor, noise: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from fledge.target.attention import grouped_sdpa
 
 NAME = "fledge_sdpa"
 UNUSUAL = ("position_bias", "softcap", "s_aux", "cache")  # what the stock function would have to look at
@@ -40,19 +41,11 @@ def grouped_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )  # fmt: skip
-    batch, heads, rows, head_dim = query.shape
-    groups = heads // key.shape[1]
-    causal = attention_mask is None and rows > 1 and is_causal is not False
-    if groups > 1 and not causal and (rows == 1 and query.dtype != torch.float32 or query.is_cuda):
-        packed = query.reshape(batch, key.shape[1], groups * rows, head_dim)
-        if attention_mask is not None and rows > 1:
-            attention_mask = attention_mask.repeat(1, 1, groups, 1)
-        output = F.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
-        output = output.reshape(batch, heads, rows, -1)
-    else:
-        output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scaling, enable_gqa=groups > 1
-        )
+    rows = query.shape[2]
+    output = grouped_sdpa(
+        query, key, value, attention_mask, causal=attention_mask is None and rows > 1 and is_causal is not False,
+        scale=scaling, packs_rows=rows == 1 and query.dtype != torch.float32,
+    )  # fmt: skip
     return output.transpose(1, 2).contiguous(), None
 
 

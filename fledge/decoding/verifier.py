@@ -24,6 +24,7 @@ from fledge.decoding.cache import TargetCache, layout_of
 from fledge.decoding.masks import Masks, kinds_of
 from fledge.drafters.tree import Trees
 from fledge.target.model import Target
+from fledge.target.norms import as_one_kernel, rms_norms
 from fledge.target.record import TargetOutput
 
 # B sequences, P prompt tokens, N tree nodes, R axes of a multimodal rope, E slots of a path
@@ -95,6 +96,7 @@ class AttentionVerifier:
             causal_by_default=can_replace(target.model, config),
         )  # fmt: skip
         self._ropes = [module for module in target.model.modules() if _is_dynamic(getattr(module, "rope_type", ""))]
+        self._norms = rms_norms(target.model) if target.device.type == "cuda" else []
 
     @property
     def target(self) -> Target:
@@ -104,13 +106,14 @@ class AttentionVerifier:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Our attention function, and ropes that do not look at the positions.
+        """Our attention function, norms of one kernel on a GPU, and ropes that do not look at the positions.
 
         The library looks at every batch's largest position where a rope is 'dynamic', and waits for the device to do
         so. Frequencies change past max_position_embeddings only, where nothing is decoded.
         """
         before = [module.rope_type for module in self._ropes]
-        with torch.inference_mode(), decoding_attention(self.target.model, self.target.text_config):
+        attention = decoding_attention(self.target.model, self.target.text_config)
+        with torch.inference_mode(), attention, as_one_kernel(self._norms):
             for module in self._ropes:
                 module.rope_type = _frozen(module.rope_type)
             try:

@@ -20,6 +20,8 @@ from fledge.decoding.accept import (
     choose_all,
     distribution,
     draw,
+    least_kept,
+    least_kept_unsorted,
     penalised,
     seen_at_nodes,
     walk,
@@ -118,6 +120,17 @@ def test_a_nucleus_wider_than_the_first_guess(monkeypatch):
         monkeypatch.setattr(module, "NUCLEUS_GUESS", 20)
         assert torch.equal(distribution(logits, Sampling(1.0, top_p=0.8)), whole)
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.1, 0.5, 0.9, 0.999])
+def test_a_nucleus_without_sorting(top_p):
+    """What a GPU does instead of sorting the vocabulary at every node; ties among them."""
+    for logits in (random_logits(6, 300), random_logits(6, 300).round(), torch.zeros(2, 40)):
+        probabilities = logits.softmax(-1)
+        least = least_kept(probabilities, top_p, logits.shape[-1])
+        assert torch.equal(least_kept_unsorted(probabilities, top_p), least)
+        if top_p == 0.5:  # control: half of the mass is not 0.51 of it
+            assert not torch.equal(least_kept_unsorted(random_logits(6, 300).softmax(-1), 0.52), least)
 
 
 def trees_of(token_ids: list[int], parents: list[int]) -> Trees:

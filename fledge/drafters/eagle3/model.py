@@ -22,6 +22,7 @@ from fledge.drafters.cpu_kernels import linear
 from fledge.drafters.eagle3.config import DraftConfig
 from fledge.drafters.eagle3.layers import RMSNorm, SwiGLU
 from fledge.drafters.eagle3.rope import as_index, axis_of_dims, num_axes, pick_axis
+from fledge.target.attention import grouped_sdpa
 from fledge.target.linear import head_logits
 
 # leading dims "..": any batch shape; H hidden, A taps, D draft vocab, V target vocab, h heads, g kv heads, d head_dim
@@ -260,9 +261,7 @@ class DraftModel(nn.Module):
         keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2))
         causal = mask is None and q.shape[1] > 1
         assert not causal or keys.shape[2] == q.shape[1], "a block of rows on a filled cache needs a mask"
-        attended = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]
-        )
+        attended = grouped_sdpa(q.transpose(1, 2), keys, values, mask, causal=causal)
         return self.finish(hidden, attended.transpose(1, 2))
 
 
