@@ -104,10 +104,14 @@ class ChatTemplate:
         """The template's text for these messages; a template that refuses them is a Reject."""
         return self.renderer.render(messages, add_generation_prompt, **kwargs)
 
-    def prompt(self, messages: Messages, *, enable_thinking: bool | None = None, folder: Path | None = None) -> Prompt:
-        """What generation is fed for these messages, generation prompt included: token ids, and pixels if any."""
+    def prompt(
+        self, messages: Messages, *, enable_thinking: bool | None = None, folder: Path | None = None, **kwargs: Any
+    ) -> Prompt:
+        """What generation is fed for these messages, generation prompt included: token ids, and pixels if any. `kwargs`
+        are the template's."""
         pictures = read_pictures(list(messages), folder) if self.vision else []
-        kwargs = {} if enable_thinking is None else dict.fromkeys(THINKING_SWITCHES, enable_thinking)
+        if enable_thinking is not None:
+            kwargs |= dict.fromkeys(THINKING_SWITCHES, enable_thinking)
         if not pictures:
             self._refuse_pictures(messages)
             return Prompt(self.prompt_ids(messages, **kwargs))

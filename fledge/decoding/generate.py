@@ -164,8 +164,7 @@ def open_session(
         shapes, target, drafter, pictures=any(request.model_inputs for request in requests),
         adaptive=budget is not None, trace=any(request.trace for request in requests),
     )  # fmt: skip
-    one_at_a_time = budget is not None or ability_of(target).rope_limit is not None
-    batch = 1 if one_at_a_time else min(batch_size or len(requests), len(requests))
+    batch = 1 if budget is not None else most_at_once(target, min(batch_size or len(requests), len(requests)))
     stops = frozenset(target.eos_token_ids if eos_token_ids is None else eos_token_ids)
     needed = max(len(request.prompt_ids) + check_request(target, request) for request in requests)
     num_rows = in_buckets(needed) + in_buckets(rows_ahead(tree)) if fixed else 0
@@ -182,6 +181,16 @@ def open_session(
     session.prepare(max(len(request.prompt_ids) for request in requests), needed)
     kept[key] = session
     return session
+
+
+def serving_session(target: Target, *, batch_size: int, eos_token_ids: Sequence[int]) -> Session:
+    """Plain decoding of requests that are not known yet, in exact shapes. The session is the caller's alone."""
+    return Session(target, None, TreeShape(), most_at_once(target, batch_size), 0, False, frozenset(eos_token_ids))
+
+
+def most_at_once(target: Target, batch_size: int) -> int:
+    """Sequences of a batch: one where the target's rope changes with the longest of them."""
+    return batch_size if ability_of(target).rope_limit is None else 1
 
 
 def drop_sessions(target: Target) -> None:

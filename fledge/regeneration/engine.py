@@ -1,6 +1,6 @@
 """What an answering engine is asked and what it says.
 
-Two engines speak this record: `openai_client` (servers) and `local_engine` (transformers in this process). The
+Two engines speak this record: `openai_client` (servers) and `local_engine` (the target in this process). The
 conversation loop in `turns.py` cannot tell them apart.
 """
 

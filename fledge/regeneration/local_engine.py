@@ -1,9 +1,11 @@
 """Answers from a transformers model in this process, on CPU or GPU: `--engine transformers`.
 
-Knows the model, its chat template and a thread that decodes (`batch_decoder.py`). Needs no server: what the quickstart
-and small jobs use. The same `Engine` as the client of servers, so turns, resume and rows are the same code.
+Knows the target, its chat template and a thread that runs a session of `fledge.decoding`: a finished row makes room for
+the next. Needs no server: what the quickstart and small jobs use. The same `Engine` as the client of servers, so turns,
+resume and rows are the same code.
 
-Answers follow the row's seed, but not bit by bit: which rows share a batch changes the last digits of bf16 logits.
+Draws follow the row's seed and the token's position, so an answer does not depend on which rows share a batch, as far
+as the target's logits do not: in bf16 their last digits do.
 """
 
 import asyncio
@@ -12,20 +14,25 @@ import queue
 import re
 import threading
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from fledge.console import say
 from fledge.data.image_urls import has_images
 from fledge.data.rejects import Reject
-from fledge.errors import UserError
+from fledge.data.samples import Prompt
+from fledge.data.tokenize import ChatTemplate
+from fledge.decoding.generate import serving_session
+from fledge.decoding.law import sampling_of
+from fledge.decoding.records import Generation
+from fledge.decoding.requests import PromptTooLong, Request, RequestState, check_request
+from fledge.decoding.session import Session
 from fledge.regeneration.engine import PromptAnswer, PromptRequest
-
-if TYPE_CHECKING:
-    from fledge.data.tokenize import ChatTemplate
-    from fledge.regeneration.batch_decoder import DecodingJob
+from fledge.target.model import Target
 
 CPU_BATCH, GPU_BATCH = 64, 256
-CACHED_BY_COLUMN = {"full_attention", "sliding_attention"}
+UNLIMITED = 1 << 40  # new tokens; the target's positions limit them
 TOOL_CALL = re.compile(r"\s*<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
 
@@ -40,15 +47,16 @@ class LocalEngine:
         self._template_name = chat_template_type
         self.errors: Counter[str] = Counter()
         self.template: ChatTemplate | None = None
-        self._inbox: queue.SimpleQueue[DecodingJob | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[Request, asyncio.Future[Generation]] | None] = queue.SimpleQueue()
+        self._futures: dict[RequestState, asyncio.Future[Generation]] = {}  # of the decoding thread
         self._failed: BaseException | None = None
 
     @property
     def concurrency(self) -> int:
-        return 2 * self._decoder.batch_size  # as many wait as are decoded, so that a free place never stays free
+        return 2 * self._session.batch_size  # as many wait as are decoded, so that a free slot never stays free
 
     async def __aenter__(self) -> "LocalEngine":
-        await asyncio.to_thread(self._load)
+        self._session = await asyncio.to_thread(self._load)
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._decode_forever, name="decode", daemon=True)
         self._thread.start()
@@ -59,10 +67,22 @@ class LocalEngine:
         await asyncio.to_thread(self._thread.join)
 
     async def answer(self, request: PromptRequest) -> PromptAnswer:
-        from fledge.regeneration.batch_decoder import DecodingJob
+        prompt = await self._prompt(request)
+        generation = await self._generated(self._request(request, prompt))
+        tokens = generation.token_ids
+        words = tokens[:-1] if generation.finish_reason == "stop" else tokens
+        text, calls = self._session.target.tokenizer.decode(words, skip_special_tokens=True), None
+        if request.tools:
+            text, calls = split_calls(text)
+        if not text.strip() and not calls:
+            raise Reject("empty answer", f"{len(tokens)} tokens and no text")
+        return PromptAnswer(
+            text=text, tool_calls=calls, finish_reason=generation.finish_reason, num_prompt_tokens=len(prompt),
+            num_output_tokens=len(tokens), prompt_ids=prompt.ids, output_ids=tokens,
+        )  # fmt: skip
 
-        if has_images(request.messages):
-            raise Reject("image parts", "--engine transformers answers text; images need a server (--engine openai)")
+    async def _prompt(self, request: PromptRequest) -> Prompt:
+        """Token ids and pictures of what was said so far; raises Reject where they cannot be had."""
         template = self.template
         assert template is not None, "answer() outside the context"
         if request.tools and not reads_calls(template.text):
@@ -71,100 +91,69 @@ class LocalEngine:
                 "--engine transformers reads calls written as <tool_call> JSON, which this template does not ask for; "
                 "a server reads every form (--engine openai)",
             )
-        ids = template.prompt_ids(request.messages, **request.template_variables())
-        room = self._longest - len(ids)
-        if room < 1:
-            raise Reject("context length", f"the prompt has {len(ids)} tokens, the model takes {self._longest}")
+        variables = request.template_variables()
+        if has_images(request.messages):  # files and perhaps the network are read
+            return await asyncio.to_thread(template.prompt, request.messages, **variables)
+        return template.prompt(request.messages, **variables)
+
+    def _request(self, request: PromptRequest, prompt: Prompt) -> Request:
+        """The request of a session; raises Reject where the prompt leaves no room for an answer."""
+        sampling = sampling_of(request.extra, temperature=request.temperature, top_p=request.top_p, seed=request.seed)
+        made = Request(prompt.ids, request.max_tokens or UNLIMITED, sampling, model_inputs=prompt.model_inputs)
+        try:
+            check_request(self._session.target, made)
+        except PromptTooLong as error:
+            raise Reject("context length", str(error)) from None
+        return made
+
+    async def _generated(self, request: Request) -> Generation:
         if self._failed:
             raise self._failed
-        done: asyncio.Future[DecodingJob] = self._loop.create_future()
-        self._inbox.put(
-            DecodingJob(
-                ids,
-                min(request.max_tokens or room, room),
-                request.temperature,
-                request.top_p,
-                request.seed,
-                tag=done,
-                extra=request.extra,
-            )
-        )
+        future: asyncio.Future[Generation] = self._loop.create_future()
+        self._inbox.put((request, future))
         if self._failed:  # it failed between the check and the put: nobody may be left to read the inbox
             raise self._failed
-        job = await done
-        words = job.output_ids[:-1] if job.finish_reason == "stop" else job.output_ids
-        text, calls = template.tokenizer.decode(words, skip_special_tokens=True), None
-        if request.tools:
-            text, calls = split_calls(text)
-        if not text.strip() and not calls:
-            raise Reject("empty answer", f"{len(job.output_ids)} tokens and no text")
-        return PromptAnswer(
-            text=text, tool_calls=calls, finish_reason=job.finish_reason or "length", num_prompt_tokens=len(ids),
-            num_output_tokens=len(job.output_ids), prompt_ids=ids, output_ids=job.output_ids,
+        return await future
+
+    def _load(self) -> Session:
+        dtype = self._dtype if self._dtype == "auto" else getattr(torch, self._dtype)
+        target = Target.from_pretrained(self.model, dtype=dtype, device=self._device, tap_layers=())
+        self.template = ChatTemplate(
+            target.tokenizer, self._template_name, eos_token_ids=target.eos_token_ids, vision=target.vision
         )  # fmt: skip
-
-    def _load(self) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        from fledge.data.tokenize import ChatTemplate
-        from fledge.regeneration.batch_decoder import BatchDecoder
-
-        device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
-        template = self.template = ChatTemplate.from_pretrained(self.model, self._template_name)
-        dtype: Any = self._dtype if self._dtype == "auto" else getattr(torch, self._dtype)
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)
-            model.to(device).eval()
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.model}: transformers cannot load it as a language model ({str(error)[:200]}). "
-                "Check --model, or use a server (--engine openai)."
-            ) from None
-        config = model.config.get_text_config()
-        other = set(getattr(config, "layer_types", None) or ()) - CACHED_BY_COLUMN
-        if other:
-            raise UserError(
-                f"{self.model}: has layers of kind {', '.join(sorted(other))}, whose state this engine cannot batch. "
-                "Use a server (--engine openai)."
-            )
-        self._longest = getattr(config, "max_position_embeddings", None) or 1 << 30
-        batch_size = self._batch_size or (CPU_BATCH if device == "cpu" else GPU_BATCH)
-        self._decoder = BatchDecoder(model, eos_token_ids=template.stop_token_ids, batch_size=batch_size)
-        say(f"{self.model}: {model.dtype} on {device}, {batch_size} rows at once")
+        batch_size = self._batch_size or (CPU_BATCH if target.device.type == "cpu" else GPU_BATCH)
+        session = serving_session(target, batch_size=batch_size, eos_token_ids=self.template.stop_token_ids)
+        say(f"{self.model}: {target.dtype} on {target.device}, {session.batch_size} rows at once")
+        return session
 
     def _decode_forever(self) -> None:
-        """The decoding thread: admit, step, hand out; ends at None in the inbox."""
-        waiting: list[DecodingJob] = []
+        """The decoding thread: requests join, a round runs, answers go out; ends at None in the inbox."""
+        session = self._session
         try:
-            while True:
-                block = not waiting and self._decoder.num_live == 0
-                if not self._collect(waiting, block):
-                    return
-                finished: list[DecodingJob] = []
-                if waiting and self._decoder.wants_more():
-                    free = self._decoder.num_free
-                    finished += self._decoder.admit(waiting[:free])
-                    del waiting[:free]
-                finished += self._decoder.step()
-                for job in finished:
-                    self._loop.call_soon_threadsafe(_give, job)
+            while self._collect(block=session.idle):
+                for state, future in self._futures.items():
+                    if future.cancelled():  # nobody waits for it any more
+                        session.cancel(state)
+                session.step()
+                for state in [state for state in self._futures if state.finished]:
+                    self._loop.call_soon_threadsafe(_give, self._futures.pop(state), state.generation())
         except BaseException as error:  # out of memory and the like: whoever waits must hear of it
             self._failed = error  # first: who puts after the inbox was emptied sees it
-            self._collect(waiting, False)
-            for job in [*waiting, *self._decoder.live_jobs()]:
-                self._loop.call_soon_threadsafe(_fail, job, error)
+            self._collect(block=False)
+            for future in self._futures.values():
+                self._loop.call_soon_threadsafe(_fail, future, error)
 
-    def _collect(self, waiting: "list[DecodingJob]", block: bool) -> bool:
+    def _collect(self, block: bool) -> bool:
         """Everything in the inbox; False when the engine is closing."""
         while True:
             try:
-                job = self._inbox.get(block=block)
+                item = self._inbox.get(block=block)
             except queue.Empty:
                 return True
-            if job is None:
+            if item is None:
                 return False
-            waiting.append(job)
+            request, future = item
+            self._futures[self._session.add(request)] = future
             block = False
 
 
@@ -186,11 +175,11 @@ def split_calls(text: str) -> tuple[str, list[dict[str, Any]] | None]:
     return (text[: text.index("<tool_call>")].rstrip(), calls) if calls else (text, None)
 
 
-def _give(job: "DecodingJob") -> None:
-    if not job.tag.done():
-        job.tag.set_result(job)
+def _give(future: asyncio.Future[Generation], generation: Generation) -> None:
+    if not future.done():
+        future.set_result(generation)
 
 
-def _fail(job: "DecodingJob", error: BaseException) -> None:
-    if not job.tag.done():
-        job.tag.set_exception(error)
+def _fail(future: asyncio.Future[Generation], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)
