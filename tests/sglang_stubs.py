@@ -137,7 +137,7 @@ def load_module(source: str) -> types.ModuleType:
         parts = f"sglang.srt.{name}".split(".")
         for end in range(1, len(parts) + 1):
             stubs.setdefault(".".join(parts[:end]), types.ModuleType(".".join(parts[:end])))
-        vars(stubs[".".join(parts)]).update(contents)
+        stubs[".".join(parts)].__dict__.update(contents)
     module = types.ModuleType("llama_eagle3_of_sglang")
     with mock.patch.dict(sys.modules, stubs):
         exec(compile(source, "llama_eagle3.py", "exec"), vars(module))

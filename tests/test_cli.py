@@ -27,7 +27,7 @@ def command(monkeypatch):
 
     def run(function) -> int:
         module = types.ModuleType("a_command")
-        module.Args, module.run = Args, function
+        module.__dict__.update(Args=Args, run=function)
         monkeypatch.setitem(sys.modules, "a_command", module)
         monkeypatch.setitem(cli.COMMANDS, "a", Command("a_command", "Args", "run", "a command"))
         monkeypatch.delenv("FLEDGE_TRACEBACK", raising=False)

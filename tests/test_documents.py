@@ -139,7 +139,7 @@ def tokens(tmp_path) -> Path:
     ("report.json", b'{"report": {"rows": "2"}}'), ("report.json", b"{}"),
 ])  # fmt: skip
 def test_damaged_tokenised_data_is_one_line(name, content, tokens):
-    assert len(TokenizedData(tokens, NoPictures())) == 2  # type: ignore[arg-type] - negative control
+    assert len(TokenizedData(tokens, NoPictures())) == 2  # type: ignore[arg-type]  # negative control
     (tokens / name).write_bytes(content)
     with pytest.raises(UserError, match="Delete this folder and run again"):
         TokenizedData(tokens, NoPictures())  # type: ignore[arg-type]

@@ -182,8 +182,8 @@ def test_max_pixels_makes_pictures_cheaper(tmp_path):
               for most in (None, 512, 256)]  # fmt: skip
     assert tokens[0] > tokens[1] > tokens[2]
     assert template_for("qwen3_vl", max_pixels=256).fingerprint != template_for("qwen3_vl").fingerprint
-    small = Conversation("c", ask(image(picture_file(tmp_path, 6, 8, 8)), words("?")))
-    small = template_for("qwen3_vl", min_pixels=900).encode(small)
+    little = Conversation("c", ask(image(picture_file(tmp_path, 6, 8, 8)), words("?")))
+    small = template_for("qwen3_vl", min_pixels=900).encode(little)
     assert small.images[0].num_tokens > 9
     with pytest.raises(UserError, match="needed is 0 < min <= max"):
         template_for("qwen3_vl", max_pixels=10)

@@ -5,7 +5,9 @@ and an unknown activation was silently SiLU.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from fledge.drafters.eagle3.foreign import read_any
 from fledge.drafters.eagle3.head import read_head
 from fledge.errors import UserError
 
-READERS = {
+READERS: dict[str, Callable[[Path], Any]] = {
     "read_head": read_head,  # export, and every checkpoint that training continues
     "load_draft": lambda folder: load_draft(folder, tiny_target("llama").embedding_weight),  # decode, chat, bench
     "read_any": read_any,  # convert, --init_from and inspect

@@ -84,4 +84,5 @@ def test_trees_of_a_batch_are_the_definitions():
         roots = torch.arange(BATCH)[:, None]
         trees = build_trees(roots, tokens, parents, candidate_levels(WIDTH, LEVELS), scores, num_drafted, LEVELS)
         for row, parts in enumerate(rows):
-            assert paths_of(trees, row) == slow_tree(*(part.tolist() for part in parts), num_drafted)
+            scores_of, tokens_of, parents_of = (part.tolist() for part in parts)
+            assert paths_of(trees, row) == slow_tree(scores_of, tokens_of, parents_of, num_drafted)

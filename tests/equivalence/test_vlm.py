@@ -189,7 +189,7 @@ def test_speculative_is_plain(name, two_pictures, monkeypatch):
 def test_the_drafter_uses_the_targets_positions(name, two_pictures, monkeypatch):
     """What the head is given at row j is the rope of the target's position of token j, behind the prompt, too."""
     target, prompt = tiny_vlm(name), two_pictures(name)
-    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+    given: list[torch.Tensor] = []
     real = DraftModel.rope
     monkeypatch.setattr(DraftModel, "rope", lambda self, ids: (given.append(ids), real(self, ids))[1])
     made = []

@@ -11,6 +11,7 @@ from fledge.errors import UserError
 from fledge.extraction.extract import Samples, extract, open_served, open_target
 from fledge.servers.hidden_states import EngineSource, server_flags
 from fledge.storage.states.reader import HiddenStore
+from fledge.target.live import LiveSource
 
 TOLERANCE = 1e-5  # fp32, and the norm applied to all rows at once
 
@@ -49,11 +50,14 @@ def test_the_final_norm_matters(serve, extract_args, tmp_path):
     """Control: with no norm applied, last_hidden is far from the target's."""
     args = extract_args(tmp_path, target_backend="vllm", server=[serve()], server_folder=tmp_path / "states")
     live = open_target(extract_args(tmp_path))
+    assert isinstance(live.producer, LiveSource)
     sample = next(iter(Samples.read(args, live.template)))
     expected = live.producer.target.forward(sample.input_ids[None]).last_hidden[0]
     raw = EngineSource(args.server, torch.nn.Identity(), 3, 64, folder=args.server_folder).record(sample).last_hidden
     assert (raw - expected).abs().max() > 0.1 * expected.abs().max()
-    normed = open_served(args).producer.record(sample).last_hidden
+    served = open_served(args).producer
+    assert isinstance(served, EngineSource)
+    normed = served.record(sample).last_hidden
     assert (normed - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 

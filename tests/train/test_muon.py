@@ -88,6 +88,6 @@ def test_the_flag_is_obeyed(tmp_path, monkeypatch):
     monkeypatch.setattr(type(sharded), "sharded", True)
     with pytest.raises(UserError, match="--matrix_optim muon needs whole matrices"):
         sharded.create_optimizer()
-    sharded.args.matrix_optim = "auto"
+    sharded.args.matrix_optim = "auto"  # type: ignore[attr-defined]  # the arguments are ours
     sharded.optimizer = None
     assert not isinstance(sharded.create_optimizer(), MuonWithAuxiliary)
