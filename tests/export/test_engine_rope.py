@@ -188,7 +188,7 @@ def test_a_proportional_rope_is_gemma_4s_own(tmp_path):
     from transformers import Gemma4TextConfig
     from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
 
-    text = Gemma4TextConfig(
+    text = Gemma4TextConfig(  # type: ignore[call-arg]  # its older fields go into **kwargs
         hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, global_head_dim=16,
         num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], max_position_embeddings=MAX_POSITION,
     )  # fmt: skip
