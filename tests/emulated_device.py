@@ -151,9 +151,9 @@ class EmulatedDevice(TorchFunctionMode):
         if name == "__get__" and own:
             if func == Tensor.device.__get__:
                 return CUDA
-            if func == Tensor.is_cuda.__get__:
+            if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
                 return True
-            if func == Tensor.is_cpu.__get__:
+            if func == Tensor.is_cpu.__get__:  # type: ignore[attr-defined]
                 return False
         if name in ("to", "cuda", "cpu") and args and isinstance(args[0], Tensor):
             return self._moved(name, args, kwargs)
