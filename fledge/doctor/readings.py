@@ -31,7 +31,7 @@ from fledge.decoding.generate import generate
 from fledge.drafters.batch import pack
 from fledge.drafters.eagle3.config import DraftConfig, rope_of
 from fledge.drafters.eagle3.foreign import t2d_from
-from fledge.drafters.eagle3.head import Head
+from fledge.drafters.eagle3.head import EMBEDDING, Head
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.eagle3.ttt import align, unroll
 from fledge.errors import UserError
@@ -181,8 +181,8 @@ def _mean_difference(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
 
 def draft_of(head: Head, reading: Reading, embedding: Tensor) -> DraftModel:
     """The head as this reading understands it, in the target's dtype."""
-    draft = DraftModel(reading.config, embedding)
-    weights = {name: tensor for name, tensor in head.tensors.items() if name not in ("d2t", "t2d")}
+    draft = DraftModel(reading.config, head.tensors.get(EMBEDDING, embedding).to(embedding))
+    weights = {name: tensor for name, tensor in head.tensors.items() if name not in ("d2t", "t2d", EMBEDDING)}
     draft.load_state_dict(weights, strict=False)
     if reading.d2t is not None:
         draft.set_vocab(reading.d2t, t2d_from(reading.d2t, reading.config.vocab_size))

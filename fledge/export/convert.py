@@ -14,16 +14,17 @@ from safetensors.torch import save_file
 from fledge import provenance
 from fledge.config import Overwrite
 from fledge.console import say
-from fledge.drafters.eagle3.checkpoint import WEIGHTS
+from fledge.drafters.eagle3.checkpoint import WEIGHTS, same_embedding
 from fledge.drafters.eagle3.config import to_json
 from fledge.drafters.eagle3.foreign import TapConvention, origin_of, read_any, read_config
-from fledge.drafters.eagle3.head import Head, read_head
+from fledge.drafters.eagle3.head import EMBEDDING, Head, read_head
 from fledge.errors import UserError, naming
 from fledge.export.card import CARD, Licence, model_card
 from fledge.export.hub import push_folder
 from fledge.export.layouts import LAYOUTS, Layout
 from fledge.outputs import Output, check, document_has, write_file, write_json, written
 from fledge.ranges import Positive
+from fledge.target.head import TargetEnds
 
 HEAD_FILES = ("config.json", WEIGHTS)
 EXPORT = Output(
@@ -36,7 +37,7 @@ CONVERT = Output(
 
 def write_head(head: Head, folder: Path, layout: Layout, target: str) -> None:
     """Write a head in a layout into a folder that is being built (`fledge.outputs.written`)."""
-    layout.refuse(head.config)
+    layout.refuse(head)
     dtype = str(head.dtype).removeprefix("torch.")
     write_json(folder / "config.json", layout.describe(head.config, dtype, target))
     renamed = {layout.tensor_name(name): tensor.contiguous() for name, tensor in head.tensors.items()}
@@ -76,7 +77,7 @@ def export_head(args: ExportArgs) -> None:
         head.config, Path(args.head), args.output_dir.name, layout=args.to, target=args.target, licence=args.licence,
         report=args.report, notes=args.notes,
     )  # fmt: skip
-    layout.refuse(head.config)
+    layout.refuse(head)
     with written(args.output_dir, EXPORT, overwrite=args.overwrite) as folder:
         write_head(head, folder, layout, args.target)
         provenance.write(folder / "export.json", dataclasses.asdict(args), source=args.head)
@@ -113,6 +114,7 @@ def convert_head(args: ConvertArgs) -> None:
         num_layers = AutoConfig.from_pretrained(args.target).get_text_config().num_hidden_layers
     folder = Path(args.head)
     head = read_any(folder, num_target_layers=num_layers, tap_convention=args.tap_convention)
+    head = _without_copies(head, folder, args.target)
     if args.rope_theta:
         rope = {**head.config.rope_parameters, "rope_theta": args.rope_theta}
         head = dataclasses.replace(head, config=dataclasses.replace(head.config, rope_parameters=rope))
@@ -121,6 +123,20 @@ def convert_head(args: ConvertArgs) -> None:
         write_head(head, building, LAYOUTS["eagle"], args.target or "")
         provenance.write(building / "convert.json", dataclasses.asdict(args), origin=origin, head=to_json(head.config))
     say(f"written: {args.output_dir} (from {origin}); taps are inputs of layers {list(head.config.tap_layers)}")
+
+
+def _without_copies(head: Head, folder: Path, target: str | None) -> Head:
+    """The head without an embedding that is only a copy of its target's."""
+    if EMBEDDING not in head.tensors:
+        return head
+    if target is None:
+        say(f"{folder} brings a token embedding, which is kept; with --target a mere copy of the target's is left out")
+        return head
+    if not same_embedding(head.tensors[EMBEDDING], TargetEnds.from_files(target).head.embedding):
+        say(f"{folder} brings a token embedding of its own, which is kept")
+        return head
+    tensors = {name: tensor for name, tensor in head.tensors.items() if name != EMBEDDING}
+    return dataclasses.replace(head, tensors=tensors)
 
 
 def _check_output(head: str, folder: Path, output: Output, overwrite: bool) -> None:

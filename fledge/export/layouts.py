@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fledge.drafters.eagle3.config import DraftConfig, to_json
+from fledge.drafters.eagle3.head import EMBEDDING, Head
 from fledge.errors import UserError
 from fledge.export.engine_rope import trained_rope
 
@@ -26,6 +27,8 @@ class Layout:
     layer_prefix: str = "midlayer."
     ignores: tuple[str, ...] = ()
     """Config fields its reader does not know, though a head that sets them is another function."""
+    replaces_embedding: bool = False
+    """Its reader takes the target's embedding, whatever the file brings."""
     serve: str = ""
     """The command that serves HEAD with TARGET."""
     reader: str = "vLLM"
@@ -35,11 +38,14 @@ class Layout:
         """The layout's name of one of our tensors."""
         return ours.replace("midlayer.", self.layer_prefix, 1) if ours.startswith("midlayer.") else ours
 
-    def refuse(self, config: DraftConfig) -> None:
+    def refuse(self, head: Head) -> None:
         """An error when the layout's reader would run another network than the head was trained as."""
-        if lost := [field for field in self.ignores if getattr(config, field)]:
+        lost = [field for field in self.ignores if getattr(head.config, field)]
+        if self.replaces_embedding and EMBEDDING in head.tensors:
+            lost.append(f"an embedding of its own ({EMBEDDING})")
+        if lost:
             raise UserError(
-                f"the head sets {', '.join(lost)}, which the reader of the {self.name} layout ignores: it would draft "
+                f"the head has {', '.join(lost)}, which the reader of the {self.name} layout ignores: it would draft "
                 f"with another network. Export it for vLLM, or train a head without it."
             )
 
@@ -113,7 +119,12 @@ LAYOUTS = {
     for layout in (
         Layout("vllm", _eagle_config, serve=VLLM),
         Layout(
-            "sglang", _sglang_config, ignores=("norm_before_residual", "sliding_window"), serve=SGLANG, reader="SGLang"
+            "sglang",
+            _sglang_config,
+            ignores=("norm_before_residual", "sliding_window"),
+            replaces_embedding=True,
+            serve=SGLANG,
+            reader="SGLang",
         ),
         Layout("speculators", _speculators_config, layer_prefix="layers.0.", serve="vllm serve HEAD"),
         Layout("eagle", _eagle_config, serve=VLLM),

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.console import say, warn
+from fledge.drafters.eagle3.checkpoint import same_embedding
 from fledge.drafters.eagle3.config import SIZES, DraftConfig
 from fledge.drafters.eagle3.foreign import read_any
-from fledge.drafters.eagle3.head import Head
+from fledge.drafters.eagle3.head import EMBEDDING, Head
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.errors import UserError
 from fledge.target.record import TargetRecord
@@ -51,6 +52,9 @@ def continue_from(
     _check_fits(draft, before, folder)
     draft.warm_start_head(target_head)
     kept = take_weights(draft, before)
+    if EMBEDDING in before.tensors and not same_embedding(before.tensors[EMBEDDING], draft.embedding):
+        draft.own_embedding(before.tensors[EMBEDDING].to(draft.embedding))
+        say(f"{folder} brings a token embedding of its own: it is kept, and not trained")
     say(f"continuing from {folder}: {kept} of {draft.config.draft_vocab_size} vocabulary rows kept, the others from "
         f"the target's head")  # fmt: skip
     if lifts(draft.config, before.config):

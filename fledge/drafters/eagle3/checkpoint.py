@@ -1,6 +1,6 @@
 """Draft heads as folders: config.json + model.safetensors in the EAGLE names, and everything that must hold on loading.
 
-    fc.weight  midlayer.*  norm.weight  lm_head.weight  [fc_norm.{i}.weight]  [d2t  t2d]
+    fc.weight  midlayer.*  norm.weight  lm_head.weight  [fc_norm.{i}.weight]  [d2t  t2d]  [embed_tokens.weight]
 
 A head that loads here is complete, finite and belongs to the target: a missing or unknown tensor, a broken d2t/t2d
 pair, NaN weights or another vocabulary are errors, because every one of them decodes "fine" at an acceptance of zero.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fledge.drafters.base import DrafterFiles
 from fledge.drafters.eagle3.config import DraftConfig, to_json
-from fledge.drafters.eagle3.head import WEIGHTS, Head, read_head
+from fledge.drafters.eagle3.head import EMBEDDING, WEIGHTS, Head, read_head
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.errors import UserError, naming
 from fledge.outputs import staged, write_json
@@ -41,6 +41,8 @@ def draft_tensors(model: DraftModel, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
     if not model.config.full_vocab:
         tensors |= {"d2t": model.d2t.cpu().contiguous(), "t2d": model.t2d.cpu().contiguous()}
+    if model.owns_embedding:
+        tensors[EMBEDDING] = model.embedding.to("cpu", dtype).contiguous()
     return tensors
 
 
@@ -64,7 +66,15 @@ def bind_head(head: Head, embedding: Tensor, folder: Path, *, dtype: torch.dtype
     _match_target(head.config, embedding, folder)
     model = DraftModel(head.config, embedding)
     model.load_state_dict(head.tensors, strict=False)
+    if EMBEDDING in head.tensors and not same_embedding(head.tensors[EMBEDDING], embedding):
+        model.own_embedding(head.tensors[EMBEDDING].to(embedding))
     return model.to(embedding.device, dtype or embedding.dtype).eval()
+
+
+def same_embedding(theirs: Tensor, target: Tensor) -> bool:
+    """Whether a head's embedding (V, H) is a copy of its target's, in the coarser of the two dtypes."""
+    coarser = min(theirs.dtype, target.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+    return torch.equal(theirs.to(target.device, coarser), target.to(coarser))
 
 
 def _match_target(config: DraftConfig, embedding: Tensor, folder: Path) -> None:

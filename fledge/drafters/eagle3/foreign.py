@@ -83,9 +83,9 @@ EXPRESSIBLE = (
     ("bias", (False, None), "a bias in fc"),
     ("norm_before_fc", (False, None), "one RMSNorm over all taps (gpt-oss style)"),
 )
-# What files hold besides the head: the target's embedding (bound at run time), derived buffers, speculators' teacher.
+# What files hold besides the head: derived buffers, speculators' teacher.
 DROPPED = (
-    "embed_tokens.weight", "rotary_emb.inv_freq", "midlayer.self_attn.rotary_emb.inv_freq", "verifier_norm.weight",
+    "rotary_emb.inv_freq", "midlayer.self_attn.rotary_emb.inv_freq", "verifier_norm.weight",
     "verifier_lm_head.weight",
 )  # fmt: skip
 PREFIXES = ("draft_model.", "eagle_module.", "model.")  # of training checkpoints

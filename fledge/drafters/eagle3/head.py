@@ -17,6 +17,8 @@ from fledge.drafters.eagle3.config import DraftConfig, from_json
 from fledge.errors import UserError
 
 WEIGHTS = "model.safetensors"
+EMBEDDING = "embed_tokens.weight"
+"""(V, H) token embedding of the few heads that trained one of their own; others read the target's."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -81,6 +83,8 @@ def check_head(head: Head, folder: Path) -> None:
 def check_tensors(head: Head, folder: Path) -> None:
     """Complete, nothing unknown, right shapes, real numbers, finite; a rope that gives frequencies."""
     expected = expected_shapes(head.config)
+    if EMBEDDING in head.tensors:
+        expected[EMBEDDING] = (head.config.vocab_size, head.config.hidden_size)
     missing, unknown = sorted(expected.keys() - head.tensors.keys()), sorted(head.tensors.keys() - expected.keys())
     if missing or unknown:
         lists = (("missing", missing), ("unknown", unknown))

@@ -62,12 +62,13 @@ class DraftModel(nn.Module):
     """An EAGLE-3 (or 3.1) head bound to the target's embedding."""
 
     needs_host = False
+    owns_embedding = False
     axis_of_dim: Tensor | None  # (R,) axis of a multimodal rope that each dimension follows
     d2t: Tensor  # (D,) int64 offsets: target_id = draft_id + d2t[draft_id]
     t2d: Tensor  # (V,) bool: v is in the draft vocabulary
 
     def __init__(self, config: DraftConfig, embedding: Tensor) -> None:
-        """`embedding` (V, H) is the target's, shared, frozen and never saved."""
+        """`embedding` (V, H) is the target's, shared, frozen and never saved, unless `own_embedding` is bound."""
         super().__init__()
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -93,6 +94,11 @@ class DraftModel(nn.Module):
         """Share the target's embedding (V, H). Not a parameter: neither trained, saved nor moved with the head."""
         assert embedding.shape[1] == self.config.hidden_size, f"{embedding.shape=} {self.config.hidden_size=}"
         self._embedding = [embedding.detach()]  # in a list, so that nn.Module does not register it
+
+    def own_embedding(self, embedding: Tensor) -> None:
+        """Read this embedding (V, H) instead of the target's: the head brings it, stays with it and saves it."""
+        self.bind_embedding(embedding)
+        self.owns_embedding = True
 
     @property
     def embedding(self) -> Tensor:
