@@ -3,7 +3,7 @@
 Transformers renders them in Jinja's sandbox, which keeps them from our files but not from looping. A watching thread
 raises an exception in a rendering thread that has used up its CPU time; signals would reach the main thread only.
 Python delivers the exception between two operations of the template. One operation alone is not interrupted: hence the
-refusal of `**`, whose result may take years. Memory is limited by the time only.
+refusal of `**`, whose result may take years. What a template may make in memory is counted (`template_memory.py`).
 """
 
 import ctypes
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import jinja2
+
+from fledge.data.template_memory import within_budget
 
 RENDER_CPU_S = 3.0  # an ordinary conversation takes milliseconds
 LONGEST_RENDERING = 16 << 20  # characters, more than any context holds
@@ -61,11 +63,12 @@ def within_cpu_time(function: Callable[[], Result], seconds: float) -> Result:
 
 
 def within_limits(template: str, render: Callable[[], Result]) -> Result:
-    """What `render` makes of a template. ValueError or TimeoutError where it would take too long."""
+    """What `render` makes of a template. ValueError or TimeoutError where it would take too long, or too much."""
     line = line_of_power(template)
     if line is not None:
         raise ValueError(f"line {line} uses the operator `**`, which may compute for ever and no chat template needs")
-    return within_cpu_time(render, RENDER_CPU_S)
+    with within_budget():
+        return within_cpu_time(render, RENDER_CPU_S)
 
 
 def refuse_long(text: str) -> str:
