@@ -3,6 +3,7 @@
 Knows JSON and error texts of vLLM, SGLang, TGI and OpenAI. Knows no sockets, no retries: `openai_client.py` does.
 """
 
+import json
 import re
 import time
 from dataclasses import replace
@@ -24,6 +25,7 @@ STOP_REASONS: dict[str, Literal["stop", "length"]] = {
     "tool_calls": "stop",
     "function_call": "stop",
 }
+CHARACTERS_PER_TOKEN = 2  # a token of text has more, in nearly every language
 CONTEXT_ERROR = re.compile(
     r"context (length|window|size)|max_model_len|maximum (model|.{0,40}length|.{0,40}tokens)|too (long|many tokens)"
     r"|tokens? is too large|`max_new_tokens`|must have less than \d+ tokens|at most \d+ completion tokens",
@@ -88,6 +90,21 @@ def body(request: PromptRequest, *, model: str, max_model_len: int | None, token
     if token_ids:
         fields["return_token_ids"] = True
     return fields
+
+
+def prompt_body(request: PromptRequest, model: str) -> dict[str, Any]:
+    """The JSON that asks vLLM's /tokenize for the prompt of a request."""
+    messages = [_as_sent(message) for message in request.messages]
+    told = {"tools": request.tools, "chat_template_kwargs": request.chat_template_kwargs}
+    given = {name: value for name, value in told.items() if value}
+    return {"model": model, "messages": messages, "add_generation_prompt": True, **given}
+
+
+def may_not_fit(request: PromptRequest, max_model_len: int) -> bool:
+    """Whether a prompt may leave less room than its answer may take, by its characters."""
+    texts = [message["content"] for message in request.messages if isinstance(message["content"], str)]
+    characters = sum(map(len, texts)) + len(json.dumps(request.tools or ""))
+    return characters > CHARACTERS_PER_TOKEN * (max_model_len - (request.max_tokens or 0))
 
 
 def _as_sent(message: dict[str, Any]) -> dict[str, Any]:

@@ -81,6 +81,9 @@ class LocalEngine:
             num_output_tokens=len(tokens), prompt_ids=prompt.ids, output_ids=tokens,
         )  # fmt: skip
 
+    async def prompt_ids(self, request: PromptRequest) -> list[int]:
+        return (await self._prompt(request)).ids
+
     async def _prompt(self, request: PromptRequest) -> Prompt:
         """Token ids and pictures of what was said so far; raises Reject where they cannot be had."""
         template = self.template

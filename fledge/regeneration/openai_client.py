@@ -32,13 +32,15 @@ from fledge.regeneration.chat_completions import (
     CONTEXT_ERROR,
     ContextTooLong,
     body,
+    may_not_fit,
     parse_completion,
     parse_retry_after,
+    prompt_body,
     room,
     shorter,
 )  # fmt: skip
 from fledge.regeneration.engine import PromptAnswer, PromptRequest
-from fledge.servers.replies import MODELS, Model, Models, error_text, read_reply
+from fledge.servers.replies import MODELS, Model, Models, Tokenized, error_text, read_reply
 
 if TYPE_CHECKING:
     from fledge.data.tokenize import ChatTemplate
@@ -137,10 +139,12 @@ class OpenAIClient:
         if has_images(request.messages):
             messages = await asyncio.to_thread(with_data_urls, request.messages)
             request = replace(request, messages=messages)
-        attempts, limits, empties, last = 0, 0, 0, None
+        attempts, limits, empties, last, counted = 0, 0, 0, None, False
         while True:
             endpoint = await self._acquire(avoid=last)
             try:
+                if not counted:
+                    counted, request = True, await self._fitted(endpoint, request)
                 return await self._attempt(endpoint, request)
             except ContextTooLong as error:
                 self.errors["context length"] += 1
@@ -160,6 +164,30 @@ class OpenAIClient:
                 self._release(endpoint)
             if attempts:
                 await asyncio.sleep(self._backoff(attempts))
+
+    async def prompt_ids(self, request: PromptRequest) -> list[int] | None:
+        """The token ids that a server makes of a prompt; None where none says so."""
+        endpoint = next((endpoint for endpoint in self.endpoints if endpoint.up and endpoint.is_vllm), None)
+        return None if endpoint is None else await self._prompt_ids(endpoint, request)
+
+    async def _prompt_ids(self, endpoint: Endpoint, request: PromptRequest) -> list[int] | None:
+        url = f"{endpoint.url.removesuffix('/v1')}/tokenize"
+        try:
+            reply = await self._http.post(url, prompt_body(request, endpoint.model))
+            return read_reply(reply.content, Tokenized).tokens if reply.status == 200 else None
+        except ServerError:
+            return None
+
+    async def _fitted(self, endpoint: Endpoint, request: PromptRequest) -> PromptRequest:
+        """The request with the room that a long prompt leaves: vLLM refuses what does not fit without counting it."""
+        longest = endpoint.max_model_len if endpoint.is_vllm and not has_images(request.messages) else None
+        if longest is None or request.max_tokens is None or not may_not_fit(request, longest):
+            return request
+        if (ids := await self._prompt_ids(endpoint, request)) is None:
+            return request
+        if len(ids) >= longest:
+            raise Reject("context length", f"{endpoint.url}: the prompt has {len(ids)} tokens, the context {longest}")
+        return replace(request, max_tokens=min(request.max_tokens, longest - len(ids)))
 
     async def _attempt(self, endpoint: Endpoint, request: PromptRequest) -> PromptAnswer:
         """One POST, which `_take_down` may cancel from outside."""

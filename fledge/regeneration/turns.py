@@ -16,9 +16,9 @@ from fledge.data.image_urls import anchored, has_images
 from fledge.data.rejects import Reject
 from fledge.data.sampling import ExtraSampling, TemperatureMixture, fraction
 from fledge.data.thinking import BOOLEAN_SWITCHES, ThinkingSwitch
-from fledge.data.traces import untraced
 from fledge.regeneration.args import AnswerArgs, PromptSourceArgs
 from fledge.regeneration.engine import Engine, PromptAnswer, PromptRequest
+from fledge.regeneration.fields import FieldCheck
 from fledge.regeneration.questions import Message, Turn, turns_of
 
 if TYPE_CHECKING:
@@ -56,14 +56,17 @@ class Asker:
     def __init__(self, prompts: PromptSourceArgs, answers: AnswerArgs, engine: Engine, extra: ExtraSampling) -> None:
         self._prompts, self._answers, self._engine, self._extra = prompts, answers, engine, extra
         self._mixture = TemperatureMixture.parse(answers.temperature)
-        self._template = engine.template or _known_template(prompts, answers, engine.model)
+        needed = answers.thinking != "default" or prompts.max_prompt_length is not None
+        self._template = engine.template or (_find_template(prompts, engine.model) if needed else None)
+        self._fields = FieldCheck(engine, self._template, lambda: _find_template(prompts, engine.model))
         self._switch = _switch(self._template, engine.model) if answers.thinking != "default" else None
 
     async def row(self, conversation: Conversation) -> dict[str, Any]:
         """The row of one conversation: asked turn by turn. Raises Reject when not even the first turn has an answer."""
         drawn, dialogue = self._draw(conversation), Dialogue(self, _folder_of(conversation))
-        lost = self._untraced(conversation, drawn)
-        await dialogue.run(turns_of(conversation, self._prompts.system_prompt), drawn)
+        turns = turns_of(conversation, self._prompts.system_prompt)
+        lost = await self._fields.lost(self._request(turns[0].asked, drawn, 0))
+        await dialogue.run(turns, drawn)
         last = dialogue.given[-1]
         if last.finish_reason == "length" and self._answers.truncated == "drop":
             raise Reject(CUT, f"turn {len(dialogue.given)} reached its limit after {last.num_output_tokens} tokens")
@@ -89,15 +92,19 @@ class Asker:
         }
 
     async def ask(self, messages: list[Message], drawn: Drawn, turn: int) -> PromptAnswer:
-        """The target's answer to these messages, of which only the fields of the protocol are sent."""
+        """The target's answer to these messages."""
+        request = self._request(messages, drawn, turn)
+        self._check_length(request)
+        return await self._engine.answer(request)
+
+    def _request(self, messages: list[Message], drawn: Drawn, turn: int) -> PromptRequest:
+        """These messages with the fields of the protocol alone, and how their answer is sampled."""
         sent = [{name: message[name] for name in SENT if name in message} for message in messages]
         answers = self._answers
-        request = PromptRequest(
+        return PromptRequest(
             sent, answers.max_tokens, drawn.temperature, answers.top_p, (drawn.seed + turn) % 2**31,
             drawn.chat_template_kwargs, drawn.tools, self._extra,
         )  # fmt: skip
-        self._check_length(request)
-        return await self._engine.answer(request)
 
     def _draw(self, conversation: Conversation) -> Drawn:
         seed, id = self._answers.seed, conversation.id
@@ -110,17 +117,6 @@ class Asker:
             chat_template_kwargs={**(conversation.meta.get("chat_template_kwargs") or {}), **switched},
             tools=conversation.meta.get("tools") or None,
         )
-
-    def _untraced(self, conversation: Conversation, drawn: Drawn) -> tuple[str, ...]:
-        """Fields of the prompt that the chat template does not render, where the template is at hand."""
-        first = next((index for index, m in enumerate(conversation.messages) if m["role"] == "user"), None)
-        given = {**drawn.chat_template_kwargs, **({"tools": drawn.tools} if drawn.tools else {})}
-        if self._template is None or first is None or (first == 0 and not given):
-            return ()
-        try:
-            return untraced(conversation.messages[: first + 1], given, self._template.render, self._template.text)
-        except Reject:  # the template refuses the prompt, and so will the answering
-            return ()
 
     def _check_length(self, request: PromptRequest) -> None:
         longest = self._prompts.max_prompt_length
@@ -250,17 +246,15 @@ def _folder_of(conversation: Conversation) -> Path:
     return Path(conversation.where.rpartition(":")[0] or ".").parent
 
 
-def _known_template(prompts: PromptSourceArgs, answers: AnswerArgs, model: str) -> "ChatTemplate | None":
-    """The template of a server's model, where something needs it and it can be had."""
+def _find_template(prompts: PromptSourceArgs, model: str) -> "ChatTemplate | None":
+    """The target's template: that of --tokenizer, else of the servers' model (any name) if it is on this machine."""
     from transformers import AutoTokenizer
 
     from fledge.data.tokenize import ChatTemplate
 
-    if answers.thinking == "default" and prompts.max_prompt_length is None:
-        return None
     if prompts.tokenizer or prompts.max_prompt_length is not None:
         return ChatTemplate.from_pretrained(prompts.tokenizer or model)
-    try:  # only from this machine: a server's model may bear any name
+    try:
         return ChatTemplate(AutoTokenizer.from_pretrained(model, local_files_only=True))
     except Exception:  # not here, or not to be read: the library's types vary
         return None

@@ -59,6 +59,12 @@ class Completion(Struct):
     prompt_token_ids: list[TokenId] | None = None
 
 
+class Tokenized(Struct):
+    """What vLLM's /tokenize makes of a prompt."""
+
+    tokens: list[TokenId]
+
+
 class StreamChoice(Struct):
     delta: Message | None = None
     finish_reason: Word | None = None

@@ -119,6 +119,30 @@ def test_an_answer_that_does_not_fit_is_asked_shorter(start):
     assert [body["max_tokens"] for body in server.server.bodies] == [64, 1000, 100]  # 300 of context - 200 of prompt
 
 
+@pytest.mark.parametrize(
+    ("renders", "length", "max_tokens", "asked", "counted"),
+    [((), 1900, 64, [], 1), ((), 700, 800, [296], 1), ((), 300, 64, [64], 0), (None, 1900, 64, [64], 0)],
+)
+def test_a_long_prompt_is_counted_before_it_is_asked(start, renders, length, max_tokens, asked, counted):
+    """The newest vLLM refuses what does not fit without counting it to its end: a hopeless prompt cost two requests.
+
+    Now it costs one, which needs no GPU; a short one, and one on a server that does not count, are asked as before.
+    """
+    server = start(context=1000, renders=renders)
+
+    async def run():
+        async with OpenAIClient([server.url], patience=QUICK) as client:
+            return await client.answer(request("q" * length, max_tokens=max_tokens))
+
+    if asked:
+        asyncio.run(run())
+    else:
+        with pytest.raises(Reject, match="context length: .*the prompt has 1904 tokens, the context 1000"):
+            asyncio.run(run())
+    assert [body["max_tokens"] for body in server.server.bodies] == asked
+    assert server.server.num_tokenized == counted
+
+
 def test_one_of_three_servers_dies_and_comes_back(start):
     servers = [start(delay_s=0.01) for _ in range(3)]
     prompts = [f"question {i}" for i in range(600)]

@@ -34,9 +34,10 @@ class FakeServer:
     def __init__(
         self, *, is_vllm: bool = True, delay_s: float = 0.0, answer_tokens: int = 0, tokens_per_s: float = 0.0,
         context: int = 4096, keep_bodies: bool = True, api_key: str | None = None,
-        reply: Callable[[dict], dict] | None = None,
+        reply: Callable[[dict], dict] | None = None, renders: tuple[str, ...] | None = None,
     ) -> None:  # fmt: skip
-        self.reply = reply
+        """`renders`: fields beside the messages that /tokenize puts into a prompt; without any it is not there."""
+        self.reply, self.renders, self.num_tokenized = reply, renders, 0
         self.is_vllm, self.delay_s, self.context, self.api_key = is_vllm, delay_s, context, api_key
         self.answer_tokens, self.tokens_per_s, self.keep_bodies = answer_tokens, tokens_per_s, keep_bodies
         self.asked: Counter[str] = Counter()
@@ -52,6 +53,8 @@ class FakeServer:
         app = web.Application(client_max_size=64 << 20)
         app.router.add_get("/v1/models", self.models)
         app.router.add_post("/v1/chat/completions", self.chat)
+        if self.renders is not None:
+            app.router.add_post("/tokenize", self.tokenize)
         return app
 
     async def models(self, request: web.Request) -> web.Response:
@@ -85,6 +88,16 @@ class FakeServer:
             return await self._fail(request, fault[1], body)
         await self._take_time()
         return web.json_response(self._completion(body, prompt))
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        """vLLM's: the tokens (here bytes) of a prompt."""
+        body, shown = await request.json(), self.renders or ()
+        self.num_tokenized += 1
+        parts = [f"{m['role']}{m['content']}" for m in body["messages"] if m["role"] != "system" or "system" in shown]
+        told = {**(body.get("chat_template_kwargs") or {}), "tools": body.get("tools")}
+        parts += [json.dumps(told[name]) for name in shown if told.get(name) is not None]
+        tokens = list("".join(parts).encode())
+        return web.json_response({"count": len(tokens), "max_model_len": self.context, "tokens": tokens})
 
     async def _take_time(self) -> None:
         if self.delay_s:
