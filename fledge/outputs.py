@@ -307,6 +307,12 @@ def write_figures(path: Path, document: dict[str, Any], *, overwrite: bool = Fal
     say(f"figures written to {path}")
 
 
+def cache_folder(name: str) -> Path:
+    """A folder of the user's cache, which may be deleted at any time."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("FLEDGE_CACHE") or Path(home) / "fledge").expanduser() / name
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in this folder last."""
     handle = os.open(folder, os.O_RDONLY)

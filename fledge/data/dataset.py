@@ -34,7 +34,7 @@ from fledge.data.sealed import verify_sealed
 from fledge.data.tokenize import ChatTemplate
 from fledge.data.vocab import control_ids, count_tokens
 from fledge.errors import UserError
-from fledge.outputs import write_json
+from fledge.outputs import cache_folder, write_json
 from fledge.parsing import read_json
 
 LAYOUT = 2  # raise it when samples would come out differently
@@ -343,10 +343,7 @@ def hash_share(id: str, seed: int) -> float:
 def _cache_root(cache_dir: str | Path) -> Path:
     if cache_dir != "default":
         return Path(cache_dir).expanduser()
-    home = (
-        os.environ.get("FLEDGE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fledge"
-    )
-    return Path(home).expanduser() / "tokens"
+    return cache_folder("tokens")
 
 
 def tokenizer_digest(template: ChatTemplate) -> str:

@@ -1,6 +1,6 @@
 """Everything that training does for the sake of a CPU, so that the rest of the code reads as on a GPU.
 
-    product, linear, gated_linear, rms_norm    products and layers; each is PyTorch's own where that is as good
+    product, linear, through, gated_linear, rms_norm    products and layers; each is PyTorch's own where that is as good
     ProductAttention                           attention over step-0 keys for 16-bit numbers (`suits`)
     round_up, pad_index, filled_up, spare_rows number of rows as multiples of MULTIPLE
     is_argmax                                  a row's maximum, which is cheaper than its place
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fledge.drafters.batch import Batch
 from fledge.drafters.runs import Run
@@ -51,6 +51,11 @@ def linear(inputs: Tensor, weight: Tensor) -> Tensor:
     if autocast or not torch.is_grad_enabled() or not fits_onednn(inputs, weight):
         return F.linear(inputs, weight)
     return _Linear.apply(inputs, weight)
+
+
+def through(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    """layer(inputs), which decoding may have accelerated; in training by `linear`."""
+    return linear(inputs, layer.weight) if torch.is_grad_enabled() else layer(inputs)
 
 
 def _dense(matrix: Tensor) -> Tensor:

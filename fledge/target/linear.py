@@ -29,7 +29,8 @@ def head_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 def head_logits(head: nn.Module, last_hidden: Tensor) -> Tensor:
     """(.., H) -> (.., V) by a model's output embedding; anything but a plain nn.Linear computes for itself."""
-    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or not _is_plain(head.weight):
+    changed = "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks
+    if type(head) is not nn.Linear or changed or not is_plain(head.weight):
         return head(last_hidden)
     return head_linear(last_hidden, head.weight, head.bias)
 
@@ -37,7 +38,7 @@ def head_logits(head: nn.Module, last_hidden: Tensor) -> Tensor:
 def fits_onednn(*factors: Tensor) -> bool:
     """Whether these are the plain fp32 matrices on a CPU that `onednn_product` takes."""
     return torch.backends.mkldnn.is_available() and all(
-        factor.dtype == torch.float32 and factor.device.type == "cpu" and factor.numel() > 0 and _is_plain(factor)
+        factor.dtype == torch.float32 and factor.device.type == "cpu" and factor.numel() > 0 and is_plain(factor)
         for factor in factors
     )
 
@@ -47,6 +48,6 @@ def onednn_product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> T
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Not one process's part of a tensor, nor any other kind with rules of its own."""
     return type(tensor.data) is Tensor

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fledge.drafters.cpu_kernels import gated_linear, linear, rms_norm
+from fledge.drafters.cpu_kernels import gated_linear, rms_norm, through
 
 
 class RMSNorm(nn.RMSNorm):
@@ -25,7 +25,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        gate, up = linear(hidden, self.gate_proj.weight), linear(hidden, self.up_proj.weight)
+        gate, up = through(self.gate_proj, hidden), through(self.up_proj, hidden)
         if not torch.is_grad_enabled():
             return self.down_proj(F.silu(gate) * up)
         return gated_linear(gate, up, self.down_proj.weight)

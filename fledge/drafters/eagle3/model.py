@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fledge.drafters.cpu_kernels import linear
+from fledge.drafters.cpu_kernels import linear, through
 from fledge.drafters.eagle3.config import DraftConfig
 from fledge.drafters.eagle3.layers import RMSNorm, SwiGLU
 from fledge.drafters.eagle3.rope import as_index, axis_of_dims, num_axes, pick_axis
@@ -158,7 +158,7 @@ class DraftModel(nn.Module):
         taps = tap_hidden.to(self.fc.weight.device, self.fc.weight.dtype)
         if self.config.fc_norm:
             taps = torch.stack([norm(tap) for norm, tap in zip(self.fc_norm, taps.unbind(-2), strict=True)], dim=-2)
-        return linear(taps.flatten(-2), self.fc.weight)
+        return through(self.fc, taps.flatten(-2))
 
     def rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (.., R) for positions (..); R <= head_dim where the target rotates only a part.
@@ -226,7 +226,7 @@ class DraftModel(nn.Module):
         """Residual, output projection and MLP: f (.., H) and attention output (.., h, d) -> f'' (.., H)."""
         layer = self.midlayer
         residual = layer.hidden_norm(hidden) if self.config.norm_before_residual else hidden
-        hidden = residual + linear(attended.flatten(-2), layer.self_attn.o_proj.weight)
+        hidden = residual + through(layer.self_attn.o_proj, attended.flatten(-2))
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
     def feedback(self, hidden: Tensor) -> Tensor:

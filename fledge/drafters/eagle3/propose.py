@@ -25,6 +25,7 @@ from fledge.drafters.base import Budget, Emitted
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.tree import Trees, TreeShape, build_trees, candidate_levels
 from fledge.target.model import longrope_limit
+from fledge.target.products import accelerate
 
 # B sequences, E slots of new tokens, k beam width, W rows of the beam so far, S rows, H hidden size, K keys,
 # C candidates, D draft vocabulary
@@ -38,6 +39,7 @@ class EagleProposer:
     def __init__(self, draft: DraftModel, shape: TreeShape, batch: int, capacity: int) -> None:
         config, device = draft.config, draft.fc.weight.device
         self.draft = draft
+        accelerate(draft)
         self.width, self.num_levels = beam_width(shape, config.draft_vocab_size), shape.levels
         levels = candidate_levels(self.width, self.num_levels)
         self.num_drafted = min(shape.total_token - 1, len(levels))

@@ -1,0 +1,295 @@
+"""The products of few rows that decoding a token pays for, by weights packed ahead.
+
+On a CPU a decoding step reads every weight once, and PyTorch's products of 1 to 16 rows reach a third of what the
+memory gives: oneDNN brings the weight into its own order in every call. Here that is done once. Microseconds per
+product, one core, AMD EPYC with AVX-512, bf16 / fp32:
+
+    weight        rows    F.linear         packed
+    576 x 576     1       48 / 119         28 / 103
+    1536 x 576    1       227 / 326        73 / 313
+    1536 x 576    8       295 / 472        175 / 330
+    49152 x 576   1       6760 / 9931      4580 / 7374
+    49152 x 576   4       7750 / 18420     3930 / 6335
+
+`accelerate` gives the `nn.Linear` layers of a model another `forward`; the modules, their weights and their state dict
+stay. Layers that multiply the same input (q, k and v; gate and up) are one product. A packed weight is a copy of the
+weight, made at the first product and again when the weight has changed.
+
+*Rows are independent.* The packed kernel gives a row the same bits however many rows are computed with it, F.linear
+does not (in fp32). So one kernel is chosen for all numbers of rows of a shape: packed, unless that is slower. Single
+rows are filled up where their bits would differ, and few rows where more are faster. Both are measured once per
+machine, PyTorch and shape, and kept in the user's cache folder. More than MOST_ROWS rows, a prompt say, gradients,
+autocast and other dtypes take F.linear, the slow twin in the tests.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fledge import provenance
+from fledge.errors import UserError
+from fledge.outputs import cache_folder, write_file
+from fledge.target.linear import is_plain, onednn_product
+
+# R rows, X inputs, C outputs
+
+MOST_ROWS = 256
+LEAST_BYTES = 4 << 20  # of all weights: smaller models stay in the processor's caches
+MEASURED_BYTES = 64 << 20  # weights that a measurement goes through, so that they come from memory
+ROWS = (1, 2, 4, 8)
+PACKED_FOR = 32  # rows; what oneDNN is told when it packs
+GAIN = 0.8  # of the time: rows are filled up where that is faster by so much, and F.linear is kept where it is
+TIMINGS = 5
+NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """What was measured to be best for one shape."""
+
+    packed: bool
+    fill: tuple[int, ...]  # how many rows to compute for 1, 2, .. rows
+    independent: bool  # a row's bits do not depend on the number of rows
+
+
+class Product:
+    """One packed product for layers that multiply the same input."""
+
+    def __init__(self, layers: Sequence[nn.Linear], choice: Choice) -> None:
+        self.layers, self.choice = tuple(layers), choice
+        self._packed: Tensor | None = None
+        self._bias: Tensor | None = None
+        self._packed_of: list[tuple[int, int]] = []
+        self._input: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}  # of the last input, until the other layers ask for them
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": None, "_bias": None, "_packed_of": [], "_input": None, "_outputs": {}}
+
+    def of(self, place: int, inputs: Tensor) -> Tensor:
+        """What the layer at `place` makes of inputs (.., X)."""
+        weight = self.layers[place].weight
+        num_rows = inputs.numel() // max(inputs.shape[-1], 1)
+        if not 0 < num_rows <= MOST_ROWS or torch.is_grad_enabled() or not _suits(inputs, weight):
+            return F.linear(inputs, weight, self.layers[place].bias)
+        if inputs is not self._input or place not in self._outputs:
+            output = self._computed(inputs, num_rows)
+            if len(self.layers) == 1:
+                return output
+            parts = output.split([layer.out_features for layer in self.layers], dim=-1)
+            self._input, self._outputs = inputs, dict(enumerate(parts))
+        output = self._outputs.pop(place)
+        if not self._outputs:
+            self._input = None
+        return output
+
+    def _computed(self, inputs: Tensor, num_rows: int) -> Tensor:
+        weights = [layer.weight for layer in self.layers]
+        now = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+        if now != self._packed_of:
+            self._packed, self._packed_of = packed(joined(weights)), now
+            self._bias = joined([layer.bias for layer in self.layers]) if self.layers[0].bias is not None else None
+        assert self._packed is not None
+        return filled_product(inputs, self._packed, self._bias, self.choice.fill, num_rows)
+
+
+class PackedForward:
+    """The `forward` of a layer whose product is packed."""
+
+    def __init__(self, product: Product, place: int) -> None:
+        self.product, self.place = product, place
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return self.product.of(self.place, input)
+
+
+def accelerate(model: nn.Module, *, least_bytes: int = LEAST_BYTES) -> None:
+    """Pack the products of a model that decodes on a CPU. A model too small to gain or too large for its weights to lie
+    in memory twice stays as it is; so do layers of other kinds, dtypes and devices. Done again, it does nothing."""
+    groups = [group for group in neighbours(model) if not any("forward" in vars(layer) for layer in group)]
+    num_bytes = sum(layer.weight.nbytes for group in groups for layer in group)
+    if not groups or num_bytes < least_bytes or num_bytes > free_memory() / 2:
+        return
+    by_shape: dict[str, list[list[nn.Linear]]] = {}
+    for group in groups:
+        by_shape.setdefault(_shape(group), []).append(group)
+    for shape, alike in by_shape.items():
+        choice = choices(shape, alike)
+        for group in alike if choice.packed else ():
+            product = Product(group, choice)
+            for place, layer in enumerate(group):
+                layer.forward = PackedForward(product, place)
+
+
+def is_packed(layer: nn.Module) -> bool:
+    """Whether this layer computes by a packed product."""
+    return isinstance(vars(layer).get("forward"), PackedForward)
+
+
+def neighbours(model: nn.Module) -> Iterator[list[nn.Linear]]:
+    """The linear layers that can be packed, those of the same input together."""
+    taken: set[nn.Module] = set()
+    for parent in model.modules():
+        children = {name: child for name, child in parent.named_children() if _can_be_packed(child)}
+        for names in NEIGHBOURS:
+            group: list[Any] = [children[name] for name in names if name in children]
+            alike = {(layer.in_features, layer.weight.dtype, layer.bias is None) for layer in group}
+            if len(group) == len(names) and len(alike) == 1 and taken.isdisjoint(group):
+                taken.update(group)
+                yield group
+        for child in children.values():
+            if isinstance(child, nn.Linear) and child not in taken:
+                taken.add(child)
+                yield [child]
+
+
+def packed(weight: Tensor) -> Tensor:
+    """A weight (C, X) in oneDNN's own order."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Weights or biases of several layers as those of one."""
+    return parts[0].detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
+
+
+def filled_product(
+    inputs: Tensor, packed_weight: Tensor, bias: Tensor | None, fill: Sequence[int], num_rows: int
+) -> Tensor:
+    """inputs (.., X) by a packed weight (C, X), with rows of zeros where `fill` asks for more."""
+    wanted = fill[num_rows - 1] if num_rows <= len(fill) else num_rows
+    if wanted == num_rows:
+        return onednn_product(inputs.contiguous(), packed_weight, bias)
+    rows = F.pad(inputs.reshape(num_rows, -1), (0, 0, 0, wanted - num_rows))
+    return onednn_product(rows, packed_weight, bias)[:num_rows].view(*inputs.shape[:-1], -1)
+
+
+# -- what is best, measured --------------------------------------------------------------------------------------------
+
+
+class Choices:
+    """Choices by shape, remembered and kept in the user's cache folder."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Choice] = {}
+
+    def __call__(self, shape: str, groups: Sequence[Sequence[nn.Linear]]) -> Choice:
+        """The choice for products of this shape, measured with these layers where it is not known."""
+        key = f"{provenance.hardware()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}: {shape}"
+        if key not in self._known:
+            self._known |= self._read()
+        if key not in self._known:
+            self._known[key] = measured_choice(groups)
+            with suppress(OSError, UserError):  # a home that cannot be written to
+                write_file(self._path(), msgspec.json.encode(self._read() | self._known), tag=f".{os.getpid()}")
+        return self._known[key]
+
+    @staticmethod
+    def _path() -> Path:
+        return cache_folder("products") / "choices.json"
+
+    def _read(self) -> dict[str, Choice]:
+        """A cache that cannot be read is measured anew."""
+        try:
+            return msgspec.json.decode(self._path().read_bytes(), type=dict[str, Choice])
+        except (OSError, msgspec.DecodeError):
+            return {}
+
+
+choices = Choices()
+
+
+@torch.inference_mode()
+def measured_choice(groups: Sequence[Sequence[nn.Linear]]) -> Choice:
+    """Compare F.linear and the packed product of such layers."""
+    weights = [joined([layer.weight for layer in group]) for group in groups]
+    weights = weights[: max(1, MEASURED_BYTES // weights[0].nbytes)]
+    try:
+        ready = [packed(weight) for weight in weights]
+        least = least_rows(ready[0], weights[0])
+    except RuntimeError:  # oneDNN has no such product for this processor
+        return Choice(False, (), False)
+
+    def stock(rows: int) -> None:
+        for weight in weights:
+            F.linear(inputs[rows], weight)
+
+    def ahead(rows: int) -> None:
+        for weight in ready:
+            onednn_product(inputs[rows], weight)
+
+    inputs = {rows: weights[0].new_ones(rows, weights[0].shape[1]) for rows in ROWS}
+    calls: list[tuple[Callable[[int], None], int]] = [(ahead, rows) for rows in ROWS]
+    calls += [(stock, ROWS[0]), (stock, ROWS[-1])]
+    seconds = np.array([[_seconds(call, rows) for call, rows in calls] for _ in range(TIMINGS + 1)])[1:].min(axis=0)
+    ahead_s, stock_s = seconds[: len(ROWS)], seconds[len(ROWS) :]
+    faster = GAIN * (ahead_s[0] + ahead_s[-1]) < stock_s.sum()
+    return Choice(bool(faster), _best_fill(ahead_s, least or 1), least is not None)
+
+
+def least_rows(packed_weight: Tensor, weight: Tensor) -> int | None:
+    """The fewest rows from which on a row's bits do not depend on how many there are; None where they always do."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(MOST_ROWS, weight.shape[1], generator=generator).to(weight.dtype)
+    first = onednn_product(inputs, packed_weight)[0]
+    least = 1
+    for rows in (1, 2, 3, 4, 6, 8, 16, 32, 64, 128):
+        if not torch.equal(onednn_product(inputs[:rows], packed_weight)[0], first):
+            least = rows + 1
+    return least if least <= ROWS[-1] else None
+
+
+def _best_fill(seconds: np.ndarray, least: int) -> tuple[int, ...]:
+    """For 1, 2, .. rows the number to compute: more than there are where that is faster, `least` at least."""
+    fill = []
+    for rows in range(1, ROWS[-1] + 1):
+        start = max(rows, least)
+        cost = float(np.interp(start, ROWS, seconds))
+        better = [(time, more) for time, more in zip(seconds, ROWS, strict=True) if more > start and time < GAIN * cost]
+        fill.append(min(better, default=(cost, start))[1])
+    return tuple(fill)
+
+
+def _seconds(call: Callable[[int], None], rows: int) -> float:
+    """Of this process: others on the machine count less than by the wall clock."""
+    start = time.process_time()
+    call(rows)
+    return time.process_time() - start
+
+
+def free_memory() -> int:
+    """Bytes that can be had without swapping, as far as the system says."""
+    try:
+        with open("/proc/meminfo") as file:
+            kib = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 1 << 62
+    return kib << 10
+
+
+def _shape(group: Sequence[nn.Linear]) -> str:
+    dtype = str(group[0].weight.dtype).removeprefix("torch.")
+    return f"{sum(layer.out_features for layer in group)} x {group[0].in_features} {dtype}"
+
+
+def _can_be_packed(module: nn.Module) -> bool:
+    """A plain linear layer in memory, of a dtype that oneDNN packs."""
+    if type(module) is not nn.Linear or not torch.backends.mkldnn.is_available():
+        return False
+    weight = module.weight
+    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and is_plain(weight)
+
+
+def _suits(inputs: Tensor, weight: Tensor) -> bool:
+    return (
+        inputs.dtype == weight.dtype and inputs.device == weight.device and not torch.is_autocast_enabled("cpu")
+        and is_plain(inputs)
+    )  # fmt: skip

@@ -1,0 +1,195 @@
+"""Packed products are F.linear's to rounding, give a row the same bits in any company, and follow their weights."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fledge.target import products
+from fledge.target.linear import head_logits
+from fledge.target.products import Choice, accelerate, is_packed, measured_choice
+
+ALWAYS = Choice(True, (4, 4), True)  # one and two rows are filled up to four
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Block(nn.Module):
+    """Layers with the names that decoders give theirs."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name, size in {"q_proj": 64, "k_proj": 32, "v_proj": 32, "o_proj": 48, "gate_proj": 96}.items():
+            self.add_module(name, nn.Linear(96, size, bias=bias, dtype=dtype))
+        self.requires_grad_(False)
+
+    def forward(self, inputs: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(inputs) for layer in self.children()]
+
+
+@pytest.fixture
+def always(monkeypatch):
+    monkeypatch.setattr(products, "choices", lambda _shape, _groups: ALWAYS)
+
+
+@torch.inference_mode()
+def both(block: Block, inputs: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    slow = [F.linear(inputs, layer.weight, layer.bias) for layer in block.children()]
+    return list(zip(block(inputs), slow, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(1,), (3,), (2, 1), (2, 5), (1, 40)])
+def test_it_is_the_linear_layer(always, dtype, bias, rows):
+    block = Block(dtype, bias)
+    accelerate(block, least_bytes=0)
+    assert all(map(is_packed, block.children()))
+    inputs = torch.randn(*rows, 96, dtype=dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for found, expected in both(block, inputs):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_neighbours_are_one_product_of_one_input(always, monkeypatch):
+    """The second layer takes its part of the first one's product only where it is given the same input."""
+    block = Block()
+    accelerate(block, least_bytes=0)
+    calls: list[torch.Tensor] = []
+    product = products.onednn_product
+    monkeypatch.setattr(products, "onednn_product", lambda *args: calls.append(args[0]) or product(*args))
+    one, other = torch.randn(4, 96), torch.randn(4, 96)
+    with torch.inference_mode():
+        block.q_proj(one), block.k_proj(one), block.v_proj(one)
+        assert len(calls) == 1
+        block.q_proj(one)
+        found = block.k_proj(other)
+    assert len(calls) == 3
+    torch.testing.assert_close(found, F.linear(other, block.k_proj.weight, block.k_proj.bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_in_any_company(dtype):
+    """What makes speculative decoding emit plain decoding's tokens: a row alone and one of many are the same."""
+    torch.manual_seed(0)
+    layer = nn.Linear(192, 320, bias=False, dtype=dtype).requires_grad_(False)
+    choice = measured_choice([[layer]])
+    if not choice.independent:
+        pytest.skip("oneDNN's products depend on the number of rows here")
+    inputs, weight = torch.randn(200, 192, dtype=dtype), products.packed(layer.weight)
+    with torch.inference_mode():
+        many = products.filled_product(inputs, weight, None, choice.fill, 200)
+        for rows in (1, 2, 3, 4, 5, 7, 8, 9, 16, 31, 64):
+            few = products.filled_product(inputs[:rows], weight, None, choice.fill, rows)
+            assert torch.equal(few, many[:rows]), rows
+
+
+def test_dependence_on_the_number_of_rows_is_noticed(monkeypatch):
+    """A kernel whose single rows differ is filled up; one whose rows always differ is called dependent."""
+    layer = nn.Linear(32, 32, bias=False).requires_grad_(False)
+    product = products.onednn_product
+
+    def differing(most: int):
+        return lambda x, weight: product(x, weight) + (len(x) if len(x) <= most else 0)
+
+    monkeypatch.setattr(products, "onednn_product", differing(1))
+    assert measured_choice([[layer]]).fill[0] >= 2
+    monkeypatch.setattr(products, "onednn_product", differing(1 << 10))
+    assert not measured_choice([[layer]]).independent
+
+
+def test_it_follows_its_weights(always):
+    """A head that is evaluated between two steps of training decodes with its new weights."""
+    block = Block()
+    accelerate(block, least_bytes=0)
+    inputs = torch.randn(3, 96)
+    before = both(block, inputs)
+    with torch.no_grad():
+        block.k_proj.weight.mul_(2)
+        block.o_proj.weight = nn.Parameter(torch.randn(48, 96), requires_grad=False)
+    for number, (found, expected) in enumerate(both(block, inputs)):
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(found, before[number][0]) == (number not in (1, 3))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))])
+def test_a_copy_has_its_own_weights(always, copied):
+    block = Block()
+    accelerate(block, least_bytes=0)
+    both(block, torch.randn(2, 96))
+    twin = copied(block)
+    with torch.no_grad():
+        block.q_proj.weight.zero_()
+    for found, expected in both(twin, torch.randn(2, 96)):
+        torch.testing.assert_close(found, expected)
+
+
+def test_what_is_left_to_pytorch(always, monkeypatch):
+    """Gradients, many rows, other dtypes and autocast."""
+    block = Block().requires_grad_(True)
+    accelerate(block, least_bytes=0)
+    used: list[int] = []
+    product = products.onednn_product
+    monkeypatch.setattr(products, "onednn_product", lambda *args: used.append(1) or product(*args))
+    few = torch.randn(2, 96)
+    block.o_proj(few).sum().backward()
+    assert block.o_proj.weight.grad is not None
+    with torch.inference_mode():
+        block.o_proj(torch.randn(products.MOST_ROWS + 1, 96))
+        block.o_proj(torch.randn(0, 96))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert block.o_proj(few).dtype == torch.bfloat16
+        assert not used
+        block.o_proj(few)
+    assert used
+
+
+def test_who_is_accelerated(always, monkeypatch):
+    """Small models gain nothing, large ones have no room twice, and layers that were changed before are left alone."""
+    small = Block()
+    accelerate(small)
+    assert not any(map(is_packed, small.children()))
+    changed = Block()
+    changed.o_proj.forward = lambda inputs: inputs
+    accelerate(changed, least_bytes=0)
+    assert [is_packed(layer) for layer in changed.children()] == [True, True, True, False, True]
+    monkeypatch.setattr(products, "free_memory", lambda: 1000)
+    accelerate(small, least_bytes=0)
+    assert not any(map(is_packed, small.children()))
+
+
+def test_a_choice_is_measured_once_per_machine(monkeypatch, tmp_path):
+    """It is kept in the cache folder; a damaged file or a folder that cannot be written costs a measurement only."""
+    monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path))
+    measured: list[int] = []
+    monkeypatch.setattr(products, "measured_choice", lambda _groups: measured.append(1) or ALWAYS)
+    layers = [[nn.Linear(8, 8)]]
+    assert products.Choices()("8 x 8", layers) == products.Choices()("8 x 8", layers) == ALWAYS
+    assert len(measured) == 1
+    (file,) = (tmp_path / "products").iterdir()
+    file.write_text("{")
+    assert products.Choices()("8 x 8", layers) == ALWAYS
+    assert len(measured) == 2
+    monkeypatch.setenv("FLEDGE_CACHE", str(file / "below a file"))
+    assert products.Choices()("8 x 8", layers) == ALWAYS
+
+
+def test_a_slower_kernel_is_not_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path))
+    monkeypatch.setattr(products, "choices", lambda _shape, _groups: Choice(False, (), True))
+    block = Block()
+    accelerate(block, least_bytes=0)
+    assert not any(map(is_packed, block.children()))
+
+
+def test_a_packed_head_gives_the_logits(always):
+    head = nn.Linear(16, 5000, bias=False).requires_grad_(False)
+    hidden = torch.randn(3, 16)
+    with torch.inference_mode():
+        expected = head_logits(head, hidden)
+        accelerate(head_holder := nn.Sequential(head), least_bytes=0)
+        assert is_packed(head_holder[0])
+        torch.testing.assert_close(head_logits(head, hidden), expected)
