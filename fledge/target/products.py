@@ -126,7 +126,7 @@ def accelerate(model: nn.Module, *, least_bytes: int = LEAST_BYTES) -> None:
         for group in alike if choice.packed else ():
             product = Product(group, choice)
             for place, layer in enumerate(group):
-                layer.forward = PackedForward(product, place)
+                vars(layer)["forward"] = PackedForward(product, place)
 
 
 def is_packed(layer: nn.Module) -> bool:
