@@ -52,7 +52,7 @@ TIMINGS = 5
 NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-class Choice(msgspec.Struct, frozen=True):
+class ProductChoice(msgspec.Struct, frozen=True):
     """What was measured to be best for one shape."""
 
     packed: bool
@@ -63,7 +63,7 @@ class Choice(msgspec.Struct, frozen=True):
 class Product:
     """One packed product for layers that multiply the same input."""
 
-    def __init__(self, layers: Sequence[nn.Linear], choice: Choice) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], choice: ProductChoice) -> None:
         self.layers, self.choice = tuple(layers), choice
         self._packed: Tensor | None = None
         self._bias: Tensor | None = None
@@ -179,9 +179,9 @@ class Choices:
     """Choices by shape, remembered and kept in the user's cache folder."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Choice] = {}
+        self._known: dict[str, ProductChoice] = {}
 
-    def __call__(self, shape: str, groups: Sequence[Sequence[nn.Linear]]) -> Choice:
+    def __call__(self, shape: str, groups: Sequence[Sequence[nn.Linear]]) -> ProductChoice:
         """The choice for products of this shape, measured with these layers where it is not known."""
         key = f"{provenance.hardware()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}: {shape}"
         if key not in self._known:
@@ -196,10 +196,10 @@ class Choices:
     def _path() -> Path:
         return cache_folder("products") / "choices.json"
 
-    def _read(self) -> dict[str, Choice]:
+    def _read(self) -> dict[str, ProductChoice]:
         """A cache that cannot be read is measured anew."""
         try:
-            return msgspec.json.decode(self._path().read_bytes(), type=dict[str, Choice])
+            return msgspec.json.decode(self._path().read_bytes(), type=dict[str, ProductChoice])
         except (OSError, msgspec.DecodeError):
             return {}
 
@@ -208,7 +208,7 @@ choices = Choices()
 
 
 @torch.inference_mode()
-def measured_choice(groups: Sequence[Sequence[nn.Linear]]) -> Choice:
+def measured_choice(groups: Sequence[Sequence[nn.Linear]]) -> ProductChoice:
     """Compare F.linear and the packed product of such layers."""
     weights = [joined([layer.weight for layer in group]) for group in groups]
     weights = weights[: max(1, MEASURED_BYTES // weights[0].nbytes)]
@@ -216,7 +216,7 @@ def measured_choice(groups: Sequence[Sequence[nn.Linear]]) -> Choice:
         ready = [packed(weight) for weight in weights]
         least = least_rows(ready[0], weights[0])
     except RuntimeError:  # oneDNN has no such product for this processor
-        return Choice(False, (), False)
+        return ProductChoice(False, (), False)
 
     def stock(rows: int) -> None:
         for weight in weights:
@@ -232,7 +232,7 @@ def measured_choice(groups: Sequence[Sequence[nn.Linear]]) -> Choice:
     seconds = np.array([[_seconds(call, rows) for call, rows in calls] for _ in range(TIMINGS + 1)])[1:].min(axis=0)
     ahead_s, stock_s = seconds[: len(ROWS)], seconds[len(ROWS) :]
     faster = GAIN * (ahead_s[0] + ahead_s[-1]) < stock_s.sum()
-    return Choice(bool(faster), _best_fill(ahead_s, least or 1), least is not None)
+    return ProductChoice(bool(faster), _best_fill(ahead_s, least or 1), least is not None)
 
 
 def least_rows(packed_weight: Tensor, weight: Tensor) -> int | None:

@@ -8,7 +8,7 @@ from tiny import NAMES, prompt, tiny_draft, tiny_model, tiny_target
 from fledge.decoding.generate import Sampling, TreeShape, generate
 from fledge.target import products
 from fledge.target.model import Target
-from fledge.target.products import Choice, accelerate, is_packed
+from fledge.target.products import ProductChoice, accelerate, is_packed
 
 TREES = (TreeShape(8, 2, 3), TreeShape(6, 4, 1))
 
@@ -29,7 +29,7 @@ def is_packed_anywhere(model: torch.nn.Module) -> bool:
 def test_tokens_are_the_stock_models(name, monkeypatch):
     expected = answers(tiny_target(name))
     target = Target(tiny_model(name), tap_layers=tiny_target(name).tap_layers)
-    monkeypatch.setattr(products, "choices", lambda _shape, _groups: Choice(True, (2, 4, 4), True))
+    monkeypatch.setattr(products, "choices", lambda _shape, _groups: ProductChoice(True, (2, 4, 4), True))
     accelerate(target.model, least_bytes=0)
     assert is_packed_anywhere(target.model)
     assert answers(target) == expected

@@ -10,9 +10,9 @@ from torch import nn
 
 from fledge.target import products
 from fledge.target.linear import head_logits
-from fledge.target.products import Choice, accelerate, is_packed, measured_choice
+from fledge.target.products import ProductChoice, accelerate, is_packed, measured_choice
 
-ALWAYS = Choice(True, (4, 4), True)  # one and two rows are filled up to four
+ALWAYS = ProductChoice(True, (4, 4), True)  # one and two rows are filled up to four
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -179,7 +179,7 @@ def test_a_choice_is_measured_once_per_machine(monkeypatch, tmp_path):
 
 def test_a_slower_kernel_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path))
-    monkeypatch.setattr(products, "choices", lambda _shape, _groups: Choice(False, (), True))
+    monkeypatch.setattr(products, "choices", lambda _shape, _groups: ProductChoice(False, (), True))
     block = Block()
     accelerate(block, least_bytes=0)
     assert not any(map(is_packed, block.children()))
