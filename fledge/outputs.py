@@ -7,16 +7,17 @@ run. `check` refuses a folder that holds files under those names and no marker o
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -25,6 +26,8 @@ from fledge.console import say, warn
 from fledge.errors import UserError, naming
 from fledge.parsing import read_json
 from fledge.redaction import redacted
+
+T = TypeVar("T")
 
 MARKER, LOCK = ".fledge.json", ".fledge.lock"
 STAGING, READY, DELETING = ".fledge-writing", ".fledge-ready", ".fledge-deleting"
@@ -311,6 +314,18 @@ def cache_folder(name: str) -> Path:
     """A folder of the user's cache, which may be deleted at any time."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("FLEDGE_CACHE") or Path(home) / "fledge").expanduser() / name
+
+
+def cached(name: str, key: str, kind: type[T], make: Callable[[], T]) -> T:
+    """What `make` made for this key at some time, from the user's cache; where it is not there or cannot be read, it is
+    made again, and kept if the folder can be written."""
+    path = cache_folder(name) / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
+    with suppress(OSError, msgspec.DecodeError):
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    made = make()
+    with suppress(OSError, UserError):
+        write_file(path, msgspec.json.encode(made), tag=f".{os.getpid()}")
+    return made
 
 
 def sync_folder(folder: Path) -> None:

@@ -50,15 +50,18 @@ def hardware() -> dict[str, Any]:
     """CPU model, usable cores, memory and GPUs of this machine."""
     import torch
 
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": cpu, "cores": cores, "torch_threads": torch.get_num_threads(), "gpus": gpus}
+    return {"cpu": processor(), "cores": cores, "torch_threads": torch.get_num_threads(), "gpus": gpus}
+
+
+def processor() -> str:
+    """The CPU model, as the system calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def collect(config: Any = None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fledge import outputs
 from fledge.errors import UserError, explained, naming
 from fledge.outputs import (
     Output,
+    cached,
     check,
     claim,
     delete,
@@ -278,3 +279,27 @@ def test_a_command_that_writes_every_name_does_not_refuse_its_own_lock(tmp_path)
     (tmp_path / "foreign" / "model.txt").write_text("theirs")
     with pytest.raises(UserError, match="holds model.txt"), written(tmp_path / "foreign", everything):
         pass
+
+
+def test_the_cache_may_be_lost(monkeypatch, tmp_path):
+    """What is cached is made once; a damaged file, another kind of value or a folder that cannot be written costs
+    making it again."""
+    monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path))
+    made: list[int] = []
+
+    def make() -> dict[int, float]:
+        made.append(1)
+        return {1: 0.5}
+
+    for expected in (1, 1):
+        assert cached("costs", "a key", dict[int, float], make) == {1: 0.5}
+        assert len(made) == expected
+    cached("costs", "another key", dict[int, float], make)
+    assert len(made) == 2
+    for file in (tmp_path / "costs").iterdir():
+        file.write_text('{"1": "a word"}')
+    assert cached("costs", "a key", dict[int, float], make) == {1: 0.5}
+    assert len(made) == 3
+    monkeypatch.setenv("FLEDGE_CACHE", str(next((tmp_path / "costs").iterdir())))
+    assert cached("costs", "a key", dict[int, float], make) == {1: 0.5}
+    assert len(made) == 4

@@ -22,11 +22,8 @@ machine, PyTorch and shape, and kept in the user's cache folder. More than MOST_
 autocast and other dtypes take F.linear, the slow twin in the tests.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -36,8 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fledge import provenance
-from fledge.errors import UserError
-from fledge.outputs import cache_folder, write_file
+from fledge.outputs import cached
 from fledge.target.linear import is_plain, onednn_product
 
 # R rows, X inputs, C outputs
@@ -122,7 +118,7 @@ def accelerate(model: nn.Module, *, least_bytes: int = LEAST_BYTES) -> None:
     for group in groups:
         by_shape.setdefault(_shape(group), []).append(group)
     for shape, alike in by_shape.items():
-        choice = choices(shape, alike)
+        choice = choice_for(shape, alike)
         for group in alike if choice.packed else ():
             product = Product(group, choice)
             for place, layer in enumerate(group):
@@ -175,36 +171,10 @@ def filled_product(
 # -- what is best, measured --------------------------------------------------------------------------------------------
 
 
-class Choices:
-    """Choices by shape, remembered and kept in the user's cache folder."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, ProductChoice] = {}
-
-    def __call__(self, shape: str, groups: Sequence[Sequence[nn.Linear]]) -> ProductChoice:
-        """The choice for products of this shape, measured with these layers where it is not known."""
-        key = f"{provenance.hardware()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}: {shape}"
-        if key not in self._known:
-            self._known |= self._read()
-        if key not in self._known:
-            self._known[key] = measured_choice(groups)
-            with suppress(OSError, UserError):  # a home that cannot be written to
-                write_file(self._path(), msgspec.json.encode(self._read() | self._known), tag=f".{os.getpid()}")
-        return self._known[key]
-
-    @staticmethod
-    def _path() -> Path:
-        return cache_folder("products") / "choices.json"
-
-    def _read(self) -> dict[str, ProductChoice]:
-        """A cache that cannot be read is measured anew."""
-        try:
-            return msgspec.json.decode(self._path().read_bytes(), type=dict[str, ProductChoice])
-        except (OSError, msgspec.DecodeError):
-            return {}
-
-
-choices = Choices()
+def choice_for(shape: str, groups: Sequence[Sequence[nn.Linear]]) -> ProductChoice:
+    """The choice for products of this shape, measured with these layers once per machine."""
+    key = f"{provenance.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}: {shape}"
+    return cached("products", key, ProductChoice, lambda: measured_choice(groups))
 
 
 @torch.inference_mode()

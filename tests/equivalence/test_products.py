@@ -29,7 +29,7 @@ def is_packed_anywhere(model: torch.nn.Module) -> bool:
 def test_tokens_are_the_stock_models(name, monkeypatch):
     expected = answers(tiny_target(name))
     target = Target(tiny_model(name), tap_layers=tiny_target(name).tap_layers)
-    monkeypatch.setattr(products, "choices", lambda _shape, _groups: ProductChoice(True, (2, 4, 4), True))
+    monkeypatch.setattr(products, "choice_for", lambda _shape, _groups: ProductChoice(True, (2, 4, 4), True))
     accelerate(target.model, least_bytes=0)
     assert is_packed_anywhere(target.model)
     assert answers(target) == expected
