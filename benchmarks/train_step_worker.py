@@ -18,6 +18,7 @@ backward, clipping and AdamW over all documents, each trainer with its own code 
 """
 
 import argparse
+import functools
 import importlib
 import itertools
 import json
@@ -155,10 +156,10 @@ def fledge(args: argparse.Namespace, docs: list[dict[str, torch.Tensor]]) -> Cal
     records = [
         TargetRecord(sample_id=str(number), input_ids=doc["ids"], loss_mask=doc["mask"],
                      position_ids=torch.arange(len(doc["ids"])), tap_hidden=doc["taps"], last_hidden=doc["last"],
-                     summary=TeacherSummary.of(head, doc["last"].to(device), doc["mask"].to(device)))
+                     summary=TeacherSummary.of(head, doc["last"].to(device), doc["mask"]))
         for number, doc in enumerate(docs)
     ]  # fmt: skip
-    batch = pack(filled_up(records, device)).to(device)
+    batch = pack([record.to(device) for record in filled_up(records, device)])
     if device.type == "cuda":
         compare_attention(device)
     survival = SURVIVAL if args.trainer == "fledge-depths" else 1.0
@@ -190,15 +191,18 @@ def flop_per_token(args: argparse.Namespace) -> int:
 
 
 def compare_attention(device: torch.device) -> None:
-    """The flash kernels of this device against the dense twin, in bf16 against fp32, whole and with a window."""
+    """The flash kernels of this device, block by block and all documents at once, against the dense twin: in bf16
+    against fp32, whole and with a window."""
     from fledge.drafters.eagle3.ttt_attention import dense_ttt_attention, ttt_attention
-    from fledge.drafters.runs import Run
+    from fledge.drafters.runs import Run, query_places
 
     generator = torch.Generator().manual_seed(0)
     shapes = [(200, 8, 64), (300, 2, 64), (300, 2, 64), *[(200, 2, 64)] * 4]
     exact = [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in shapes]
     rough = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
     runs = (Run(0, 0, 80), Run(100, 180, 300))
+    rows = torch.cat([torch.arange(run.start, run.stop) for run in runs])
+    at_once = functools.partial(ttt_attention, places=query_places(rows, (100, 200), device))
 
     def grads(attend: Callable, leaves: list[torch.Tensor], window: int | None) -> list[torch.Tensor]:
         q, k, v, *own = leaves
@@ -206,8 +210,8 @@ def compare_attention(device: torch.device) -> None:
             out = attend(q, k, v, own[:2], own[2:], runs, window)
         return [out, *torch.autograd.grad(out.float().pow(2).sum(), leaves)]
 
-    for window in (None, 48):
-        pairs = zip(grads(ttt_attention, rough, window), grads(dense_ttt_attention, exact, window), strict=True)
+    for attend, window in itertools.product((ttt_attention, at_once), (None, 48)):
+        pairs = zip(grads(attend, rough, window), grads(dense_ttt_attention, exact, window), strict=True)
         for found, wanted in pairs:
             error = ((found.float() - wanted).norm() / wanted.norm()).item()
             assert error < 2e-2, f"TTT attention on {device}, window {window}: relative error {error:.1e}"

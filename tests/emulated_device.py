@@ -18,11 +18,13 @@ a mask and `enable_gqa` is refused, for which a GPU has no fused kernel.
 
 import traceback
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -34,6 +36,8 @@ READING_OPS = (  # how many results there are depends on values
     "bincount", "equal", "is_nonzero",
 )  # fmt: skip
 ONE_KERNEL = {F.rms_norm, torch.rms_norm, F.layer_norm, F.scaled_dot_product_attention, F.silu, F.cross_entropy}
+GROUPS = clip_grad._group_tensors_by_device_and_dtype
+TORCH = str(Path(torch.__file__).parent)
 NO_KERNEL = ("empty", "new_empty", "detach", "alias", "_unsafe_view", "lift_fresh", "set_", "resize_", "_reshape_alias")
 HOST_MAY_STAY = ("copy_", "_to_copy", "index", "index_put")  # said elsewhere, or counted as a copy
 
@@ -101,6 +105,27 @@ class EmulatedDevice(TorchFunctionMode):
         self.waits: list[str] = []
         self.operations: Counter[str] = Counter()
         self._inside_one = False
+
+    def __enter__(self) -> "EmulatedDevice":
+        """Backwards are watched, too: a mode that handles a call does not see what it calls."""
+        self._engine = torch.autograd._engine_run_backward
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            super(EmulatedDevice, self).__enter__()
+            try:
+                return self._engine(*args, **kwargs)
+            finally:
+                super(EmulatedDevice, self).__exit__(None, None, None)
+
+        torch.autograd._engine_run_backward = watched
+        clip_grad._group_tensors_by_device_and_dtype = _grouped
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.autograd._engine_run_backward = self._engine
+        clip_grad._group_tensors_by_device_and_dtype = GROUPS
+        super().__exit__(*error)
 
     @property
     def launches(self) -> int:
@@ -176,17 +201,17 @@ class EmulatedDevice(TorchFunctionMode):
     def _moved(self, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """`to`, `cuda` and `cpu`."""
         tensor, *rest = args
-        other = next((one for one in rest if isinstance(one, Tensor)), None)
         goal = {"cuda": CUDA, "cpu": CPU}.get(name) or kwargs.pop("device", None)
         words = []
         for one in rest:
             if isinstance(one, Tensor):
                 goal, kwargs["dtype"] = one.device if type(one) is Tensor else CUDA, one.dtype
-            elif isinstance(one, str | torch.device | int) and not isinstance(one, bool):
+            elif isinstance(one, bool):
+                kwargs.setdefault("non_blocking", one)
+            elif isinstance(one, str | torch.device | int):
                 goal = one
             elif one is not None:
                 words.append(one)
-        assert other is None or not words
         here = isinstance(tensor, DeviceTensor)
         to_device = here if goal is None else torch.device(goal).type == "cuda"
         changed = tensor.to(*words, **kwargs) if words or kwargs else tensor
@@ -232,10 +257,19 @@ class EmulatedDevice(TorchFunctionMode):
             self._inside_one = before
 
 
+def _grouped(lists: list[list[Tensor]], *args: Any) -> dict:
+    """Tensors by device and dtype, as PyTorch's clipping of gradients asks below the level of modes."""
+    on_device = isinstance(lists[0][0], DeviceTensor)
+    found = GROUPS(lists, *args)
+    return {(CUDA if on_device else device, dtype): group for (device, dtype), group in found.items()}
+
+
 def where(what: str) -> str:
-    """What was asked for, and the line of fledge that did."""
-    frames = [frame for frame in traceback.extract_stack() if "/fledge/" in frame.filename]
-    return f"{what} at {frames[-1].filename.rpartition('/fledge/')[2]}:{frames[-1].lineno}" if frames else what
+    """What was asked for, by whom, and the line of fledge that led there."""
+    frames = [frame for frame in traceback.extract_stack() if not frame.filename.startswith((__file__, TORCH))]
+    ours = [frame for frame in frames if "/fledge/" in frame.filename]
+    shown = dict.fromkeys(f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in (*ours[-1:], frames[-1]))
+    return f"{what} at {' -> '.join(shown)}"
 
 
 # -- kernels that a CPU lacks ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fledge.drafters.runs import Run
+from fledge.drafters.runs import QueryPlaces, Run
 
 # P teacher positions, S active rows, R of them trained, K training steps of a row, M pairs
 
@@ -54,6 +54,7 @@ class Alignment:
 
     positions: Tensor  # (P,) int64 rows p whose target distribution teaches
     document: Tensor  # (P,) int64 document of each position
+    num_documents: int
     rows: Tensor  # (S,) int64 rows that are trained at some step: ascending, or those unrolled to more steps first
     row_index: Tensor  # (K, P) int64 index into rows of row p - 1 - k; -1 where that is not trained
     supervised: Tensor  # (K, P) bool: row p - 1 - k is in p's document; random depths train some of them, `trained`
@@ -61,6 +62,7 @@ class Alignment:
     runs: tuple[tuple[Run, ...], ...]  # K: the rows unrolled at each step, a prefix of `rows`, as contiguous runs;
     #                                    the last few may be there to fill up and are not trained
     last_row: Tensor  # (S,) int64 last row of each active row's document
+    places: QueryPlaces | None  # the same rows as a GPU's attention asks for them
     pairs: Pairs
 
     @property

@@ -7,7 +7,6 @@ All layers of the draft but its attention work row by row, and the attention kno
 so packed documents give exactly what each would give alone.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,21 +23,13 @@ class Batch:
     """Several records as one flat row."""
 
     input_ids: Tensor  # (N,) int64
-    loss_mask: Tensor  # (N,) bool
+    loss_mask: Tensor  # (N,) bool, on the host
     position_ids: Tensor  # (N,), or (axes, N) as soon as one document has pictures; int64
     tap_hidden: Tensor  # (N, A, H)
     last_hidden: Tensor  # (N, H)
     lengths: tuple[int, ...]
     sample_ids: tuple[str, ...]
     summary: TeacherSummary | None = None  # of all rows, or not known of some
-
-    def to(self, device: torch.device) -> "Batch":
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "loss_mask", "position_ids", "tap_hidden", "last_hidden")
-        }
-        summary = None if self.summary is None else self.summary.to(device)
-        return dataclasses.replace(self, **moved, summary=summary)
 
 
 def pack(records: Sequence[TargetRecord]) -> Batch:
@@ -57,3 +48,8 @@ def pack(records: Sequence[TargetRecord]) -> Batch:
         sample_ids=tuple(record.sample_id for record in records),
         summary=TeacherSummary.cat([record.summary for record in records]),
     )
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, copied while the host goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -132,7 +132,7 @@ def ttt_loss(
         prefix_hits=right.cummin(dim=0).values.sum(1),
         overlap=by_step(overlaps),
         covered=covered,
-        positions=torch.tensor(len(alignment.positions), device=flat.device),
+        positions=torch.full((), len(alignment.positions), device=flat.device),
     )
 
 

@@ -35,7 +35,7 @@ def averaging_weights(alignment: Alignment, average: str) -> Tensor:
     weights = 1 / alignment.share[pairs.step]
     if average == "token" or not len(weights):
         return weights
-    per_document = supervised.new_zeros((len(supervised), int(alignment.document[-1]) + 1))
+    per_document = supervised.new_zeros((len(supervised), alignment.num_documents))
     per_document.index_add_(1, alignment.document, supervised)
     return weights / per_document[pairs.step, alignment.document[pairs.place]]
 

@@ -2,8 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import torch
 from torch import Tensor
+
+from fledge.drafters.batch import sent
+
+# S query rows, D documents
 
 
 @dataclass(frozen=True)
@@ -33,3 +39,33 @@ def runs_of(active: Tensor, lengths: Sequence[int]) -> tuple[Run, ...]:
                 start = None
         first += length
     return tuple(runs)
+
+
+@dataclass(frozen=True)
+class QueryPlaces:
+    """Where the query rows of a batch stand in their documents. Rows of a later step are the first of these."""
+
+    places: Tensor  # (S,) int64 of 0 .. G - 1
+    query_ends: Tensor  # (D + 1,) int32, 0 first: where each document's places end
+    key_ends: Tensor  # (D + 1,) int32, 0 first: where each document's rows end
+    num_places: int
+    longest_query: int  # 2 at least: of one query the kernel makes a special case
+    longest_key: int
+
+
+def query_places(rows: Tensor, lengths: Sequence[int], device: torch.device) -> QueryPlaces:
+    """For query rows (S,) of the flat batch, in any order, on the host; documents of these lengths."""
+    key_ends = [0, *accumulate(lengths)]
+    is_query = torch.zeros(key_ends[-1], dtype=torch.bool)
+    is_query[rows] = True
+    begins = []
+    for part, stop in zip(is_query.split(list(lengths)), key_ends[1:], strict=True):
+        begins.append(stop - len(part) + int(part.int().argmax()) if part.any() else stop - 1)  # at least one place
+    sizes = [stop - begin for begin, stop in zip(begins, key_ends[1:], strict=True)]
+    query_ends = [0, *accumulate(sizes)]
+    document = torch.bucketize(rows, torch.tensor(key_ends[1:]), right=True)
+    places = rows - torch.tensor(begins)[document] + torch.tensor(query_ends)[document]
+    return QueryPlaces(
+        sent(places, device), sent(torch.tensor(query_ends, dtype=torch.int32), device),
+        sent(torch.tensor(key_ends, dtype=torch.int32), device), query_ends[-1], max(2, *sizes), max(lengths),
+    )  # fmt: skip

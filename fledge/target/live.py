@@ -32,7 +32,7 @@ class LiveSource:
     def record(self, sample: Sample) -> TargetRecord:
         """Run the target over one sample. Tensors stay on the target's device."""
         device = self.target.device
-        input_ids = sample.input_ids.to(device)
+        input_ids = sample.input_ids.to(device, non_blocking=True)
         if sample.model_inputs:
             position_ids = self.target.positions(input_ids, sample.model_inputs)
             beside: dict[str, Any] = dict(sample.model_inputs)
@@ -42,7 +42,7 @@ class LiveSource:
             position_ids = torch.arange(len(input_ids), device=device)
             output = self.target.forward(input_ids[None])
         assert output.tap_hidden is not None
-        last_hidden, loss_mask = output.last_hidden[0].clone(), sample.loss_mask.to(device)
+        last_hidden, loss_mask = output.last_hidden[0].clone(), sample.loss_mask
         return TargetRecord(
             sample_id=sample.id,
             input_ids=input_ids,
@@ -88,13 +88,13 @@ class BatchedSource:
             return [self._alone.record(samples[0])]
         target = self._alone.target
         input_ids = torch.nn.utils.rnn.pad_sequence([sample.input_ids for sample in samples], batch_first=True)
-        input_ids = input_ids.to(target.device)
+        input_ids = input_ids.to(target.device, non_blocking=True)
         output = target.forward(input_ids)
         assert output.tap_hidden is not None
         records = []
         for row, sample in enumerate(samples):
             length = len(sample.input_ids)
-            last_hidden, loss_mask = output.last_hidden[row, :length].clone(), sample.loss_mask.to(target.device)
+            last_hidden, loss_mask = output.last_hidden[row, :length].clone(), sample.loss_mask
             record = TargetRecord(
                 sample_id=sample.id,
                 input_ids=input_ids[row, :length].clone(),

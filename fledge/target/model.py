@@ -6,12 +6,14 @@ hooks on the decoder's layers. Knows no architecture by name: what transformers 
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from fledge.data.vision import Vision, has_vision, load_vision
 from fledge.errors import UserError, refuse_missing_folder
@@ -21,6 +23,7 @@ from fledge.target.record import TargetOutput, default_tap_layers
 
 # B batch, T tokens, A tapped layers, H hidden size, V vocabulary, R axes of a multimodal rope
 
+LOOKS_FOR_SEVERAL_TEXTS = masking_utils.find_packed_sequence_indices
 HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -168,14 +171,15 @@ class Target:
         """
         self._taps = {} if taps and self.tap_layers else None
         try:
-            output = self._base(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                attention_mask=attention_mask,
-                use_cache=past_key_values is not None,
-                **{cache_argument(self._base): past_key_values},
-                **self._as_the_model_wants(model_inputs),
-            )
+            with one_text_a_row():
+                output = self._base(
+                    input_ids=input_ids,
+                    position_ids=position_ids,
+                    attention_mask=attention_mask,
+                    use_cache=past_key_values is not None,
+                    **{cache_argument(self._base): past_key_values},
+                    **self._as_the_model_wants(model_inputs),
+                )
             collected = self._taps
         finally:
             self._taps = None
@@ -295,6 +299,17 @@ def default_device() -> torch.device:
     """The accelerator when there is one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
+
+
+@contextmanager
+def one_text_a_row() -> Iterator[None]:
+    """The library looks at the positions of every batch whether a row holds several texts, and waits for the device to
+    do so. Rows of ours never do."""
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = LOOKS_FOR_SEVERAL_TEXTS
 
 
 def use_flash_attention(device: torch.device) -> None:

@@ -4,13 +4,14 @@ Knows tensors and their shapes. Knows nothing of who made them (a live model, a 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 # T tokens, A tapped layers, H hidden size of the target, R axes of a multimodal rope
 
+MOVED = ("input_ids", "position_ids", "tap_hidden", "last_hidden")  # where the computing is done
 SUMMARY_ROWS = 256  # rows whose logits exist at a time
 
 
@@ -28,7 +29,7 @@ class TeacherSummary:
     @torch.no_grad()
     def of(cls, head: Callable[[Tensor], Tensor], last_hidden: Tensor, loss_mask: Tensor) -> "TeacherSummary":
         """Ask the head, which gives (.., H) -> (.., V)."""
-        rows = loss_mask.nonzero()[:, 0].to(last_hidden.device)
+        rows = loss_mask.nonzero()[:, 0].to(last_hidden.device, non_blocking=True)
         argmax = torch.zeros(len(loss_mask), dtype=torch.int64, device=last_hidden.device)
         logsumexp = torch.zeros(len(loss_mask), device=last_hidden.device)
         for part in rows.split(SUMMARY_ROWS):
@@ -48,6 +49,9 @@ class TeacherSummary:
     def to(self, device: torch.device) -> "TeacherSummary":
         return TeacherSummary(self.argmax.to(device, non_blocking=True), self.logsumexp.to(device, non_blocking=True))
 
+    def pin_memory(self) -> "TeacherSummary":
+        return TeacherSummary(self.argmax.pin_memory(), self.logsumexp.pin_memory())
+
     def __getitem__(self, rows: Tensor | slice) -> "TeacherSummary":
         return TeacherSummary(self.argmax[rows], self.logsumexp[rows])
 
@@ -58,7 +62,7 @@ class TargetRecord:
 
     sample_id: str
     input_ids: Tensor  # (T,) int64, image placeholders included
-    loss_mask: Tensor  # (T,) bool, tokens the target itself wrote
+    loss_mask: Tensor  # (T,) bool, tokens the target itself wrote; on the host: it decides what there is to compute
     position_ids: Tensor  # (T,) or (R, T) int64, as the target used them
     tap_hidden: Tensor  # (T, A, H) inputs of the tapped decoder layers, in tap order
     last_hidden: Tensor  # (T, H) after the final norm: target logits = head(last_hidden)
@@ -76,13 +80,23 @@ class TargetRecord:
             and (self.position_ids.dim() == 1 or self.position_ids.shape[:-1] in ((3,), (4,)))
             and self.tap_hidden.shape[0] == self.last_hidden.shape[0] == length
             and self.tap_hidden.shape[2] == self.last_hidden.shape[1]
-            and self.loss_mask.dtype == torch.bool
+            and (self.loss_mask.dtype, self.loss_mask.device.type) == (torch.bool, "cpu")
             and (self.summary is None or len(self.summary.argmax) == len(self.summary.logsumexp) == length)
         )
         assert good, f"record {self.sample_id}: inconsistent {shapes=}"
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
+
+    def to(self, device: torch.device) -> "TargetRecord":
+        """On another device, all but the mask; copied while the host goes on."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in MOVED}
+        return replace(self, **moved, summary=None if self.summary is None else self.summary.to(device))
+
+    def pin_memory(self) -> "TargetRecord":
+        """In memory that a GPU reads by itself; loaders call this."""
+        pinned = {name: getattr(self, name).pin_memory() for name in MOVED}
+        return replace(self, **pinned, summary=None if self.summary is None else self.summary.pin_memory())
 
     @property
     def rope_delta(self) -> int:

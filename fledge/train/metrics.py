@@ -46,6 +46,24 @@ class MetricSums:
         self.sums.zero_()
 
 
+class FiniteLosses:
+    """Remembers the first loss that was no number and its step, where the losses are: only `first_bad` waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._found = torch.zeros(2, dtype=torch.float64, device=device)  # the step (0: none), and the loss
+
+    def add(self, loss: Tensor, step: int) -> None:
+        """The loss () of this step; no host synchronisation."""
+        loss = loss.detach().double()
+        is_first = ~loss.isfinite() & (self._found[0] == 0)
+        self._found = torch.where(is_first, torch.stack((torch.full_like(loss, step), loss)), self._found)
+
+    def first_bad(self) -> tuple[int, float] | None:
+        """Its step and the loss."""
+        step, loss = self._found.tolist()
+        return (int(step), loss) if step else None
+
+
 def taught_positions(loss_mask: Tensor) -> int:
     """Positions of one document that teach a row at step 0: what per-token averaging counts (`ttt.align`)."""
     return int((loss_mask[1:-1] & loss_mask[2:]).sum())

@@ -27,7 +27,7 @@ from fledge.errors import UserError
 from fledge.outputs import delete, mark, replacing
 from fledge.target.record import TargetRecord
 from fledge.train.arguments import TrainerArguments
-from fledge.train.metrics import MetricSums, taught_positions
+from fledge.train.metrics import FiniteLosses, MetricSums, taught_positions
 from fledge.train.module import TTTModule
 from fledge.train.muon import MuonWithAuxiliary, split_parameters
 from fledge.train.resume import TRAIN, delete_old, is_complete
@@ -60,7 +60,7 @@ class DraftTrainer(Trainer):
         self.to_record, self.save_dtype, self.run = to_record, save_dtype, run
         self.model_accepts_loss_kwargs = True  # the loss is already divided for accumulation
         self.per_token = module.settings.average == "token"
-        self.window = MetricSums(module.ttt_steps, args.device)
+        self.window, self.finite = MetricSums(module.ttt_steps, args.device), FiniteLosses(args.device)
         self._window_start, self._window_tokens = time.monotonic(), 0
         if self.is_deepspeed_enabled:
             self._prepare_deepspeed(module)
@@ -89,11 +89,13 @@ class DraftTrainer(Trainer):
                 self._load_from_checkpoint(str(resume_from_checkpoint))
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.refuse_infinite()
+        return done
 
     def _prepare_inputs(self, inputs: list[Any]) -> Batch:  # type: ignore[override]
         device = self.args.device
-        return pack(filled_up([self._record(item) for item in inputs], device)).to(device)
+        return pack([record.to(device) for record in filled_up([self._record(item) for item in inputs], device)])
 
     def _record(self, item: Any) -> TargetRecord:
         """A sample's record; a damaged one is named."""
@@ -109,8 +111,8 @@ class DraftTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Sequences (or taught tokens) of the whole optimisation step, over all ranks."""
         counts = [taught_positions(item.loss_mask) for batch in batch_samples for item in batch]
-        total = torch.tensor(sum(counts) if self.per_token else sum(count > 0 for count in counts), device=device)
-        return self.accelerator.reduce(total, reduction="sum")
+        number = sum(counts) if self.per_token else sum(count > 0 for count in counts)
+        return self.accelerator.reduce(torch.full((), number, device=device), reduction="sum")
 
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -126,12 +128,21 @@ class DraftTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}. The last checkpoint in "
-                f"{self.args.output_dir} is intact; lower --learning_rate or --max_grad_norm and resume from it."
-            )
+        self.finite.add(loss, self.state.global_step + 1)
+        if loss.device.type == "cpu":
+            self.refuse_infinite()
         return loss
+
+    def refuse_infinite(self) -> None:
+        """Stop if a loss was no number. A GPU is asked when it is waited for anyway: for a log line, an evaluation and
+        a checkpoint, which so never holds what came of it."""
+        found = self.finite.first_bad()
+        if found is not None:
+            step, loss = found
+            raise UserError(
+                f"the loss became {loss} at step {step}. The last checkpoint in {self.args.output_dir} is intact; "
+                f"lower --learning_rate or --max_grad_norm and resume from it."
+            )
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Muon for matrices and --optim for the rest, or --optim for all."""
@@ -159,6 +170,7 @@ class DraftTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            self.refuse_infinite()
             logs.update(self.window.summary(self.accelerator.reduce(self.window.sums.clone(), reduction="sum")))
             seconds = time.monotonic() - self._window_start
             logs["tokens_per_s"] = self._window_tokens * self.accelerator.num_processes / max(seconds, 1e-9)
@@ -171,6 +183,7 @@ class DraftTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Loss, accuracy by position and predicted tau on held-out records."""
+        self.refuse_infinite()
         start = time.monotonic()
         loader = self.get_eval_dataloader(eval_dataset)
         module: Any = self.accelerator.unwrap_model(self.model)
@@ -199,6 +212,7 @@ class DraftTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's, marked as this run's; what a full disk leaves half written is removed, and the run stops."""
+        self.refuse_infinite()
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # `delete_old` keeps to it
         try:

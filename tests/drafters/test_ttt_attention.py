@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from emulated_device import EmulatedDevice
 
 from fledge.drafters import cpu_kernels
 from fledge.drafters.eagle3 import attention_blocks as blocks
 from fledge.drafters.eagle3.ttt_attention import _own_backward, dense_ttt_attention, ttt_attention
-from fledge.drafters.runs import Run, runs_of
+from fledge.drafters.runs import Run, query_places, runs_of
 
 
 def tensors(num_rows: int, num_queries: int, later: int, heads: int = 4, kv_heads: int = 2, dim: int = 8):
@@ -187,3 +188,53 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def flat(parts) -> list[torch.Tensor]:
     q, k, v, later_k, later_v = parts
     return [q, k, v, *later_k, *later_v]
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("case", ["every row", "packed", "holes", "pieces", "a document without queries"])
+def test_one_kernel_for_all_documents_equals_dense(case, window):
+    """What a GPU runs: queries stand in their documents with zeros between them. Rows of a later step are the first."""
+    runs, lengths = {
+        "every row": ((Run(0, 0, 7),), (7,)),
+        "packed": ((Run(0, 1, 3), Run(4, 5, 10)), (4, 6)),
+        "holes": ((Run(0, 1, 3), Run(0, 4, 5), Run(0, 6, 8)), (9,)),
+        "pieces": ((Run(4, 7, 10), Run(0, 1, 2), Run(4, 4, 6), Run(0, 3, 4)), (4, 6)),
+        "a document without queries": ((Run(0, 2, 4), Run(7, 8, 9)), (4, 3, 3)),
+    }[case]
+    rows = torch.cat([torch.arange(run.start, run.stop) for run in runs])
+    for number in (len(rows), sum(run.stop - run.start for run in runs[:1])):
+        given = tensors(sum(lengths), number, 2)
+        rough = [part.detach().bfloat16() for part in (*given[:3], *given[3], *given[4])]
+        weight = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(1))
+        used = runs if number == len(rows) else runs[:1]
+        results = []
+        with EmulatedDevice() as device:
+            places = query_places(rows, lengths, torch.device("cuda"))
+            leaves = [device.put(part).requires_grad_() for part in rough]
+            device.forget()
+            out = ttt_attention(*leaves[:3], leaves[3:5], leaves[5:], used, window, places)
+            assert device.operations["_flash_attention_forward"] == 1
+            (out * device.put(weight)).sum().backward()
+            results.append([out, *(leaf.grad for leaf in leaves)])
+            assert device.operations["_flash_attention_backward"] == 1 and not device.reads and not device.waits
+        leaves = [part.float().requires_grad_() for part in rough]
+        out = dense_ttt_attention(*leaves[:3], leaves[3:5], leaves[5:], used, window)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
+        for found, wanted in zip(*results, strict=True):
+            error = (found.elem.float() - wanted).norm() / wanted.norm().clamp_min(1e-3)
+            assert error < 0.03, f"{case}, {window=}: {error:.3f}"
+
+
+def test_queries_at_the_wrong_place_are_noticed():
+    """Negative control: rows that say they stand one further on see another key."""
+    runs, lengths = (Run(0, 1, 4),), (6,)
+    q, k, v, later_k, later_v = ([p.detach().bfloat16() for p in part] if isinstance(part, list)
+                                 else part.detach().bfloat16() for part in tensors(6, 3, 0))  # fmt: skip
+    wanted = dense_ttt_attention(q.float(), k.float(), v.float(), later_k, later_v, runs)
+    with EmulatedDevice() as device:
+        states = [device.put(part) for part in (q, k, v)]
+        errors = [
+            (ttt_attention(*states, [], [], runs, None, query_places(torch.arange(1, 4) + off, lengths,
+             torch.device("cuda"))).elem.float() - wanted).abs().max() for off in (0, 1)
+        ]  # fmt: skip
+    assert errors[0] < 0.02 and errors[1] > 0.1

@@ -19,17 +19,16 @@ trained.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fledge.drafters.alignment import Alignment, Pairs
-from fledge.drafters.batch import Batch
+from fledge.drafters.batch import Batch, sent
 from fledge.drafters.cpu_kernels import linear, spare_rows
 from fledge.drafters.depth import RandomDepth, num_rows, unrolled
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.eagle3.ttt_attention import ttt_attention
-from fledge.drafters.runs import runs_of
+from fledge.drafters.runs import query_places, runs_of
 
 # N rows of all documents, P teacher positions, S active rows, R of them trained, K TTT steps, M pairs, H hidden
 
@@ -37,15 +36,16 @@ from fledge.drafters.runs import runs_of
 def align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = None) -> Alignment:
     """Apply the shift: teacher positions, active rows and the map between them. Without `depth`, all rows go all steps.
 
-    Everything is worked out on the CPU: rows, runs and pairs decide how much there is to compute.
+    Everything is worked out on the host, which knows the mask, and sent: rows, runs and pairs decide how much there is
+    to compute, and nobody waits for the device to say so.
     """
-    device = batch.loss_mask.device
+    device = batch.input_ids.device
     lengths = torch.tensor(batch.lengths)
     stops = lengths.cumsum(0)
     document = torch.repeat_interleave(torch.arange(len(batch.lengths)), lengths)
     first_row, last_row = (stops - lengths)[document], (stops - 1)[document]
 
-    in_mask = batch.loss_mask.cpu()
+    in_mask = batch.loss_mask
     row = torch.arange(len(in_mask))
     teaches = in_mask & in_mask.roll(-1) & (row < last_row)
     positions = teaches.nonzero()[:, 0]
@@ -71,36 +71,43 @@ def align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = None) -> Ali
     index = torch.where(inside, index_of[wanted.clamp_min(0)], -1)
     row_index = torch.where(index < num_trained[:, None], index, -1)
     return Alignment(
-        positions=positions.to(device),
-        document=document[positions].to(device),
-        rows=rows.to(device),
-        row_index=row_index.to(device),
-        supervised=inside.to(device),
-        share=torch.tensor(share, device=device),
+        positions=sent(positions, device),
+        document=sent(document[positions], device),
+        num_documents=len(batch.lengths),
+        rows=sent(rows, device),
+        row_index=sent(row_index, device),
+        supervised=sent(inside, device),
+        share=sent(torch.tensor(share), device),
         runs=runs,
-        last_row=last_row[rows].to(device),
-        pairs=make_pairs(row_index, wanted, inside, alive, device),
+        last_row=sent(last_row[rows], device),
+        places=query_places(rows, batch.lengths, device) if device.type == "cuda" else None,
+        pairs=make_pairs(row_index, wanted, inside, alive, len(row), device),
     )
 
 
-def make_pairs(row_index: Tensor, wanted: Tensor, inside: Tensor, alive: Tensor, device: torch.device) -> Pairs:
-    """row_index, wanted, inside (K, P) as in `align`, alive (K,) rows unrolled at each step: all on the CPU."""
-    num_steps, num_positions = row_index.shape
+def make_pairs(
+    row_index: Tensor, wanted: Tensor, inside: Tensor, alive: Tensor, num_rows: int, device: torch.device
+) -> Pairs:
+    """row_index, wanted, inside (K, P) as in `align`, alive (K,) rows unrolled at each step of N: all on the host."""
+    num_steps = len(row_index)
     step, place = (row_index >= 0).nonzero().T
-    row, row_of_pair, number = wanted[step, place].unique(return_inverse=True, return_counts=True)
+    count = torch.bincount(wanted[step, place], minlength=num_rows)  # (N,) pairs of each row
+    taught = count > 0
+    number, trained_index = count[taught], taught.cumsum(0) - 1
+    row_of_pair = trained_index[wanted[step, place]]
     order = (row_of_pair * num_steps + step).argsort()
     step, place, row_of_pair = step[order], place[order], row_of_pair[order]
     ends = number.cumsum(0)
-    supervised = torch.zeros(num_steps, len(row) + 1, dtype=torch.bool)
-    column = torch.searchsorted(row, wanted)  # of rows that a draw leaves out altogether: another's, or behind the last
-    same = inside & (F.pad(row, (0, 1), value=-1)[column] == wanted)
-    supervised[torch.arange(num_steps)[:, None].expand_as(wanted)[same], column[same]] = True
+    supervised = torch.zeros(num_steps, len(number), dtype=torch.bool)
+    where = wanted.clamp_min(0)
+    known = inside & taught[where]  # not of rows that a draw leaves out altogether
+    supervised[torch.arange(num_steps)[:, None].expand_as(wanted)[known], trained_index[where][known]] = True
     return Pairs(
-        place=place.to(device),
-        step=step.to(device),
-        state=(row_index[step, place] + (alive.cumsum(0) - alive)[step]).to(device),
-        row=row_of_pair.to(device),
-        supervised=supervised[:, :-1].to(device),
+        place=sent(place, device),
+        step=sent(step, device),
+        state=sent(row_index[step, place] + (alive.cumsum(0) - alive)[step], device),
+        row=sent(row_of_pair, device),
+        supervised=sent(supervised, device),
         ends=ends.tolist(),
         lowest=place[ends - number].tolist(),
         highest=place[ends - 1].tolist(),
@@ -136,7 +143,9 @@ def unroll(
             keys, values = [*seen[:number], k], [*seen[number:], v]
         reach = None if window is None else window - number  # of the step-0 rows; the row itself has moved on
         own_keys, own_values = ([own[: len(mine)] for own in part[1:]] for part in (keys, values))
-        attended = ttt_attention(q, keys[0], values[0], own_keys, own_values, alignment.runs[number], reach)
+        attended = ttt_attention(
+            q, keys[0], values[0], own_keys, own_values, alignment.runs[number], reach, alignment.places
+        )  # fmt: skip
         return draft.finish(hidden, attended), k, v
 
     hidden, states = features, []

@@ -9,8 +9,9 @@ of its own row (EAGLE-3 paper, section 3.2):
         row 2        1 1 1 .          . . 1 .    . . 1 .
         row 3        1 1 1 1          . . . 1    . . . 1
 
-The step-0 part is flash attention over a few rectangular blocks (attention_blocks.py) or, for 16-bit numbers on a CPU,
-blocked matrix products (`fledge.drafters.cpu_kernels`); the later steps are one score per row. The parts are merged by
+The step-0 part is flash attention over a few rectangular blocks (attention_blocks.py) or, for 16-bit numbers, one
+kernel for all documents on a GPU (varlen_attention.py) and blocked matrix products on a CPU
+(`fledge.drafters.cpu_kernels`); the later steps are one score per row. The parts are merged by
 their log-sum-exp. The trick is in the backward: the backward of a block only uses the output and the log-sum-exp of a
 row to know its softmax. Given the *merged* ones it returns the exact gradient of its own block (ring attention does the
 same across devices), and the per-row part is elementwise.
@@ -25,30 +26,38 @@ import torch
 from torch import Tensor
 
 from fledge.drafters import cpu_kernels
+from fledge.drafters.eagle3 import varlen_attention
 from fledge.drafters.eagle3.attention_blocks import BlockAttention
-from fledge.drafters.runs import Run
+from fledge.drafters.eagle3.varlen_attention import VarlenAttention
+from fledge.drafters.runs import QueryPlaces, Run
 
 # N rows of all documents, S query rows, h query heads, g key heads, d head_dim, k later steps
 
 
 def ttt_attention(
     q: Tensor, k: Tensor, v: Tensor, later_k: Sequence[Tensor], later_v: Sequence[Tensor], runs: Sequence[Run],
-    window: int | None = None,
+    window: int | None = None, places: QueryPlaces | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of the S active rows at one TTT step.
 
     q (S, h, d); step-0 keys and values k, v (N, g, d); the own-row keys and values of steps 1..k: later_k, later_v,
     each (S, g, d). The query rows are those of `runs`, in order. With `window`, a row sees only so many step-0 keys,
-    its own included. Returns (S, h, d).
+    its own included. `places`: where the rows stand in their documents, which a GPU's kernel asks. Returns (S, h, d).
     """
     assert sum(run.stop - run.start for run in runs) == q.shape[0], f"{q.shape=} {runs=}"
     assert window is None or window > 0, f"{window=}"
-    kernel = cpu_kernels.ProductAttention if cpu_kernels.suits(q) else BlockAttention
-    return _TTTAttention.apply(q, k, v, kernel(runs, window), *later_k, *later_v)
+    of_step_0: StepZeroAttention
+    if cpu_kernels.suits(q):
+        of_step_0 = cpu_kernels.ProductAttention(runs, window)
+    elif places is not None and varlen_attention.suits(q):
+        of_step_0 = VarlenAttention(places, window, len(q))
+    else:
+        of_step_0 = BlockAttention(runs, window)
+    return _TTTAttention.apply(q, k, v, of_step_0, *later_k, *later_v)
 
 
 class StepZeroAttention(Protocol):
-    """Attention of the query rows of some runs over the step-0 keys and values: what the two kernels have in common."""
+    """Attention of the query rows of some runs over the step-0 keys and values: what the kernels have in common."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """q (S, h, d) over k, v (N, g, d); returns out (S, h, d) and the log-sum-exp (S, h) in fp32."""

@@ -42,7 +42,7 @@ class ShardBuffer:
     """A shard in memory while it is being filled, one record after the other, in the order of its plan."""
 
     def __init__(self, shard: PlannedShard, identity: Identity, *, pinned: bool = False) -> None:
-        self.shard, self.identity = shard, identity
+        self.shard, self.identity, self._pinned = shard, identity, pinned
         tokens, taps, hidden_size = shard.tokens, len(identity.tap_layers), identity.hidden_size
         dtype = getattr(torch, identity.dtype)
         self._fp8, self._supervised = identity.tap_storage == "fp8", identity.last_storage == "supervised"
@@ -87,9 +87,12 @@ class ShardBuffer:
         else:  # one record without is enough: a shard has them of all its records or of none
             for name in SUMMARY:
                 into.pop(name, None)
-        last = record.last_hidden[record.loss_mask] if self._supervised else record.last_hidden
+        last = record.last_hidden
+        if self._supervised:
+            last = last.index_select(0, record.loss_mask.nonzero()[:, 0].to(last.device, non_blocking=True))
         into["last_hidden"][self._last_row : self._last_row + len(last)].copy_(last, non_blocking=True)
-        self._positions.append(record.position_ids.to("cpu", torch.int32))
+        self._positions.append(torch.empty(record.position_ids.shape, dtype=torch.int32, pin_memory=self._pinned))
+        self._positions[-1].copy_(record.position_ids, non_blocking=True)
         self._row, self._last_row, self._count = rows.stop, self._last_row + len(last), self._count + 1
 
     def save(self, folder: Path) -> ShardEntry:
