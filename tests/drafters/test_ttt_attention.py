@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from emulated_device import EmulatedDevice
+from emulated_device import CUDA, EmulatedDevice
 
 from fledge.drafters import cpu_kernels
 from fledge.drafters.eagle3 import attention_blocks as blocks
@@ -202,39 +202,37 @@ def test_one_kernel_for_all_documents_equals_dense(case, window):
         "a document without queries": ((Run(0, 2, 4), Run(7, 8, 9)), (4, 3, 3)),
     }[case]
     rows = torch.cat([torch.arange(run.start, run.stop) for run in runs])
-    for number in (len(rows), sum(run.stop - run.start for run in runs[:1])):
-        given = tensors(sum(lengths), number, 2)
-        rough = [part.detach().bfloat16() for part in (*given[:3], *given[3], *given[4])]
-        weight = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(1))
-        used = runs if number == len(rows) else runs[:1]
-        results = []
+    for used in (runs, runs[:1]):
+        q, k, v, later_k, later_v = tensors(sum(lengths), sum(run.stop - run.start for run in used), 2)
+        rough = [part.detach().bfloat16() for part in (q, k, v, *later_k, *later_v)]
+        weight = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
         with EmulatedDevice() as device:
-            places = query_places(rows, lengths, torch.device("cuda"))
-            leaves = [device.put(part).requires_grad_() for part in rough]
+            places = query_places(rows, lengths, CUDA)
+            q, k, v, *own = leaves = [device.put(part).requires_grad_() for part in rough]
             device.forget()
-            out = ttt_attention(*leaves[:3], leaves[3:5], leaves[5:], used, window, places)
-            assert device.operations["_flash_attention_forward"] == 1
+            out = ttt_attention(q, k, v, own[:2], own[2:], used, window, places)
             (out * device.put(weight)).sum().backward()
-            results.append([out, *(leaf.grad for leaf in leaves)])
-            assert device.operations["_flash_attention_backward"] == 1 and not device.reads and not device.waits
-        leaves = [part.float().requires_grad_() for part in rough]
-        out = dense_ttt_attention(*leaves[:3], leaves[3:5], leaves[5:], used, window)
-        results.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
-        for found, wanted in zip(*results, strict=True):
-            error = (found.elem.float() - wanted).norm() / wanted.norm().clamp_min(1e-3)
+            counts = device.operations
+            assert counts["_flash_attention_forward"] == counts["_flash_attention_backward"] == 1
+            assert not device.reads and not device.waits
+            fast = [device.peek(part) for part in (out, *(leaf.grad for leaf in leaves))]
+        q, k, v, *own = leaves = [part.float().requires_grad_() for part in rough]
+        out = dense_ttt_attention(q, k, v, own[:2], own[2:], used, window)
+        dense = [out, *torch.autograd.grad((out * weight).sum(), leaves)]
+        for found, wanted in zip(fast, dense, strict=True):
+            error = (found.float() - wanted).norm() / wanted.norm().clamp_min(1e-3)
             assert error < 0.03, f"{case}, {window=}: {error:.3f}"
 
 
 def test_queries_at_the_wrong_place_are_noticed():
     """Negative control: rows that say they stand one further on see another key."""
     runs, lengths = (Run(0, 1, 4),), (6,)
-    q, k, v, later_k, later_v = ([p.detach().bfloat16() for p in part] if isinstance(part, list)
-                                 else part.detach().bfloat16() for part in tensors(6, 3, 0))  # fmt: skip
-    wanted = dense_ttt_attention(q.float(), k.float(), v.float(), later_k, later_v, runs)
+    q, k, v = (part.detach().bfloat16() for part in tensors(6, 3, 0)[:3])
+    wanted = dense_ttt_attention(q.float(), k.float(), v.float(), [], [], runs)
+    errors = []
     with EmulatedDevice() as device:
-        states = [device.put(part) for part in (q, k, v)]
-        errors = [
-            (ttt_attention(*states, [], [], runs, None, query_places(torch.arange(1, 4) + off, lengths,
-             torch.device("cuda"))).elem.float() - wanted).abs().max() for off in (0, 1)
-        ]  # fmt: skip
+        for moved in (0, 1):
+            places = query_places(torch.arange(1, 4) + moved, lengths, CUDA)
+            out = ttt_attention(device.put(q), device.put(k), device.put(v), [], [], runs, None, places)
+            errors.append((device.peek(out).float() - wanted).abs().max())
     assert errors[0] < 0.02 and errors[1] > 0.1
