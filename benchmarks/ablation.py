@@ -1,6 +1,6 @@
 """Which recipe makes the better head? Several recipes and seeds on the same stored states, tau by decoding.
 
-    fledge extract --model-name SMOLLM2_DIR --dataset-path train.jsonl --output-dir states
+    fledge extract --target SMOLLM2_DIR --data train.jsonl --output-dir states
     python benchmarks/ablation.py --model SMOLLM2_DIR --states states --steps 1000 --seeds 0 1 2 --out work
 
 Every run sees the same records in the same order for its seed, the same number of steps and learning rate, and the
@@ -30,6 +30,7 @@ import torch
 
 from fledge import provenance
 from fledge.bench.prompts import load_questions
+from fledge.commands.train import TrainArgs, parse_args
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.generate import generate_batch
 from fledge.decoding.records import Sampling
@@ -43,7 +44,6 @@ from fledge.drafters.loss import Teacher
 from fledge.drafters.tree import TreeShape
 from fledge.target.model import Target
 from fledge.train import module, run
-from fledge.train.arguments import TrainArgs, parse_args
 from fledge.train.trainer import DraftTrainer
 
 TASKS = ("mt_bench", "humaneval", "gsm8k", "alpaca")
@@ -113,7 +113,7 @@ def drawn_at(temperature: float) -> str:
 def train(recipe: str, seed: int, folder: Path, args: argparse.Namespace) -> None:
     """`fledge train` with the recipe's flags, its parts exchanged for `common`."""
     words: list[Any] = [
-        "--train_hidden_path", args.states, "--output_dir", folder, "--max_steps", args.steps, "--seed", seed,
+        "--states", args.states, "--output-dir", folder, "--max_steps", args.steps, "--seed", seed,
         "--ttt_steps", args.ttt_steps, "--draft_vocab_size", args.draft_vocab_size, "--learning_rate",
         args.learning_rate, "--save_strategy", "steps", "--save_steps", 200, "--save_total_limit", 1,
         "--logging_steps", 50, "--per_device_train_batch_size", args.batch_size, "--disable_tqdm", True, *FLAGS[recipe],

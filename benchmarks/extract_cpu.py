@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from fledge import provenance
-from fledge.extraction.extract import ExtractArgs, Samples, fill, open_target
+from fledge.extraction.extract import Samples, fill, open_target
+from fledge.extraction.settings import ExtractSettings
 from fledge.storage.states.manifest import MANIFEST, Manifest, read_manifest
 from fledge.storage.states.reader import HiddenStore
 from fledge.train.records import Part, Records
@@ -50,8 +51,8 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, work: Path) -> dict[str, float]:
-    flags = ExtractArgs(
-        model_name=args.model, dataset_path=[args.data], output_dir=work / "store", model_max_length=LENGTH,
+    flags = ExtractSettings(
+        target=args.model, data=[args.data], output_dir=work / "store", model_max_length=LENGTH,
         max_samples=args.samples,
     )  # fmt: skip
     opened = open_target(flags)
@@ -80,8 +81,8 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, float]:
     large = enlarge(store, work / "large", args.large_gb * 2**30)
     for name, path in (("small_store", store), ("large_store", large)):
         result[f"{name}_gib"] = sum(s.bytes for s in read_manifest(path).shards) / 2**30
-        result |= named(name, train(["--train_hidden_path", str(path)], work / name))
-    online = ["--target_model_name_or_path", args.model, "--train_data_path", args.data]
+        result |= named(name, train(["--states", str(path)], work / name))
+    online = ["--target", args.model, "--data", args.data]
     result |= named("online", train([*online, "--max_samples", str(args.samples)], work / "online"))
     result["loader_times_training"] = result["loader_tok_s"] / result["small_store_train_tok_s"]
     return result
@@ -150,7 +151,7 @@ def train(source: list[str], output: Path) -> dict[str, float]:
         "print(json.dumps({'peak_rss_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))\n"
     )
     flags = [
-        *source, "--output_dir", str(output), "--max_steps", str(STEPS), "--per_device_train_batch_size", "2",
+        *source, "--output-dir", str(output), "--max_steps", str(STEPS), "--per_device_train_batch_size", "2",
         "--model_max_length", str(LENGTH), "--draft_vocab_size", "8192", "--logging_steps", "1",
         "--disable_tqdm", "True", "--save_strategy", "no",
     ]  # fmt: skip

@@ -23,15 +23,16 @@ from drawn_pictures import Task, draw, noise, write_rows
 from looking_target import Schooling, make_model, make_processor, prompt_for, teach
 
 from fledge import provenance
-from fledge.bench.args import BenchArgs, DecodingArgs, ModelArgs, OutputArgs, PromptArgs, WorkerArgs
 from fledge.bench.run import bench
+from fledge.bench.settings import BenchSettings, ModelSettings, QuestionSettings, ReportSettings, WorkerSettings
+from fledge.commands.train import TrainArgs, parse_args
 from fledge.data.tokenize import ChatTemplate
 from fledge.data.vision import Vision
 from fledge.decoding.generate import Sampling, TreeShape, generate
+from fledge.decoding.settings import SamplingSettings
 from fledge.drafters.eagle3.checkpoint import load_draft
 from fledge.target.model import Target
 from fledge.train import run as training
-from fledge.train.arguments import TrainArgs, parse_args
 
 FULL_TASK, FULL_SCHOOL = Task(), Schooling()
 ANSWERED, ASKED = range(200_000, 200_512), range(300_000, 300_064)
@@ -118,7 +119,7 @@ def answer(target: Target, data: Path, seeds: range, task: Task) -> dict[str, in
 
 def train_head(folder: Path, data: Path, epochs: int) -> None:
     flags = [
-        "--target_model_name_or_path", str(folder / "target"), "--train_data_path", str(data), "--output_dir",
+        "--target", str(folder / "target"), "--data", str(data), "--output-dir",
         str(folder / "head"), "--num_train_epochs", str(epochs), "--per_device_train_batch_size", "8", "--ttt_steps",
         "5", "--draft_vocab_size", "0", "--learning_rate", "2e-3", "--bf16", "False", "--save_strategy", "no",
         "--use_cpu", "True", "--depth_survival", "1", "--position_weights", "fixed", "--logging_steps", "100",
@@ -135,12 +136,12 @@ def measure(folder: Path, questions: Path, seeds: range, task: Task) -> dict[str
     figures: dict[str, Any] = {"questions": len(seeds)}
     for name, tree in (("tree", TREE), ("chain", CHAIN)):
         out = folder / f"bench-{name}"
-        bench(BenchArgs(
-            model=ModelArgs(base_model_path=str(folder / "target"), eagle_model_path=str(folder / "head")),
-            prompts=PromptArgs(bench_name=(str(questions),)),
-            decoding=DecodingArgs(temperature=0.0, max_new_token=40, total_token=tree.total_token, depth=tree.depth,
-                                  top_k=tree.top_k),
-            workers=WorkerArgs(num_gpus_total=0), output=OutputArgs(output_dir=out, samples=1),
+        bench(BenchSettings(
+            model=ModelSettings(target=str(folder / "target"), draft=str(folder / "head"), total_token=tree.total_token,
+                                depth=tree.depth, top_k=tree.top_k),
+            prompts=QuestionSettings(bench_name=(str(questions),)),
+            sampling=SamplingSettings(temperature=0.0, max_new_tokens=40),
+            workers=WorkerSettings(num_gpus_total=0), output=ReportSettings(output_dir=out, samples=1),
         ))  # fmt: skip
         rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines() if '"turns"' in line]
         turns = [row["turns"][0] for row in rows]

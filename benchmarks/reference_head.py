@@ -31,11 +31,11 @@ from fledge import provenance
 from fledge.bench.rows import folder_fingerprint
 from fledge.cli import run_command
 from fledge.commands.quickstart import num_gpus
-from fledge.commands.serve import check_draft
 from fledge.console import say
 from fledge.drafters.eagle3.checkpoint import WEIGHTS
 from fledge.errors import UserError
-from fledge.servers.processes import CPU_CACHE, ServeArgs, plan, running
+from fledge.export.servable import check_draft
+from fledge.servers.processes import CPU_CACHE, ServerSettings, plan, running
 
 LARGEST_BYTES = 25e6
 TRAINED_FILES = ("config.json", WEIGHTS, "provenance.json")
@@ -146,6 +146,11 @@ def check_inputs(args: argparse.Namespace) -> None:
     training(args.trained)
 
 
+def stores_of(run: dict[str, Any]) -> list[str]:
+    """The stores of hidden states a run was trained on; earlier versions named the flag as AngelSlim does."""
+    return run["config"].get("states") or run["config"].get("train_hidden_path") or []
+
+
 def training(trained: Path) -> dict[str, Any]:
     """What the head saw: counts of its stores of hidden states, and the settings that matter.
 
@@ -153,12 +158,12 @@ def training(trained: Path) -> dict[str, Any]:
     store that two of them read counts once in the sums.
     """
     runs = runs_of(trained)
-    if not all(run["config"]["train_hidden_path"] for run in runs):
+    if not all(stores_of(run) for run in runs):
         raise UserError(f"{trained}: trained online; only a store's manifest says how many tokens were trained on.")
-    counts = {store: counts_of(store, trained) for run in runs for store in run["config"]["train_hidden_path"]}
+    counts = {store: counts_of(store, trained) for run in runs for store in stores_of(run)}
     stages = [
         {
-            **summed(counts[store] for store in run["config"]["train_hidden_path"]),
+            **summed(counts[store] for store in stores_of(run)),
             "epochs": run["metrics"].get("epoch"), "steps": run["steps"],
         }
         for run in runs
@@ -308,8 +313,8 @@ def servers(args: argparse.Namespace) -> Iterator[str]:
     os.environ.setdefault(CPU_CACHE, "1")  # GiB: one request in flight
     both = []
     for index, draft in enumerate((None, str(args.out.resolve()))):
-        serve = ServeArgs(
-            model_name_or_path=args.target, num_servers=1, base_port=args.base_port + index, draft=draft,
+        serve = ServerSettings(
+            target=args.target, num_servers=1, base_port=args.base_port + index, draft=draft,
             num_speculative_tokens=args.chain, max_model_len=4096, log_dir=args.work / "servers", vllm=args.vllm,
             vllm_args=("--no-enable-prefix-caching", *(("--gpu-memory-utilization", "0.4") if num_gpus() else ())),
         )  # fmt: skip

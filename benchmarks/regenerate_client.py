@@ -22,8 +22,9 @@ from pathlib import Path
 
 from fledge import provenance
 from fledge.commands import regenerate as command
-from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptSourceArgs, RegenerateArgs
+from fledge.commands.regenerate import RegenerateArgs
 from fledge.regeneration.engine import PromptAnswer
+from fledge.regeneration.settings import AnswerSettings, EngineSettings, PromptSourceSettings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RATE = re.compile(r"(\d+) answer tokens \(([\d.]+) tok/s")
@@ -61,7 +62,7 @@ def cpu(args: argparse.Namespace, folder: Path, rows: int, tokens_per_s: float) 
         assert server.stdout is not None and server.stdout.readline()
         before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
         client = subprocess.run(
-            [sys.executable, "-m", "fledge", "regenerate", "--data-name-or-path", str(folder / "in.jsonl"),
+            [sys.executable, "-m", "fledge", "regenerate", "--data", str(folder / "in.jsonl"),
              "--output-dir", str(folder / "out"), "--endpoints", f"127.0.0.1:{args.port}"],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
@@ -126,8 +127,8 @@ def memory(folder: Path, rows: int) -> None:
     command._engine = lambda args: InstantEngine()  # type: ignore[assignment]
     command.regenerate(
         RegenerateArgs(
-            prompts=PromptSourceArgs(data_name_or_path=str(folder / "in.jsonl"), deduplicate=True),
-            output_dir=folder / "out", answers=AnswerArgs(), engines=EngineArgs(),
+            prompts=PromptSourceSettings(data=str(folder / "in.jsonl"), deduplicate=True),
+            output_dir=folder / "out", answers=AnswerSettings(), engines=EngineSettings(),
         )
     )  # fmt: skip
     lines = sum(1 for path in (folder / "out").glob("shard-*.jsonl") for _ in open(path, "rb"))

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from fledge import provenance
-from fledge.servers.processes import ServeArgs, plan, running, visible_gpus
+from fledge.servers.processes import ServerSettings, plan, running, visible_gpus
 
 RATE = re.compile(r"(\d+) answer tokens \(([\d.]+) tok/s")
 
@@ -39,8 +39,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = write_prompts(args, Path(folder))
-        serve = ServeArgs(
-            model_name_or_path=args.model, base_port=args.port, max_model_len=1024, log_dir=Path(folder),
+        serve = ServerSettings(
+            target=args.model, base_port=args.port, max_model_len=1024, log_dir=Path(folder),
             vllm=args.vllm, vllm_args=("--dtype", "bfloat16", "--enforce-eager", "--served-model-name", "target"),
         )  # fmt: skip
         servers = plan(serve, visible_gpus(None))[:1]
@@ -69,7 +69,7 @@ def write_prompts(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
 
 def fledge_round(args: argparse.Namespace, prompts: Path, out: Path) -> dict[str, float]:
     finished, cpu_s, wall_s = timed(
-        [sys.executable, "-m", "fledge", "regenerate", "--data-name-or-path", str(prompts), "--output-dir", str(out),
+        [sys.executable, "-m", "fledge", "regenerate", "--data", str(prompts), "--output-dir", str(out),
          "--endpoints", f"127.0.0.1:{args.port}", "--concurrency", str(args.concurrency), "--temperature", "0",
          "--max-tokens", str(args.max_tokens)]
     )  # fmt: skip

@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 import fledge
 from fledge.console import console, show_error
@@ -34,16 +35,16 @@ COMMANDS: dict[str, Command] = {
         "fledge.commands.regenerate", "RegenerateArgs", "regenerate", "let the target answer every conversation again"
     ),
     "decode": Command("fledge.commands.decode", "DecodeArgs", "decode", "answer a prompt with a draft head"),
-    "chat": Command("fledge.commands.chat", "ChatArgs", "chat", "talk to the target with a draft head"),
-    "bench": Command("fledge.bench.run", "BenchArgs", "bench", "measure plain against speculative decoding"),
+    "chat": Command("fledge.commands.chat", "AnswerArgs", "chat", "talk to the target with a draft head"),
+    "bench": Command("fledge.commands.bench", "BenchArgs", "bench", "measure plain against speculative decoding"),
     "report": Command(
-        "fledge.bench.compare", "ReportArgs", "report", "draw a benchmark report again, or compare several"
+        "fledge.commands.report", "ReportArgs", "report", "draw a benchmark report again, or compare several"
     ),
     "plan": Command("fledge.commands.plan", "PlanArgs", "plan", "what a training run will need: memory, disk, hours"),
-    "extract": Command("fledge.extraction.extract", "ExtractArgs", "extract", "store the target's hidden states"),
-    "train": Command("fledge.train.run", "TrainArgs", "train", "train a draft head, online or from stored states"),
-    "export": Command("fledge.export.convert", "ExportArgs", "export_head", "write a head as vLLM or SGLang read it"),
-    "convert": Command("fledge.export.convert", "ConvertArgs", "convert_head", "bring another trainer's head here"),
+    "extract": Command("fledge.commands.extract", "ExtractArgs", "extract", "store the target's hidden states"),
+    "train": Command("fledge.commands.train", "TrainArgs", "train", "train a draft head, online or from stored states"),
+    "export": Command("fledge.commands.export", "ExportArgs", "export_head", "write a head as vLLM or SGLang read it"),
+    "convert": Command("fledge.commands.convert", "ConvertArgs", "convert_head", "bring another trainer's head here"),
     "inspect": Command(
         "fledge.commands.inspect", "InspectArgs", "inspect", "look into data, stored hidden states or a head"
     ),
@@ -70,12 +71,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run_command(name: str, argv: Sequence[str]) -> int:
     """Run one command and return its exit status."""
-    from fledge.config import parse
+    from fledge.commands.help import asks_for_help
+    from fledge.commands.parser import parse
 
     command = COMMANDS[name]
     status = 2  # until the flags are known to be right
     try:
         module = importlib.import_module(command.module)
+        if (asked := asks_for_help(argv)) is not None:
+            print(help_text(name, module, everything=asked == "--help-all"))
+            return 0
         args_class = getattr(module, command.args)
         parser = getattr(module, "parse_args", parse)  # `train` adds the Trainer's own arguments
         args = parser(args_class, argv, prog=f"fledge {name}", description=sentence(getattr(module, command.run)))
@@ -91,6 +96,19 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         console.print("interrupted", style="bold red")
         return 130
     return 0
+
+
+def help_text(name: str, module: ModuleType, *, everything: bool) -> str:
+    """What a command's `--help` or `--help-all` shows."""
+    from fledge.commands.help import full_help, short_help
+
+    command = COMMANDS[name]
+    prog, about = f"fledge {name}", sentence(getattr(module, command.run))
+    if everything:
+        others = module.other_flags() if hasattr(module, "other_flags") else ()
+        return full_help(prog, about, getattr(module, command.args), others)
+    args_class = getattr(module, "HelpArgs", getattr(module, command.args))
+    return short_help(prog, about, args_class, getattr(module, "MAIN", ()))
 
 
 def one_line(error: Exception) -> str | None:
@@ -114,7 +132,7 @@ def usage() -> str:
     return "\n".join(
         ["usage: fledge COMMAND [flags]", "", "EAGLE-3 draft heads, from conversations to an honest speed-up.", ""]
         + ["commands:", *lines, ""]
-        + ["`fledge COMMAND --help` explains its flags; `--config recipe.yaml` reads them from a file."]
+        + ["`fledge COMMAND --help` explains its flags, `--help-all` every one; `--config recipe.yaml` reads them."]
         + ["FLEDGE_TRACEBACK=1 shows the traceback behind an error."]
     )
 

@@ -47,6 +47,23 @@ class Marker(msgspec.Struct):
     owners: dict[str, Owner]
 
 
+@dataclass(frozen=True, kw_only=True)
+class OverwriteSettings:
+    """What may be replaced."""
+
+    overwrite: bool = False
+    """Replace what lies there under names that this command writes, though it did not write them. Without it such a
+    folder or file is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings(OverwriteSettings):
+    """What is written, and where."""
+
+    output_dir: Path
+    """Where everything goes. What an earlier run left there is continued or added to, where the command can."""
+
+
 @dataclass(frozen=True)
 class Output:
     """What a command writes into its output folder."""

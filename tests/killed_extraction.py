@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from fledge.extraction.extract import ExtractArgs, Samples, fill, open_target
+from fledge.extraction.extract import Samples, fill, open_target
+from fledge.extraction.settings import ExtractSettings
 from fledge.storage.states.manifest import MANIFEST
 from fledge.storage.states.reader import HiddenStore
 
@@ -23,7 +24,7 @@ from fledge.storage.states.reader import HiddenStore
 def main(target: str, data: str, folder: Path, wanted: int) -> None:
     torch.set_num_threads(1)
     os.fsync = lambda _: None  # type: ignore[assignment]
-    args = ExtractArgs(model_name=target, dataset_path=[data], output_dir=folder, model_max_length=120)
+    args = ExtractSettings(target=target, data=[data], output_dir=folder, model_max_length=120)
     opened = open_target(args)
     samples = Samples.read(args, opened.template)
 

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from fledge.commands.regenerate import regenerate
-from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptSourceArgs, RegenerateArgs
+from fledge.commands.regenerate import RegenerateArgs, regenerate
+from fledge.regeneration.settings import AnswerSettings, EngineSettings, PromptSourceSettings
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -26,11 +26,11 @@ def run(data: Path, out: Path, url: str, *, shard_size: int = 4, prompt=None, an
 def regenerate_only(data: Path, out: Path, url: str, *, shard_size: int = 4, prompt=None, answer=None, engine=None):
     regenerate(
         RegenerateArgs(
-            prompts=PromptSourceArgs(data_name_or_path=str(data), **(prompt or {})),
+            prompts=PromptSourceSettings(data=str(data), **(prompt or {})),
             output_dir=out,
             data_shard_size=shard_size,
-            answers=AnswerArgs(**{"max_tokens": 64, **(answer or {})}),
-            engines=EngineArgs(endpoints=(url,), concurrency=8, max_attempts=2, **(engine or {})),
+            answers=AnswerSettings(**{"max_tokens": 64, **(answer or {})}),
+            engines=EngineSettings(endpoints=(url,), concurrency=8, max_attempts=2, **(engine or {})),
         )
     )
 

@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 
 from fledge import cli
 from fledge.cli import Command, one_line, run_command
-from fledge.config import refuse_empty
+from fledge.commands.parser import refuse_empty
+from fledge.commands.train import TrainArgs, parse_args
 from fledge.errors import UserError
-from fledge.train.arguments import TrainArgs, parse_args
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def folder(tmp_path_factory):
 
 
 def test_tokens_are_scaled_from_a_sample(folder):
-    plain = {"target_model_name_or_path": str(folder / "target"), "data": [str(folder / "data.jsonl")]}
+    plain = {"target": str(folder / "target"), "data": [str(folder / "data.jsonl")]}
     whole, part = count(PlanArgs(**plain, sample=60)), count(PlanArgs(**plain, sample=20))
     assert whole.conversations == part.conversations == 60
     assert part.tokens == pytest.approx(whole.tokens, rel=0.15) and part.tokens != whole.tokens
@@ -110,7 +110,7 @@ def test_the_longest_sequence_is_the_longest():
 
 
 def test_missing_facts_are_named(folder):
-    plain = {"target_model_name_or_path": str(folder / "target")}
+    plain = {"target": str(folder / "target")}
     with pytest.raises(UserError, match="--data or --num-tokens"):
         estimate(PlanArgs(**plain, hardware="h100"))
     with pytest.raises(UserError, match="'h10o' is unknown.*did you mean 'h100'"):

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from fledge.cli import COMMANDS, run_command
-from fledge.config import parse
+from fledge.commands.parser import parse
 from fledge.errors import UserError
 from fledge.ranges import Count, Natural, PositiveShare, Seed, check_ranges, declared, numbers_in
 
@@ -38,6 +38,13 @@ def without_range(flags: type) -> list[str]:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_number_of_every_command_has_a_range(name):
     assert without_range(args_class(name)) == []
+
+
+def test_every_number_that_we_set_of_the_trainer_has_a_range():
+    from fledge.train.arguments import TrainerArguments
+
+    ours = set(TrainerArguments.__annotations__) | set(TrainerArguments.RANGES)
+    assert ours.isdisjoint(without_range(TrainerArguments))
 
 
 def test_a_number_without_range_is_found():
@@ -90,7 +97,7 @@ WRONG = {
     "train": ["--max_samples -1", "--learning_rate -0.1", "--weight_decay nan", "--adam_beta1 1.5", "--adam_beta2 -1",
               "--warmup_steps -3", "--warmup_ratio 2", "--max_reject_share nan", "--ttt_steps 0", "--seed -1",
               "--num_train_epochs nan", "--tap_layers -2", "--depth_survival 0", "--dataloader_num_workers -1",
-              "--eval_fraction 1", "--max_grad_norm -1", "--target_dtype int8", "--data_format csv"],
+              "--eval_fraction 1", "--max_grad_norm -1", "--dtype int8", "--data_format csv"],
     "bench": ["--temperature nan", "--top-p 0", "--top-p 1.5", "--depth -1", "--total-token 1", "--concurrency 0",
               "--concurrency", "--seed -5", "--question-begin -1"],
     "decode": ["--temperature -1", "--temperature nan", "--max-new-tokens 0", "--sample-top-k -1", "--batch-size 0",

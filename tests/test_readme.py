@@ -53,7 +53,8 @@ def test_targets_are_the_test_table(document):
 
 @functools.cache
 def help_of(name: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "fledge", name, "--help"], capture_output=True, text=True, timeout=120)
+    words = [sys.executable, "-m", "fledge", name, "--help-all"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -61,7 +62,7 @@ def help_of(name: str) -> str:
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_explains_itself(name):
     text = help_of(name)
-    assert len(text.splitlines()) > 10 and "usage" in text.lower()
+    assert len(text.splitlines()) > 8 and "usage" in text.lower()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -2,18 +2,19 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fakes.hostile_server import MODELS, completion, http, serving
 
 from fledge import cli, console, provenance
-from fledge.commands.regenerate import regenerate
+from fledge.commands.regenerate import RegenerateArgs, regenerate
 from fledge.data.rejects import Rejects
 from fledge.errors import UserError
 from fledge.redaction import keep_secret, redact, redacted
-from fledge.regeneration import args as regenerate_args
 from fledge.regeneration.journal import Journal
+from fledge.regeneration.settings import EngineSettings, PromptSourceSettings
 from fledge.train.resume import check_same_run
 
 
@@ -151,17 +152,16 @@ def test_a_server_behind_a_password_is_reached_and_what_it_echoes_is_not_kept(tm
 
     with serving(handler) as url:
         named = url.replace("http://", "http://ann:hunter2-hunter2@")
-        args = regenerate_args.RegenerateArgs(
-            prompts=regenerate_args.PromptSourceArgs(data_name_or_path=str(one_row(tmp_path)), max_reject_share=1.0),
-            output_dir=tmp_path / "out", engines=regenerate_args.EngineArgs(endpoints=(named,), max_attempts=1),
+        args = RegenerateArgs(
+            prompts=PromptSourceSettings(data=str(one_row(tmp_path)), max_reject_share=1.0),
+            output_dir=tmp_path / "out", engines=EngineSettings(endpoints=(named,), max_attempts=1),
         )  # fmt: skip
         with pytest.raises(UserError, match="no row was answered"):
             regenerate(args)
         text = (tmp_path / "out" / "rejects.jsonl").read_text()
         assert "bad key ***, try again" in text
         failing[0] = False
-        args.engines.retry_rejects = True
-        regenerate(args)  # connecting works
+        regenerate(replace(args, engines=replace(args.engines, retry_rejects=True)))  # connecting works
     assert json.loads((tmp_path / "out" / "shard-00000.jsonl").read_text())["id"] == "1"
     said = capsys.readouterr()
     for place in [

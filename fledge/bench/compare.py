@@ -1,19 +1,17 @@
-"""`fledge report`: draw one run's report again, or put several runs side by side.
+"""Draw one run's report again, or put several runs side by side.
 
 Reads summary.json files (or the folders that hold them). Compares figures of equal data sets and says what else was
 different, because a tau is only comparable with tree, temperature, turns and prompts.
 """
 
-import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jinja2
-import tyro
 
 from fledge.bench.report import FORMAT, PAGE, SUMMARY, draw, interval_text, number, render, verdict
 from fledge.bench.rows import BENCHMARK, RESULTS, read_rows
-from fledge.config import Overwrite
 from fledge.console import say, show_table, warn
 from fledge.errors import UserError
 from fledge.escaping import markdown, one_line
@@ -25,35 +23,26 @@ COLUMNS = ("data set", "run", "tau", "speed-up (95 %)", "plain tok/s", "eagle to
 HEADING = "| " + " | ".join(COLUMNS) + " |"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportArgs:
-    """Which runs to show."""
-
-    paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """summary.json files or output folders. One: its report is drawn again. Several: they are compared."""
-    output: Path | None = None
-    """Write the comparison to this file (.json, else markdown)."""
-    overwrite: Overwrite = False
+def show_report(path: Path, *, overwrite: bool) -> None:
+    """Draw the report of one run again."""
+    document = read_summary(path)
+    refuse_undrawable(path, document)
+    redraw(_folder(path), document, overwrite=overwrite)
 
 
-def report(args: ReportArgs) -> None:
-    """Draw a benchmark's report again, or compare the summaries of several benchmarks."""
-    if not args.paths:
-        raise UserError("no run given. Name one summary.json to draw its report again, or several to compare them.")
-    documents = [read_summary(path) for path in args.paths]
-    if args.output and args.output.exists() and not args.overwrite and not is_comparison(args.output):
-        raise UserError(f"{args.output}: is there and no comparison. Name another file, or give --overwrite.")
-    if len(documents) == 1:
-        refuse_undrawable(args.paths[0], documents[0])
-        return redraw(_folder(args.paths[0]), documents[0], overwrite=args.overwrite)
+def show_comparison(paths: Sequence[Path], output: Path | None, *, overwrite: bool) -> None:
+    """Put the summaries of several benchmarks side by side, and write the table where `output` says."""
+    documents = [read_summary(path) for path in paths]
+    if output and output.exists() and not overwrite and not is_comparison(output):
+        raise UserError(f"{output}: is there and no comparison. Name another file, or give --overwrite.")
     rows = compare(documents)
     show_table("comparison", COLUMNS, rows)
     differing = different_settings(documents)
     for key, values in differing.items():
         warn(f"the runs differ in {key}: {' | '.join(map(str, values))}")
-    if args.output:
-        write_comparison(args.output, rows, differing)
-        say(f"comparison: {args.output}")
+    if output:
+        write_comparison(output, rows, differing)
+        say(f"comparison: {output}")
 
 
 def read_summary(path: Path) -> Document:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from fledge.bench.args import BenchArgs
+from fledge.bench.settings import BenchSettings
 from fledge.data.rejects import Reject
 from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
@@ -53,24 +53,24 @@ class EngineSpec:
     profile: str | None = None  # of the costs that adaptive drafting goes by; None: every tree as large as asked for
 
     @classmethod
-    def of(cls, args: BenchArgs, tree: TreeShape, *, num_gpus: int) -> "EngineSpec":
+    def of(cls, args: BenchSettings, tree: TreeShape, *, num_gpus: int) -> "EngineSpec":
         """The spec behind the flags; `num_gpus` is what this machine really gives one model."""
         return cls(
-            target=args.model.base_model_path,
-            head=args.model.eagle_model_path if args.needs_head else None,
+            target=args.model.target,
+            head=args.model.draft if args.needs_head else None,
             mode=args.model.mode,
             dtype=args.model.dtype,
             chat_template_type=args.model.chat_template_type,
             thinking=args.model.thinking,
-            sampling=args.decoding.law(args.model.base_model_path),
+            sampling=args.sampling.law(args.model.target),
             tree=tree,
             num_gpus=num_gpus,
             max_gpu_memory=args.workers.max_gpu_memory,
             max_pixels=args.model.max_pixels,
             min_pixels=args.model.min_pixels,
-            shapes=args.decoding.shapes,
-            profile=str(profile_path(args.model.eagle_model_path, args.tuning.profile_path))
-            if args.decoding.adaptive else None,
+            shapes=args.model.shapes,
+            profile=str(profile_path(args.model.draft, args.tuning.profile_path))
+            if args.model.adaptive else None,
         )  # fmt: skip
 
     def load(self) -> "InProcessEngine":

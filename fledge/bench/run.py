@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import fledge.provenance as provenance
-from fledge.bench.args import SIDES, BenchArgs
 from fledge.bench.measure import BenchEngine, Job, MeasureSettings, measure, warm_up
 from fledge.bench.prompts import load_questions
 from fledge.bench.questions import Question
 from fledge.bench.report import PAGE, write_report
 from fledge.bench.rows import BENCHMARK, Results, Row, code_fingerprint, folder_fingerprint, open_results, row_key
+from fledge.bench.settings import SIDES, BenchSettings
 from fledge.console import progress, say, show_table, warn
 from fledge.data.image_urls import allow_image_urls
 from fledge.decoding.records import Sampling
@@ -46,7 +46,7 @@ class Placement:
     gpus_per_worker: int
 
 
-def bench(args: BenchArgs) -> None:
+def bench(args: BenchSettings) -> None:
     """Measure plain against speculative decoding on the same prompts and write a report.
 
     Results go to --output-dir: results.jsonl, summary.json, report.md, report.html. Interrupted runs continue.
@@ -61,23 +61,23 @@ def bench(args: BenchArgs) -> None:
         return bench_servers(args)
     from fledge.bench.engine import EngineSpec
 
-    refuse_missing_folder(args.model.base_model_path)
+    refuse_missing_folder(args.model.target)
     if args.needs_head:
-        files = read_drafter(str(args.model.eagle_model_path))
+        files = read_drafter(str(args.model.draft))
         if args.tuning.tune and not files.grows_trees:
-            raise UserError(f"--tune measures trees, and {args.model.eagle_model_path} proposes chains. Give a head.")
+            raise UserError(f"--tune measures trees, and {args.model.draft} proposes chains. Give a head.")
     placement = place(args)
     if args.tuning.tune:
         return tune_tree(args, EngineSpec.of(args, TreeShape(), num_gpus=placement.gpus_per_worker))
     tree = resolve_tree(
-        args.decoding.total_token, args.decoding.depth, args.decoding.top_k,
-        head=args.model.eagle_model_path, path=args.tuning.profile_path,
+        args.model.total_token, args.model.depth, args.model.top_k,
+        head=args.model.draft, path=args.tuning.profile_path,
     )  # fmt: skip
     spec = EngineSpec.of(args, tree, num_gpus=placement.gpus_per_worker)
     run(args, spec, placement, settings_of(args, spec.sampling, dataclasses.asdict(tree), placement))
 
 
-def run(args: BenchArgs, spec: Loader, placement: Placement, settings: dict[str, Any]) -> None:
+def run(args: BenchSettings, spec: Loader, placement: Placement, settings: dict[str, Any]) -> None:
     """Measure what is missing, then summarise."""
     jobs = list_jobs(args)
     with open_results(args.output_dir, settings, overwrite=args.output.overwrite) as results:
@@ -97,11 +97,11 @@ def run(args: BenchArgs, spec: Loader, placement: Placement, settings: dict[str,
         refuse_unexplained(measured, args.output_dir / PAGE)
 
 
-def tune_tree(args: BenchArgs, spec: Any) -> None:
+def tune_tree(args: BenchSettings, spec: Any) -> None:
     """Find the best tree on a few of the questions and write it where --total-token auto looks."""
     from fledge.decoding.tune import tune
 
-    path = profile_path(args.model.eagle_model_path, args.tuning.profile_path)
+    path = profile_path(args.model.draft, args.tuning.profile_path)
     if path.exists() and not args.output.overwrite and not document_has(path, "format", "profile"):
         raise UserError(f"{path}: is there and no tree profile. Name another --profile-path, or give --overwrite.")
     engine = spec.load()
@@ -116,7 +116,7 @@ def tune_tree(args: BenchArgs, spec: Any) -> None:
     prompts = [engine.prompt([{"role": "user", "content": question.turns[0]}]) for question in chosen]
     profile = tune(
         engine.target, engine.draft, prompts, sampling=spec.sampling, eos_token_ids=engine.eos_token_ids(),
-        max_new_tokens=min(args.decoding.max_new_token, TUNE_TOKENS),
+        max_new_tokens=min(args.sampling.max_new_tokens, TUNE_TOKENS),
     )  # fmt: skip
     show_table(
         "best tree of every size",
@@ -140,7 +140,7 @@ def tune_tree(args: BenchArgs, spec: Any) -> None:
         warn("no tree of this head beats plain decoding on this machine: train it longer, or serve without it here.")
 
 
-def list_jobs(args: BenchArgs) -> list[Job]:
+def list_jobs(args: BenchSettings) -> list[Job]:
     """Every question of every set, once per repeat; the whole set before its next repeat."""
     prompts = args.prompts
     jobs: list[Job] = []
@@ -167,7 +167,7 @@ def list_jobs(args: BenchArgs) -> list[Job]:
     return jobs
 
 
-def measure_missing(args: BenchArgs, spec: Loader, placement: Placement, jobs: list[Job], results: Results) -> None:
+def measure_missing(args: BenchSettings, spec: Loader, placement: Placement, jobs: list[Job], results: Results) -> None:
     """Run the jobs that have no row yet, and append their rows."""
     missing = [job for job in jobs if row_key(job.key_fields()) not in results]
     if len(missing) < len(jobs):
@@ -175,8 +175,8 @@ def measure_missing(args: BenchArgs, spec: Loader, placement: Placement, jobs: l
     if not missing:
         return
     settings = MeasureSettings(
-        sides=SIDES[args.model.mode], temperature=args.decoding.temperature,
-        max_new_tokens=args.decoding.max_new_token, seed=args.decoding.seed,
+        sides=SIDES[args.model.mode], temperature=args.sampling.temperature,
+        max_new_tokens=args.sampling.max_new_tokens, seed=args.sampling.seed,
         checks=not args.output.no_metrics, run_code=args.output.code_isolation,
     )  # fmt: skip
     load = functools.partial(load_warm, spec, [job.question for job in missing], settings)
@@ -213,7 +213,7 @@ def load_warm(spec: Loader, questions: Sequence[Question], settings: MeasureSett
     return engine
 
 
-def place(args: BenchArgs) -> Placement:
+def place(args: BenchSettings) -> Placement:
     """Workers and GPUs of this machine (or Ray cluster) for the flags."""
     import os
 
@@ -235,21 +235,24 @@ def place(args: BenchArgs) -> Placement:
     return Placement(wanted // group, group)
 
 
-def settings_of(args: BenchArgs, law: Sampling, tree: dict[str, int], placement: Placement) -> dict[str, Any]:
+def settings_of(args: BenchSettings, law: Sampling, tree: dict[str, int], placement: Placement) -> dict[str, Any]:
     """Everything that may change a measured figure; its fingerprint keeps rows of different settings apart."""
     versions = provenance.versions()
     return {
-        "target": args.model.base_model_path,
-        "target_files": folder_fingerprint(args.model.base_model_path),
-        "head": args.model.eagle_model_path,
-        "head_files": folder_fingerprint(args.model.eagle_model_path) if args.model.eagle_model_path else None,
+        "target": args.model.target,
+        "target_files": folder_fingerprint(args.model.target),
+        "head": args.model.draft,
+        "head_files": folder_fingerprint(args.model.draft) if args.model.draft else None,
         "mode": args.model.mode,
         "dtype": args.model.dtype,
         "chat_template_type": args.model.chat_template_type,
         "thinking": args.model.thinking,
         **{key: value for key in ("max_pixels", "min_pixels") if (value := getattr(args.model, key)) is not None},
         **law_settings(law),
-        **{key: getattr(args.decoding, key) for key in ("max_new_token", "seed", "adaptive", "shapes")},
+        "seed": args.sampling.seed,
+        "max_new_token": args.sampling.max_new_tokens,
+        "adaptive": args.model.adaptive,
+        "shapes": args.model.shapes,
         "tree": tree,
         "placement": dataclasses.asdict(placement),
         "max_gpu_memory": args.workers.max_gpu_memory,

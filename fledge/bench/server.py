@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from fledge import provenance
-from fledge.bench.args import SIDES, BenchArgs
 from fledge.bench.client import ServerAnswer, ServerRequest, acceptance_of, ask, metrics, metrics_between
 from fledge.bench.measure import Job, turn_seed
 from fledge.bench.prompts import load_questions
 from fledge.bench.questions import Question
 from fledge.bench.report import write_report
 from fledge.bench.rows import Results, Row, open_results, row_key
+from fledge.bench.settings import SIDES, BenchSettings
 from fledge.bench.stats import speedup
 from fledge.console import progress, say, warn
 from fledge.data.image_urls import with_data_urls
@@ -35,7 +35,6 @@ from fledge.http_client import Client, Limits, ServerError, base_url
 from fledge.redaction import redact
 from fledge.servers.replies import served_model
 
-THINKING = {"default": None, "on": True, "off": False}
 START_PORT = 6100
 LIMITS = Limits(total_s=3600.0, connect_s=30.0)
 # what is about one question, not about the server: a reply that is none, or a request it refuses (too long, mostly)
@@ -65,7 +64,7 @@ class Level:
         }  # fmt: skip
 
 
-def bench_servers(args: BenchArgs) -> None:
+def bench_servers(args: BenchSettings) -> None:
     """Measure every level that has no row yet, then write the report."""
     if args.model.mode == "aa":
         raise UserError("--mode aa compares plain decoding with itself in this process; servers have no such mode.")
@@ -85,7 +84,7 @@ def bench_servers(args: BenchArgs) -> None:
         if args.output.no_metrics:
             say(f"{len(levels)} levels are in {results.path} (--no-metrics: no summary, no report).")
             return refuse_failed(rows, results.path)
-        sets = summarise_levels(rows, seed=args.decoding.seed, greedy=args.decoding.temperature == 0)
+        sets = summarise_levels(rows, seed=args.sampling.seed, greedy=args.sampling.temperature == 0)
         write_report(args.output_dir, [], model_id=args.model_id, settings=settings, config=args, sets=sets)
         refuse_failed(rows, results.path)
 
@@ -101,7 +100,7 @@ def refuse_failed(rows: Sequence[Row], path: Path) -> None:
         )
 
 
-def list_levels(args: BenchArgs) -> list[Level]:
+def list_levels(args: BenchSettings) -> list[Level]:
     """Sides alternate level by level, in changing order."""
     levels: list[Level] = []
     sides = SIDES[args.model.mode]
@@ -118,7 +117,7 @@ def list_levels(args: BenchArgs) -> list[Level]:
     return levels
 
 
-def groups(args: BenchArgs, levels: list[Level]) -> list[list[Level]]:
+def groups(args: BenchSettings, levels: list[Level]) -> list[list[Level]]:
     """Levels that run while the same servers are up: all of them, or side by side when we start the servers."""
     if args.server.baseline_url and args.server.eagle_url or len(SIDES[args.model.mode]) == 1:
         return [levels] if levels else []
@@ -127,7 +126,7 @@ def groups(args: BenchArgs, levels: list[Level]) -> list[list[Level]]:
 
 
 @contextlib.contextmanager
-def served(args: BenchArgs, sides: set[str]) -> Iterator[dict[str, str]]:
+def served(args: BenchSettings, sides: set[str]) -> Iterator[dict[str, str]]:
     """URLs of the sides' servers; one without a URL is started through `fledge serve`'s engine, and stopped."""
     given = {"baseline": args.server.baseline_url, "eagle": args.server.eagle_url}
     urls = {side: base_url(str(given[side])) for side in sides if given[side]}
@@ -137,14 +136,14 @@ def served(args: BenchArgs, sides: set[str]) -> Iterator[dict[str, str]]:
         return
     (side,) = absent  # servers started here run one at a time: `groups`
     from fledge.export.servable import check_draft
-    from fledge.servers.processes import ServeArgs, plan, running, visible_gpus
+    from fledge.servers.processes import ServerSettings, plan, running, visible_gpus
 
-    if side == "eagle" and args.model.eagle_model_path:
-        check_draft(args.model.eagle_model_path, args.model.base_model_path)
-    serve = ServeArgs(
-        model_name_or_path=args.model.base_model_path, num_servers=1,
+    if side == "eagle" and args.model.draft:
+        check_draft(args.model.draft, args.model.target)
+    serve = ServerSettings(
+        target=args.model.target, num_servers=1,
         tensor_parallel_size=args.workers.num_gpus_per_model, base_port=START_PORT,
-        draft=args.model.eagle_model_path if side == "eagle" else None,
+        draft=args.model.draft if side == "eagle" else None,
         num_speculative_tokens=args.server.num_speculative_tokens, log_dir=args.output_dir / "servers",
         vllm_args=("--no-enable-prefix-caching",),  # a prompt asked twice must not look faster
     )  # fmt: skip
@@ -154,7 +153,7 @@ def served(args: BenchArgs, sides: set[str]) -> Iterator[dict[str, str]]:
 
 
 async def measure_levels(
-    args: BenchArgs, levels: Sequence[Level], urls: dict[str, str], results: Results, bar: Any
+    args: BenchSettings, levels: Sequence[Level], urls: dict[str, str], results: Results, bar: Any
 ) -> None:
     """Run the levels one after the other, each server warmed up once."""
     async with Client(api_key=api_key(args.server.api_key_env), limits=LIMITS) as client:
@@ -162,7 +161,7 @@ async def measure_levels(
         for side in dict.fromkeys(level.side for level in levels):
             await warm_up(client, urls[side], requests[side])
         for level in levels:
-            row = await measure_level(client, urls[level.side], requests[level.side], level, args.decoding.seed)
+            row = await measure_level(client, urls[level.side], requests[level.side], level, args.sampling.seed)
             results.append(row)
             bar.advance(note=f"{level.dataset} {level.side}, {level.concurrency} in flight")
 
@@ -204,12 +203,12 @@ def api_key(variable: str | None) -> str | None:
     return os.environ[variable]
 
 
-def request_for(args: BenchArgs, model: str) -> ServerRequest:
+def request_for(args: BenchSettings, model: str) -> ServerRequest:
     """The flags as request settings."""
-    decoding = args.decoding
+    sampling = args.sampling
     return ServerRequest(
-        model, decoding.temperature, decoding.top_p, decoding.extra, decoding.max_new_token,
-        THINKING[args.model.thinking],
+        model, sampling.temperature, sampling.top_p, sampling.extra, sampling.max_new_tokens,
+        args.model.enable_thinking,
     )  # fmt: skip
 
 
@@ -357,17 +356,17 @@ def compare_texts(rows: Sequence[Row]) -> dict[str, Any]:
     return {"compared": compared, "identical": identical, "unchecked": compared - identical}
 
 
-def settings_of(args: BenchArgs) -> dict[str, Any]:
+def settings_of(args: BenchSettings) -> dict[str, Any]:
     """Everything that may change a measured figure."""
     return {
-        "backend": "server", "target": args.model.base_model_path, "head": args.model.eagle_model_path,
+        "backend": "server", "target": args.model.target, "head": args.model.draft,
         "baseline_url": redact(args.server.baseline_url or "") or None,
         "eagle_url": redact(args.server.eagle_url or "") or None, "mode": args.model.mode,
         "thinking": args.model.thinking,
-        "temperature": args.decoding.temperature, "top_p": args.decoding.top_p,
-        **{name: value for name, value in args.decoding.extra.given().items() if name != "top_k"},
-        "sample_top_k": args.decoding.sample_top_k or 0, "max_new_token": args.decoding.max_new_token,
-        "seed": args.decoding.seed, "num_speculative_tokens": args.server.num_speculative_tokens,
+        "temperature": args.sampling.temperature, "top_p": args.sampling.top_p,
+        **{name: value for name, value in args.sampling.extra.given().items() if name != "top_k"},
+        "sample_top_k": args.sampling.sample_top_k or 0, "max_new_token": args.sampling.max_new_tokens,
+        "seed": args.sampling.seed, "num_speculative_tokens": args.server.num_speculative_tokens,
         "num_gpus_per_model": args.workers.num_gpus_per_model,
         "hardware": provenance.hardware(),
     }  # fmt: skip

@@ -1,109 +1,57 @@
 """What `fledge decode` and `fledge chat` share: their flags, a loaded target with its head, and text as it streams."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, TextIO
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TextIO
 
 from fledge.console import say, show_table
 from fledge.data.detokenize import Detokenizer
-from fledge.data.image_urls import AllowImageUrls, allow_image_urls
+from fledge.data.image_urls import allow_image_urls
 from fledge.data.rejects import Reject
-from fledge.data.samples import Prompt
-from fledge.data.sampling import ExtraSampling
-from fledge.data.tokenize import ChatTemplate
-from fledge.decoding.law import FromConfig, law_of
+from fledge.data.settings import PromptSettings
 from fledge.decoding.records import Generation
+from fledge.decoding.settings import DraftingSettings, SamplingSettings
 from fledge.errors import UserError
 from fledge.escaping import printable
-from fledge.ranges import Count, Natural, NotNegative, Positive, PositiveShare, Seed, Share, TreeNodes
+from fledge.target.settings import DeviceSettings, TargetSettings
+
+if TYPE_CHECKING:  # they import torch, which `--help` has no time for
+    from fledge.data.samples import Prompt
+    from fledge.data.tokenize import ChatTemplate
 
 GREEN, NORMAL = "\033[32m", "\033[0m"
 READ_BYTES = 256 << 20  # read once to learn the memory's speed
 
 
 @dataclass(frozen=True, kw_only=True)
-class TreeArgs:
-    """The draft tree of every round."""
+class AnswerArgs(TargetSettings, DeviceSettings, DraftingSettings, SamplingSettings, PromptSettings):
+    """How answers are given."""
 
-    total_token: TreeNodes = 60
-    """Tree nodes the target checks per round, root included."""
-    depth: Natural = 5
-    """Draft rounds after the first level of the tree."""
-    top_k: Count = 10
-    """Children per tree node and beam width; 1 drafts a chain."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingArgs:
-    """How tokens are chosen; the same law with and without a head."""
-
-    temperature: NotNegative = 0.0
-    """0 takes the most likely token, 1 samples from the target's own distribution."""
-    top_p: PositiveShare = 1.0
-    """Sample only from the most likely tokens that hold this share of the probability."""
-    sample_top_k: Natural | None = None
-    """Sample only from this many most likely tokens; 0 for all. (--top-k is the draft tree's.) None, here and below:
-    what the target's generation_config asks for."""
-    min_p: Share | None = None
-    """Least probability of a sampled token, relative to the likeliest."""
-    repetition_penalty: Positive | None = None
-    """Divisor of the logits of tokens that prompt or answer hold already; at temperature 0 as well."""
-    generation_config: FromConfig = "apply"
-    """ignore: the flags alone decide."""
-    seed: Seed | None = None
-    """Seed of the draws. None draws differently every time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelPairArgs:
-    target: str
-    """Target model: a folder or a hub name."""
-    draft: str | None = None
-    """Draft head: the folder that training wrote, or `lookup` for prompt lookup. None decodes plainly."""
     system: str | None = None
     """System turn before everything else."""
-    max_new_tokens: Count = 256
-    """Longest answer, in tokens."""
-    adaptive: bool = False
-    """Draft only as deep and as wide as it pays, or not at all; the tree flags are then the most that is drafted. Costs
-    come from the head's tree profile (`fledge bench --tune`)."""
-    shapes: Literal["auto", "exact", "fixed"] = "auto"
-    """fixed: rounds of fixed shapes, captured into CUDA graphs on a GPU. exact: shapes as they come, every kind of
-    target. auto: fixed on a GPU wherever it can be."""
     profile: bool = False
     """After an answer, show the time of a round by phase and the memory bandwidth it amounts to."""
-    tree: TreeArgs = field(default_factory=TreeArgs)
-    sampling: SamplingArgs = field(default_factory=SamplingArgs)
-    chat_template_type: str | None = None
-    """Named chat template instead of the tokenizer's own (qwen3, hunyuan, llama3, gemma, gpt_oss, chatml ...)."""
-    enable_thinking: bool | None = None
-    """Passed to templates that know thinking modes."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Number format of the weights; auto takes the checkpoint's own."""
-    device: str | None = None
-    """Where to run, such as cpu or cuda:1. None takes the accelerator when there is one."""
-    max_pixels: Count | None = None
-    """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
-    min_pixels: Count | None = None
-    """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
-    allow_image_urls: AllowImageUrls = False
+
+
+MAIN = (
+    "target", "draft", "system", "max_new_tokens", "temperature", "top_p", "seed", "total_token", "depth", "top_k",
+    "adaptive", "thinking", "chat_template_type", "dtype", "device",
+)  # fmt: skip
 
 
 class Answerer:
     """A loaded target, with its head when there is one, that answers by the flags."""
 
-    def __init__(self, args: ModelPairArgs) -> None:
+    def __init__(self, args: AnswerArgs) -> None:
         import torch
 
         from fledge.decoding.adaptive import AdaptiveBudget
-        from fledge.decoding.tree_profile import profile_path, read_profile
+        from fledge.decoding.tree_profile import profile_path, read_profile, resolve_tree
         from fledge.drafters.registry import read_drafter
-        from fledge.drafters.tree import TreeShape
         from fledge.target.model import Target
 
         allow_image_urls(args.allow_image_urls)
-        sampling = args.sampling
         self.args = args
-        self.tree = TreeShape(args.tree.total_token, args.tree.depth, args.tree.top_k)
+        self.tree = resolve_tree(args.total_token, args.depth, args.top_k, head=args.draft)
         self.budget = None
         if args.adaptive:
             if args.draft is None:
@@ -116,15 +64,13 @@ class Answerer:
             min_pixels=args.min_pixels, max_pixels=args.max_pixels,
         )  # fmt: skip
         self.draft = files.bind(self.target.embedding_weight) if files else None
-        self.sampling = law_of(
-            args.target, temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed,
-            flags=ExtraSampling(sampling.repetition_penalty, sampling.sample_top_k, sampling.min_p),
-            from_config=sampling.generation_config,
-        )  # fmt: skip
+        self.sampling = args.law(args.target)
         self.stops = self.target.eos_token_ids
 
-    def template(self) -> ChatTemplate:
+    def template(self) -> "ChatTemplate":
         """The chat template; its end-of-turn tokens end answers from now on."""
+        from fledge.data.tokenize import ChatTemplate
+
         template = ChatTemplate(
             self.target.tokenizer, self.args.chat_template_type, eos_token_ids=self.target.eos_token_ids,
             enable_thinking=self.args.enable_thinking, vision=self.target.vision,
@@ -132,7 +78,7 @@ class Answerer:
         self.stops = tuple(template.stop_token_ids)
         return template
 
-    def answer(self, prompt: Prompt, out: TextIO) -> tuple[Generation, str]:
+    def answer(self, prompt: "Prompt", out: TextIO) -> tuple[Generation, str]:
         """Stream an answer, with its line of figures on stderr; also returns its text."""
         stream = Stream(self.target.tokenizer, out)
         try:
@@ -144,11 +90,11 @@ class Answerer:
             show_profile(found, self.target)
         return found, text
 
-    def plainly(self, prompt: Prompt, **changes: Any) -> Generation:
+    def plainly(self, prompt: "Prompt", **changes: Any) -> Generation:
         """The same without the head, in the same shapes."""
         return self._generate(None, prompt, **changes)
 
-    def answers(self, draft: Any, prompts: list[Prompt], batch_size: int, **changes: Any) -> list[Generation]:
+    def answers(self, draft: Any, prompts: "list[Prompt]", batch_size: int, **changes: Any) -> list[Generation]:
         """Answers to several prompts of text, `batch_size` of them at a time."""
         from fledge.decoding.generate import generate_batch
 
@@ -161,7 +107,7 @@ class Answerer:
             **{**self._options(), **changes},
         )  # fmt: skip
 
-    def _generate(self, draft: Any, prompt: Prompt, **changes: Any) -> Generation:
+    def _generate(self, draft: Any, prompt: "Prompt", **changes: Any) -> Generation:
         """One answer, with a drafter or without. Both sides of a comparison go through the same shapes."""
         from fledge.decoding.generate import generate
 
@@ -179,7 +125,7 @@ class Answerer:
         }  # fmt: skip
 
 
-def rendered(template: ChatTemplate, messages: list[dict[str, Any]]) -> Prompt:
+def rendered(template: "ChatTemplate", messages: list[dict[str, Any]]) -> "Prompt":
     """The prompt of a conversation."""
     try:
         return template.prompt(messages)

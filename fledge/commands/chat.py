@@ -4,24 +4,18 @@ Lines from a pipe are turns as well. Ctrl-C stops an answer, a second one (or Ct
 """
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
-from fledge.commands.answering import Answerer, ModelPairArgs, rendered
+from fledge.commands.answering import MAIN, AnswerArgs, Answerer, rendered
 from fledge.console import say, warn
 from fledge.errors import UserError
-from fledge.ranges import Count
+
+__all__ = ["MAIN", "AnswerArgs", "chat"]
 
 HELP = "/reset begins a new conversation, /exit or Ctrl-D ends; Ctrl-C stops an answer."
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChatArgs(ModelPairArgs):
-    max_new_tokens: Count = 1024
-    """Longest answer, in tokens."""
-
-
-def chat(args: ChatArgs) -> None:
+def chat(args: AnswerArgs) -> None:
     """Talk to the target with a draft head: drafted tokens that were kept are green, tau and tok/s follow an answer."""
     answerer = Answerer(args)
     template = answerer.template()

@@ -5,25 +5,34 @@ Text goes to stdout, figures to stderr. On a terminal the tokens the head guesse
 
 import sys
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from fledge.commands.answering import Answerer, ModelPairArgs, rendered, speed_line
+from fledge.commands import answering
+from fledge.commands.answering import AnswerArgs, Answerer, rendered, speed_line
 from fledge.console import say
-from fledge.data.samples import Prompt
 from fledge.decoding.records import Generation, Sampling
 from fledge.errors import UserError
 from fledge.escaping import printable
 from fledge.ranges import Count
 
+if TYPE_CHECKING:  # it imports torch, which `--help` has no time for
+    from fledge.data.samples import Prompt
+
+MAIN = ("prompt", *answering.MAIN, "image", "raw", "compare", "batch_size")
+
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeArgs(ModelPairArgs):
-    prompt: list[str]
+class DecodeArgs(AnswerArgs):
+    """The prompts."""
+
+    prompt: tuple[str, ...]
     """What the user says; - reads it from stdin. Several are answered one after another, or --batch-size at a time."""
+    max_new_tokens: Count = 256
+    """Longest answer, in tokens."""
     batch_size: Count = 1
     """Prompts decoded at once; a finished one makes room for the next."""
-    image: list[str] = field(default_factory=list)
+    image: tuple[str, ...] = ()
     """Pictures shown before it, for vision-language targets: paths, URLs or base64."""
     raw: bool = False
     """Feed the prompt as it is, without the chat template."""
@@ -49,7 +58,7 @@ def decode(args: DecodeArgs) -> None:
         show_comparison(found, answerer.plainly(prompt), answerer.sampling)
 
 
-def decode_several(args: DecodeArgs, answerer: Answerer, prompts: list[Prompt]) -> None:
+def decode_several(args: DecodeArgs, answerer: Answerer, prompts: "list[Prompt]") -> None:
     """Answer all, then show them in order, with what each and all of them together cost."""
     sides = [answerer.draft, None] if args.compare and answerer.draft is not None else [answerer.draft]
     made, speeds = [], []
@@ -72,8 +81,10 @@ def decode_several(args: DecodeArgs, answerer: Answerer, prompts: list[Prompt]) 
             show_comparison(found, plain, answerer.sampling)
 
 
-def prompts_of(args: DecodeArgs, answerer: Answerer) -> list[Prompt]:
+def prompts_of(args: DecodeArgs, answerer: Answerer) -> "list[Prompt]":
     """Token ids of the prompts, and the pixels of their pictures."""
+    from fledge.data.samples import Prompt
+
     texts = [_standard_input() if text == "-" else text for text in args.prompt]
     if args.raw:
         if args.system is not None or args.image:

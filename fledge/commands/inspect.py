@@ -12,24 +12,24 @@ from typing import Annotated, Any
 import msgspec
 import tyro
 
-from fledge.config import Overwrite
-from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
-from fledge.data.image_urls import AllowImageUrls, allow_image_urls
-from fledge.data.traces import UNTRACED_HELP, Untraced
+from fledge.data.image_urls import allow_image_urls
+from fledge.data.settings import PromptSettings, SampleSettings
 from fledge.errors import UserError
+from fledge.outputs import OverwriteSettings
 from fledge.parsing import read_python_json
-from fledge.ranges import Count, Natural, Share
+from fledge.ranges import Count, Natural
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectArgs:
+class InspectArgs(PromptSettings, SampleSettings, OverwriteSettings):
+    """What is looked at."""
+
     path: Annotated[str, tyro.conf.Positional]
     """Data (jsonl, json, parquet, a folder of those, a hub data set name), stored hidden states, or a draft head."""
     target: str | None = None
     """The target: its tokenizer and template render data (needed for data); a head is compared with it and tried."""
     fix: Path | None = None
     """Of a head: write a repaired copy here (what the files prove and what was measured), and say what changed."""
-    overwrite: Overwrite = False
     measure: bool = True
     """Of a head with --target: load the target and measure what the files cannot say (rope, taps, norms)."""
     measure_prompts: Count = 12
@@ -38,36 +38,20 @@ class InspectArgs:
     """Longest of these answers, in tokens."""
     data: str | None = None
     """Of a head with --target: conversations whose supervised tokens its draft vocabulary should cover."""
-    chat_template_type: str | None = None
-    """Named chat template instead of the tokenizer's own (qwen3, hunyuan, llama3, gemma, gpt_oss, chatml ...)."""
-    enable_thinking: bool | None = None
-    """Passed to templates that know thinking modes; use what the data was generated with."""
-    train_last_turn_only: bool = False
-    """Supervise only the last answer of each conversation, as `train` and `extract` do with the same flag."""
-    model_max_length: Count | None = None
+    model_max_length: Count | None = None  # type: ignore[assignment]
     """Cut samples to this many tokens. None keeps them whole."""
-    data_format: DataFormat = "auto"
-    """Format of the rows."""
-    data_split: str = "train"
-    """Split of a hub data set."""
-    columns: Annotated[tuple[str, ...], tyro.conf.arg(help=COLUMNS_HELP)] = ()
-    repeated_ids: Annotated[RepeatedIds, tyro.conf.arg(help=REPEATED_IDS_HELP)] = "reject"
-    untraced: Annotated[Untraced, tyro.conf.arg(help=UNTRACED_HELP)] = "reject"
     sample: Natural = 0
     """Which sample to print first, counted from 0; two more follow it."""
-    max_reject_share: Share = 0.05
-    """Stop when a larger share of rows is rejected."""
-    num_proc: Count = 1
-    """Processes that tokenise; worth it from about 50,000 rows."""
     json: Path | None = None
     """Also write every figure to this file, as JSON."""
     trust_remote_code: bool = False
     """Run tokenizer code that comes with the target."""
-    max_pixels: Count | None = None
-    """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
-    min_pixels: Count | None = None
-    """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
-    allow_image_urls: AllowImageUrls = False
+
+
+MAIN = (
+    "path", "target", "fix", "overwrite", "measure", "measure_prompts", "data", "chat_template_type", "thinking",
+    "train_last_turn_only", "model_max_length", "data_format", "split", "sample", "json",
+)  # fmt: skip
 
 
 class ManifestKind(msgspec.Struct):
@@ -106,13 +90,13 @@ def inspect_data(args: InspectArgs) -> None:
         last_turn_only=args.train_last_turn_only, untraced=args.untraced,
     )  # fmt: skip
     data = TokenizedData.from_path(
-        args.path, template, max_length=args.model_max_length, data_format=args.data_format, split=args.data_split,
+        args.path, template, max_length=args.model_max_length, data_format=args.data_format, split=args.split,
         max_reject_share=args.max_reject_share, num_proc=args.num_proc, columns=args.columns,
         repeated_ids=args.repeated_ids,
     )  # fmt: skip
     if not 0 <= args.sample < len(data):
         raise UserError(f"--sample {args.sample}: the data has samples 0 to {len(data) - 1}.")
-    document = figures(data, args.path, args.data_format, args.data_split, args.columns, args.repeated_ids)
+    document = figures(data, args.path, args.data_format, args.split, args.columns, args.repeated_ids)
     show(document, [data[index] for index in range(len(data))[args.sample :][:SAMPLES_SHOWN]], template)
     if args.json is not None:
         write_figures(args.json, document, overwrite=args.overwrite)

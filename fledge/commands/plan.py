@@ -10,11 +10,15 @@ import json
 import math
 import random
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from fledge.console import say, show_table, warn
+from fledge.data.settings import TemplateSettings
 from fledge.errors import UserError, nearest
 from fledge.ranges import Count, Natural, Positive, PositiveShare, Share
+from fledge.storage.settings import StorageSettings
+from fledge.target.settings import TargetSettings
+from fledge.train.settings import UnrollSettings
 
 GIB = 2**30
 # name -> memory in GiB, dense bf16 TFLOP/s as the makers state them
@@ -27,46 +31,36 @@ RUNTIME_BYTES = int(0.7 * GIB)  # CUDA context, library workspaces
 ROOM = 0.94  # share of a GPU's memory that can be used: the rest is lost between blocks
 
 
-@dataclass(kw_only=True)
-class PlanArgs:
-    target_model_name_or_path: str
+@dataclass(frozen=True, kw_only=True)
+class PlanArgs(TargetSettings, TemplateSettings, UnrollSettings, StorageSettings):
+    """What is planned."""
+
+    target: str
     """The target: only its config is read."""
-    data: list[str] | None = None
-    """Conversations; tokens are counted on a sample with the target's tokenizer. None: give num_tokens."""
+    data: tuple[str, ...] = ()
+    """Conversations; tokens are counted on a sample with the target's tokenizer. Empty: give --num-tokens."""
     columns: tuple[str, ...] = ()
-    """Columns under other names, as OURS=YOURS; see `fledge train --help`."""
+    """Columns under other names, as OURS=YOURS: --columns system=persona messages=dialog (docs/formats.md)."""
     num_tokens: Count | None = None
-    """Tokens of the data set instead of data."""
+    """Tokens of the data set, instead of --data."""
     supervised_share: Share = 0.7
-    """With num_tokens: share of the tokens that the assistant wrote."""
+    """With --num-tokens: share of the tokens that the assistant wrote."""
     sample: Count = 200
     """Conversations that are tokenised to estimate the rest."""
-    chat_template_type: str | None = None
-    """Named chat template that overrides the tokenizer's own."""
     model_max_length: Count = 2048
     """Longest sample in tokens."""
     per_device_train_batch_size: Count = 4
     """Sequences per device and step."""
     num_train_epochs: Positive = 10
     """Passes over the data."""
-    ttt_steps: Count = 7
-    """Draft steps unrolled per position."""
-    depth_survival: PositiveShare = 0.8
-    """Share of the positions that go on from one TTT step to the next, as in `fledge train`."""
     draft_vocab_size: Natural = 32_000
     """Target tokens the draft may propose. 0: all."""
-    draft_type: Literal["eagle3", "eagle3.1"] = "eagle3"
-    """As in `fledge train`."""
     activation_checkpointing: bool = False
     """Compute TTT steps again in the backward."""
     fp32: bool = False
     """Train without bfloat16 mixed precision."""
-    tap_storage: Literal["same", "fp8"] = "same"
-    """As in `fledge extract`."""
-    last_storage: Literal["all", "supervised"] = "all"
-    """As in `fledge extract`."""
     hardware: str | None = None
-    """h200, h100, a100-80, a100-40, l40s, rtx4090, mi300x, or cpu. None: gpu_memory_gb and tflops."""
+    """h200, h100, a100-80, a100-40, l40s, rtx4090, mi300x, or cpu. None: --gpu-memory-gb and --tflops."""
     gpu_memory_gb: Positive | None = None
     """Memory of a GPU in GiB."""
     tflops: Positive | None = None
@@ -77,6 +71,13 @@ class PlanArgs:
     """Share of the peak that training is assumed to reach."""
     target_efficiency: PositiveShare = 0.45
     """Share of the peak that forward passes of the target are assumed to reach."""
+
+
+MAIN = (
+    "target", "data", "num_tokens", "hardware", "num_gpus", "model_max_length", "per_device_train_batch_size",
+    "num_train_epochs", "ttt_steps", "depth_survival", "draft_vocab_size", "draft_type", "chat_template_type",
+    "tap_storage", "last_storage", "activation_checkpointing", "fp32", "gpu_memory_gb", "tflops",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def estimate(args: PlanArgs) -> dict[str, Any]:
     from fledge.train.memory import flop_per_step, num_parameters, step_memory
 
     device_memory, tflops, device_type = hardware(args)
-    config = AutoConfig.from_pretrained(args.target_model_name_or_path)
+    config = AutoConfig.from_pretrained(args.target)
     text = config.get_text_config()
     target = target_size(config)
     draft = derive(
@@ -249,7 +250,7 @@ def store_bytes(args: PlanArgs, target: TargetSize, draft: Any, work: Work) -> i
 
 def count(args: PlanArgs) -> Work:
     """Conversations and tokens of the data, from a random sample of it."""
-    if args.data is None:
+    if not args.data:
         if args.num_tokens is None:
             raise UserError("--data or --num-tokens is needed: how much there is to train on.")
         length = args.model_max_length
@@ -259,9 +260,7 @@ def count(args: PlanArgs) -> Work:
     from fledge.data.rejects import Rejects
     from fledge.data.tokenize import ChatTemplate
 
-    template = ChatTemplate.from_pretrained(
-        args.target_model_name_or_path, args.chat_template_type or None, untraced="train"
-    )
+    template = ChatTemplate.from_pretrained(args.target, args.chat_template_type or None, untraced="train")
     chance, seen = random.Random(0), 0
     chosen: list[Conversation] = []
     for path in args.data:

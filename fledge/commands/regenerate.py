@@ -16,7 +16,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,37 @@ from fledge.data.sampling import ExtraSampling, TemperatureMixture, describe, re
 from fledge.data.sealed import verify_sealed
 from fledge.errors import UserError
 from fledge.http_client import base_url
-from fledge.outputs import check, is_own
+from fledge.outputs import OutputSettings, check, is_own
 from fledge.parsing import read_json
-from fledge.regeneration.args import AnswerArgs, PromptSourceArgs, RegenerateArgs
+from fledge.ranges import Count
 from fledge.regeneration.engine import Engine
 from fledge.regeneration.journal import ANSWERS, Journal
 from fledge.regeneration.questions import prompt_digest
+from fledge.regeneration.settings import AnswerSettings, EngineSettings, PromptSourceSettings
 from fledge.regeneration.turns import Asker, tally
 
 BATCH_READ = 64
 SYNC_EVERY_S = 2.0
 CHOSEN = ("duplicate prompt", "prompt too long", "answer cut")  # rejects the user asked for
 LASTING = (*CHOSEN, "context length", "broken image", "tool calls", "no question", "unknown part")
+
+
+MAIN = (
+    "data", "output_dir", "overwrite", "engine", "target", "model", "endpoints", "temperature", "top_p", "max_tokens",
+    "seed", "thinking", "system_prompt", "samples_per_prompt", "deduplicate", "max_samples", "data_format", "split",
+    "chat_template_type", "dtype", "num_threads", "retry_rejects",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegenerateArgs(OutputSettings):
+    """The rows."""
+
+    prompts: PromptSourceSettings
+    data_shard_size: Count = 50_000
+    """Input rows per shard; row i is in shard i // size."""
+    answers: AnswerSettings = field(default_factory=AnswerSettings)
+    engines: EngineSettings = field(default_factory=EngineSettings)
 
 
 def regenerate(args: RegenerateArgs) -> None:
@@ -64,7 +83,7 @@ async def _regenerate(args: RegenerateArgs) -> None:
     if _all_there(args, total, digest):
         return
     async with _engine(args) as engine:
-        asked = read_generation_config(args.prompts.tokenizer or engine.model)
+        asked = read_generation_config(args.prompts.target or engine.model)
         if args.engines.engine == "transformers":
             asked = asked or {}  # without one, nothing is asked for; a server's model may have one elsewhere
         extra = resolve_extra(_flags(args.answers), asked or {})
@@ -78,7 +97,7 @@ async def _regenerate(args: RegenerateArgs) -> None:
             _report(journal, args, run.rate())
 
 
-def _check_answers(answers: AnswerArgs, samples: int) -> None:
+def _check_answers(answers: AnswerSettings, samples: int) -> None:
     mixture = TemperatureMixture.parse(answers.temperature)
     if samples > 1 and not any(mixture.temperatures):
         raise UserError(
@@ -87,7 +106,7 @@ def _check_answers(answers: AnswerArgs, samples: int) -> None:
         )
 
 
-def _flags(answers: AnswerArgs) -> ExtraSampling:
+def _flags(answers: AnswerSettings) -> ExtraSampling:
     return ExtraSampling(answers.repetition_penalty, answers.top_k, answers.min_p)
 
 
@@ -104,7 +123,7 @@ def _all_there(args: RegenerateArgs, total: int, digest: str) -> bool:
     if not path.is_file() or not is_own(args.output_dir, ANSWERS):
         return False
     before = read_json(path, _Manifest, hint="Choose another --output-dir.").settings
-    settings = _settings(args, args.engines.model or before.get("model", ""), digest, before.get("generation_config"))
+    settings = _settings(args, _model(args) or before.get("model", ""), digest, before.get("generation_config"))
     with _journal(args, total, settings) as journal:
         if args.engines.retry_rejects:
             say(f"{journal.reopen(lambda reason: reason not in LASTING)} rejected rows are asked again")
@@ -118,20 +137,20 @@ class _Manifest(msgspec.Struct):
     settings: dict[str, Any]
 
 
-def _count(prompts: PromptSourceArgs, rejects: Rejects) -> tuple[int, str]:
+def _count(prompts: PromptSourceSettings, rejects: Rejects) -> tuple[int, str]:
     """How many rows there will be, and a digest of what they ask: reads everything once, before hours of work."""
     digest, total = hashlib.sha256(), 0
-    if is_local(prompts.data_name_or_path):
-        verify_sealed(Path(prompts.data_name_or_path).expanduser())
+    if is_local(prompts.data):
+        verify_sealed(Path(prompts.data).expanduser())
     for conversation in _read(prompts, rejects):
         total += prompts.samples_per_prompt
         digest.update(f"{conversation.id}\0{prompt_digest(conversation).hex()}\n".encode())
     return total, digest.hexdigest()[:16]
 
 
-def _read(prompts: PromptSourceArgs, rejects: Rejects) -> Iterator[Conversation]:
+def _read(prompts: PromptSourceSettings, rejects: Rejects) -> Iterator[Conversation]:
     stream = read_conversations(
-        prompts.data_name_or_path, data_format=prompts.data_format, rejects=rejects, split=prompts.split,
+        prompts.data, data_format=prompts.data_format, rejects=rejects, split=prompts.split,
         columns=prompts.columns, repeated_ids=prompts.repeated_ids,
     )  # fmt: skip
     for number, conversation in enumerate(stream):
@@ -145,9 +164,9 @@ def _settings(
 ) -> dict[str, Any]:
     """What decides the content of the rows: a run is only continued with the same."""
     prompts = asdict(args.prompts)
-    names = ("data_format", "system_prompt", "deduplicate", "max_prompt_length", "tokenizer")
+    names = ("data_format", "system_prompt", "deduplicate", "max_prompt_length")
     return {
-        **{name: prompts[name] for name in names},
+        **{name: prompts[name] for name in names}, "tokenizer": _tokenizer(args),
         "input_sha256": digest, **asdict(args.answers), "model": model, "engine": args.engines.engine,
         **({"chat_template_type": template} if (template := args.engines.chat_template_type) else {}),
         **({"samples_per_prompt": samples} if (samples := args.prompts.samples_per_prompt) > 1 else {}),
@@ -155,15 +174,26 @@ def _settings(
     }  # fmt: skip
 
 
+def _model(args: RegenerateArgs) -> str | None:
+    """The target as the engine knows it; in process that is its folder or hub name, under either flag."""
+    here = args.engines.engine == "transformers"
+    return args.engines.model or (args.prompts.target if here else None)
+
+
+def _tokenizer(args: RegenerateArgs) -> str | None:
+    """Where the tokenizer comes from, if not from the model itself."""
+    return args.prompts.target if args.prompts.target != _model(args) else None
+
+
 def _engine(args: RegenerateArgs) -> Engine:
     engines = args.engines
     if engines.engine == "transformers":
-        if not engines.model:
-            raise UserError("--engine transformers needs --model: the target's folder or hub name.")
+        if not (model := _model(args)):
+            raise UserError("--engine transformers needs --target: the target's folder or hub name.")
         from fledge.regeneration.local_engine import LocalEngine
 
         return LocalEngine(
-            engines.model, dtype=engines.dtype, device=engines.device, batch_size=engines.batch_size,
+            model, dtype=engines.dtype, device=engines.device, batch_size=engines.batch_size,
             chat_template_type=engines.chat_template_type,
         )  # fmt: skip
     if engines.chat_template_type:

@@ -4,21 +4,49 @@ vLLM loads a wrong head without a word and drafts nothing with it, or crashes a 
 can be seen in the head's files is refused before a server starts.
 """
 
-from fledge.console import warn
-from fledge.export.servable import check_draft
-from fledge.servers import processes
-from fledge.servers.processes import ServeArgs, parse_args
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
 
-__all__ = ["ServeArgs", "parse_args", "serve"]
+import tyro
+
+from fledge.commands import parser
+from fledge.console import warn
+from fledge.servers.processes import ServerSettings, keep_running, plan, visible_gpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeArgs(ServerSettings):
+    """Servers of one target."""
+
+    print: bool = False
+    """Show the commands and start nothing."""
+    vllm_args: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+
+
+def parse_args(args_class: type[ServeArgs], argv: Sequence[str], *, prog: str, description: str = "") -> ServeArgs:
+    """Everything after `--` belongs to vLLM."""
+    words = list(argv)
+    cut = words.index("--") if "--" in words else len(words)
+    args = parser.parse(args_class, words[:cut], prog=prog, description=description)
+    return replace(args, vllm_args=(*args.vllm_args, *words[cut + 1 :]))
 
 
 def serve(args: ServeArgs) -> None:
     """Start one vLLM server per GPU group and keep them running. Arguments after `--` go to vLLM as they are."""
+    gpus = visible_gpus(args.gpus)
     if args.draft:
-        check_draft(args.draft, args.model_name_or_path)
-        if not processes.visible_gpus(args.gpus):
+        from fledge.export.servable import check_draft
+
+        check_draft(args.draft, args.target)
+        if not gpus:
             warn(
                 "vLLM's CPU build (0.32.0) answers nonsense above temperature 0 as soon as it drafts, with any head: "
                 "ask at temperature 0, or serve without --draft (docs/vllm-on-cpu.md)."
             )
-    processes.serve(args)
+    servers = plan(args, gpus)
+    if args.print:
+        for server in servers:
+            print(server.shell_line())
+        return
+    keep_running(args, servers)

@@ -37,9 +37,6 @@ MAPPABLE = (
     "chat_template_kwargs", "reasoning_content", "enable_thinking", "reasoning_effort", "images", "image", "id",
     "finish_reason", "input_ids", "loss_mask", "labels", "attention_mask",
 )  # fmt: skip
-COLUMNS_HELP = (  # one definition for every command that reads conversations
-    "Columns under other names, as OURS=YOURS: --columns system=persona messages=dialog. Known: " + ", ".join(MAPPABLE)
-)
 
 
 class ColumnMap:

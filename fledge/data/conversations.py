@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from fledge.data.columns import (
     BESIDE_TURNS,
-    COLUMNS_HELP,
     FORMAT_KEYS,
     TOKEN_COLUMNS,
     ColumnMap,
@@ -33,15 +32,11 @@ from fledge.data.trees import paths_of_trees
 from fledge.errors import UserError
 
 __all__ = [
-    "ANSWER_MARK", "COLUMNS_HELP", "REPEATED_IDS_HELP", "Conversation", "DataFormat", "RepeatedIds", "check_roles",
+    "ANSWER_MARK", "Conversation", "DataFormat", "RepeatedIds", "check_roles",
     "parse_row", "read_conversations",
 ]  # fmt: skip
 
 RepeatedIds = Literal["reject", "answers"]
-REPEATED_IDS_HELP = (
-    "Rows of one id. reject: the later ones are rejected. answers: they are several answers to one prompt; each is a "
-    "sample of its own, all of them on the same side of the evaluation split."
-)
 ID_KEYS = ("id", "conversation_id", "prompt_id", "uid")
 HOPELESS_ROWS = 200  # this many rows and not one good: stop at once instead of reading a million more
 

@@ -15,9 +15,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import tyro
+from typing import TYPE_CHECKING, Any
 
 from fledge.data.rejects import Reject
 from fledge.http_client import Address, Limits, ServerError, get, is_public
@@ -30,8 +28,6 @@ FETCH = Limits(total_s=30.0, body_bytes=64 << 20, redirects=5)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # none that starts a program, as EPS does
 LONGEST_PATH = 4096
 URL_SCHEMES = ("http://", "https://")
-ALLOW_HELP = "Fetch the pictures that rows name by URL, from public addresses only. Without it such rows are rejected."
-AllowImageUrls = Annotated[bool, tyro.conf.arg(help=ALLOW_HELP)]  # of every command that reads pictures
 _ALLOWED = "FLEDGE_IMAGE_URLS_ALLOWED"  # a variable of the environment, so that worker processes inherit it
 IMAGE_TYPES = ("image", "image_url", "input_image")
 

@@ -14,10 +14,6 @@ from fledge.data.messages import REASONING_KEYS
 from fledge.data.rejects import Reject
 
 Untraced = Literal["reject", "train"]
-UNTRACED_HELP = (
-    "Rows with a field that the chat template does not render (reasoning, tool calls, tools, a system text). "
-    "reject: they are rejected by name. train: they are trained without it, and counted."
-)
 UNTRACED_REASON = "untraced "  # begins the reason of a rejected row, the field follows
 ARGUMENT = "chat_template_kwargs."  # begins the name of a template argument: it changes the text, it is not in it
 Messages = Sequence[dict[str, Any]]

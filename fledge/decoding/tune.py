@@ -79,7 +79,7 @@ def tune(
     if not pairs:
         raise UserError(
             f"all {len(prompts)} answers are shorter than {MAX_LEVELS + 1} tokens: too short to tune a tree on. Use "
-            f"prompts that ask for more, or a larger --max-new-token."
+            f"prompts that ask for more, or a larger --max-new-tokens."
         )
     widths = [width for width in WIDTHS if tree_proposer(draft, largest_tree(width), 0).width == width]
     with progress("tune", len(widths) + len(NODES) + 3) as bar:

@@ -6,7 +6,6 @@ from a benchmark's summary.json. What is not known is not written; local paths a
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from fledge.drafters.eagle3.config import DraftConfig
 from fledge.errors import UserError
 from fledge.escaping import markdown
 from fledge.export.layouts import LAYOUTS
+from fledge.export.settings import Licence
 from fledge.export.summary import read_summary
 from fledge.parsing import convert, decode_text, read_bytes, read_python_json
 
@@ -25,9 +25,11 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PLAIN_NAME = re.compile(r"[\w./@:+][\w./@:+-]*")
 
 
-class TrainSettings(msgspec.Struct):
-    """What the card reads of the flags of a training run."""
+class TrainedOn(msgspec.Struct):
+    """What the card reads of the flags of a training run; the last two are the names of earlier versions."""
 
+    data: list[str] | None = None
+    states: list[str] | None = None
     train_data_path: list[str] | None = None
     train_hidden_path: list[str] | None = None
 
@@ -36,7 +38,7 @@ class TrainingRun(msgspec.Struct):
     """provenance.json that training wrote."""
 
     target: str | None = None
-    config: TrainSettings | None = None
+    config: TrainedOn | None = None
     steps: int | None = None
     metrics: dict[str, float] | None = None
     versions: dict[str, str] | None = None
@@ -46,18 +48,6 @@ class TrainerState(msgspec.Struct):
     """trainer_state.json, the library's."""
 
     log_history: list[dict[str, Any]] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Licence:
-    """The licence fields of the model card's header."""
-
-    license: str | None = None
-    """Licence of the head as the hub names it (apache-2.0, mit, other ...). None: not stated in the card."""
-    license_name: str | None = None
-    """Name of the licence when --license is other."""
-    license_link: str | None = None
-    """Where its text is, when --license is other."""
 
 
 def model_card(
@@ -123,7 +113,7 @@ def _training(run: dict[str, Any], config: DraftConfig) -> str:
     settings = run.get("config") or {}
     if not settings:
         return ""
-    data = [*(settings.get("train_data_path") or []), *(settings.get("train_hidden_path") or [])]
+    data = [path for name in TrainedOn.__struct_fields__ for path in settings.get(name) or []]
     rows: list[tuple[str, Any]] = [
         ("target", _public(str(run.get("target") or ""))), ("data", ", ".join(_public(str(path)) for path in data)),
         ("steps", run.get("steps")), ("epochs", _figure((run.get("metrics") or {}).get("epoch"))),

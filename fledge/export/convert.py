@@ -1,4 +1,4 @@
-"""`fledge export` and `fledge convert`: heads to and from other programs' layouts.
+"""Heads to and from other programs' layouts.
 
 The round trip is the identity on tensors; an unknown or missing tensor is an error that lists it. How a layout is
 written is a row in `layouts`, how another trainer's head is read a row in `fledge.drafters.eagle3.foreign`.
@@ -6,24 +6,21 @@ written is a row in `layouts`, how another trainer's head is read a row in `fled
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
 
-import tyro
 from safetensors.torch import save_file
 
 from fledge import provenance
-from fledge.config import Overwrite
 from fledge.console import say
 from fledge.drafters.eagle3.checkpoint import WEIGHTS, same_embedding
 from fledge.drafters.eagle3.config import to_json
-from fledge.drafters.eagle3.foreign import TapConvention, origin_of, read_any, read_config
+from fledge.drafters.eagle3.foreign import origin_of, read_any, read_config
 from fledge.drafters.eagle3.head import EMBEDDING, Head, read_head
 from fledge.errors import UserError, naming
-from fledge.export.card import CARD, Licence, model_card
+from fledge.export.card import CARD, model_card
 from fledge.export.hub import push_folder
 from fledge.export.layouts import LAYOUTS, Layout
+from fledge.export.settings import ConvertSettings, ExportSettings
 from fledge.outputs import Output, check, document_has, write_file, write_json, written
-from fledge.ranges import Positive
 from fledge.target.head import TargetEnds
 
 HEAD_FILES = ("config.json", WEIGHTS)
@@ -45,29 +42,7 @@ def write_head(head: Head, folder: Path, layout: Layout, target: str) -> None:
         save_file(renamed, str(folder / WEIGHTS), metadata={"format": "pt"})
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportArgs:
-    head: Annotated[str, tyro.conf.Positional]
-    """The head's folder."""
-    to: Literal["vllm", "sglang", "speculators", "eagle"]
-    """Who will read it."""
-    output_dir: Path
-    """Where to write."""
-    overwrite: Overwrite = False
-    target: str = ""
-    """The target's name as it will be served; written into the speculators config, the model card and its commands."""
-    licence: Licence = dataclasses.field(default_factory=Licence)
-    report: Path | None = None
-    """summary.json of a `fledge bench` run of this head: its measured tau goes into the model card."""
-    notes: Path | None = None
-    """Markdown that goes into the model card as it is: where the data came from, more figures."""
-    push_to_hub: str | None = None
-    """Also upload the exported folder to this hub repository (`name/head`)."""
-    private: bool = False
-    """Make the hub repository private when it is created."""
-
-
-def export_head(args: ExportArgs) -> None:
+def export_head(args: ExportSettings) -> None:
     """Write a head in the layout an engine reads, with its model card, and print the command that serves it."""
     _check_output(args.head, args.output_dir, EXPORT, args.overwrite)
     head, layout = read_head(Path(args.head)), LAYOUTS[args.to]
@@ -88,23 +63,7 @@ def export_head(args: ExportArgs) -> None:
         say(f"uploaded: {push_folder(args.output_dir, args.push_to_hub, private=args.private)}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvertArgs:
-    head: Annotated[str, tyro.conf.Positional]
-    """A head of EAGLE, AngelSlim, SpecForge, speculators or ModelOpt, or one exported for an engine."""
-    output_dir: Path
-    """Where to write fledge's form of it."""
-    overwrite: Overwrite = False
-    target: str | None = None
-    """The target's folder or hub name: its depth fixes what tap ids mean that the head does not explain."""
-    tap_convention: TapConvention = "auto"
-    """What its tap ids mean: input of layer i (vLLM, speculators) or output of layer i (SGLang, SpecForge). auto: by
-    the trainer, else by the target's usual three; never guessed."""
-    rope_theta: Positive | None = None
-    """The rope base the head was trained with, where its config states another."""
-
-
-def convert_head(args: ConvertArgs) -> None:
+def convert_head(args: ConvertSettings) -> None:
     """Bring another trainer's head into fledge's form, so that it can be measured, continued and exported."""
     _check_output(args.head, args.output_dir, CONVERT, args.overwrite)
     num_layers = None

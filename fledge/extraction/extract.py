@@ -1,4 +1,4 @@
-"""`fledge extract`: conversations in, a store of hidden states out.
+"""Conversations in, a store of hidden states out.
 
 Lays the samples out in shards, then fills what is missing, one sample per forward pass. Started again it goes on where
 it stopped; started with more data it adds to the store. Knows where records come from only as a `Producer`.
@@ -13,27 +13,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-import tyro
 
 from fledge import provenance
-from fledge.config import Overwrite
 from fledge.console import ProgressBar, progress, say, show_table, warn
-from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
 from fledge.data.dataset import TokenizedData
-from fledge.data.image_urls import AllowImageUrls, allow_image_urls
+from fledge.data.image_urls import allow_image_urls
 from fledge.data.tokenize import ChatTemplate, Sample
-from fledge.data.traces import UNTRACED_HELP, Untraced
 from fledge.errors import UserError
+from fledge.extraction.settings import ExtractSettings
 from fledge.http_client import base_url
 from fledge.outputs import check
-from fledge.ranges import Count, Natural, Positive, Share
 from fledge.servers.hidden_states import EngineTarget
-from fledge.servers.states_folder import SERVER_FOLDER
 from fledge.storage.states.describe import describe_states
-from fledge.storage.states.manifest import Identity, LastStorage, Manifest, TapStorage
+from fledge.storage.states.manifest import Identity, Manifest
 from fledge.storage.states.shard import ShardBuffer
 from fledge.storage.states.writer import STORE, Ranks, StoreWriter, gib
 from fledge.target import tensor_parallel
@@ -43,80 +38,13 @@ from fledge.target.model import Target, default_device
 from fledge.target.record import TargetRecord
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExtractArgs:
-    """The command's flags."""
-
-    model_name: str
-    """The target: a transformers model folder or hub name."""
-    dataset_path: list[str]
-    """Conversations: files, folders or hub names, one or more."""
-    output_dir: Path
-    """The store. An existing one is continued; what it holds already is not made again."""
-    overwrite: Overwrite = False
-    target_backend: Literal["hf", "vllm"] = "hf"
-    """hf: the target in this process. vllm: a vLLM server that extracts hidden states (see docs/formats.md)."""
-    server: list[str] | None = None
-    """With --target-backend vllm: base URLs of the servers, e.g. http://localhost:8000."""
-    server_folder: Path = SERVER_FOLDER
-    """With --target-backend vllm: the folder where the servers write states (their `shared_storage_path`). Files
-    anywhere else are neither read nor removed."""
-    model_max_length: Count = 2048
-    """Longest sample in tokens; longer ones are cut and counted."""
-    chat_template_type: str | None = None
-    """Named chat template that overrides the tokenizer's own."""
-    train_last_turn_only: bool = False
-    """Supervise only the last answer of each conversation. Part of the store's identity."""
-    data_format: DataFormat = "auto"
-    """Format of the rows."""
-    columns: Annotated[tuple[str, ...], tyro.conf.arg(help=COLUMNS_HELP)] = ()
-    repeated_ids: Annotated[RepeatedIds, tyro.conf.arg(help=REPEATED_IDS_HELP)] = "reject"
-    untraced: Annotated[Untraced, tyro.conf.arg(help=UNTRACED_HELP)] = "reject"
-    max_samples: Count | None = None
-    """Only the first so many samples."""
-    max_reject_share: Share = 0.05
-    """Stop when more than this share of the rows is unusable."""
-    num_proc: Count = 1
-    """Processes for tokenisation; threads that read pictures ahead of the target."""
-    max_pixels: Count | None = None
-    """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
-    min_pixels: Count | None = None
-    """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
-    allow_image_urls: AllowImageUrls = False
-    revision: str | None = None
-    """Revision of a target on the hub."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """dtype the target runs in, and of the stored states. auto: as the checkpoint says."""
-    tap_layers: list[Natural] | None = None
-    """Decoder layers whose inputs are stored. None: 2, N // 2, N - 3."""
-    batch_tokens: Natural = 0
-    """Most tokens of a forward pass, padding included; samples of similar length share one. 0: one sample per pass, and
-    states equal to online training's bit for bit (with batches: to rounding)."""
-    attn_implementation: str | None = None
-    """Attention kernel of transformers, e.g. sdpa, flash_attention_2."""
-    device_map: str | None = None
-    """`auto` spreads a target over all visible GPUs (and the CPU)."""
-    tp_plan: str | None = None
-    """`auto` cuts every layer over the processes of torchrun (tensor parallel): one target on all of them."""
-    tap_storage: TapStorage = "same"
-    """fp8 halves the taps' size: one scale per row and tap."""
-    last_storage: LastStorage = "all"
-    """supervised keeps the last state only where the assistant wrote: nothing else teaches."""
-    shard_mb: Positive = 256
-    """Size of a shard; at most one shard of work is lost when the run is killed."""
-    num_workers: Count = 1
-    """Processes, each with its own copy of the target, spread over GPUs and nodes by Ray."""
-    gpus_per_worker: Natural = 1
-    """GPUs of each worker (0: CPU). More than one needs --device-map auto."""
-
-
 class Producer(Protocol):
     """Whoever turns samples into records."""
 
     def records(self, samples: Iterable[Sample]) -> Iterator[TargetRecord]: ...
 
 
-def extract(args: ExtractArgs) -> None:
+def extract(args: ExtractSettings) -> None:
     """Store the target's hidden states for a data set, so that training needs no target.
 
     Resumes where it stopped, adds what is new, refuses to mix targets or templates, and checks the disk first. Runs on
@@ -140,14 +68,14 @@ def extract(args: ExtractArgs) -> None:
     print(json.dumps({"output_dir": str(args.output_dir), "complete": manifest.complete, **counts}))
 
 
-def extract_share(args: ExtractArgs, ranks: Ranks) -> Manifest | None:
+def extract_share(args: ExtractSettings, ranks: Ranks) -> Manifest | None:
     """One process's part of the work. The manifest for the first rank, None for the others."""
     if args.tp_plan:
         return extract_in_parts(args, ranks)
     return fill_from(open_target(args), args, ranks)
 
 
-def extract_in_parts(args: ExtractArgs, ranks: Ranks) -> Manifest | None:
+def extract_in_parts(args: ExtractSettings, ranks: Ranks) -> Manifest | None:
     """One target over all ranks: the first writes the whole store."""
     tensor_parallel.check_world(ranks.world, str(args.tp_plan))
     if args.target_backend != "hf" or args.num_workers > 1 or args.device_map or args.batch_tokens:
@@ -160,14 +88,14 @@ def extract_in_parts(args: ExtractArgs, ranks: Ranks) -> Manifest | None:
         return None
     try:
         # the loaded head may be a part of the whole
-        head = TargetEnds.from_files(args.model_name, dtype=target.dtype, revision=args.revision).head
+        head = TargetEnds.from_files(args.target, dtype=target.dtype, revision=args.revision).head
         producer = tensor_parallel.LeadingSource(target, head.to(target.device))
         return fill_from(open_loaded(args, target, head, producer), args, Ranks())
     finally:
         tensor_parallel.dismiss()
 
 
-def fill_from(opened: "OpenTarget", args: ExtractArgs, ranks: Ranks) -> Manifest | None:
+def fill_from(opened: "OpenTarget", args: ExtractSettings, ranks: Ranks) -> Manifest | None:
     samples = Samples.read(args, opened.template)
     manifest = fill(
         args.output_dir, opened.identity, opened.head, opened.producer, samples, shard_bytes=int(args.shard_mb * 2**20),
@@ -214,15 +142,15 @@ class Samples:
         self.index = dict(zip(self.ids, self._positions, strict=True))
 
     @classmethod
-    def read(cls, args: ExtractArgs, template: ChatTemplate) -> "Samples":
+    def read(cls, args: ExtractSettings, template: ChatTemplate) -> "Samples":
         """Tokenise the data of the command."""
         parts = [
             TokenizedData.from_path(
                 path, template, max_length=args.model_max_length, data_format=args.data_format,
                 max_reject_share=args.max_reject_share, num_proc=args.num_proc, columns=args.columns,
-                repeated_ids=args.repeated_ids,
+                repeated_ids=args.repeated_ids, split=args.split,
             )
-            for path in args.dataset_path
+            for path in args.data
         ]  # fmt: skip
         return cls.of(parts, args.max_samples, threads=args.num_proc if template.vision else 0)
 
@@ -273,7 +201,7 @@ class OpenTarget:
     pinned: bool
 
 
-def open_target(args: ExtractArgs) -> OpenTarget:
+def open_target(args: ExtractSettings) -> OpenTarget:
     """Load the target (hf), or its ends and a client of the server (vllm)."""
     allow_image_urls(args.allow_image_urls)
     if args.target_backend == "vllm":
@@ -289,22 +217,22 @@ def open_target(args: ExtractArgs) -> OpenTarget:
     return open_loaded(args, target, TargetHead.of(target), producer)
 
 
-def load_target(args: ExtractArgs) -> Target:
+def load_target(args: ExtractSettings) -> Target:
     return Target.from_pretrained(
-        args.model_name, dtype=args.dtype, device=device_of_rank(), device_map=args.device_map, tp_plan=args.tp_plan,
+        args.target, dtype=args.dtype, device=device_of_rank(), device_map=args.device_map, tp_plan=args.tp_plan,
         tap_layers=args.tap_layers or None, revision=args.revision, attn_implementation=args.attn_implementation,
         min_pixels=args.min_pixels, max_pixels=args.max_pixels,
     )  # fmt: skip
 
 
-def open_served(args: ExtractArgs) -> OpenTarget:
+def open_served(args: ExtractSettings) -> OpenTarget:
     """The client of `fledge extract --target-backend vllm`."""
     target = EngineTarget.open(
-        args.model_name, args.server or (), dtype=args.dtype, tap_layers=args.tap_layers, revision=args.revision,
+        args.target, args.server, dtype=args.dtype, tap_layers=args.tap_layers or None, revision=args.revision,
         folder=args.server_folder,
     )  # fmt: skip
     template = ChatTemplate.from_pretrained(
-        args.model_name, args.chat_template_type or None, untraced=args.untraced,
+        args.target, args.chat_template_type or None, untraced=args.untraced,
         last_turn_only=args.train_last_turn_only,
     )  # fmt: skip
     identity = target.identity(
@@ -314,7 +242,7 @@ def open_served(args: ExtractArgs) -> OpenTarget:
     return OpenTarget(template, identity, target.ends.head, target.source, False)
 
 
-def open_loaded(args: ExtractArgs, target: Target, head: TargetHead, producer: Producer) -> OpenTarget:
+def open_loaded(args: ExtractSettings, target: Target, head: TargetHead, producer: Producer) -> OpenTarget:
     """A loaded target with its template and the identity of its states."""
     template = ChatTemplate(
         target.tokenizer, args.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision,
@@ -324,7 +252,7 @@ def open_loaded(args: ExtractArgs, target: Target, head: TargetHead, producer: P
     return OpenTarget(template, identity, head, producer, target.device.type == "cuda")
 
 
-def identity_of(target: Target, head: TargetHead, template: ChatTemplate, args: ExtractArgs) -> Identity:
+def identity_of(target: Target, head: TargetHead, template: ChatTemplate, args: ExtractSettings) -> Identity:
     """What the states of this run depend on."""
     return describe_states(
         target.name, target.revision, target.text_config, head, target.tap_layers, template,
@@ -345,7 +273,7 @@ def device_of_rank() -> torch.device:
     return torch.device(device.type, int(local)) if local is not None and device.type != "cpu" else device
 
 
-def extract_with_workers(args: ExtractArgs) -> Manifest:
+def extract_with_workers(args: ExtractSettings) -> Manifest:
     """The same work by several Ray workers: each is a rank and makes its own shards."""
     from fledge.storage.states.manifest import read_manifest
     from fledge.workers import run_jobs

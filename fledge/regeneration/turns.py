@@ -16,10 +16,10 @@ from fledge.data.image_urls import anchored, has_images
 from fledge.data.rejects import Reject
 from fledge.data.sampling import ExtraSampling, TemperatureMixture, fraction
 from fledge.data.thinking import BOOLEAN_SWITCHES, ThinkingSwitch
-from fledge.regeneration.args import AnswerArgs, PromptSourceArgs
 from fledge.regeneration.engine import Engine, PromptAnswer, PromptRequest
 from fledge.regeneration.fields import FieldCheck
 from fledge.regeneration.questions import Message, Turn, turns_of
+from fledge.regeneration.settings import AnswerSettings, PromptSourceSettings
 
 if TYPE_CHECKING:
     from fledge.data.tokenize import ChatTemplate
@@ -53,7 +53,9 @@ class Drawn:
 class Asker:
     """Asks the user turns of conversations in order, each with the target's own previous answers before it."""
 
-    def __init__(self, prompts: PromptSourceArgs, answers: AnswerArgs, engine: Engine, extra: ExtraSampling) -> None:
+    def __init__(
+        self, prompts: PromptSourceSettings, answers: AnswerSettings, engine: Engine, extra: ExtraSampling
+    ) -> None:
         self._prompts, self._answers, self._engine, self._extra = prompts, answers, engine, extra
         self._mixture = TemperatureMixture.parse(answers.temperature)
         needed = answers.thinking != "default" or prompts.max_prompt_length is not None
@@ -246,14 +248,14 @@ def _folder_of(conversation: Conversation) -> Path:
     return Path(conversation.where.rpartition(":")[0] or ".").parent
 
 
-def _find_template(prompts: PromptSourceArgs, model: str) -> "ChatTemplate | None":
-    """The target's template: that of --tokenizer, else of the servers' model (any name) if it is on this machine."""
+def _find_template(prompts: PromptSourceSettings, model: str) -> "ChatTemplate | None":
+    """The target's template: that of --target, else of the servers' model (any name) if it is on this machine."""
     from transformers import AutoTokenizer
 
     from fledge.data.tokenize import ChatTemplate
 
-    if prompts.tokenizer or prompts.max_prompt_length is not None:
-        return ChatTemplate.from_pretrained(prompts.tokenizer or model)
+    if prompts.target or prompts.max_prompt_length is not None:
+        return ChatTemplate.from_pretrained(prompts.target or model)
     try:
         return ChatTemplate(AutoTokenizer.from_pretrained(model, local_files_only=True))
     except Exception:  # not here, or not to be read: the library's types vary
@@ -266,6 +268,6 @@ def _switch(template: "ChatTemplate | None", model: str) -> ThinkingSwitch:
     names = " and ".join(BOOLEAN_SWITCHES.on)
     warn(
         f"{model}: its chat template is not on this machine, so --thinking is sent as {names}. Name the target's "
-        "folder or hub name with --tokenizer to have the template's own switch."
+        "folder or hub name with --target to have the template's own switch."
     )
     return BOOLEAN_SWITCHES

@@ -24,7 +24,8 @@ from fledge.data.tokenize import ChatTemplate, Sample
 from fledge.errors import UserError
 from fledge.http_client import Client, Limits, ServerError, base_url, blocking, post
 from fledge.servers.replies import StatesReply, check_status, read_reply, served_model
-from fledge.servers.states_folder import SERVER_FOLDER, take_states
+from fledge.servers.settings import SERVER_FOLDER
+from fledge.servers.states_folder import take_states
 from fledge.storage.states.describe import describe_states
 from fledge.storage.states.manifest import Identity, LastStorage, TapStorage
 from fledge.target.head import TargetEnds

@@ -1,4 +1,4 @@
-"""`fledge serve`: vLLM servers of the target, one per group of GPUs. The only file that knows vLLM's command line.
+"""vLLM servers of the target, one per group of GPUs. The only file that knows vLLM's command line.
 
 Starts `vllm serve` as a program, so vLLM may live in a virtual environment of its own (--vllm, or the variable VLLM).
 Server i listens on base_port + i and logs to its own file; all of them live and die together.
@@ -18,16 +18,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Any
 
 import psutil
-import tyro
 
-from fledge import config
 from fledge.console import progress, say, show_table
 from fledge.errors import UserError
 from fledge.http_client import Limits, ServerError, get
 from fledge.ranges import Count, Port, Positive
+from fledge.servers.settings import SpeculationSettings
+from fledge.target.settings import TargetSettings
 
 POLL_S = 0.5
 STOP_PATIENCE_S = 20.0
@@ -41,9 +41,11 @@ GPU_NAME = re.compile(r"(GPU|MIG)-[\w/-]+$")
 FEW_CORES = 4  # of a server: too few to keep one for its scheduler, as vLLM does
 
 
-@dataclass(kw_only=True)
-class ServeArgs:
-    model_name_or_path: str
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings(TargetSettings, SpeculationSettings):
+    """Servers of one target."""
+
+    target: str
     """The target: a folder or hub name. It is served under this name unless `-- --served-model-name` says otherwise."""
     num_servers: Count | None = None
     """Servers to start. None: as many as the GPUs make groups of --tensor-parallel-size; one without GPUs."""
@@ -59,17 +61,14 @@ class ServeArgs:
     """Longest prompt and answer together. None: what the model allows."""
     draft: str | None = None
     """EAGLE-3 head to decode with (an exported folder or hub name)."""
-    num_speculative_tokens: Count = 3
-    """Tokens the head drafts per round; only with --draft."""
     log_dir: Path = Path("outputs/serve")
     """Folder of the servers' logs."""
     start_timeout_s: Positive = 1800.0
     """Seconds a server may take until it answers."""
     vllm: str = dataclasses.field(default_factory=lambda: os.environ.get("VLLM") or "vllm")
     """The vllm program; a path when it lives in another virtual environment. Default: the variable VLLM."""
-    print: bool = False
-    """Show the commands and start nothing."""
-    vllm_args: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    vllm_args: tuple[str, ...] = ()
+    """Arguments for vLLM as they are."""
 
 
 @dataclass(frozen=True)
@@ -99,24 +98,11 @@ class Server:
         return f"{where}{shlex.join(self.command)} >> {shlex.quote(str(self.log))} 2>&1 &"
 
 
-def parse_args(args_class: type[ServeArgs], argv: Sequence[str], *, prog: str, description: str) -> ServeArgs:
-    """Everything after `--` belongs to vLLM."""
-    words = list(argv)
-    cut = words.index("--") if "--" in words else len(words)
-    args = config.parse(args_class, words[:cut], prog=prog, description=description)
-    return dataclasses.replace(args, vllm_args=(*args.vllm_args, *words[cut + 1 :]))
-
-
-def serve(args: ServeArgs) -> None:
-    """Start one vLLM server per GPU group and keep them running. Arguments after `--` go to vLLM as they are."""
-    servers = plan(args, visible_gpus(args.gpus))
-    if args.print:
-        for server in servers:
-            print(server.shell_line())
-        return
-    with running(servers, args.start_timeout_s) as processes:
+def keep_running(settings: ServerSettings, servers: Sequence[Server]) -> None:
+    """Start these servers and watch them until Ctrl-C; the end of one ends all."""
+    with running(servers, settings.start_timeout_s) as processes:
         show_table(
-            f"{args.model_name_or_path}: {len(servers)} server{'s' * (len(servers) > 1)} ready. Ctrl-C stops all.",
+            f"{settings.target}: {len(servers)} server{'s' * (len(servers) > 1)} ready. Ctrl-C stops all.",
             ("URL", "GPUs", "log"),
             [(f"{server.url}/v1", server.gpus or "none (CPU)", server.log) for server in servers],
         )
@@ -127,10 +113,10 @@ def serve(args: ServeArgs) -> None:
     say("all servers are stopped")
 
 
-def plan(args: ServeArgs, gpus: Sequence[str]) -> list[Server]:
-    """The servers these flags ask for, on these GPUs."""
-    size = args.tensor_parallel_size
-    count = args.num_servers if args.num_servers is not None else max(len(gpus) // size, 1)
+def plan(settings: ServerSettings, gpus: Sequence[str]) -> list[Server]:
+    """The servers these settings ask for, on these GPUs."""
+    size = settings.tensor_parallel_size
+    count = settings.num_servers if settings.num_servers is not None else max(len(gpus) // size, 1)
     if size < 1 or count < 1:
         raise UserError(f"--tensor-parallel-size is {size} and --num-servers {count}; both must be at least 1.")
     if gpus and count * size > len(gpus):
@@ -138,14 +124,14 @@ def plan(args: ServeArgs, gpus: Sequence[str]) -> list[Server]:
             f"{count} servers of {size} GPUs need {count * size} GPUs, {len(gpus)} are visible ({','.join(gpus)}). "
             "Lower --num-servers or --tensor-parallel-size."
         )
-    on_cpu = [{}] * count if gpus else cpu_environments(args.vllm, count, size)
+    on_cpu = [{}] * count if gpus else cpu_environments(settings.vllm, count, size)
     return [
         Server(
-            command=_command(args, args.base_port + index),
-            port=args.base_port + index,
+            command=_command(settings, settings.base_port + index),
+            port=settings.base_port + index,
             gpus=",".join(gpus[index * size : (index + 1) * size]),
-            log=args.log_dir / f"server-{args.base_port + index}.log",
-            host=args.host,
+            log=settings.log_dir / f"server-{settings.base_port + index}.log",
+            host=settings.host,
             on_cpu=on_cpu[index],
         )
         for index in range(count)
@@ -185,15 +171,15 @@ def physical_cores() -> list[int]:
     return sorted(core.values())
 
 
-def _command(args: ServeArgs, port: int) -> tuple[str, ...]:
-    words = [args.vllm, "serve", args.model_name_or_path, "--host", args.host, "--port", str(port)]
-    if args.tensor_parallel_size > 1:
-        words += ["--tensor-parallel-size", str(args.tensor_parallel_size)]
-    if args.max_model_len is not None:
-        words += ["--max-model-len", str(args.max_model_len)]
-    if args.draft:
-        words += ["--speculative-config", speculative_config(args.draft, args.num_speculative_tokens)]
-    return (*words, *args.vllm_args)
+def _command(settings: ServerSettings, port: int) -> tuple[str, ...]:
+    words = [settings.vllm, "serve", settings.target, "--host", settings.host, "--port", str(port)]
+    if settings.tensor_parallel_size > 1:
+        words += ["--tensor-parallel-size", str(settings.tensor_parallel_size)]
+    if settings.max_model_len is not None:
+        words += ["--max-model-len", str(settings.max_model_len)]
+    if settings.draft:
+        words += ["--speculative-config", speculative_config(settings.draft, settings.num_speculative_tokens)]
+    return (*words, *settings.vllm_args)
 
 
 def speculative_config(draft: str, num_speculative_tokens: int) -> str:

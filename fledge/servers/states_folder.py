@@ -20,8 +20,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from fledge.http_client import ServerError, one_line
+from fledge.servers.settings import SERVER_FOLDER
 
-SERVER_FOLDER = Path("/dev/shm/fledge")  # also in the command that `fledge extract --target-backend vllm` prints
 LOCK_TIMEOUT_S = 300.0
 LOCK_POLL_S = 0.005
 HEADER_BYTES = 1 << 20

@@ -24,7 +24,7 @@ from fledge.storage.states.reader import HiddenStore
 from fledge.target.head import TargetHead
 from fledge.target.live import LiveSource
 from fledge.target.model import Target
-from fledge.train.arguments import TrainArgs
+from fledge.train.arguments import TrainSettings
 from fledge.train.records import Part, Records, by_id, without
 from fledge.train.sources import Source, count_supervised, tokenise_all
 from fledge.train.stored import count_stored, open_stores, source_from
@@ -33,22 +33,22 @@ SHARD_BYTES = 256 << 20
 POLL_S = 0.5
 
 
-def cached_source(args: TrainArgs) -> Source:
-    """The source for --train_hidden_path and --train_data_path (or --eval_data_path) together."""
-    data = args.data
-    if not data.target_model_name_or_path:
+def cached_source(args: TrainSettings) -> Source:
+    """The source for --states and --data (or --eval-data) together."""
+    inputs = args.inputs
+    if not inputs.target:
         raise UserError(
-            "--target_model_name_or_path is needed beside conversations: its tokenizer, and the target itself for what "
-            "the store lacks. Leave --train_data_path and --eval_data_path out to train on the store alone."
+            "--target is needed beside conversations: its tokenizer, and the target itself for what "
+            "the store lacks. Leave --data and --eval-data out to train on the store alone."
         )
     template = ChatTemplate.from_pretrained(
-        data.target_model_name_or_path, data.chat_template_type or None, min_pixels=data.min_pixels,
-        max_pixels=data.max_pixels, last_turn_only=data.train_last_turn_only, untraced=data.untraced,
+        inputs.target, inputs.chat_template_type or None, min_pixels=inputs.min_pixels,
+        max_pixels=inputs.max_pixels, last_turn_only=inputs.train_last_turn_only, untraced=inputs.untraced,
     )  # fmt: skip
-    parts, held_out = tokenise_all(data, template)
-    train_ids = [id for part in parts for id in part.ids][: data.max_samples]
+    parts, held_out = tokenise_all(inputs, template)
+    train_ids = [id for part in parts for id in part.ids][: inputs.max_samples]
     eval_ids = [id for part in held_out for id in part.ids]
-    threads = (data.num_proc or 1) if template.vision else 0
+    threads = inputs.num_proc if template.vision else 0
     complete(args, template, Samples.of([*parts, *held_out], threads=threads).only({*train_ids, *eval_ids}))
     train_stores, eval_stores = open_stores(args)
     stores = [*train_stores, *eval_stores]
@@ -62,10 +62,10 @@ def cached_source(args: TrainArgs) -> Source:
     return source_from(args, train_stores[0], Records(train), Records(evaluated) if evaluated else None, counts, always)
 
 
-def complete(args: TrainArgs, template: ChatTemplate, samples: Samples) -> None:
+def complete(args: TrainSettings, template: ChatTemplate, samples: Samples) -> None:
     """Extract what the stores lack into the first one."""
-    data = args.data
-    folders = [Path(path).expanduser() for path in (*data.train_hidden_path, *data.eval_hidden_path)]
+    inputs = args.inputs
+    folders = [Path(path).expanduser() for path in (*inputs.states, *inputs.eval_states)]
     stores = [HiddenStore(folder, allow_incomplete=True) for folder in folders if (folder / MANIFEST).is_file()]
     missing = samples.only(set(samples.ids) - stored_ids(stores, samples))
     if not missing.ids:
@@ -97,22 +97,22 @@ def stored_ids(stores: Sequence[HiddenStore], samples: Samples) -> set[str]:
     return found
 
 
-def target_for_extraction(args: TrainArgs, template: ChatTemplate, folder: Path) -> OpenTarget:
+def target_for_extraction(args: TrainSettings, template: ChatTemplate, folder: Path) -> OpenTarget:
     """The target of the flags, and the identity of what it adds; an existing store keeps its own way of storing."""
     before = read_manifest(folder).identity if (folder / MANIFEST).is_file() else None
     kept: Any = {
-        "max_length": args.data.model_max_length,
+        "max_length": args.inputs.model_max_length,
         "tap_storage": before.tap_storage if before else "same",
         "last_storage": before.last_storage if before else "all",
     }
-    name, taps = str(args.data.target_model_name_or_path), args.draft.tap_layers or None
-    if args.data.target_backend == "vllm":
+    name, taps = str(args.inputs.target), args.draft.tap_layers or None
+    if args.inputs.target_backend == "vllm":
         served = EngineTarget.open(
-            name, args.data.server, dtype=args.draft.target_dtype, tap_layers=taps,
-            folder=Path(args.data.server_folder),
+            name, args.inputs.server, dtype=args.inputs.dtype, tap_layers=taps,
+            folder=args.inputs.server_folder,
         )  # fmt: skip
         return OpenTarget(template, served.identity(template, **kept), served.ends.head, served.source, False)
-    target = Target.from_pretrained(name, dtype=args.draft.target_dtype, device=args.trainer.device, tap_layers=taps)
+    target = Target.from_pretrained(name, dtype=args.inputs.dtype, device=args.trainer.device, tap_layers=taps)
     head = TargetHead.of(target)
     identity = describe_states(
         target.name, target.revision, target.text_config, head, target.tap_layers, template,

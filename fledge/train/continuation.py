@@ -44,7 +44,7 @@ def check_resumable(checkpoint: Path) -> None:
         if not files:
             raise UserError(
                 f"{checkpoint}: its {what} is missing ({' or '.join(patterns)}), so the run cannot go on as it was. "
-                f"Give another checkpoint to --resume_from_checkpoint, or start from this one's head with --init_from."
+                f"Give another checkpoint to --resume_from_checkpoint, or start from this one's head with --init-from."
             )
         if torn := next((path for path in files if path.is_file() and not zipfile.is_zipfile(path)), None):
             raise UserError(f"{torn}: cut or damaged. Give another checkpoint to --resume_from_checkpoint.")

@@ -160,13 +160,13 @@ def read_best(output_dir: Path) -> Decoded | None:
 
 
 def decoding_evaluation(flags: Any, source: Any, open_target: Any) -> DecodingEvaluation | None:
-    """What the flags ask for; None without --eval_decode_steps. `open_target()` loads a target where none is."""
+    """What the flags ask for; None without --eval-decode-steps. `open_target()` loads a target where none is."""
     if not flags.eval_decode_steps:
         return None
     if source.eval is None:
         raise UserError(
-            "--eval_decode_steps decodes held-out conversations, and there are none: give --eval_data_path, "
-            "--eval_hidden_path or --eval_fraction."
+            "--eval-decode-steps decodes held-out conversations, and there are none: give --eval-data, "
+            "--eval-states or --eval-fraction."
         )
     target = source.target if source.target is not None else open_target()
     room = getattr(target.text_config, "max_position_embeddings", 1 << 30) - flags.eval_decode_max_new_tokens
@@ -174,7 +174,7 @@ def decoding_evaluation(flags: Any, source: Any, open_target: Any) -> DecodingEv
     prompts = held_out_prompts(source.eval, flags.eval_decode_prompts, room, picture_token)
     if not prompts:
         raise UserError(
-            "--eval_decode_steps: no held-out conversation has a prompt that leaves room for an answer (with pictures, "
+            "--eval-decode-steps: no held-out conversation has a prompt that leaves room for an answer (with pictures, "
             "stored states have none: pixels are not kept)."
         )
     if len(prompts) < flags.eval_decode_prompts:

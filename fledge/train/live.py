@@ -5,25 +5,25 @@ from fledge.errors import UserError
 from fledge.target.head import TargetHead
 from fledge.target.live import LiveSource
 from fledge.target.model import Target
-from fledge.train.arguments import TrainArgs
+from fledge.train.arguments import TrainSettings
 from fledge.train.sources import Source, conversations
 
 
-def live_source(args: TrainArgs) -> Source:
+def live_source(args: TrainSettings) -> Source:
     """The target over tokenised conversations."""
-    data = args.data
-    assert data.target_model_name_or_path is not None
-    if data.server:
-        raise UserError("--server is for --target_backend vllm; the hf backend runs the target in this process.")
+    inputs = args.inputs
+    assert inputs.target is not None
+    if inputs.server:
+        raise UserError("--server is for --target-backend vllm; the hf backend runs the target in this process.")
     target = Target.from_pretrained(
-        data.target_model_name_or_path, dtype=args.draft.target_dtype, device=args.trainer.device,
-        tap_layers=args.draft.tap_layers or None, min_pixels=data.min_pixels, max_pixels=data.max_pixels,
+        inputs.target, dtype=args.inputs.dtype, device=args.trainer.device,
+        tap_layers=args.draft.tap_layers or None, min_pixels=inputs.min_pixels, max_pixels=inputs.max_pixels,
     )  # fmt: skip
     template = ChatTemplate(
-        target.tokenizer, data.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision,
-        last_turn_only=data.train_last_turn_only, untraced=data.untraced,
+        target.tokenizer, inputs.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision,
+        last_turn_only=inputs.train_last_turn_only, untraced=inputs.untraced,
     )  # fmt: skip
-    train_data, held_out, counts, always = conversations(data, template, target.vocab_size)
+    train_data, held_out, counts, always = conversations(inputs, template, target.vocab_size)
     return Source(
         train=train_data,
         eval=held_out,

@@ -92,7 +92,7 @@ def split(parts: Sequence[Part], eval_fraction: float) -> tuple[list[Part], list
         out = np.array([hash_share(conversation_id(id), 0) < eval_fraction for id in part.ids], dtype=bool)
         if out.all() or not out.any():
             raise UserError(
-                f"--eval_fraction {eval_fraction} of {len(out)} records leaves {int(out.sum())} for evaluation and "
+                f"--eval-fraction {eval_fraction} of {len(out)} records leaves {int(out.sum())} for evaluation and "
                 f"{int((~out).sum())} for training. Store more, or choose another fraction."
             )
         train.append(Part(part.store, part.rows[~out]))

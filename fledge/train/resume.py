@@ -31,7 +31,7 @@ FREE = {
     "num_train_epochs", "max_steps", "output_dir", "logging_dir", "report_to", "run_name", "save_steps",
     "save_strategy", "save_total_limit", "logging_steps", "logging_strategy", "logging_first_step", "eval_steps",
     "eval_strategy", "resume_from_checkpoint", "dataloader_num_workers", "num_proc", "disable_tqdm", "log_level",
-    "eval_data_path", "eval_hidden_path", "local_rank", "use_cpu", "save_dtype", "hub_token", "push_to_hub",
+    "eval_data", "eval_states", "local_rank", "use_cpu", "save_dtype", "hub_token", "push_to_hub",
     "ddp_timeout", "dataloader_prefetch_factor", "dataloader_persistent_workers", "eval_on_start",
     "eval_decode_steps", "eval_decode_prompts", "eval_decode_max_new_tokens", "eval_decode_tree",
     "eval_decode_load_best", "activation_checkpointing", "gradient_checkpointing",

@@ -1,4 +1,4 @@
-"""`fledge train`: data or stored states in, a draft head out.
+"""Data or stored states in, a draft head out.
 
 Puts the stages together: source -> draft vocabulary -> draft -> Trainer -> final head with provenance.
 """
@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,15 @@ from fledge.storage.angelslim import ckpt_files
 from fledge.storage.states.manifest import MANIFEST
 from fledge.target.model import Target
 from fledge.target.record import TargetRecord
-from fledge.train.arguments import DraftArguments, TrainArgs, TrainerArguments, parse_args
+from fledge.train.arguments import TrainerArguments, TrainSettings
 from fledge.train.continuation import check_resumable, check_same_inputs
 from fledge.train.evaluate import DecodingCallback, decoding_evaluation
 from fledge.train.module import TTTModule
 from fledge.train.resume import begin, check_same_run, check_start, find_checkpoint
+from fledge.train.settings import DraftSettings
 from fledge.train.sources import Source
 from fledge.train.trainer import DraftTrainer
 from fledge.train.warm_start import architecture_of, continue_from
-
-__all__ = ["TrainArgs", "parse_args", "train"]
 
 DEFAULT_DRAFT_VOCAB = 32_000
 STARTING_SAMPLES = 8  # whose states set the scale of a fresh head
@@ -44,12 +44,12 @@ STARTING_SAMPLES = 8  # whose states set the scale of a fresh head
 _last_operations: list = []  # never freed: see `leave`
 
 
-def train(args: TrainArgs) -> None:
-    """Train a draft head: online (--train_data_path, the target in this process) or offline (--train_hidden_path).
+def train(args: TrainSettings) -> None:
+    """Train a draft head: online (--data, the target in this process) or offline (--states).
 
     Ends with a head in --output_dir that fledge, vLLM and SGLang load. A run that was stopped continues where it was.
     """
-    allow_image_urls(args.data.allow_image_urls)
+    allow_image_urls(args.inputs.allow_image_urls)
     output_dir, wanted = Path(str(args.trainer.output_dir)), args.trainer.resume_from_checkpoint
     check_start(output_dir, wanted, args.trainer.overwrite)
     if (checkpoint := find_checkpoint(output_dir, wanted)) is not None:
@@ -61,7 +61,7 @@ def train(args: TrainArgs) -> None:
     _resolve(args, config)
     draft = make_draft(config, args.draft, source, args.trainer.seed)
     module = TTTModule(
-        draft, source.teacher_head, args.draft.ttt_steps, args.draft.loss_settings(), source.teacher_rows,
+        draft, source.teacher_head, args.draft.ttt_steps, args.loss_settings(), source.teacher_rows,
         survival=args.draft.depth_survival, seed=args.trainer.seed,
     )  # fmt: skip
     evaluation = decoding_evaluation(args.evaluation, source, lambda: target_for_evaluation(args, source))
@@ -82,18 +82,18 @@ def train(args: TrainArgs) -> None:
     leave(args.trainer.device)
 
 
-def check_paths(args: TrainArgs) -> None:
+def check_paths(args: TrainSettings) -> None:
     """Look at what the flags name before a target is loaded, which may take minutes."""
-    for path in (*args.data.train_data_path, *args.data.eval_data_path):
+    for path in (*args.inputs.data, *args.inputs.eval_data):
         check_source(path)
-    if args.draft.draft_model_config_path:
-        read_overrides(Path(args.draft.draft_model_config_path))
+    if args.draft.draft_config:
+        read_overrides(Path(args.draft.draft_config))
     if args.draft.init_from:
         read_config(Path(args.draft.init_from))
 
 
 @contextmanager
-def run_folder(args: TrainArgs, source: Source) -> Iterator[tuple[str, str | None]]:
+def run_folder(args: TrainSettings, source: Source) -> Iterator[tuple[str, str | None]]:
     """The output folder as this run's own: its run id (of the process that saves), the checkpoint to resume from."""
     output_dir, wanted, held = Path(str(args.trainer.output_dir)), args.trainer.resume_from_checkpoint, None
     try:
@@ -112,22 +112,22 @@ def run_folder(args: TrainArgs, source: Source) -> Iterator[tuple[str, str | Non
             held.release()
 
 
-def open_source(args: TrainArgs) -> Source:
+def open_source(args: TrainSettings) -> Source:
     """What the flags ask to train on. Each kind is imported only when it is asked for."""
-    data = args.data
-    if not data.train_hidden_path:
-        if not data.target_model_name_or_path:
-            raise UserError("--target_model_name_or_path is needed for online training: its folder or hub name.")
-        if not data.train_data_path:
-            raise UserError("--train_data_path is needed (conversations), or --train_hidden_path (stored states).")
-        if data.target_backend == "vllm":
+    inputs = args.inputs
+    if not inputs.states:
+        if not inputs.target:
+            raise UserError("--target is needed for online training: its folder or hub name.")
+        if not inputs.data:
+            raise UserError("--data is needed (conversations), or --states (stored states).")
+        if inputs.target_backend == "vllm":
             from fledge.train.served import served_source
 
             return served_source(args)
         from fledge.train.live import live_source
 
         return live_source(args)
-    folders = [Path(path).expanduser() for path in (*data.train_hidden_path, *data.eval_hidden_path)]
+    folders = [Path(path).expanduser() for path in (*inputs.states, *inputs.eval_states)]
     foreign = [folder for folder in folders if not (folder / MANIFEST).is_file() and ckpt_files(folder)]
     if foreign and len(foreign) < len(folders):
         raise UserError(f"{foreign[0]} holds .ckpt files, the other paths stores of fledge: train on one kind.")
@@ -135,7 +135,7 @@ def open_source(args: TrainArgs) -> Source:
         from fledge.train.foreign import angelslim_source
 
         return angelslim_source(args)
-    if data.train_data_path or data.eval_data_path:
+    if inputs.data or inputs.eval_data:
         from fledge.train.cached import cached_source
 
         return cached_source(args)
@@ -144,31 +144,31 @@ def open_source(args: TrainArgs) -> Source:
     return stored_source(args)
 
 
-def target_for_evaluation(args: TrainArgs, source: Source) -> Target:
-    """The target of stored states, loaded because --eval_decode_steps decodes with it."""
-    name = args.data.target_model_name_or_path
+def target_for_evaluation(args: TrainSettings, source: Source) -> Target:
+    """The target of stored states, loaded because --eval-decode-steps decodes with it."""
+    name = args.inputs.target
     if not name:
         raise UserError(
-            f"--eval_decode_steps decodes with the target, which training from stored states does not load. Give "
-            f"--target_model_name_or_path (the states are of {source.target_name}), or leave --eval_decode_steps out "
+            f"--eval-decode-steps decodes with the target, which training from stored states does not load. Give "
+            f"--target (the states are of {source.target_name}), or leave --eval-decode-steps out "
             f"and measure with `fledge bench`."
         )
     say(f"loading {name} for the evaluation by decoding")
-    dtype = source.head_weight.dtype if args.draft.target_dtype == "auto" else args.draft.target_dtype
+    dtype = source.head_weight.dtype if args.inputs.dtype == "auto" else args.inputs.dtype
     target = Target.from_pretrained(name, dtype=dtype, device=args.trainer.device, tap_layers=source.tap_layers)
     if not torch.equal(target.embedding_weight.to(source.embedding), source.embedding):
         raise UserError(
             f"{name}: its embedding is not that of the target whose states are trained on ({source.target_name}). Give "
-            f"the same target, or leave --eval_decode_steps out."
+            f"the same target, or leave --eval-decode-steps out."
         )
     return target
 
 
-def draft_config(args: DraftArguments, source: Source) -> DraftConfig:
+def draft_config(args: DraftSettings, source: Source) -> DraftConfig:
     """Derived from the target, sizes overridden by a file or the head to continue, the vocabulary by its flag."""
     overrides: dict[str, Any] = {}
-    if args.draft_model_config_path:
-        overrides = read_overrides(Path(args.draft_model_config_path))
+    if args.draft_config:
+        overrides = read_overrides(Path(args.draft_config))
     elif args.init_from:
         overrides = architecture_of(Path(args.init_from), source.text_config.num_hidden_layers, args.draft_type)
     vocab_size = source.head_weight.shape[0]
@@ -187,8 +187,8 @@ def draft_config(args: DraftArguments, source: Source) -> DraftConfig:
     return config
 
 
-def make_draft(config: DraftConfig, args: DraftArguments, source: Source, seed: int) -> DraftModel:
-    """A fresh head (started from the target's rows and states) or one continued from --init_from, in fp32."""
+def make_draft(config: DraftConfig, args: DraftSettings, source: Source, seed: int) -> DraftModel:
+    """A fresh head (started from the target's rows and states) or one continued from --init-from, in fp32."""
     torch.manual_seed(seed)
     vocab = build_vocab(source.counts, config.vocab_size, config.draft_vocab_size, source.always)
     say(
@@ -196,7 +196,7 @@ def make_draft(config: DraftConfig, args: DraftArguments, source: Source, seed: 
         f"supervised tokens (a ceiling on acceptance)"
     )
     if vocab.coverage < 0.95:
-        warn(f"coverage {vocab.coverage:.1%} is low; raise --draft_vocab_size.")
+        warn(f"coverage {vocab.coverage:.1%} is low; raise --draft-vocab-size.")
     draft = DraftModel(config, source.embedding)
     draft.set_vocab(vocab.d2t, vocab.t2d)
 
@@ -213,15 +213,15 @@ def make_draft(config: DraftConfig, args: DraftArguments, source: Source, seed: 
     return draft.to(source.device, torch.float32)
 
 
-def _resolve(args: TrainArgs, config: DraftConfig) -> None:
+def _resolve(args: TrainSettings, config: DraftConfig) -> None:
     trainer: TrainerArguments = args.trainer
     if trainer.learning_rate is None:
         trainer.learning_rate = min(1e-3, 0.4 / config.hidden_size)
         say(f"learning rate {trainer.learning_rate:.1e} (0.4 / hidden size {config.hidden_size}, at most 1e-3)")
-    args.draft.draft_vocab_size = config.draft_vocab_size
+    args.draft = replace(args.draft, draft_vocab_size=config.draft_vocab_size)
 
 
-def finish(trainer: DraftTrainer, args: TrainArgs, source: Source, metrics: dict[str, float]) -> None:
+def finish(trainer: DraftTrainer, args: TrainSettings, source: Source, metrics: dict[str, float]) -> None:
     """Final evaluation, provenance beside the head, and one line that says where everything is."""
     output_dir = Path(str(args.trainer.output_dir))
     if trainer.eval_dataset is not None:

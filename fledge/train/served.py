@@ -5,7 +5,6 @@ The request of a sample starts when the loader reads it. The loader is a batch a
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -15,7 +14,7 @@ from fledge.data.tokenize import ChatTemplate, Sample
 from fledge.errors import UserError
 from fledge.servers.hidden_states import EngineSource, EngineTarget
 from fledge.target.record import TargetRecord
-from fledge.train.arguments import TrainArgs
+from fledge.train.arguments import TrainSettings
 from fledge.train.sources import Source, conversations
 
 
@@ -44,23 +43,23 @@ class PrefetchedSamples(Dataset[PendingSample]):
         return PendingSample(sample, self._source.ask(sample))
 
 
-def served_source(args: TrainArgs) -> Source:
-    """The source for --target_backend vllm."""
-    data = args.data
+def served_source(args: TrainSettings) -> Source:
+    """The source for --target-backend vllm."""
+    inputs = args.inputs
     if args.trainer.dataloader_num_workers:
         raise UserError(
-            "--dataloader_num_workers cannot be used with --target_backend vllm: the requests run in threads of the "
+            "--dataloader_num_workers cannot be used with --target-backend vllm: the requests run in threads of the "
             "training process, several at a time already."
         )
-    name, taps = str(data.target_model_name_or_path), args.draft.tap_layers or None
+    name, taps = str(inputs.target), args.draft.tap_layers or None
     target = EngineTarget.open(
-        name, data.server, dtype=args.draft.target_dtype, tap_layers=taps, folder=Path(data.server_folder)
+        name, inputs.server, dtype=args.inputs.dtype, tap_layers=taps, folder=inputs.server_folder
     )
     template = ChatTemplate.from_pretrained(
-        name, data.chat_template_type or None, last_turn_only=data.train_last_turn_only, untraced=data.untraced,
+        name, inputs.chat_template_type or None, last_turn_only=inputs.train_last_turn_only, untraced=inputs.untraced,
     )  # fmt: skip
     head = target.ends.head.to(args.trainer.device)
-    samples, held_out, counts, always = conversations(data, template, head.weight.shape[0])
+    samples, held_out, counts, always = conversations(inputs, template, head.weight.shape[0])
     say(f"the target runs on {', '.join(target.source.servers)}; here are its embedding, final norm and head")
     return Source(
         train=PrefetchedSamples(samples, target.source),

@@ -18,9 +18,9 @@ from fledge.data.tokenize import ChatTemplate
 from fledge.errors import UserError
 from fledge.target.model import Target
 from fledge.target.record import TargetRecord
-from fledge.train.arguments import DataArguments
 from fledge.train.module import HeadRows
 from fledge.train.records import warn_of_shared
+from fledge.train.settings import InputSettings
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Source:
 
 
 def conversations(
-    data: DataArguments, template: ChatTemplate, vocab_size: int
+    inputs: InputSettings, template: ChatTemplate, vocab_size: int
 ) -> tuple[Any, Any | None, Tensor, list[int]]:
     """Samples to train on, samples held out, (V,) supervised tokens of the former, ids of every draft vocabulary."""
-    parts, held_out = tokenise_all(data, template)
-    train_data = limited(with_pixels(parts), data.max_samples)
+    parts, held_out = tokenise_all(inputs, template)
+    train_data = limited(with_pixels(parts), inputs.max_samples)
     if not len(train_data):
-        raise UserError(f"{', '.join(data.train_data_path)}: no trainable samples. `fledge inspect` says why.")
+        raise UserError(f"{', '.join(inputs.data)}: no trainable samples. `fledge inspect` says why.")
     return train_data, with_pixels(held_out) if held_out else None, *count_supervised(parts, vocab_size)
 
 
@@ -61,12 +61,12 @@ def with_pixels(parts: Sequence[TokenizedData]) -> Any:
     return ConcatDataset(loaded)
 
 
-def tokenise_all(data: DataArguments, template: ChatTemplate) -> tuple[list[TokenizedData], list[TokenizedData]]:
+def tokenise_all(inputs: InputSettings, template: ChatTemplate) -> tuple[list[TokenizedData], list[TokenizedData]]:
     """The conversations to train and to evaluate on."""
-    parts = [tokenize(path, template, data) for path in data.train_data_path]
-    held_out = [tokenize(path, template, data) for path in data.eval_data_path]
-    if not held_out and data.eval_fraction:
-        split = [part.split(data.eval_fraction) for part in parts]
+    parts = [tokenize(path, template, inputs) for path in inputs.data]
+    held_out = [tokenize(path, template, inputs) for path in inputs.eval_data]
+    if not held_out and inputs.eval_fraction:
+        split = [part.split(inputs.eval_fraction) for part in parts]
         parts, held_out = [train for train, _ in split], [held for _, held in split]
     warn_of_shared((id for part in parts for id in part.ids), (id for part in held_out for id in part.ids))
     return parts, held_out
@@ -78,11 +78,11 @@ def count_supervised(parts: Sequence[TokenizedData], vocab_size: int) -> tuple[T
     return counts, sorted({token for part in parts for token in part.always})
 
 
-def tokenize(path: str, template: ChatTemplate, data: DataArguments) -> TokenizedData:
+def tokenize(path: str, template: ChatTemplate, inputs: InputSettings) -> TokenizedData:
     return TokenizedData.from_path(
-        path, template, max_length=data.model_max_length, data_format=data.data_format,
-        max_reject_share=data.max_reject_share, num_proc=data.num_proc or 1, columns=data.columns,
-        repeated_ids=data.repeated_ids,
+        path, template, max_length=inputs.model_max_length, data_format=inputs.data_format,
+        max_reject_share=inputs.max_reject_share, num_proc=inputs.num_proc, columns=inputs.columns,
+        repeated_ids=inputs.repeated_ids, split=inputs.split,
     )  # fmt: skip
 
 

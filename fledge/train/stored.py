@@ -14,18 +14,18 @@ from fledge.storage.states.describe import plain_config, read_text_config
 from fledge.storage.states.manifest import Identity
 from fledge.storage.states.reader import HiddenStore
 from fledge.target.head import TargetEnds
-from fledge.train.arguments import TrainArgs
+from fledge.train.arguments import TrainSettings
 from fledge.train.records import Part, Records, as_it_is, split, warn_of_shared
 from fledge.train.sources import Source, limited
 
 
-def stored_source(args: TrainArgs) -> Source:
+def stored_source(args: TrainSettings) -> Source:
     """Stores of hidden states: the target is not loaded."""
-    data = args.data
+    inputs = args.inputs
     train_stores, eval_stores = open_stores(args)
     train, held_out = [Part.whole(store) for store in train_stores], [Part.whole(store) for store in eval_stores]
-    if not held_out and data.eval_fraction:
-        train, held_out = split(train, data.eval_fraction)
+    if not held_out and inputs.eval_fraction:
+        train, held_out = split(train, inputs.eval_fraction)
     warn_of_shared((id for part in train for id in part.ids), (id for part in held_out for id in part.ids))
     counts, always = count_stored(train)
     say(f"training from stored states; the target ({train_stores[0].identity.target}) is not loaded")
@@ -42,14 +42,19 @@ def count_stored(parts: Sequence[Part]) -> tuple[Tensor, list[int]]:
 
 
 def source_from(
-    args: TrainArgs, store: HiddenStore, train: Records, held_out: Records | None, counts: Tensor, always: Sequence[int]
-) -> Source:
+    args: TrainSettings,
+    store: HiddenStore,
+    train: Records,
+    held_out: Records | None,
+    counts: Tensor,
+    always: Sequence[int],
+) -> Source:  # fmt: skip
     """Records with the ends of the target they were made by."""
     if not len(train):
-        raise UserError(f"{', '.join(args.data.train_hidden_path)}: no records. `fledge inspect` says what is there.")
+        raise UserError(f"{', '.join(args.inputs.states)}: no records. `fledge inspect` says what is there.")
     head = store.head(args.trainer.device)
     return Source(
-        train=limited(train, args.data.max_samples),
+        train=limited(train, args.inputs.max_samples),
         eval=held_out,
         to_record=as_it_is,
         counts=counts,
@@ -74,12 +79,12 @@ def states_digest(records: Records) -> str:
     return digest.hexdigest()
 
 
-def open_stores(args: TrainArgs) -> tuple[list[HiddenStore], list[HiddenStore]]:
+def open_stores(args: TrainSettings) -> tuple[list[HiddenStore], list[HiddenStore]]:
     """The train and eval stores, checked against each other and against the flags."""
-    data = args.data
+    inputs = args.inputs
     train, held_out = (
-        [HiddenStore(Path(path).expanduser(), max_length=data.model_max_length) for path in paths]
-        for paths in (data.train_hidden_path, data.eval_hidden_path)
+        [HiddenStore(Path(path).expanduser(), max_length=inputs.model_max_length) for path in paths]
+        for paths in (inputs.states, inputs.eval_states)
     )
     first = train[0]
     for store in (*train, *held_out):
@@ -89,27 +94,27 @@ def open_stores(args: TrainArgs) -> tuple[list[HiddenStore], list[HiddenStore]]:
                 f"{store.folder} was made with {'; '.join(differ)} (as in {first.folder}). States of different targets "
                 f"or settings do not mix."
             )
-        cut = int((store.lengths > data.model_max_length).sum())
+        cut = int((store.lengths > inputs.model_max_length).sum())
         if cut:
-            warn(f"{store.folder}: {cut} of {len(store)} records are cut to {data.model_max_length} tokens.")
+            warn(f"{store.folder}: {cut} of {len(store)} records are cut to {inputs.model_max_length} tokens.")
     check_flags(args, first.identity, first.folder)
     return train, held_out
 
 
-def check_flags(args: TrainArgs, identity: Identity, folder: Path) -> None:
+def check_flags(args: TrainSettings, identity: Identity, folder: Path) -> None:
     """What the command line says about the target must be what the states were made with."""
-    data, draft = args.data, args.draft
-    found = target_differs(data.target_model_name_or_path, identity) if data.target_model_name_or_path else []
-    if data.chat_template_type and data.chat_template_type != identity.template:
-        found.append(f"chat template {identity.template!r}, not {data.chat_template_type!r}")
-    if data.train_last_turn_only and not identity.last_turn_only:
+    inputs, draft = args.inputs, args.draft
+    found = target_differs(inputs.target, identity) if inputs.target else []
+    if inputs.chat_template_type and inputs.chat_template_type != identity.template:
+        found.append(f"chat template {identity.template!r}, not {inputs.chat_template_type!r}")
+    if inputs.train_last_turn_only and not identity.last_turn_only:
         found.append("all turns supervised, not the last alone (--train_last_turn_only)")
-    if draft.target_dtype not in ("auto", identity.dtype):
-        found.append(f"dtype {identity.dtype}, not {draft.target_dtype}")
+    if inputs.dtype not in ("auto", identity.dtype):
+        found.append(f"dtype {identity.dtype}, not {inputs.dtype}")
     if draft.tap_layers and list(draft.tap_layers) != identity.tap_layers:
         found.append(f"tap layers {identity.tap_layers}, not {draft.tap_layers}")
-    if data.lm_head_key and data.lm_head_key not in identity.head_keys:
-        found.append(f"the head {' = '.join(identity.head_keys)}, not {data.lm_head_key} (--lm_head_key)")
+    if inputs.lm_head_key and inputs.lm_head_key not in identity.head_keys:
+        found.append(f"the head {' = '.join(identity.head_keys)}, not {inputs.lm_head_key} (--lm-head-key)")
     if found:
         raise UserError(
             f"{folder}: its states were made with {'; '.join(found)}. Leave the flag out to train with the store's, or "

@@ -1,4 +1,4 @@
-"""`--init_from`: start from an earlier head, in any layout, whatever draft vocabulary the new one has.
+"""`--init-from`: start from an earlier head, in any layout, whatever draft vocabulary the new one has.
 
 The layer's weights are taken as they are. A row of lm_head belongs to a target token, not to a place: it follows its
 token into the new vocabulary, and tokens the old head could not say start from the target's own rows.
@@ -61,7 +61,7 @@ def continue_from(
         lift_norms(draft, records(), feedback_is_normed=before.config.norm_output)
         say(f"{folder} is an EAGLE-3 head: norms for EAGLE-3.1 are added, scaled so that it starts where that head is")
     if (old := before.config.rope_parameters) != (new := draft.config.rope_parameters):
-        warn(f"--init_from {folder}: its rope is {old}, this run trains at {new}; the head has to learn it anew.")
+        warn(f"--init-from {folder}: its rope is {old}, this run trains at {new}; the head has to learn it anew.")
 
 
 def lifts(ours: DraftConfig, theirs: DraftConfig) -> bool:
@@ -130,8 +130,8 @@ def _check_fits(draft: DraftModel, before: Head, folder: Path) -> None:
     ours, theirs = draft.config, before.config
     if ours.tap_layers != theirs.tap_layers:
         raise UserError(
-            f"--init_from {folder}: it reads the inputs of layers {list(theirs.tap_layers)}, this run taps "
-            f"{list(ours.tap_layers)}. Give --tap_layers {' '.join(map(str, theirs.tap_layers))}."
+            f"--init-from {folder}: it reads the inputs of layers {list(theirs.tap_layers)}, this run taps "
+            f"{list(ours.tap_layers)}. Give --tap-layers {' '.join(map(str, theirs.tap_layers))}."
         )
     _check_same(ours, theirs, folder)
     sizes = {name: tuple(parameter.shape) for name, parameter in draft.named_parameters()}
@@ -147,7 +147,7 @@ def _check_same(ours: DraftConfig, theirs: DraftConfig, folder: Path) -> None:
     for name in (name for name in names if name not in added):
         if getattr(ours, name) != getattr(theirs, name):
             raise UserError(
-                f"--init_from {folder}: its {name} is {getattr(theirs, name)}, this draft's {getattr(ours, name)}. "
-                f"Leave out --draft_model_config_path (the head's own sizes are used), or start a fresh head; a head "
+                f"--init-from {folder}: its {name} is {getattr(theirs, name)}, this draft's {getattr(ours, name)}. "
+                f"Leave out --draft_config (the head's own sizes are used), or start a fresh head; a head "
                 f"of another target cannot be continued."
             )

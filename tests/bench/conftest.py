@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fledge.bench.args import BenchArgs, DecodingArgs, ModelArgs, OutputArgs, PromptArgs, WorkerArgs
 from fledge.bench.run import Placement, run
+from fledge.bench.settings import BenchSettings, ModelSettings, QuestionSettings, ReportSettings, WorkerSettings
 from fledge.data.samples import Prompt
 from fledge.decoding.records import Generation
+from fledge.decoding.settings import SamplingSettings
 from fledge.errors import UserError
 
 EOS = 0
@@ -105,19 +106,19 @@ class FakeEngine:
 
 @pytest.fixture
 def make_args(tmp_path):
-    """BenchArgs from flat keywords, writing to a temporary folder."""
+    """BenchSettings from flat keywords, writing to a temporary folder."""
 
-    def make(**flags) -> BenchArgs:
-        flags = {"base_model_path": "target", "eagle_model_path": "head", "model_id": "fake", "temperature": 0.0,
-                 "max_new_token": 100, "bench_name": ("quick",), "output_dir": tmp_path / "out", **flags}  # fmt: skip
-        groups = {"model": ModelArgs, "prompts": PromptArgs, "decoding": DecodingArgs, "workers": WorkerArgs,
-                  "output": OutputArgs}  # fmt: skip
+    def make(**flags) -> BenchSettings:
+        flags = {"target": "target", "draft": "head", "model_id": "fake", "temperature": 0.0,
+                 "max_new_tokens": 100, "bench_name": ("quick",), "output_dir": tmp_path / "out", **flags}  # fmt: skip
+        groups = {"model": ModelSettings, "prompts": QuestionSettings, "sampling": SamplingSettings,
+                  "workers": WorkerSettings, "output": ReportSettings}  # fmt: skip
         made = {}
         for name, group in groups.items():
             own = {field.name for field in dataclasses.fields(group)}
             made[name] = group(**{key: flags.pop(key) for key in list(flags) if key in own})
         assert not flags, f"unknown flags {flags}"
-        return BenchArgs(**made)
+        return BenchSettings(**made)
 
     return make
 
@@ -126,9 +127,11 @@ def make_args(tmp_path):
 def fake_run():
     """Run the benchmark with a fake engine; returns the folder."""
 
-    def go(args: BenchArgs, engine: FakeEngine | None = None, *, num_workers: int = 1, settings: dict | None = None):
-        run(args, engine or FakeEngine(mode=args.model.mode), Placement(num_workers, 0),
-            settings or {"mode": args.model.mode, **dataclasses.asdict(args.decoding)})  # fmt: skip
+    def go(
+        args: BenchSettings, engine: FakeEngine | None = None, *, num_workers: int = 1, settings: dict | None = None
+    ):
+        plain = {"mode": args.model.mode, "depth": args.model.depth, **dataclasses.asdict(args.sampling)}
+        run(args, engine or FakeEngine(mode=args.model.mode), Placement(num_workers, 0), settings or plain)
         return args.output_dir
 
     return go

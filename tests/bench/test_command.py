@@ -1,6 +1,7 @@
 """A tiny target with an untrained head: the documented command line, and every flag that decoding sees."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -9,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fledge.bench.args import BenchArgs
 from fledge.bench.engine import EngineSpec, InProcessEngine, refused_path
 from fledge.bench.rows import read_rows
 from fledge.bench.run import bench
-from fledge.config import parse
+from fledge.bench.settings import BenchSettings
+from fledge.commands.parser import parse
 from fledge.decoding.records import Generation, RoundTrace
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
@@ -66,11 +67,11 @@ def run_bench(folders, tmp_path):
     return go
 
 
-def parse_bench(folders, *flags: str) -> BenchArgs:
+def parse_bench(folders, *flags: str) -> BenchSettings:
     target, head = folders
     words = ["--base-model-path", str(target), "--eagle-model-path", str(head), "--model-id", "tiny"]
     words += ["--num-gpus-total", "0", "--bench-name", "quick", "--question-end", "2", "--max-new-token", "24"]
-    return parse(BenchArgs, [*words, *flags], prog="bench", description="")
+    return parse(BenchSettings, [*words, *flags], prog="bench", description="")
 
 
 def spec_of(folders, *flags: str) -> EngineSpec:
@@ -114,17 +115,30 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def test_documented_defaults():
-    args = parse(
-        BenchArgs, ["--base-model-path", "a", "--eagle-model-path", "b", "--model-id", "c"], prog="", description=""
-    )
+    """Of tools/spec_benchmark.py; its temperature is set there (`test_the_tool_samples`)."""
+    words = ["--base-model-path", "a", "--eagle-model-path", "b", "--model-id", "c"]
+    args = parse(BenchSettings, words, prog="", description="")
     found = (
-        args.prompts.bench_name, args.model.mode, args.decoding.temperature, args.decoding.max_new_token,
-        args.decoding.total_token, args.decoding.depth, args.decoding.top_k, args.workers.num_gpus_per_model,
-        args.workers.num_gpus_total, args.decoding.seed, args.output.no_metrics,
+        args.prompts.bench_name, args.model.mode, args.sampling.temperature, args.sampling.max_new_tokens,
+        args.model.total_token, args.model.depth, args.model.top_k, args.workers.num_gpus_per_model,
+        args.workers.num_gpus_total, args.sampling.seed, args.output.no_metrics,
     )  # fmt: skip
-    assert found == (("mt_bench",), "both", 1.0, 1024, 60, 5, 10, 1, 1, 42, False)
-    short = parse(BenchArgs, ["--target", "a", "--draft", "b"], prog="", description="")
-    assert (short.model.base_model_path, short.model.eagle_model_path) == ("a", "b")
+    assert found == (("mt_bench",), "both", 0.0, 1024, 60, 5, 10, 1, 1, 42, False)
+    short = parse(BenchSettings, ["--target", "a", "--draft", "b"], prog="", description="")
+    assert (short.model.target, short.model.draft) == ("a", "b")
+
+
+@pytest.mark.parametrize(("given", "temperature"), [([], 1.0), (["--temperature", "0.5"], 0.5)])
+def test_the_tool_samples(given, temperature, monkeypatch):
+    """AngelSlim documents a temperature of 1.0 for it, whatever `fledge bench` does by default."""
+    ran = []
+    monkeypatch.setattr("fledge.cli.run_command", lambda name, words: ran.append((name, words)) or 0)
+    monkeypatch.setattr("sys.argv", [str(TOOL), "--target", "a", "--mode", "baseline", *given])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(TOOL), run_name="__main__")
+    ((name, words),) = ran
+    assert name == "bench"
+    assert parse(BenchSettings, words, prog="", description="").sampling.temperature == temperature
 
 
 def test_greedy_outputs_are_identical_and_the_costs_add_up(run_bench):

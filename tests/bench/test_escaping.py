@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fledge.bench.compare import ReportArgs, report, write_comparison
+from fledge.bench.compare import write_comparison
 from fledge.bench.report import PAGE, render
+from fledge.commands.report import ReportArgs, report
 from fledge.console import say, show_table, warn
 from fledge.escaping import markdown, one_line, printable
 from fledge.export.card import Licence, _command, _header, _table

@@ -9,11 +9,11 @@ import torch
 from tiny import tiny_draft
 from tiny_vlm import TAPS, picture_file, save_vlm
 
-from fledge.bench.args import BenchArgs
 from fledge.bench.engine import EngineSpec
 from fledge.bench.run import bench
+from fledge.bench.settings import BenchSettings
 from fledge.cli import main
-from fledge.config import parse
+from fledge.commands.parser import parse
 from fledge.decoding import tune
 from fledge.decoding.generate import generate
 from fledge.drafters.eagle3.checkpoint import save_draft
@@ -37,10 +37,10 @@ def folders(request, tmp_path_factory) -> Path:
     return folder
 
 
-def flags(folders: Path, *more: str) -> BenchArgs:
+def flags(folders: Path, *more: str) -> BenchSettings:
     words = ["--base-model-path", str(folders / "target"), "--eagle-model-path", str(folders / "head"), "--bench-name",
              str(folders / "asked.jsonl"), "--num-gpus-total", "0", "--max-new-token", "12", *more]  # fmt: skip
-    return parse(BenchArgs, words, prog="bench", description="")
+    return parse(BenchSettings, words, prog="bench", description="")
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])

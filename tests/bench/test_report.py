@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from fledge.bench.compare import ReportArgs, report
 from fledge.bench.report import TEMPLATES, verdict
+from fledge.commands.report import ReportArgs, report
 from fledge.errors import UserError
 
 

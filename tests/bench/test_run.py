@@ -144,7 +144,7 @@ def test_an_aa_run_with_a_planted_slow_down_is_noticed(make_args, fake_run, fake
 
 
 def test_max_new_token_limits_every_answer(make_args, fake_run):
-    folder = fake_run(make_args(max_new_token=7, question_end=3))
+    folder = fake_run(make_args(max_new_tokens=7, question_end=3))
     turns = [turn for one in read_rows(folder / "results.jsonl") for turn in one["turns"]]
     assert {turn[side]["num_tokens"] for turn in turns for side in ("baseline", "eagle")} == {7}
 
@@ -232,7 +232,7 @@ def test_a_question_beyond_the_targets_length_is_skipped_by_name(
 ):
     """One such question ended the run, even as the first one, which warms up; its later turns count too."""
     name = question_file(tmp_path / "mine.jsonl", ["long" * 20], ["short"], ["short", "long" * 20], ["brief"])
-    args = make_args(bench_name=(name,), max_new_token=8, repeats=2)
+    args = make_args(bench_name=(name,), max_new_tokens=8, repeats=2)
     folder = fake_run(args, short_engine(fake_engine, monkeypatch))
     document = json.loads((folder / "summary.json").read_text())
     assert [(one["dataset"], one["question_id"]) for one in document["skipped"]] == [("mine", "0"), ("mine", "2")]
@@ -255,7 +255,7 @@ def test_output_dir_and_model_id_name_the_run(make_args, fake_run, tmp_path):
     folder = fake_run(args)
     assert folder == tmp_path / "elsewhere" and "my head" in (folder / "report.md").read_text()
     assert make_args(output_dir=None, model_id="org/x").output_dir.parts == ("outputs", "bench", "org_x")
-    assert make_args(model_id=None, eagle_model_path="a/b/head-7").model_id == "head-7"
+    assert make_args(model_id=None, draft="a/b/head-7").model_id == "head-7"
 
 
 def test_placement_follows_the_gpu_flags(make_args, monkeypatch, capsys):
@@ -283,10 +283,10 @@ def test_the_documented_default_of_one_gpu_works_without_one(make_args, monkeypa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"eagle_model_path": None}, "--eagle-model-path is not given"),
+        ({"draft": None}, "--draft is not given"),
         ({"temperature": -1.0}, "--temperature is -1.0"),
         ({"top_p": 0.0}, "--top-p is 0.0"),
-        ({"max_new_token": 0}, "--max-new-token is 0"),
+        ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
         ({"total_token": 1}, "--total-token is 1"),
         ({"top_k": 0}, "--top-k is 0"),
         ({"depth": -1}, "--depth is -1"),
@@ -308,4 +308,4 @@ def test_row_is_plain_json_with_one_line_per_question(make_args, fake_run):
 
 
 def test_settings_are_dataclasses_all_the_way(make_args):
-    assert dataclasses.asdict(make_args())["decoding"]["depth"] == 5
+    assert dataclasses.asdict(make_args())["model"]["depth"] == 5

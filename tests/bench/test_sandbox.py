@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from fledge.bench import sandbox
-from fledge.bench.args import BenchArgs, ModelArgs, OutputArgs, ServerArgs
 from fledge.bench.sandbox import passes_tests, sandbox_problem
+from fledge.bench.settings import BenchSettings, ModelSettings, ReportSettings, ServedSettings
 from fledge.errors import UserError
 
 PROBLEM = sandbox_problem()
@@ -328,8 +328,8 @@ def fresh_probe():
     sandbox_problem.cache_clear()
 
 
-def flags(**output) -> BenchArgs:
-    return BenchArgs(model=ModelArgs(base_model_path="target", eagle_model_path="head"), output=OutputArgs(**output))
+def flags(**output) -> BenchSettings:
+    return BenchSettings(model=ModelSettings(target="target", draft="head"), output=ReportSettings(**output))
 
 
 def test_run_code_is_refused_where_bubblewrap_is_missing(fresh_probe, monkeypatch, tmp_path):
@@ -352,9 +352,9 @@ def test_run_code_is_refused_where_bubblewrap_fails(fresh_probe, monkeypatch, tm
 def test_the_two_ways_exclude_each_other_and_a_server_has_neither():
     with pytest.raises(UserError, match="exclude each other"):
         flags(run_code=True, run_code_unsandboxed=True).check()
-    args = BenchArgs(
-        model=ModelArgs(base_model_path="t", eagle_model_path="h"), output=OutputArgs(run_code_unsandboxed=True),
-        server=ServerArgs(backend="server"),
+    args = BenchSettings(
+        model=ModelSettings(target="t", draft="h"), output=ReportSettings(run_code_unsandboxed=True),
+        server=ServedSettings(backend="server"),
     )  # fmt: skip
     with pytest.raises(UserError, match="Drop --run-code-unsandboxed"):
         args.check()

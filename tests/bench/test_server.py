@@ -6,10 +6,10 @@ import json
 import pytest
 from fakes.streaming_server import StreamingServer, starting
 
-from fledge.bench.args import ServerArgs
 from fledge.bench.client import acceptance_of, metrics_between, parse_metrics
 from fledge.bench.rows import read_rows
 from fledge.bench.run import bench
+from fledge.bench.settings import ServedSettings
 from fledge.errors import UserError
 
 
@@ -24,7 +24,7 @@ def start():
 def server_args(make_args):
     def make(plain_url, eagle_url, *, concurrency=(1,), **flags):
         args = make_args(question_end=4, **flags)
-        server = ServerArgs(backend="server", baseline_url=plain_url, eagle_url=eagle_url, concurrency=concurrency)
+        server = ServedSettings(backend="server", baseline_url=plain_url, eagle_url=eagle_url, concurrency=concurrency)
         return dataclasses.replace(args, server=server)
 
     return make
@@ -57,7 +57,7 @@ def test_two_servers_side_by_side(start, server_args):
 def test_requests_carry_the_settings_and_the_models_own_answers(start, server_args, monkeypatch):
     plain = StreamingServer(has_head=False)
     args = server_args(start(plain), None, mode="baseline", temperature=0.5, top_p=0.9, sample_top_k=7,
-                       max_new_token=55, thinking="off")  # fmt: skip
+                       max_new_tokens=55, thinking="off")  # fmt: skip
     monkeypatch.setenv("MY_KEY", "secret")
     bench(dataclasses.replace(args, server=dataclasses.replace(args.server, api_key_env="MY_KEY")))
     assert plain.authorization == "Bearer secret"

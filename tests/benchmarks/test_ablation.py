@@ -10,7 +10,8 @@ import torch
 from saved_target import save_target, write_conversations
 
 from fledge.drafters.batch import pack
-from fledge.extraction.extract import ExtractArgs, extract
+from fledge.extraction.extract import extract
+from fledge.extraction.settings import ExtractSettings
 from fledge.target.record import TargetRecord
 from fledge.train import module
 from fledge.train.trainer import DraftTrainer
@@ -56,7 +57,7 @@ def test_unshifted_rows_are_those_of_the_mask(ablation):
 def test_a_tiny_ablation_runs_and_leaves_everything_as_it_was(ablation, tmp_path, monkeypatch):
     save_target(tmp_path / "target")
     write_conversations(tmp_path / "data.jsonl", 12, seed=1)
-    extract(ExtractArgs(model_name=str(tmp_path / "target"), dataset_path=[str(tmp_path / "data.jsonl")],
+    extract(ExtractSettings(target=str(tmp_path / "target"), data=[str(tmp_path / "data.jsonl")],
                         output_dir=tmp_path / "states"))  # fmt: skip
     questions = tmp_path / "questions.jsonl"
     questions.write_text(json.dumps({"question_id": 1, "turns": ["the quick brown fox"]}) + "\n")

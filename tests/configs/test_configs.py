@@ -18,10 +18,12 @@ import yaml
 from saved_target import save_target, write_conversations
 from tiny_vlm import save_vlm
 
+from fledge.commands.train import TrainArgs, parse_args
 from fledge.drafters.eagle3.config import from_json
 from fledge.errors import UserError
-from fledge.extraction.extract import ExtractArgs, extract
-from fledge.train.arguments import TrainArgs, parse_args
+from fledge.extraction.extract import extract
+from fledge.extraction.settings import ExtractSettings
+from fledge.train.arguments import TrainSettings
 from fledge.train.run import train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -116,7 +118,7 @@ def test_a_draft_config_is_read_back_as_derived(name):
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
 
-OWN = {"target_model_name_or_path", "train_data_path", "train_hidden_path", "output_dir", "model_max_length"}
+OWN = {"target", "data", "states", "output_dir", "model_max_length"}
 
 
 def kind(name: str) -> tuple[str, bool]:
@@ -127,7 +129,7 @@ def kind(name: str) -> tuple[str, bool]:
 KINDS = sorted({kind(name) for name in TARGETS})
 
 
-def parsed(name: str, *flags: str) -> TrainArgs:
+def parsed(name: str, *flags: str) -> TrainSettings:
     return parse_args(
         TrainArgs, ["--config", str(CONFIGS / f"{name}.yaml"), *flags], prog="fledge train", description=""
     )
@@ -166,7 +168,7 @@ def test_the_recipe_trains_a_tiny_target(config_class, stored, tmp_path, capsys,
     flags = ["--output_dir", str(tmp_path / "head"), "--max_steps", "1", "--draft_vocab_size", "64",
              "--eval_strategy", "no", "--per_device_train_batch_size", "2", "--bf16", "False"]  # fmt: skip
     if stored:
-        extract(ExtractArgs(model_name=str(target), dataset_path=[str(data)], output_dir=tmp_path / "states"))
+        extract(ExtractSettings(target=str(target), data=[str(data)], output_dir=tmp_path / "states"))
         flags += ["--train_hidden_path", str(tmp_path / "states"), "--dataloader_num_workers", "0"]
     else:
         flags += ["--target_model_name_or_path", str(target), "--train_data_path", str(data)]

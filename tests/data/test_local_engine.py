@@ -13,16 +13,16 @@ from tiny import tiny_model
 from tiny_vlm import picture_file, save_vlm
 
 import fledge
-from fledge.commands.regenerate import regenerate
+from fledge.commands.regenerate import RegenerateArgs, regenerate
 from fledge.data.rejects import Reject
 from fledge.data.sampling import ExtraSampling
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.generate import generate
 from fledge.decoding.records import Sampling
 from fledge.errors import UserError
-from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptSourceArgs, RegenerateArgs
 from fledge.regeneration.engine import PromptAnswer, PromptRequest
 from fledge.regeneration.local_engine import LocalEngine, split_calls
+from fledge.regeneration.settings import AnswerSettings, EngineSettings, PromptSourceSettings
 
 QUESTION = PromptRequest([{"role": "user", "content": "x"}], 6, 0.0, 1.0, 0)
 
@@ -45,10 +45,10 @@ def test_rows_of_several_turns_carry_their_tokens(tiny_dir, tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     regenerate(
         RegenerateArgs(
-            prompts=PromptSourceArgs(data_name_or_path=str(tmp_path / "in.jsonl"), max_reject_share=1.0),
+            prompts=PromptSourceSettings(data=str(tmp_path / "in.jsonl"), max_reject_share=1.0),
             output_dir=tmp_path / "out",
-            answers=AnswerArgs(max_tokens=8, temperature="1.0"),
-            engines=EngineArgs(engine="transformers", model=str(tiny_dir), batch_size=5),
+            answers=AnswerSettings(max_tokens=8, temperature="1.0"),
+            engines=EngineSettings(engine="transformers", model=str(tiny_dir), batch_size=5),
         )
     )
     found = [json.loads(line) for line in (tmp_path / "out" / "shard-00000.jsonl").read_text().splitlines()]
@@ -197,12 +197,12 @@ def test_a_failure_reaches_requests_that_nobody_has_read(tiny_dir):
 
 
 def test_a_missing_model_is_named(tmp_path):
-    with pytest.raises(UserError, match="needs --model"):
+    with pytest.raises(UserError, match="needs --target"):
         (tmp_path / "in.jsonl").write_text('{"id": "a", "conversations": [{"from": "human", "value": "x"}]}\n')
         regenerate(
             RegenerateArgs(
-                prompts=PromptSourceArgs(data_name_or_path=str(tmp_path / "in.jsonl")), output_dir=tmp_path / "out",
-                engines=EngineArgs(engine="transformers"),
+                prompts=PromptSourceSettings(data=str(tmp_path / "in.jsonl")), output_dir=tmp_path / "out",
+                engines=EngineSettings(engine="transformers"),
             )
         )  # fmt: skip
 

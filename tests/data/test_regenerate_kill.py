@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from fakes.openai_server import FakeServer, ServerThread
 
-from fledge.commands.regenerate import regenerate
-from fledge.regeneration.args import EngineArgs, PromptSourceArgs, RegenerateArgs
+from fledge.commands.regenerate import RegenerateArgs, regenerate
+from fledge.regeneration.settings import EngineSettings, PromptSourceSettings
 
 KILLS = 25
 ROWS = 2500
@@ -92,8 +92,8 @@ def start(data: Path, out: Path, url: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         regenerate(
             RegenerateArgs(
-                prompts=PromptSourceArgs(data_name_or_path=str(data)), output_dir=out, data_shard_size=SHARD,
-                engines=EngineArgs(endpoints=(url,), concurrency=16),
+                prompts=PromptSourceSettings(data=str(data)), output_dir=out, data_shard_size=SHARD,
+                engines=EngineSettings(endpoints=(url,), concurrency=16),
             )
         )  # fmt: skip
         os._exit(0)

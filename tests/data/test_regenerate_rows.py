@@ -6,12 +6,12 @@ import pytest
 from fakes.openai_server import FakeServer, ServerThread, answer_to
 from regenerating import prompts, rejects_of, rows_of, run, write
 
-from fledge import config
+from fledge.commands.parser import parse
+from fledge.commands.regenerate import RegenerateArgs
 from fledge.data.conversations import read_conversations
 from fledge.data.rejects import Rejects
 from fledge.data.samples import conversation_id
 from fledge.errors import UserError
-from fledge.regeneration.args import RegenerateArgs
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 
@@ -197,7 +197,7 @@ def test_the_sampling_that_generation_config_asks_for_is_sent_and_recorded(start
     target.mkdir()
     (target / "generation_config.json").write_text('{"repetition_penalty": 1.05, "top_k": 20, "temperature": 0.6}')
     server, data = start(), prompts(tmp_path / "in.jsonl", "one")
-    prompt = {"tokenizer": str(target)}
+    prompt = {"target": str(target)}
     (row,) = run(data, tmp_path / "out", server.url, prompt=prompt)
     asked = {"repetition_penalty": 1.05, "top_k": 20}
     assert server.server.bodies[0].items() >= asked.items() and row["sampling"].items() >= asked.items()
@@ -275,12 +275,7 @@ def test_an_unfinished_run_without_a_server_still_fails(start, tmp_path):
 @pytest.mark.parametrize("flag, value", [("--top-k", "-2"), ("--min-p", "1.5"), ("--repetition-penalty", "0.0")])
 def test_sampling_out_of_range_is_refused(flag, value):
     with pytest.raises(UserError, match=flag):
-        config.parse(
-            RegenerateArgs,
-            ["--data-name-or-path", "x", "--output-dir", "y", flag, value],
-            prog="fledge regenerate",
-            description="",
-        )
+        parse(RegenerateArgs, ["--data", "x", "--output-dir", "y", flag, value], prog="fledge regenerate")
 
 
 def test_several_answers_at_temperature_0_are_refused(tmp_path):

@@ -11,8 +11,8 @@ from regenerating import run, write
 from fledge.data.conversations import Conversation
 from fledge.data.sampling import ExtraSampling
 from fledge.data.tokenize import ChatTemplate
-from fledge.regeneration.args import AnswerArgs, PromptSourceArgs
 from fledge.regeneration.engine import PromptAnswer
+from fledge.regeneration.settings import AnswerSettings, PromptSourceSettings
 from fledge.regeneration.turns import Asker, tally
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
@@ -28,7 +28,7 @@ def test_a_tool_that_the_template_drops_is_counted(make_tokenizer, template, los
 
     chat = ChatTemplate(make_tokenizer(template=template))
     engine = SimpleNamespace(model="target", template=chat, errors=Counter(), answer=answer)
-    asker = Asker(PromptSourceArgs(data_name_or_path="x"), AnswerArgs(), engine, ExtraSampling())
+    asker = Asker(PromptSourceSettings(data="x"), AnswerSettings(), engine, ExtraSampling())
     asked = Conversation("a", ({"role": "user", "content": "What weather?"},), {"tools": TOOLS})
     row = asyncio.run(asker.row(asked))
     assert row.get("untraced", []) == lost and row["tools"] == TOOLS

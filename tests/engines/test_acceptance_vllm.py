@@ -31,7 +31,8 @@ from fledge.decoding.records import Sampling
 from fledge.drafters.eagle3.checkpoint import load_draft
 from fledge.drafters.eagle3.config import from_json, to_json
 from fledge.drafters.tree import TreeShape
-from fledge.export.convert import ExportArgs, export_head
+from fledge.export.convert import export_head
+from fledge.export.settings import ExportSettings
 from fledge.target.model import Target
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -164,7 +165,9 @@ def test_vllm_drafts_as_we_do(
     kind, layout, length, vllm_program, trained_heads, reference, plain_answers, tmp_path, capsys
 ):
     exported = tmp_path / "head"
-    export_head(ExportArgs(head=str(trained_heads[kind]), to=layout, output_dir=exported, target=str(reference.dir)))
+    export_head(
+        ExportSettings(head=str(trained_heads[kind]), to=layout, output_dir=exported, target=str(reference.dir))
+    )
     flags = ("--draft", str(exported), "--num-speculative-tokens", str(length))
     with serving(vllm_program, reference.dir, tmp_path, *flags) as url:
         before = scrape(url)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fledge.extraction.extract import ExtractArgs, extract
+from fledge.extraction.extract import extract
+from fledge.extraction.settings import ExtractSettings
 from fledge.servers.hidden_states import server_flags
 from fledge.storage.states.reader import HiddenStore
 
@@ -62,11 +63,11 @@ def wait_for(process: subprocess.Popen, log: Path, patience_s: float = 300.0) ->
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_vllm_states_are_the_transformers_states(server, smollm2_dir, shared_data, tmp_path):
-    common = {"model_name": str(smollm2_dir), "dataset_path": [str(shared_data / "smollm2_regen.jsonl")],
+    common = {"target": str(smollm2_dir), "data": [str(shared_data / "smollm2_regen.jsonl")],
               "model_max_length": 256, "max_samples": 8}  # fmt: skip
-    extract(ExtractArgs(output_dir=tmp_path / "hf", **common))
+    extract(ExtractSettings(output_dir=tmp_path / "hf", **common))
     served = {"target_backend": "vllm", "server": [server], "server_folder": tmp_path / "states"}
-    extract(ExtractArgs(output_dir=tmp_path / "vllm", **served, **common))
+    extract(ExtractSettings(output_dir=tmp_path / "vllm", **served, **common))
     ours, theirs = HiddenStore(tmp_path / "hf"), HiddenStore(tmp_path / "vllm")
     for mine, other in zip(ours, theirs, strict=True):
         for tap in range(3):

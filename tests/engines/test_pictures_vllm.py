@@ -26,7 +26,8 @@ from fledge.decoding.records import Sampling
 from fledge.drafters.eagle3.checkpoint import load_draft
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.tree import TreeShape
-from fledge.export.convert import ExportArgs, export_head
+from fledge.export.convert import export_head
+from fledge.export.settings import ExportSettings
 from fledge.target.model import Target
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -160,7 +161,7 @@ def asked_of_vllm(vllm_program: str, torchvision: Path, folder: Path, **asked) -
 
 def test_vllm_drafts_behind_pictures_as_we_do(made, vllm_program, torchvision_folder, tmp_path, capsys):
     family, folder = made
-    export_head(ExportArgs(head=str(folder / "head"), to="vllm", output_dir=tmp_path / "out", target="T"))
+    export_head(ExportSettings(head=str(folder / "head"), to="vllm", output_dir=tmp_path / "out", target="T"))
     ours = Ours(folder)
     answers = ours.answers()
     assert len({tuple(answer) for answer in answers}) > len(ASKED) // 2, "the control: answers follow the picture"

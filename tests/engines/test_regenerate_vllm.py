@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from fledge.commands.regenerate import regenerate
+from fledge.commands.regenerate import RegenerateArgs, regenerate
 from fledge.data.conversations import read_conversations
 from fledge.data.rejects import Rejects
 from fledge.data.tokenize import ChatTemplate
-from fledge.regeneration.args import AnswerArgs, EngineArgs, PromptSourceArgs, RegenerateArgs
-from fledge.servers.processes import ServeArgs, plan, running, visible_gpus
+from fledge.regeneration.settings import AnswerSettings, EngineSettings, PromptSourceSettings
+from fledge.servers.processes import ServerSettings, plan, running, visible_gpus
 
 pytestmark = pytest.mark.vllm
 PORT = 8151
@@ -40,8 +40,8 @@ def vllm() -> str:
 def url(vllm, smollm2_dir, tmp_path_factory):
     """A served target; the environment keeps vLLM's CPU build small and offline."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    args = ServeArgs(
-        model_name_or_path=str(smollm2_dir), num_servers=1, base_port=PORT, max_model_len=512, vllm=vllm,
+    args = ServerSettings(
+        target=str(smollm2_dir), num_servers=1, base_port=PORT, max_model_len=512, vllm=vllm,
         log_dir=tmp_path_factory.mktemp("logs"), start_timeout_s=400,
         vllm_args=("--dtype", "bfloat16", "--enforce-eager", "--served-model-name", "target"),
     )  # fmt: skip
@@ -58,10 +58,10 @@ def test_serve_regenerate_and_rows_that_train(url, smollm2_dir, tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     regenerate(
         RegenerateArgs(
-            prompts=PromptSourceArgs(data_name_or_path=str(tmp_path / "in.jsonl"), max_reject_share=0.2),
+            prompts=PromptSourceSettings(data=str(tmp_path / "in.jsonl"), max_reject_share=0.2),
             output_dir=tmp_path / "out",
-            answers=AnswerArgs(max_tokens=4096, temperature="0.0:0.5,0.6:0.5"),  # more than the context: capped
-            engines=EngineArgs(endpoints=(url,), concurrency=4),
+            answers=AnswerSettings(max_tokens=4096, temperature="0.0:0.5,0.6:0.5"),  # more than the context: capped
+            engines=EngineSettings(endpoints=(url,), concurrency=4),
         )
     )
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]

@@ -10,6 +10,7 @@ from saved_target import equal_records
 from tiny import tiny_draft
 from tiny_vlm import MULTIMODAL_ROPE, NAMES, TAPS, save_vlm, tiny_template, tiny_vlm, write_image_conversations
 
+from fledge.commands.train import TrainArgs, parse_args
 from fledge.data.dataset import TokenizedData
 from fledge.drafters.batch import pack
 from fledge.drafters.eagle3.checkpoint import load_draft
@@ -18,14 +19,14 @@ from fledge.drafters.eagle3.head import WEIGHTS, read_tensors
 from fledge.drafters.eagle3.propose import DraftCache
 from fledge.drafters.eagle3.ttt import align, unroll
 from fledge.errors import UserError
-from fledge.extraction.extract import ExtractArgs, extract
+from fledge.extraction.extract import extract
+from fledge.extraction.settings import ExtractSettings
 from fledge.storage.states.reader import HiddenStore
 from fledge.target.head import TargetEnds, TargetHead
 from fledge.target.live import LiveSource
 from fledge.target.model import Target
 from fledge.target.record import TargetRecord
 from fledge.train import run
-from fledge.train.arguments import TrainArgs, parse_args
 
 STEPS = 6
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "hunyuan_vl", "gemma3")
@@ -126,9 +127,9 @@ def work(request, tmp_path_factory, conversations) -> Path:
 
 
 def store(work: Path, into: Path, **changes) -> None:
-    options = {"model_name": str(work / "target"), "dataset_path": [str(work / "data" / "talk.jsonl")],
+    options = {"target": str(work / "target"), "data": [str(work / "data" / "talk.jsonl")],
                "output_dir": into, "tap_layers": list(TAPS), "shard_mb": 0.05, **changes}  # fmt: skip
-    extract(ExtractArgs(**options))
+    extract(ExtractSettings(**options))
 
 
 def trained(output: Path, *flags) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -188,7 +189,7 @@ def test_embedding_and_head_are_found_by_asking(work):
 def test_another_picture_is_another_sample(work, tmp_path):
     """A store is not continued with a picture swapped under the same id, though every token is the same."""
     data = write_image_conversations(tmp_path / "talk.jsonl", 8)
-    options = {"dataset_path": [str(data)]}
+    options = {"data": [str(data)]}
     store(work, tmp_path / "store", **options)
     lines = data.read_text().replace("picture-0-", "picture-3-").splitlines()
     data.write_text("\n".join(lines) + "\n")

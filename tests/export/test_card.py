@@ -15,8 +15,9 @@ from tiny import tiny_draft, tiny_target
 from fledge.drafters.eagle3.checkpoint import save_draft
 from fledge.errors import UserError
 from fledge.export.card import Licence
-from fledge.export.convert import ExportArgs, export_head
+from fledge.export.convert import export_head
 from fledge.export.layouts import LAYOUTS
+from fledge.export.settings import ExportSettings
 
 RUN = {
     "target": "/home/me/models/Tiny-1B", "steps": 440, "versions": {"fledge": "0.1.0"},
@@ -35,7 +36,7 @@ def head(tmp_path):
 
 
 def card(head, to="vllm", **more) -> str:
-    export_head(ExportArgs(head=str(head), to=to, output_dir=head.parent / f"out-{to}", **more))
+    export_head(ExportSettings(head=str(head), to=to, output_dir=head.parent / f"out-{to}", **more))
     return (head.parent / f"out-{to}" / "README.md").read_text(encoding="utf-8")
 
 
@@ -186,4 +187,4 @@ def test_a_layout_is_added_as_the_guide_says(head, monkeypatch):
 
 
 def test_the_flag_names_every_layout():
-    assert sorted(get_args(get_type_hints(ExportArgs)["to"])) == sorted(LAYOUTS)
+    assert sorted(get_args(get_type_hints(ExportSettings)["to"])) == sorted(LAYOUTS)

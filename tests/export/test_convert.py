@@ -12,8 +12,9 @@ from fledge.drafters.eagle3.checkpoint import WEIGHTS, draft_tensors, save_draft
 from fledge.drafters.eagle3.config import from_json, to_json
 from fledge.drafters.eagle3.head import expected_shapes, read_head
 from fledge.errors import UserError
-from fledge.export.convert import ConvertArgs, ExportArgs, convert_head, export_head
+from fledge.export.convert import convert_head, export_head
 from fledge.export.layouts import LAYOUTS
+from fledge.export.settings import ConvertSettings, ExportSettings
 
 
 @pytest.fixture(params=[False, True], ids=["eagle3", "eagle3.1"])
@@ -25,8 +26,8 @@ def head_dir(request, tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_round_trip_is_the_identity(head_dir, tmp_path, layout):
     """Our own exports say what their ids mean, so nothing has to be told on the way back."""
-    export_head(ExportArgs(head=str(head_dir), to=layout, output_dir=tmp_path / "out", target="T"))
-    convert_head(ConvertArgs(head=str(tmp_path / "out"), output_dir=tmp_path / "back"))
+    export_head(ExportSettings(head=str(head_dir), to=layout, output_dir=tmp_path / "out", target="T"))
+    convert_head(ConvertSettings(head=str(tmp_path / "out"), output_dir=tmp_path / "back"))
     before, after = read_head(head_dir), read_head(tmp_path / "back")
     assert before.tensors.keys() == after.tensors.keys()
     assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)
@@ -36,14 +37,14 @@ def test_round_trip_is_the_identity(head_dir, tmp_path, layout):
 
 def test_the_wrong_tap_convention_is_another_head(head_dir, tmp_path):
     """Negative control: SGLang's ids read as inputs are off by one."""
-    export_head(ExportArgs(head=str(head_dir), to="sglang", output_dir=tmp_path / "out"))
-    convert_head(ConvertArgs(head=str(tmp_path / "out"), output_dir=tmp_path / "back", tap_convention="input"))
+    export_head(ExportSettings(head=str(head_dir), to="sglang", output_dir=tmp_path / "out"))
+    convert_head(ConvertSettings(head=str(tmp_path / "out"), output_dir=tmp_path / "back", tap_convention="input"))
     assert read_head(tmp_path / "back").config.tap_layers != read_head(head_dir).config.tap_layers
 
 
 def test_our_export_for_sglang_still_decodes_here(head_dir, tmp_path):
     """It once loaded with every tap one layer early: its ids are outputs, and its mark says so."""
-    export_head(ExportArgs(head=str(head_dir), to="sglang", output_dir=tmp_path / "out"))
+    export_head(ExportSettings(head=str(head_dir), to="sglang", output_dir=tmp_path / "out"))
     document = json.loads((tmp_path / "out" / "config.json").read_text())
     taps = from_json(head_dir / "config.json").tap_layers
     assert document["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [layer - 1 for layer in taps]
@@ -51,7 +52,7 @@ def test_our_export_for_sglang_still_decodes_here(head_dir, tmp_path):
 
 
 def test_speculators_names_and_fields(head_dir, tmp_path):
-    export_head(ExportArgs(head=str(head_dir), to="speculators", output_dir=tmp_path / "out", target="T"))
+    export_head(ExportSettings(head=str(head_dir), to="speculators", output_dir=tmp_path / "out", target="T"))
     names = load_file(tmp_path / "out" / WEIGHTS)
     assert "layers.0.hidden_norm.weight" in names and not any(name.startswith("midlayer") for name in names)
     document = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -59,18 +60,18 @@ def test_speculators_names_and_fields(head_dir, tmp_path):
     assert document["norm_before_residual"] is False
     assert document["speculators_config"]["verifier"]["name_or_path"] == "T"
     with pytest.raises(UserError, match="--target is needed"):
-        export_head(ExportArgs(head=str(head_dir), to="speculators", output_dir=tmp_path / "x"))
+        export_head(ExportSettings(head=str(head_dir), to="speculators", output_dir=tmp_path / "x"))
 
 
 def test_a_head_sglang_would_run_differently_is_not_written_for_it(head_dir, tmp_path):
     config = dataclasses.replace(from_json(head_dir / "config.json"), norm_before_residual=True)
     (head_dir / "config.json").write_text(json.dumps(to_json(config)))
     for layout in ("vllm", "speculators"):
-        export_head(ExportArgs(head=str(head_dir), to=layout, output_dir=tmp_path / layout, target="T"))
-        convert_head(ConvertArgs(head=str(tmp_path / layout), output_dir=tmp_path / "back"))
+        export_head(ExportSettings(head=str(head_dir), to=layout, output_dir=tmp_path / layout, target="T"))
+        convert_head(ConvertSettings(head=str(tmp_path / layout), output_dir=tmp_path / "back"))
         assert from_json(tmp_path / "back" / "config.json").norm_before_residual
     with pytest.raises(UserError, match="norm_before_residual, which the reader of the sglang layout ignores"):
-        export_head(ExportArgs(head=str(head_dir), to="sglang", output_dir=tmp_path / "sglang"))
+        export_head(ExportSettings(head=str(head_dir), to="sglang", output_dir=tmp_path / "sglang"))
 
 
 def test_expected_shapes_are_the_models():
@@ -88,9 +89,9 @@ def test_what_cannot_be_converted_is_named(head_dir, tmp_path, how):
     save_file(tensors, head_dir / WEIGHTS)
     message = {"missing": "missing: norm.weight", "unknown": "unknown: midlayer.self_attn"}
     with pytest.raises(UserError, match=message[how]):
-        convert_head(ConvertArgs(head=str(head_dir), output_dir=tmp_path / "back"))
+        convert_head(ConvertSettings(head=str(head_dir), output_dir=tmp_path / "back"))
 
 
 def test_a_rope_base_can_be_told(head_dir, tmp_path):
-    convert_head(ConvertArgs(head=str(head_dir), output_dir=tmp_path / "back", rope_theta=123.0))
+    convert_head(ConvertSettings(head=str(head_dir), output_dir=tmp_path / "back", rope_theta=123.0))
     assert read_head(tmp_path / "back").config.rope_parameters["rope_theta"] == 123.0

@@ -13,8 +13,9 @@ from fledge.drafters.eagle3.checkpoint import WEIGHTS, save_draft
 from fledge.drafters.eagle3.config import to_json
 from fledge.drafters.eagle3.foreign import read_config
 from fledge.errors import UserError
-from fledge.export.convert import ExportArgs, export_head
+from fledge.export.convert import export_head
 from fledge.export.engines import ENGINES, SGLANG, VLLM, check_servable, file_shapes, problems
+from fledge.export.settings import ExportSettings
 
 LOADERS = {"vllm": "model_executor/models/llama_eagle3.py", "sglang": "srt/models/llama_eagle3.py"}
 
@@ -65,7 +66,7 @@ def test_registered_architectures(request, name):
 @pytest.mark.parametrize("name", ENGINES)
 def test_every_field_it_cannot_do_without_is_in_our_export(name, tmp_path):
     save_draft(tiny_draft(tiny_target("llama")), tmp_path / "head")
-    export_head(ExportArgs(head=str(tmp_path / "head"), to=name, output_dir=tmp_path / "out"))
+    export_head(ExportSettings(head=str(tmp_path / "head"), to=name, output_dir=tmp_path / "out"))
     document = read_config(tmp_path / "out")
     optional = {"num_aux_hidden_states", "logit_scale", "bias", "intermediate_size_mlp", "use_aux_norm",
                 "norm_before_fc", "norm_before_residual"}  # absent means what our head is  # fmt: skip
@@ -79,7 +80,7 @@ def test_every_field_it_cannot_do_without_is_in_our_export(name, tmp_path):
 def exported(tmp_path):
     save_draft(tiny_draft(tiny_target("llama")), tmp_path / "head")
     for layout in ("vllm", "sglang", "speculators"):
-        export_head(ExportArgs(head=str(tmp_path / "head"), to=layout, output_dir=tmp_path / layout, target="T"))
+        export_head(ExportSettings(head=str(tmp_path / "head"), to=layout, output_dir=tmp_path / layout, target="T"))
     return tmp_path
 
 

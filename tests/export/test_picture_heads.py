@@ -11,8 +11,9 @@ from fledge.doctor.check import findings
 from fledge.drafters.eagle3.checkpoint import save_draft
 from fledge.drafters.eagle3.head import read_head
 from fledge.drafters.eagle3.model import DraftModel
-from fledge.export.convert import ConvertArgs, ExportArgs, convert_head, export_head
+from fledge.export.convert import convert_head, export_head
 from fledge.export.layouts import LAYOUTS
+from fledge.export.settings import ConvertSettings, ExportSettings
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -20,8 +21,8 @@ from fledge.export.layouts import LAYOUTS
 def test_every_layout_keeps_the_rope(name, layout, tmp_path):
     target = tiny_vlm(name)
     save_draft(draft := tiny_draft(target), tmp_path / "head", dtype=torch.float32)
-    export_head(ExportArgs(head=str(tmp_path / "head"), to=layout, output_dir=tmp_path / "out", target="T"))
-    convert_head(ConvertArgs(head=str(tmp_path / "out"), output_dir=tmp_path / "back"))
+    export_head(ExportSettings(head=str(tmp_path / "head"), to=layout, output_dir=tmp_path / "out", target="T"))
+    convert_head(ConvertSettings(head=str(tmp_path / "out"), output_dir=tmp_path / "back"))
     after = read_head(tmp_path / "back").config
     assert after.rope_parameters == draft.config.rope_parameters
     again = DraftModel(after, target.embedding_weight)

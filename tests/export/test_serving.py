@@ -7,10 +7,11 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_draft, tiny_model, tiny_target
 
 from fledge.cli import run_command
-from fledge.commands.serve import check_draft
 from fledge.drafters.eagle3.checkpoint import WEIGHTS, save_draft
 from fledge.errors import UserError
-from fledge.export.convert import ExportArgs, export_head
+from fledge.export.convert import export_head
+from fledge.export.servable import check_draft
+from fledge.export.settings import ExportSettings
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def folders(tmp_path):
     tiny_model("llama").config.save_pretrained(tmp_path / "target")
     save_draft(tiny_draft(tiny_target("llama")), tmp_path / "head")
     for layout in ("vllm", "sglang", "speculators"):
-        export_head(ExportArgs(head=str(tmp_path / "head"), to=layout, output_dir=tmp_path / layout, target="T"))
+        export_head(ExportSettings(head=str(tmp_path / "head"), to=layout, output_dir=tmp_path / layout, target="T"))
     return tmp_path
 
 

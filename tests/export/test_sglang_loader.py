@@ -14,7 +14,8 @@ from transformers import LlamaConfig
 
 from fledge.drafters.eagle3.checkpoint import WEIGHTS, save_draft
 from fledge.drafters.eagle3.head import read_head
-from fledge.export.convert import ExportArgs, export_head
+from fledge.export.convert import export_head
+from fledge.export.settings import ExportSettings
 
 T = 9
 LOADER = "srt/models/llama_eagle3.py"
@@ -31,7 +32,7 @@ def pair(request, tmp_path, sglang_source):
                     1 + 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
                 )
     save_draft(draft, tmp_path / "head", dtype=torch.float32)
-    export_head(ExportArgs(head=str(tmp_path / "head"), to="sglang", output_dir=tmp_path / "out"))
+    export_head(ExportSettings(head=str(tmp_path / "head"), to="sglang", output_dir=tmp_path / "out"))
     model = engine_model(sglang_source(LOADER), tmp_path / "out")
     return draft, tmp_path / "head", model
 
@@ -109,7 +110,7 @@ def test_ids_become_the_layers_we_tap(pair, sglang_source):
 def test_a_full_vocabulary_needs_no_mapping(tmp_path, sglang_source):
     draft = tiny_draft(tiny_target("llama"), draft_vocab_size=None)
     save_draft(draft, tmp_path / "head", dtype=torch.float32)
-    export_head(ExportArgs(head=str(tmp_path / "head"), to="sglang", output_dir=tmp_path / "out"))
+    export_head(ExportSettings(head=str(tmp_path / "head"), to="sglang", output_dir=tmp_path / "out"))
     model = engine_model(sglang_source(LOADER), tmp_path / "out")
     assert model.hot_token_id is None and not model.load_lm_head_from_target
     assert torch.equal(model.lm_head.weight, draft.lm_head.weight)
@@ -119,7 +120,7 @@ def test_a_tied_flag_would_replace_lm_head(tmp_path, sglang_source):
     """Why tie_word_embeddings is an error in `fledge inspect`: the engine drafts with the embedding, silently."""
     draft = tiny_draft(tiny_target("llama"))
     save_draft(draft, tmp_path / "head", dtype=torch.float32)
-    export_head(ExportArgs(head=str(tmp_path / "head"), to="sglang", output_dir=tmp_path / "out"))
+    export_head(ExportSettings(head=str(tmp_path / "head"), to="sglang", output_dir=tmp_path / "out"))
     path = tmp_path / "out" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
     module = load_module(sglang_source(LOADER))

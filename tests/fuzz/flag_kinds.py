@@ -17,7 +17,7 @@ GOOD: dict[str, tuple[str, str]] = {  # a good value of a flag, and another one
     "temperature": ("0.5", "1"), "max_reject_share": ("0.5", "0"), "total_token": ("8", "16"),
     "eval_fraction": ("0.1", "0.2"), "supervised_share": ("0.5", "1"), "depth_survival": ("0.5", "1"),
     "base_port": ("7000", "8000"), "adam_beta1": ("0.8", "0.5"), "adam_beta2": ("0.9", "0.99"),
-    "rope_theta": ("10000", "500000"), "max_new_token": ("5", "6"), "weight_decay": ("0.1", "0"),
+    "rope_theta": ("10000", "500000"), "max_new_tokens": ("5", "6"), "weight_decay": ("0.1", "0"),
     "train_efficiency": ("0.5", "0.4"), "target_efficiency": ("0.5", "0.4"), "seed": ("1", "0"),
     "max_tokens": ("16", "32"), "model_max_length": ("256", "512"),
     "optim": ("adamw_torch", "sgd"), "lr_scheduler_type": ("linear", "constant"), "data_format": ("auto", "messages"),
@@ -31,14 +31,14 @@ GOOD: dict[str, tuple[str, str]] = {  # a good value of a flag, and another one
 # Flags that mean something only together with others, or that choose another way through the command.
 TOGETHER = set(
     """
-    data_format adaptive api_key_env backend baseline_url bench_dir bench_name chat_template_type columns concurrency
-    data data_shard_size device device_map draft draft_model_config_path dtype eagle_url enable_thinking endpoints
-    engine eval_data_path eval_decode_steps eval_hidden_path fix gpu_memory_gb gpus gpus_per_worker host image init_from
+    data_format adaptive api_key_env backend baseline_url bench_dir bench_name chat_template_type columns concurrency data
+    data_shard_size device device_map draft draft_config dtype eagle_url endpoints engine
+    eval_data eval_decode_steps eval_states fix gpu_memory_gb gpus gpus_per_worker host image init_from
     json license license_link license_name local_rank matrix_optim max_gpu_memory max_pixels max_prompt_length
     min_pixels mode model notes num_gpus_per_model num_gpus_total num_servers num_tokens num_workers output
     prepare_only print private profile profile_path push_to_hub question_begin question_end raw report report_to
     resume_from_checkpoint retry_rejects run_code server tap_layers target target_backend
-    tensor_parallel_size tflops to tokenizer tp_plan train_hidden_path tune vllm work_dir
+    tensor_parallel_size tflops to tokenizer tp_plan states tune vllm work_dir
     """.split()
 )
 # Of transformers' TrainingArguments: those whose ranges are checked here.
@@ -111,18 +111,12 @@ def _kind(annotation: Any) -> tuple[type, bool, bool, tuple[str, ...]]:
 @functools.cache
 def flags_of(command: str) -> list[Flag]:
     """Every flag of a command that the fuzzer knows how to break."""
+    flags = [flag for flag in _fields(getattr(module_of(command), COMMANDS[command].args)) if flag.name != "vllm_args"]
     if command == "train":
-        from fledge.train.arguments import GROUPS
+        from fledge.train.arguments import TrainerArguments
 
-        flags = [flag for group in GROUPS for flag in _fields(group)]
-        return [flag for flag in flags if flag.name in TRAINER or flag.name in _own_names()]
-    return [flag for flag in _fields(getattr(module_of(command), COMMANDS[command].args)) if flag.name != "vllm_args"]
-
-
-def _own_names() -> set[str]:
-    from fledge.train.arguments import GROUPS
-
-    return {field.name for group in GROUPS[:3] for field in dataclasses.fields(group)}
+        flags += [flag for flag in _fields(TrainerArguments) if flag.name in TRAINER]
+    return flags
 
 
 def _fields(args: Any) -> Iterator[Flag]:

@@ -25,7 +25,7 @@ NEGATIVE = ("-1", "-1000000")
 SIZES = """
     max_samples num_proc model_max_length measure_prompts measure_tokens max_pixels min_pixels num_threads
     max_clients concurrency max_attempts max_tokens max_prompt_length data_shard_size batch_size max_new_tokens
-    max_new_token top_k repeats num_workers num_gpus_per_model per_device_train_batch_size
+    top_k repeats num_workers num_gpus_per_model per_device_train_batch_size
     per_device_eval_batch_size ttt_steps num_gpus num_tokens num_servers tensor_parallel_size max_model_len
     num_speculative_tokens num_prompts epochs num_questions gradient_accumulation_steps
     eval_decode_prompts eval_decode_max_new_tokens
@@ -64,7 +64,6 @@ OTHER_RANGES: dict[tuple[str, str], tuple[str, ...]] = {
     ("train", "lr_scheduler_type"): ("nonsense", ""),
     ("train", "report_to"): ("nonsense", "wandb"),
     ("train", "data_format"): ("nonsense", ""),
-    ("train", "target_dtype"): ("nonsense", "", "float"),
     ("train", "logging_strategy"): ("nonsense",),
     ("train", "save_strategy"): ("nonsense",),
     ("train", "eval_strategy"): ("nonsense",),

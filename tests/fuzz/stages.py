@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 from fledge.cli import COMMANDS, run_command, sentence
-from fledge.config import parse
+from fledge.commands.parser import parse
 from fledge.errors import UserError
 from fuzz.flag_kinds import module_of
 from fuzz.harness import Reached
@@ -116,15 +116,15 @@ def base(positional: str | None = None, **flags: str) -> Callable[..., list[str]
 
 
 BASE: dict[str, Callable[..., list[str]]] = {
-    "serve": base(model_name_or_path="TARGET", vllm="/bin/true"),
-    "regenerate": base(data_name_or_path="DATA", output_dir="OUT"),
+    "serve": base(target="TARGET", vllm="/bin/true"),
+    "regenerate": base(data="DATA", output_dir="OUT"),
     "decode": base(target="TARGET", prompt="hello"),
     "chat": base(target="TARGET"),
-    "bench": base(base_model_path="TARGET", mode="baseline", bench_name="quick", output_dir="OUT", num_gpus_total="0"),
+    "bench": base(target="TARGET", mode="baseline", bench_name="quick", output_dir="OUT", num_gpus_total="0"),
     "report": base("paths=OUT"),
-    "plan": base(target_model_name_or_path="TARGET", num_tokens="1000", hardware="h100"),
-    "extract": base(model_name="TARGET", dataset_path="DATA", output_dir="OUT"),
-    "train": base(target_model_name_or_path="TARGET", train_data_path="DATA", output_dir="OUT"),
+    "plan": base(target="TARGET", num_tokens="1000", hardware="h100"),
+    "extract": base(target="TARGET", data="DATA", output_dir="OUT"),
+    "train": base(target="TARGET", train_data_path="DATA", output_dir="OUT"),
     "export": base("head=OUT", to="vllm", output_dir="OUT"),
     "convert": base("head=OUT", output_dir="OUT"),
     "inspect": base("path=DATA", target="TARGET"),

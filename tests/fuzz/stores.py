@@ -16,7 +16,8 @@ import torch
 from hypothesis import strategies as st
 from saved_target import equal_records, write_conversations
 
-from fledge.extraction.extract import ExtractArgs, extract
+from fledge.extraction.extract import extract
+from fledge.extraction.settings import ExtractSettings
 from fledge.storage.states.manifest import canonical
 from fledge.storage.states.reader import HiddenStore
 from fuzz.documents import NO_INT, NO_LIST, NO_OBJECT, NO_SIZE, NO_TEXT, broken_fields, broken_text
@@ -69,7 +70,7 @@ def good_store() -> Path:
     """A store of two shards."""
     folder = Path(tempfile.mkdtemp(prefix="fledge-fuzz-store-"))
     data = write_conversations(folder / "talk.jsonl", 8)
-    extract(ExtractArgs(model_name=str(target()), dataset_path=[str(data)], output_dir=folder / "store",
+    extract(ExtractSettings(target=str(target()), data=[str(data)], output_dir=folder / "store",
                         model_max_length=60, shard_mb=0.2))  # fmt: skip
     return folder / "store"
 

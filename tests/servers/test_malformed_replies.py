@@ -11,13 +11,14 @@ import json
 import pytest
 from fakes.hostile_server import MODELS, choice, completion, event, http, serving
 
-from fledge.bench.args import BenchArgs, DecodingArgs, ModelArgs, OutputArgs, PromptArgs, ServerArgs
 from fledge.bench.client import acceptance_of, metrics_between, parse_metrics
 from fledge.bench.run import bench
-from fledge.commands.regenerate import regenerate
+from fledge.bench.settings import BenchSettings, ModelSettings, QuestionSettings, ReportSettings, ServedSettings
+from fledge.commands.regenerate import RegenerateArgs, regenerate
+from fledge.decoding.settings import SamplingSettings
 from fledge.errors import UserError
 from fledge.http_client import ServerError
-from fledge.regeneration import args as regenerate_args
+from fledge.regeneration.settings import EngineSettings, PromptSourceSettings
 from fledge.servers.replies import Completion, error_text, read_reply
 
 DEEP = b"[" * 100_000
@@ -132,12 +133,10 @@ def test_regeneration_keeps_the_other_rows(tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with serving(answering(replies, http(good()))) as url:
         regenerate(
-            regenerate_args.RegenerateArgs(
-                prompts=regenerate_args.PromptSourceArgs(
-                    data_name_or_path=str(tmp_path / "in.jsonl"), max_reject_share=1.0
-                ),
+            RegenerateArgs(
+                prompts=PromptSourceSettings(data=str(tmp_path / "in.jsonl"), max_reject_share=1.0),
                 output_dir=tmp_path / "out",
-                engines=regenerate_args.EngineArgs(endpoints=(url,), max_attempts=1, concurrency=8),
+                engines=EngineSettings(endpoints=(url,), max_attempts=1, concurrency=8),
             )
         )
     kept = [json.loads(line) for line in (tmp_path / "out" / "shard-00000.jsonl").read_text().splitlines()]
@@ -173,12 +172,12 @@ def test_the_server_benchmark_measures_the_other_questions(tmp_path):
     lines = [json.dumps({"question_id": text, "turns": [text]}) + "\n" for text in asked]
     (tmp_path / "odd.jsonl").write_text("".join(lines))
     with serving(answering(replies, fine)) as url:
-        args = BenchArgs(
-            model=ModelArgs(base_model_path="target", mode="baseline"),
-            prompts=PromptArgs(bench_name=(str(tmp_path / "odd.jsonl"),)),
-            decoding=DecodingArgs(temperature=0.0),
-            output=OutputArgs(output_dir=tmp_path / "out"),
-            server=ServerArgs(backend="server", baseline_url=url, concurrency=(4,)),
+        args = BenchSettings(
+            model=ModelSettings(target="target", mode="baseline"),
+            prompts=QuestionSettings(bench_name=(str(tmp_path / "odd.jsonl"),)),
+            sampling=SamplingSettings(temperature=0.0),
+            output=ReportSettings(output_dir=tmp_path / "out"),
+            server=ServedSettings(backend="server", baseline_url=url, concurrency=(4,)),
         )
         with pytest.raises(UserError, match=r"In all \d+ questions failed and are left out"):
             bench(args)
@@ -196,11 +195,11 @@ def test_a_benchmark_without_a_failure_ends_well(tmp_path):
     (tmp_path / "even.jsonl").write_text(json.dumps({"question_id": "1", "turns": ["good"]}) + "\n")
     with serving(answering([], stream_of("good", good()))) as url:
         bench(
-            BenchArgs(
-                model=ModelArgs(base_model_path="target", mode="baseline"),
-                prompts=PromptArgs(bench_name=(str(tmp_path / "even.jsonl"),)),
-                output=OutputArgs(output_dir=tmp_path / "out"),
-                server=ServerArgs(backend="server", baseline_url=url),
+            BenchSettings(
+                model=ModelSettings(target="target", mode="baseline"),
+                prompts=QuestionSettings(bench_name=(str(tmp_path / "even.jsonl"),)),
+                output=ReportSettings(output_dir=tmp_path / "out"),
+                server=ServedSettings(backend="server", baseline_url=url),
             )
         )
     assert json.loads((tmp_path / "out" / "results.jsonl").read_text())["failed"] == {}
@@ -209,11 +208,11 @@ def test_a_benchmark_without_a_failure_ends_well(tmp_path):
 def test_a_level_in_which_every_question_fails_is_not_kept(tmp_path):
     (tmp_path / "odd.jsonl").write_text(json.dumps({"question_id": "1", "turns": ["reply 0"]}) + "\n")
     with serving(answering([http(b"<html>")], b"")) as url:
-        args = BenchArgs(
-            model=ModelArgs(base_model_path="target", mode="baseline"),
-            prompts=PromptArgs(bench_name=(str(tmp_path / "odd.jsonl"),)),
-            output=OutputArgs(output_dir=tmp_path / "out"),
-            server=ServerArgs(backend="server", baseline_url=url),
+        args = BenchSettings(
+            model=ModelSettings(target="target", mode="baseline"),
+            prompts=QuestionSettings(bench_name=(str(tmp_path / "odd.jsonl"),)),
+            output=ReportSettings(output_dir=tmp_path / "out"),
+            server=ServedSettings(backend="server", baseline_url=url),
         )
         with pytest.raises(UserError, match="every question failed.*no usage report"):
             bench(args)
@@ -235,10 +234,10 @@ def test_a_level_in_which_every_question_fails_is_not_kept(tmp_path):
 )
 def test_a_list_of_models_that_is_none(tmp_path, models):
     (tmp_path / "one.jsonl").write_text(json.dumps({"id": "1", "conversations": [{"from": "human", "value": "q"}]}))
-    args = regenerate_args.RegenerateArgs(
-        prompts=regenerate_args.PromptSourceArgs(data_name_or_path=str(tmp_path / "one.jsonl")),
+    args = RegenerateArgs(
+        prompts=PromptSourceSettings(data=str(tmp_path / "one.jsonl")),
         output_dir=tmp_path / "out",
-        engines=regenerate_args.EngineArgs(max_attempts=1),
+        engines=EngineSettings(max_attempts=1),
     )
 
     async def handler(path: str, body: bytes, writer: asyncio.StreamWriter) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from saved_target import save_target, write_conversations
 
-from fledge.extraction.extract import ExtractArgs, extract
+from fledge.extraction.extract import extract
+from fledge.extraction.settings import ExtractSettings
 
 
 @pytest.fixture(scope="session")
@@ -21,13 +22,13 @@ def conversations(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def extract_args(saved_target, conversations) -> Callable[..., ExtractArgs]:
+def extract_args(saved_target, conversations) -> Callable[..., ExtractSettings]:
     """Arguments for a store of several small shards."""
 
-    def make(folder: Path, **changes) -> ExtractArgs:
-        plain = {"model_name": str(saved_target), "dataset_path": [str(conversations)], "output_dir": folder,
+    def make(folder: Path, **changes) -> ExtractSettings:
+        plain = {"target": str(saved_target), "data": [str(conversations)], "output_dir": folder,
                  "model_max_length": 120, "shard_mb": 0.25}  # fmt: skip
-        return ExtractArgs(**{**plain, **changes})
+        return ExtractSettings(**{**plain, **changes})
 
     return make
 

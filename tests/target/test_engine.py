@@ -14,10 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from fledge.config import parse
+from fledge.commands.parser import parse
+from fledge.commands.serve import ServeArgs, parse_args, serve
 from fledge.errors import UserError
 from fledge.servers import processes as engine
-from fledge.servers.processes import ServeArgs, parse_args, plan, running, serve, visible_gpus
+from fledge.servers.processes import ServerSettings, plan, running, visible_gpus
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -68,8 +69,8 @@ def free(number: int) -> bool:
         return probe.connect_ex(("127.0.0.1", number)) != 0
 
 
-def args(**more) -> ServeArgs:
-    return ServeArgs(model_name_or_path="target", **more)
+def args(**more) -> ServerSettings:
+    return ServerSettings(target="target", **more)
 
 
 def lives(pid: int) -> bool:
@@ -168,7 +169,9 @@ def test_a_head_and_further_arguments_reach_vllm():
     assert given == {"method": "eagle3", "model": "a head", "num_speculative_tokens": 4}
     assert command[-3:] == ("--gpu-memory-utilization", "0.8", "--enforce-eager")
     assert "--max-model-len" in command and "--speculative-config" not in plan(args(), [])[0].command
-    with pytest.raises(SystemExit):  # without the --, an unknown flag is an error
+    with pytest.raises(
+        UserError, match="unknown flag '--enforce-eager'"
+    ):  # without the --, an unknown flag is an error
         parse(ServeArgs, ["--model-name-or-path", "target", "--enforce-eager"], prog="x", description="")
 
 
@@ -181,7 +184,7 @@ def test_a_list_of_gpus_that_is_none_is_refused(text):
 
 
 def test_print_starts_nothing(capsys):
-    serve(args(print=True, vllm="/no/such/vllm", base_port=1, num_servers=2, gpus=""))
+    serve(ServeArgs(target="target", print=True, vllm="/no/such/vllm", base_port=1, num_servers=2, gpus=""))
     lines = capsys.readouterr().out.splitlines()
     assert (
         all(" /no/such/vllm serve " in f" {line}" for line in lines) and len(lines) == 2 and "--port 2 >>" in lines[1]

@@ -95,10 +95,10 @@ def test_same_id_with_other_tokens_is_refused(store, extract_args, tmp_path):
     folder = shutil.copytree(store, tmp_path / "copy")
     other = write_conversations(tmp_path / "other.jsonl", 24, seed=9)
     with pytest.raises(UserError, match="holds this id with other tokens"):
-        extract(extract_args(folder, dataset_path=[str(other)]))
+        extract(extract_args(folder, data=[str(other)]))
     twice = [str(other), str(shutil.copy(other, tmp_path / "again.jsonl"))]
     with pytest.raises(UserError, match="appears twice"):
-        extract(extract_args(tmp_path / "twice", dataset_path=twice))
+        extract(extract_args(tmp_path / "twice", data=twice))
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_a_manifest_of_other_states(copy, changes):
 
 def test_a_manifest_of_another_target(copy, extract_args, tmp_path):
     other = save_target(tmp_path / "other", seed=5)
-    extract(extract_args(tmp_path / "store", model_name=str(other), max_samples=9))
+    extract(extract_args(tmp_path / "store", target=str(other), max_samples=9))
     shutil.copy(tmp_path / "store" / "manifest.json", copy / "manifest.json")
     refused(copy, "made with another target|incomplete|bytes, the manifest says")
 

@@ -5,11 +5,12 @@ import pickle
 import pytest
 
 from fledge.commands.plan import PlanArgs
+from fledge.commands.train import TrainArgs, parse_args
 from fledge.errors import UserError
-from fledge.train.arguments import TrainArgs, parse_args
+from fledge.train.arguments import TrainSettings
 
 
-def parse(*words: str) -> TrainArgs:
+def parse(*words: str) -> TrainSettings:
     return parse_args(TrainArgs, words, prog="fledge train", description="")
 
 
@@ -22,8 +23,8 @@ def test_angelslim_command_line(tmp_path):
         "--warmup_ratio", "0.1", "--lr_scheduler_type", "constant", "--logging_steps", "20", "--model_max_length",
         "2048", "--chat_template_type", "qwen3", "--report_to", "none", "--run_name", "r", "--num_proc", "4", "--bf16",
     )  # fmt: skip
-    assert (args.data.target_model_name_or_path, args.data.train_data_path) == ("T", ["a.jsonl"])
-    assert (args.data.model_max_length, args.data.chat_template_type, args.data.num_proc) == (2048, "qwen3", 4)
+    assert (args.inputs.target, args.inputs.data) == ("T", ("a.jsonl",))
+    assert (args.inputs.model_max_length, args.inputs.chat_template_type, args.inputs.num_proc) == (2048, "qwen3", 4)
     assert (args.trainer.num_train_epochs, args.trainer.save_steps, args.trainer.run_name) == (20, 20, "r")
     assert args.trainer.warmup_steps == 0.1 and args.trainer.bf16 and args.trainer.learning_rate == 1e-4
 
@@ -68,9 +69,9 @@ def test_pickled_arguments_hold_no_token(tmp_path):
 
 def test_depths_are_drawn_at_random_by_default(tmp_path):
     """`fledge plan` counts what `fledge train` does."""
-    planned = PlanArgs(target_model_name_or_path="T").depth_survival
+    planned = PlanArgs(target="T").depth_survival
     assert parse("--output_dir", str(tmp_path)).draft.depth_survival == planned < 1
-    with pytest.raises(UserError, match="--depth_survival is 1.5; it must be"):
+    with pytest.raises(UserError, match="--depth-survival is 1.5; it must be"):
         parse("--output_dir", str(tmp_path), "--depth_survival", "1.5")
 
 
@@ -98,7 +99,7 @@ def test_recipe_below_flags(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("ttt_steps: 4\ntrain_data_path: [a, b]\nbf16: false\nlearning_rate: 0.002\n")
     args = parse("--config", str(recipe), "--output_dir", str(tmp_path), "--ttt_steps", "6")
-    assert (args.draft.ttt_steps, args.data.train_data_path) == (6, ["a", "b"])
+    assert (args.draft.ttt_steps, args.inputs.data) == (6, ("a", "b"))
     assert args.trainer.bf16 is False and args.trainer.learning_rate == 0.002
 
 
@@ -109,7 +110,7 @@ def test_recipe_with_unknown_key(tmp_path):
 
 
 def test_output_dir_is_needed():
-    with pytest.raises(UserError, match="--output_dir is needed"):
+    with pytest.raises(UserError, match="--output-dir is needed"):
         parse("--ttt_steps", "4")
 
 
@@ -122,9 +123,9 @@ def test_resolved_config_repeats_the_run(tmp_path):
     own = {
         k: v
         for k, v in first.resolved().items()
-        if k in ("ttt_steps", "train_data_path", "position_weights", "tap_layers")
+        if k in ("ttt_steps", "data", "position_weights", "step_decay", "tap_layers")
     }
     recipe = tmp_path / "again.yaml"
-    recipe.write_text(yaml.safe_dump({k: v for k, v in own.items() if v not in (None, [])}))
+    recipe.write_text(yaml.safe_dump({k: v for k, v in own.items() if v not in (None, ())}))
     again = parse("--config", str(recipe), "--output_dir", str(tmp_path))
-    assert (again.draft, again.data) == (first.draft, first.data)
+    assert (again.draft, again.inputs) == (first.draft, first.inputs)

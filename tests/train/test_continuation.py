@@ -7,12 +7,14 @@ import pytest
 import torch
 from saved_target import save_target, write_conversations
 
+from fledge.commands.train import TrainArgs, parse_args
 from fledge.errors import UserError
-from fledge.extraction.extract import ExtractArgs, extract
+from fledge.extraction.extract import extract
+from fledge.extraction.settings import ExtractSettings
 from fledge.storage.states.reader import HiddenStore
 from fledge.target.head import TargetEnds
 from fledge.train import run
-from fledge.train.arguments import TrainArgs, parse_args
+from fledge.train.arguments import TrainSettings
 from fledge.train.continuation import check_resumable, weights_digest
 from fledge.train.stored import stored_source
 
@@ -73,12 +75,12 @@ def work(tmp_path_factory) -> Path:
         save_target(folder / f"target-{number}", seed=number)
         write_conversations(folder / f"data-{number}.jsonl", 8, seed=number)
     for target, data in ((0, 0), (1, 0), (0, 1)):
-        extract(ExtractArgs(model_name=str(folder / f"target-{target}"), output_dir=folder / f"store-{target}-{data}",
-                            dataset_path=[str(folder / f"data-{data}.jsonl")]))  # fmt: skip
+        extract(ExtractSettings(target=str(folder / f"target-{target}"), output_dir=folder / f"store-{target}-{data}",
+                            data=[str(folder / f"data-{data}.jsonl")]))  # fmt: skip
     return folder
 
 
-def arguments(output: Path, *flags: object) -> TrainArgs:
+def arguments(output: Path, *flags: object) -> TrainSettings:
     plain = ["--output_dir", str(output), "--per_device_train_batch_size", "2", "--ttt_steps", "2", "--use_cpu", "True",
              "--draft_vocab_size", "64", "--bf16", "False", "--save_steps", "1", "--disable_tqdm", "True"]  # fmt: skip
     return parse_args(TrainArgs, [*plain, *map(str, flags)], prog="train", description="")

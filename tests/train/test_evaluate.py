@@ -1,22 +1,25 @@
 """Evaluation by decoding while training: tau is what decoding gives, the best is kept, training is not disturbed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from saved_target import save_target, write_conversations
 
+from fledge.commands.train import TrainArgs, parse_args
 from fledge.decoding.generate import generate
 from fledge.decoding.records import Sampling
 from fledge.drafters.eagle3.checkpoint import load_draft
 from fledge.drafters.eagle3.head import WEIGHTS, read_tensors
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
-from fledge.extraction.extract import ExtractArgs, extract
+from fledge.extraction.extract import extract
+from fledge.extraction.settings import ExtractSettings
 from fledge.target.model import Target
 from fledge.train import evaluate, live, run
-from fledge.train.arguments import TrainArgs, parse_args
+from fledge.train.arguments import TrainSettings
 from fledge.train.evaluate import held_out_prompts, read_best
 
 TREE = ["8", "2", "3"]
@@ -31,7 +34,7 @@ def work(tmp_path_factory) -> Path:
     return folder
 
 
-def arguments(work: Path, output: Path, *flags: object, steps: int = 4) -> TrainArgs:
+def arguments(work: Path, output: Path, *flags: object, steps: int = 4) -> TrainSettings:
     plain = [
         "--target_model_name_or_path", work / "target", "--train_data_path", work / "train.jsonl",
         "--eval_data_path", work / "eval.jsonl", "--output_dir", output, "--max_steps", steps,
@@ -105,11 +108,11 @@ def test_the_best_head_is_kept_and_becomes_the_final_one(work, tmp_path, monkeyp
 
 def test_stored_states_need_the_target_for_decoding(work, tmp_path):
     store = tmp_path / "store"
-    extract(ExtractArgs(model_name=str(work / "target"), dataset_path=[str(work / "train.jsonl")], output_dir=store))
+    extract(ExtractSettings(target=str(work / "target"), data=[str(work / "train.jsonl")], output_dir=store))
     stored = ["--train_hidden_path", str(store), "--eval_fraction", "0.3", "--output_dir", str(tmp_path / "out"),
               "--max_steps", "2", "--ttt_steps", "2", "--draft_vocab_size", "64", "--bf16", "False",
               "--save_steps", "2", "--disable_tqdm", "True", "--use_cpu", "True", *map(str, decoding())]  # fmt: skip
-    with pytest.raises(UserError, match="does not load. Give --target_model_name_or_path"):
+    with pytest.raises(UserError, match="does not load. Give --target"):
         run.train(parse_args(TrainArgs, stored, prog="train", description=""))
     named = [*stored, "--target_model_name_or_path", str(work / "target")]
     run.train(parse_args(TrainArgs, named, prog="train", description=""))
@@ -118,6 +121,6 @@ def test_stored_states_need_the_target_for_decoding(work, tmp_path):
 
 def test_without_held_out_data_it_says_what_is_needed(work, tmp_path):
     args = arguments(work, tmp_path, *decoding())
-    args.data.eval_data_path = []
+    args.inputs = replace(args.inputs, eval_data=())
     with pytest.raises(UserError, match="decodes held-out conversations, and there are none"):
         run.train(args)

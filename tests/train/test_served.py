@@ -8,11 +8,12 @@ import torch
 from fake_states_server import FakeStatesServer
 from saved_target import save_target, write_conversations
 
+from fledge.commands.train import TrainArgs, parse_args
 from fledge.errors import UserError
 from fledge.storage.states.manifest import read_manifest
 from fledge.target.model import Target
 from fledge.train import run
-from fledge.train.arguments import TrainArgs, parse_args
+from fledge.train.arguments import TrainSettings
 
 STEPS = 6
 TOLERANCE = 1e-4  # fp32 both; the server's final norm sees all rows at once
@@ -42,7 +43,7 @@ def server(work, tmp_path):
         one.close()
 
 
-def arguments(work: Path, output: Path, *flags: object) -> TrainArgs:
+def arguments(work: Path, output: Path, *flags: object) -> TrainSettings:
     plain = (
         "--target_model_name_or_path", work / "target", "--train_data_path", work / "talk.jsonl",
         "--output_dir", output, "--max_steps", STEPS, "--per_device_train_batch_size", 2, "--ttt_steps", 3,
@@ -92,7 +93,7 @@ def test_a_store_is_filled_by_servers(work, server, tmp_path):
     ("flags", "says"),
     [
         (("--target_backend", "vllm"), "needs --server URL. Start one: vllm serve"),
-        (("--server", "http://127.0.0.1:9"), "--server is for --target_backend vllm"),
+        (("--server", "http://127.0.0.1:9"), "--server is for --target-backend vllm"),
         (("--target_backend", "vllm", "--server", "http://127.0.0.1:9"), "no vLLM server answers there"),
         (
             ("--target_backend", "vllm", "--server", "http://127.0.0.1:9", "--dataloader_num_workers", 2),

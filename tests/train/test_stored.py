@@ -9,16 +9,18 @@ import pytest
 import torch
 from saved_target import save_target, write_conversations
 
+from fledge.commands.train import TrainArgs, parse_args
 from fledge.drafters.eagle3.head import WEIGHTS, read_tensors
 from fledge.errors import UserError
-from fledge.extraction.extract import ExtractArgs, extract
+from fledge.extraction.extract import extract
+from fledge.extraction.settings import ExtractSettings
 from fledge.storage.states.describe import plain_config
 from fledge.storage.states.manifest import read_manifest
 from fledge.storage.states.reader import HiddenStore
 from fledge.target.head import TargetEnds, TargetHead
 from fledge.target.model import Target
 from fledge.train import run
-from fledge.train.arguments import TrainArgs, parse_args
+from fledge.train.arguments import TrainSettings
 from fledge.train.live import live_source
 from fledge.train.run import open_source
 
@@ -41,11 +43,11 @@ def work(tmp_path_factory) -> Path:
 
 def store(work: Path, into: Path, data: list[str], **changes) -> Path:
     paths = [str(work / name) for name in data]
-    extract(ExtractArgs(model_name=str(work / "target"), dataset_path=paths, output_dir=into, shard_mb=0.25, **changes))
+    extract(ExtractSettings(target=str(work / "target"), data=paths, output_dir=into, shard_mb=0.25, **changes))
     return into
 
 
-def arguments(output: Path, *flags: str) -> TrainArgs:
+def arguments(output: Path, *flags: str) -> TrainSettings:
     plain = [
         "--output_dir", str(output), "--max_steps", str(STEPS), "--per_device_train_batch_size", "2",
         "--ttt_steps", "3", "--draft_vocab_size", "64", "--bf16", "False", "--logging_steps", "1",
@@ -153,7 +155,7 @@ def test_the_split_and_the_counts_are_those_of_online(work, tmp_path):
      (["--target_dtype", "bfloat16"], "dtype float32, not bfloat16"),
      (["--tap_layers", "1", "2", "3"], "tap layers"), (["--lm_head_key", "model.wte.weight"], "lm_head.weight"),
      (["--target_model_name_or_path", "meta/other"], "target .*target, not meta/other"),
-     (["--eval_data_path", "x.jsonl"], "--target_model_name_or_path is needed beside conversations")],
+     (["--eval_data_path", "x.jsonl"], "--target is needed beside conversations")],
 )  # fmt: skip
 def test_flags_that_contradict_the_store(work, tmp_path, flags, says):
     with pytest.raises(UserError, match=says) as raised:
@@ -201,7 +203,7 @@ def test_angelslim_folders(work, tmp_path):
     head = expected[1]
     torch.save({"d2t": head["d2t"], "t2d": head["t2d"]}, folder / "vocab_mapping.pt")
     args = arguments(tmp_path / "c", "--train_hidden_path", folder, *target)
-    args.draft.draft_vocab_size = None
+    args.draft = dataclasses.replace(args.draft, draft_vocab_size=None)
     source = open_source(args)
     assert list(source.always) == (head["d2t"] + torch.arange(64)).tolist() and args.draft.draft_vocab_size == 64
 
@@ -209,7 +211,7 @@ def test_angelslim_folders(work, tmp_path):
 def test_angelslim_files_run_no_code_and_must_fit(work, tmp_path):
     folder = save_ckpts(work, tmp_path / "ckpts")
     flags = ("--train_hidden_path", folder, "--target_model_name_or_path", work / "target")
-    with pytest.raises(UserError, match="--target_model_name_or_path is needed with .ckpt"):
+    with pytest.raises(UserError, match="--target is needed with .ckpt"):
         open_source(arguments(tmp_path, *flags[:2]))
     with pytest.raises(UserError, match="hold no tensor 'lm_head.wait'.*did you mean 'lm_head.weight'"):
         open_source(arguments(tmp_path, *flags, "--lm_head_key", "lm_head.wait"))

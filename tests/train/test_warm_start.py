@@ -14,7 +14,8 @@ from fledge.drafters.eagle3.checkpoint import draft_tensors, save_draft
 from fledge.drafters.eagle3.head import Head, read_head
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.errors import UserError
-from fledge.export.convert import ExportArgs, export_head
+from fledge.export.convert import export_head
+from fledge.export.settings import ExportSettings
 from fledge.target.record import TargetRecord
 from fledge.train import run
 from fledge.train.arguments import DraftArguments
@@ -50,7 +51,7 @@ def test_rows_follow_their_tokens(size):
 def test_every_layout_starts_a_run(tmp_path, layout):
     before = tiny_draft(tiny_target("llama"), eagle31=True)
     save_draft(before, tmp_path / "head", dtype=torch.float32)
-    export_head(ExportArgs(head=str(tmp_path / "head"), to=layout, output_dir=tmp_path / "out", target="T"))
+    export_head(ExportSettings(head=str(tmp_path / "head"), to=layout, output_dir=tmp_path / "out", target="T"))
     assert architecture_of(tmp_path / "out", LAYERS, "eagle3")["fc_norm"] is True
     draft = fresh(48, seed=1, eagle31=True)
     continue_from(draft, tmp_path / "out", tiny_target("llama").head_weight, LAYERS, list)
@@ -65,7 +66,7 @@ def test_what_does_not_fit_is_named(tmp_path):
         continue_from(fresh(48, 1), tmp_path / "head31", head_weight, LAYERS, list)
     path = tmp_path / "head" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eagle_aux_hidden_state_layer_ids": [1, 4, 5]}))
-    with pytest.raises(UserError, match=r"inputs of layers \[1, 4, 5\].*--tap_layers 1 4 5"):
+    with pytest.raises(UserError, match=r"inputs of layers \[1, 4, 5\].*--tap-layers 1 4 5"):
         continue_from(fresh(48, 1), tmp_path / "head", head_weight, LAYERS, list)
 
 
@@ -128,7 +129,7 @@ def test_the_command_continues_a_head(tmp_path):
         return read_head(tmp_path / name)
 
     first = train("first", 20, "--learning_rate", "0.01")
-    export_head(ExportArgs(head=str(tmp_path / "first"), to="speculators", output_dir=tmp_path / "out", target="T"))
+    export_head(ExportSettings(head=str(tmp_path / "first"), to="speculators", output_dir=tmp_path / "out", target="T"))
     second = train("second", 26, "--learning_rate", "0", "--init_from", str(tmp_path / "out"))
     old = dict(zip(first.target_ids.tolist(), first.tensors["lm_head.weight"], strict=True))
     new = dict(zip(second.target_ids.tolist(), second.tensors["lm_head.weight"], strict=True))

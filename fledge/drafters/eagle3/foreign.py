@@ -12,7 +12,7 @@ Read in: EAGLE (SafeAILab), AngelSlim (llama_eagle3.py), SpecForge 0.2.0, specul
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -22,11 +22,11 @@ from fledge.console import say, warn
 from fledge.drafters.eagle3.config import DraftConfig, config_of_fields
 from fledge.drafters.eagle3.head import WEIGHTS, Head, check_head, read_tensors
 from fledge.drafters.eagle3.head_file import JSON, read_document
+from fledge.drafters.settings import TapConvention
 from fledge.errors import UserError
 from fledge.parsing import read_json
 from fledge.target.record import default_tap_layers
 
-TapConvention = Literal["auto", "input", "output"]
 EAGLE_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3LLamaforCausalLM")
 
 

@@ -1,30 +1,20 @@
-"""The flags of `fledge regenerate`, by what they are about: prompts, answers, engines."""
+"""What is asked, how it is answered, and by whom."""
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-import tyro
-
-from fledge.config import Overwrite
-from fledge.data.conversations import COLUMNS_HELP, REPEATED_IDS_HELP, DataFormat, RepeatedIds
-from fledge.data.image_urls import AllowImageUrls
-from fledge.data.rejects import MAX_REJECT_SHARE
+from fledge.data.settings import LimitSettings, RowSettings, TemplateSettings
 from fledge.ranges import Count, Natural, NotNegative, Port, Positive, PositiveShare, Seed, Share
+from fledge.servers.settings import ApiKeySettings
+from fledge.target.settings import DeviceSettings
 
 
-@dataclass(kw_only=True)
-class PromptSourceArgs:
-    data_name_or_path: str
+@dataclass(frozen=True, kw_only=True)
+class PromptSourceSettings(RowSettings, LimitSettings):
+    """What is asked."""
+
+    data: str
     """Conversations whose user turns are asked: a file, a folder, or a hub data set (`org/name`)."""
-    data_format: DataFormat = "auto"
-    """sharegpt (`conversations`), ultrachat or OpenAI `messages`; auto looks at each row. Output follows it."""
-    split: str = "train"
-    """Split of a hub data set."""
-    columns: Annotated[tuple[str, ...], tyro.conf.arg(help=COLUMNS_HELP)] = ()
-    repeated_ids: Annotated[RepeatedIds, tyro.conf.arg(help=REPEATED_IDS_HELP)] = "reject"
-    max_samples: Count | None = None
-    """Use only the first so many conversations."""
     samples_per_prompt: Count = 1
     """Answers to every conversation, each with draws of its own; their rows are named ID#answer1, ID#answer2, ..."""
     system_prompt: str | None = None
@@ -33,16 +23,16 @@ class PromptSourceArgs:
     """Answer equal prompts (all user turns and the system message) once; the others are listed as rejects."""
     max_prompt_length: Count | None = None
     """Longest prompt in tokens of the tokenizer; a longer first turn rejects its row, a longer later turn ends it."""
-    tokenizer: str | None = None
-    """Folder or hub name of the target, where the name the servers use is neither: --max-prompt-length counts with its
-    tokenizer, --thinking follows its chat template, its generation_config is obeyed."""
-    allow_image_urls: AllowImageUrls = False
-    max_reject_share: Share = MAX_REJECT_SHARE
-    """Fail when more than this share of the rows could not be read or answered (chosen drops not counted)."""
+    target: str | None = None
+    """The target: a folder or hub name. --engine transformers loads it. With servers it is needed where their name for
+    it is neither: --max-prompt-length counts with its tokenizer, --thinking follows its chat template, its
+    generation_config is obeyed."""
 
 
-@dataclass(kw_only=True)
-class AnswerArgs:
+@dataclass(frozen=True, kw_only=True)
+class AnswerSettings:
+    """How it is answered."""
+
     max_tokens: Count = 2048
     """Longest answer in tokens."""
     temperature: str = "0.7"
@@ -65,12 +55,14 @@ class AnswerArgs:
     Counted either way."""
 
 
-@dataclass(kw_only=True)
-class EngineArgs:
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(TemplateSettings, DeviceSettings, ApiKeySettings):
+    """Who answers."""
+
     engine: Literal["openai", "transformers"] = "openai"
     """openai: OpenAI-compatible servers (vLLM, SGLang, remote). transformers: in this process, CPU or GPU."""
     model: str | None = None
-    """Name the servers serve the target under (None: ask them); for transformers its folder or hub name."""
+    """Name the servers serve the target under. None: ask them."""
     endpoints: tuple[str, ...] = ()
     """Servers, as host:port or URL. None given: --max-clients ports from --base-port on this machine are tried."""
     base_port: Port = 6000
@@ -81,8 +73,6 @@ class EngineArgs:
     """Requests in flight over all servers together."""
     concurrency: Count | None = None
     """Requests in flight per server, instead of --num-threads shared evenly."""
-    api_key_env: str | None = None
-    """Name of the environment variable that holds the servers' API key."""
     request_timeout_s: Positive = 900.0
     """Seconds one answer may take before it is asked again elsewhere."""
     max_attempts: Count = 8
@@ -93,21 +83,3 @@ class EngineArgs:
     """Ask rows again that an earlier run of this folder rejected after server errors."""
     batch_size: Count | None = None
     """Rows decoded at once by the transformers engine. None: chosen for the device."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the transformers engine; auto: the checkpoint's."""
-    chat_template_type: str | None = None
-    """Named chat template of the transformers engine, instead of the tokenizer's own. Servers have theirs."""
-    device: str | None = None
-    """Device of the transformers engine. None: the GPU if there is one."""
-
-
-@dataclass(kw_only=True)
-class RegenerateArgs:
-    prompts: PromptSourceArgs
-    output_dir: Path
-    """Folder of the shards, manifest.json and rejects.jsonl. An unfinished run there is continued."""
-    overwrite: Overwrite = False
-    data_shard_size: Count = 50_000
-    """Input rows per shard; row i is in shard i // size."""
-    answers: AnswerArgs = field(default_factory=AnswerArgs)
-    engines: EngineArgs = field(default_factory=EngineArgs)

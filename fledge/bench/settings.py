@@ -1,23 +1,21 @@
-"""The flags of `fledge bench` and `tools/spec_benchmark.py`: the documented ones under their documented names.
+"""What `fledge bench` measures, and how.
 
-Knows what can be said about flags without loading a model: which sides a mode measures, what contradicts what.
+Knows what can be said about the settings without loading a model: which sides a mode measures, what contradicts what.
 """
 
-import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from fledge.bench.sandbox import Isolation, refuse_without_sandbox
-from fledge.config import Overwrite
-from fledge.data.image_urls import AllowImageUrls
-from fledge.data.sampling import ExtraSampling
-from fledge.decoding.law import FromConfig, law_of
-from fledge.decoding.records import Sampling
+from fledge.data.settings import PromptSettings
+from fledge.decoding.settings import DraftingSettings, SamplingSettings
 from fledge.errors import UserError
 from fledge.http_client import base_url
-from fledge.ranges import Count, Natural, NotNegative, Positive, PositiveShare, Seed, Share, TreeNodes, check_ranges
+from fledge.outputs import OverwriteSettings
+from fledge.ranges import Count, Natural, check_ranges
+from fledge.servers.settings import ApiKeySettings, SpeculationSettings
+from fledge.target.settings import DtypeSettings, TargetSettings
 
 Mode = Literal["both", "eagle", "baseline", "aa"]
 SIDES: dict[str, tuple[str, ...]] = {
@@ -28,34 +26,18 @@ SIDES: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelArgs:
-    """What is measured."""
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(TargetSettings, DtypeSettings, DraftingSettings, PromptSettings):
+    """What is measured: a target, plainly and with a draft head."""
 
-    base_model_path: Annotated[str, tyro.conf.arg(aliases=["--target"])]
-    """Target model: a folder or a hub name."""
-    eagle_model_path: Annotated[str | None, tyro.conf.arg(aliases=["--draft"])] = None
-    """Draft head: the folder that training wrote, or `lookup` for prompt lookup. Not needed with --mode baseline or
-    aa."""
     model_id: str | None = None
     """A name for this run in files and reports. None: the last part of the head's (or target's) path."""
     mode: Mode = "both"
     """both: plain and speculative decoding, interleaved. aa: plain against plain, which shows this machine's noise."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Number format of the weights; auto takes the checkpoint's own."""
-    chat_template_type: str | None = None
-    """A named chat template that overrides the tokenizer's own. None: the tokenizer's own."""
-    thinking: Literal["default", "on", "off"] = "default"
-    """Thinking mode of the chat template, for models that have one."""
-    max_pixels: Count | None = None
-    """Vision-language targets: area to which larger pictures are reduced. None: the processor's own."""
-    min_pixels: Count | None = None
-    """Vision-language targets: area to which smaller pictures are enlarged. None: the processor's own."""
-    allow_image_urls: AllowImageUrls = False
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptArgs:
+@dataclass(frozen=True, kw_only=True)
+class QuestionSettings:
     """What is asked."""
 
     bench_name: tuple[str, ...] = ("mt_bench",)
@@ -71,55 +53,8 @@ class PromptArgs:
     """How often every question is measured; the median over repeats is reported."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodingArgs:
-    """How answers are generated: the same for both sides; the tree is the speculative side's."""
-
-    temperature: NotNegative = 1.0
-    """0 takes the most likely token, 1 samples from the target's own distribution."""
-    top_p: PositiveShare = 1.0
-    """Sample only from the most likely tokens that hold this share of the probability."""
-    sample_top_k: Natural | None = None
-    """Sample only from this many most likely tokens; 0 for all. (--top-k is the draft tree's.) None, here and below:
-    what the target's generation_config asks for."""
-    min_p: Share | None = None
-    """Least probability of a sampled token, relative to the likeliest."""
-    repetition_penalty: Positive | None = None
-    """Divisor of the logits of tokens that prompt or answer hold already; at temperature 0 as well."""
-    generation_config: FromConfig = "apply"
-    """ignore: the flags alone decide. Servers apply it by themselves."""
-    max_new_token: Annotated[Count, tyro.conf.arg(aliases=["--max-new-tokens"])] = 1024
-    """Longest answer per turn, in tokens."""
-    total_token: TreeNodes | Literal["auto"] = 60
-    """Tree nodes the target checks per round, root included. auto: the profile that --tune wrote."""
-    depth: Natural = 5
-    """Draft rounds after the first level of the tree."""
-    top_k: Count = 10
-    """Children per tree node and beam width; 1 drafts a chain."""
-    adaptive: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Draft only as deep and as wide as it pays, or not at all; the tree flags are then the most that is drafted. Costs
-    come from the profile that --tune wrote."""
-    shapes: Literal["auto", "exact", "fixed"] = "auto"
-    """fixed: rounds of fixed shapes, captured into CUDA graphs on a GPU. exact: shapes as they come, every kind of
-    target. auto: fixed on a GPU wherever it can be. Both sides are decoded in the same ones."""
-    seed: Seed = 42
-    """Seed of the sampled answers and of the bootstrap."""
-
-    @property
-    def extra(self) -> ExtraSampling:
-        """The flags beyond temperature and top_p."""
-        return ExtraSampling(self.repetition_penalty, self.sample_top_k, self.min_p)
-
-    def law(self, target: str) -> Sampling:
-        """How both sides sample."""
-        return law_of(
-            target, temperature=self.temperature, top_p=self.top_p, flags=self.extra, seed=self.seed,
-            from_config=self.generation_config,
-        )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WorkerArgs:
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
     """Where it runs."""
 
     num_gpus_per_model: Count = 1
@@ -132,20 +67,19 @@ class WorkerArgs:
     """Memory the target may take on each GPU, such as 40GiB."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OutputArgs:
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings(OverwriteSettings):
     """What is written."""
 
     output_dir: Path | None = None
     """Folder of results.jsonl, summary.json, report.md and report.html. None: outputs/bench/<model id>."""
-    overwrite: Overwrite = False
-    no_metrics: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    no_metrics: bool = False
     """Only generate and write results.jsonl: no quality checks, no summary, no report."""
     samples: Natural = 2
     """Answers per set shown in the report with kept and refused draft tokens coloured (generated apart, untimed)."""
-    run_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    run_code: bool = False
     """Run the code the model wrote for humaneval against its unit tests (pass@1), in a sandbox: bubblewrap."""
-    run_code_unsandboxed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    run_code_unsandboxed: bool = False
     """The same without a sandbox: the model's code may read, write and send whatever you may."""
 
     @property
@@ -156,18 +90,18 @@ class OutputArgs:
         return "bwrap" if self.run_code else None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TuneArgs:
+@dataclass(frozen=True, kw_only=True)
+class TuneSettings:
     """Finding the best tree for this machine and head."""
 
-    tune: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    tune: bool = False
     """Measure costs and acceptance, choose the tree with most expected tokens per second, write the profile, stop."""
     profile_path: Path | None = None
     """Profile that --tune writes and --total-token auto reads. None: tree_profile.json beside the head."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ServerArgs:
+@dataclass(frozen=True, kw_only=True)
+class ServedSettings(ApiKeySettings, SpeculationSettings):
     """Measuring OpenAI-compatible servers (vLLM, SGLang) instead of decoding in this process."""
 
     backend: Literal["local", "server"] = "local"
@@ -176,30 +110,26 @@ class ServerArgs:
     """Server without the head, such as http://localhost:8000. None: one is started through `fledge serve`."""
     eagle_url: str | None = None
     """Server with the head. None: one is started through `fledge serve`."""
-    api_key_env: str | None = None
-    """Environment variable that holds the servers' API key."""
     concurrency: tuple[Count, ...] = (1,)
     """Requests in flight; several numbers make a sweep."""
-    num_speculative_tokens: Count = 3
-    """Chain length of a server started here."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchArgs:
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
     """Plain against speculative decoding on the same prompts."""
 
-    model: ModelArgs
-    prompts: PromptArgs = PromptArgs()
-    decoding: DecodingArgs = DecodingArgs()
-    workers: WorkerArgs = WorkerArgs()
-    output: OutputArgs = OutputArgs()
-    tuning: TuneArgs = TuneArgs()
-    server: ServerArgs = ServerArgs()
+    model: ModelSettings
+    prompts: QuestionSettings = QuestionSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    workers: WorkerSettings = WorkerSettings()
+    output: ReportSettings = ReportSettings()
+    tuning: TuneSettings = TuneSettings()
+    server: ServedSettings = ServedSettings()
 
     @property
     def model_id(self) -> str:
         """The run's name: given, or the last part of the head's or target's path."""
-        path = self.model.eagle_model_path or self.model.base_model_path
+        path = self.model.draft or self.model.target
         return self.model.model_id or Path(path).resolve().name
 
     @property
@@ -215,16 +145,16 @@ class BenchArgs:
     def check(self) -> None:
         """Refuse flags that contradict each other, before anything is loaded."""
         check_ranges(self)
-        if self.needs_head and not self.model.eagle_model_path and not self.server.eagle_url:
+        if self.needs_head and not self.model.draft and not self.server.eagle_url:
             raise UserError(
-                f"--mode {self.model.mode} measures a draft head but --eagle-model-path is not given. Give the head's "
+                f"--mode {self.model.mode} measures a draft head but --draft is not given. Give the head's "
                 f"folder, or measure the target alone with --mode baseline."
             )
-        if self.decoding.adaptive and (self.model.mode not in ("both", "eagle") or self.tuning.tune):
+        if self.model.adaptive and (self.model.mode not in ("both", "eagle") or self.tuning.tune):
             flag = "--tune" if self.tuning.tune else f"--mode {self.model.mode}"
             raise UserError(f"--adaptive adapts the trees of speculative decoding; {flag} has none to adapt. Drop one.")
-        if self.server.backend == "server" and (self.decoding.adaptive or self.decoding.shapes != "auto"):
-            flag = "--adaptive" if self.decoding.adaptive else "--shapes"
+        if self.server.backend == "server" and (self.model.adaptive or self.model.shapes != "auto"):
+            flag = "--adaptive" if self.model.adaptive else "--shapes"
             raise UserError(f"{flag} is about decoding in this process; a server decodes its own way. Drop {flag}.")
         if not self.server.concurrency:
             raise UserError("--concurrency was given without a number; it needs at least one.")

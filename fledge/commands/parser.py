@@ -1,0 +1,190 @@
+"""One parser for every command: defaults < recipe YAML < command-line flags, into one dataclass per command.
+
+A recipe is turned into flags that stand before the user's own, so both are read alike: an unknown name is an error that
+names the nearest one, a wrong type reads the same from either side. `-` and `_` are the same, a switch may be followed
+by true or false, and names of other tools are translated (`fledge.commands.aliases`).
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+
+from fledge.commands.aliases import translated
+from fledge.errors import UserError, nearest
+from fledge.parsing import read_yaml
+from fledge.ranges import check_ranges
+
+Args = TypeVar("Args")
+Scalar = bool | int | float | str | None
+Recipe = dict[str, Scalar | list[Scalar] | dict[str, Any]]
+TRUTH = {"true": True, "false": False}
+FREE_TEXT = {"prompt", "system", "system_prompt", "gpus"}  # flags whose value may be empty; --gpus "": none
+Removed = Mapping[str, tuple[str, str]]  # flags of earlier versions: the value that is done anyway, and why
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag, as its field of a (nested) dataclass declares it. `owner` is the class that holds the field."""
+
+    name: str
+    annotation: Any
+    field: dataclasses.Field
+    owner: type
+
+    @property
+    def group(self) -> type:
+        """The class that declares it first: flags that several commands share are of a common base."""
+        return next(one for one in reversed(self.owner.__mro__) if self.name in one.__dict__.get("__annotations__", ()))
+
+    @property
+    def positional(self) -> bool:
+        return tyro.conf.Positional in get_args(self.annotation)
+
+    @property
+    def hidden(self) -> bool:
+        return tyro.conf.Suppress in get_args(self.annotation)
+
+    @property
+    def kind(self) -> Any:
+        """The annotation without its range and markers."""
+        return get_args(self.annotation)[0] if get_origin(self.annotation) is Annotated else self.annotation
+
+    @property
+    def default(self) -> Any:
+        """What holds where the flag is not given; MISSING where it must be."""
+        made = self.field.default_factory
+        return made() if made is not dataclasses.MISSING else self.field.default
+
+
+def flags_of(args_class: type) -> Iterator[Flag]:
+    """Every flag of a (nested) dataclass, without prefixes."""
+    hints = get_type_hints(args_class, include_extras=True)
+    for field in dataclasses.fields(args_class):
+        annotation = hints[field.name]
+        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+            yield from flags_of(annotation)
+        elif field.init:
+            yield Flag(field.name, annotation, field, args_class)
+
+
+def parse(args_class: type[Args], argv: Sequence[str], *, prog: str, description: str = "") -> Args:
+    """Flags (and `--config recipe.yaml`) to an instance of `args_class`."""
+    args = tyro.cli(
+        args_class, args=words_of(args_class, argv), prog=prog, description=description,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
+    )  # fmt: skip
+    check_ranges(args)
+    return args
+
+
+def words_of(
+    args_class: type, argv: Sequence[str], foreign: Sequence[str] = (), removed: Removed | None = None
+) -> list[str]:
+    """The command line in the spelling of the fields, its recipe first. `foreign` names are another parser's flags."""
+    switches = {flag.name: flag.kind is bool for flag in flags_of(args_class)}
+    known = [*switches, *foreign]
+    words: list[str] = []
+    rest = _without_removed(_with_recipe(list(argv), [*known, *(removed or ())]), removed or {})
+    refuse_empty(rest)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = _known_name(word, name.replace("-", "_"), known)
+        if switches.get(name):
+            if not equals and rest and rest[0].lower() in TRUTH:
+                equals, value = "=", rest.pop(0)
+            name, equals, value = _switched(name, value if equals else "true"), "", ""
+        spelt = name if name.removeprefix("no_") in foreign else name.replace("_", "-")
+        words.append(f"--{spelt}{equals}{value}")
+    return words
+
+
+def refuse_empty(words: Sequence[str]) -> None:
+    """Refuse an empty value, mostly a shell variable that is not set: an empty path would be the current folder."""
+    flag = ""
+    for word in words:
+        value = word
+        if word.startswith("--"):
+            flag, has_value, value = word.partition("=")
+            value = value if has_value else flag
+        if not value.strip() and flag.lstrip("-").replace("-", "_") not in FREE_TEXT:
+            raise UserError(f"{flag or 'the first argument'} is empty. Give a value, or leave it out.")
+
+
+def _without_removed(words: list[str], removed: Removed) -> list[str]:
+    """The words without flags of earlier versions, which may only ask for what is done anyway."""
+    kept: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--") or name not in removed:
+            kept.append(word)
+            continue
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
+        done_anyway, reason = removed[name]
+        if value != done_anyway:
+            raise UserError(f"--{name} {value} is no longer an option: {reason}. Leave --{name} out.")
+    return kept
+
+
+def _known_name(word: str, name: str, known: Sequence[str]) -> str:
+    """The name of a flag, translated; `no_` may stand before it."""
+    name = translated(name, known)
+    if name not in known and name.removeprefix("no_") not in known:
+        raise UserError(f"unknown flag {word[:80]!r}{nearest(name[:80], known)}.")
+    return name
+
+
+def _switched(name: str, value: str) -> str:
+    """A switch that is followed by true or false, in the parser's spelling."""
+    if value.lower() not in TRUTH:
+        raise UserError(f"--{name.replace('_', '-')} is {value!r}; it must be true or false.")
+    return name if TRUTH[value.lower()] else f"no_{name}"
+
+
+def read_recipe(path: Path, known: Sequence[str]) -> Recipe:
+    """A flat recipe file; unknown keys are errors."""
+    recipe = read_yaml(path, Recipe, hint="A recipe is a mapping of flag names to values.")
+    found: Recipe = {}
+    for key, value in recipe.items():
+        name = translated(key.replace("-", "_"), known)
+        if name not in known:
+            raise UserError(f"{path}: unknown key {key!r}{nearest(name, known)}.")
+        if name in found:
+            raise UserError(f"{path}: {key!r} is given twice, under two spellings. Remove one.")
+        found[name] = value
+    return found
+
+
+def recipe_flags(recipe: Recipe) -> list[str]:
+    """The command-line spelling of a recipe. A key without a value is not given."""
+    flags: list[str] = []
+    for key, value in recipe.items():
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            flags += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return flags
+
+
+def _with_recipe(argv: list[str], known: Sequence[str]) -> list[str]:
+    """Replace `--config FILE` by the flags of the recipe, ahead of everything the user wrote."""
+    for index, word in enumerate(argv):
+        if word == "--config" or word.startswith("--config="):
+            inline = word.partition("=")[2]
+            if not inline and index + 1 >= len(argv):
+                raise UserError("--config needs a YAML file.")
+            path = inline or argv[index + 1]
+            rest = argv[:index] + argv[index + (1 if inline else 2) :]
+            return recipe_flags(read_recipe(Path(path), known)) + rest
+    return argv

@@ -1,0 +1,64 @@
+"""Settings of decoding: how tokens are chosen, what is drafted."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fledge.data.sampling import ExtraSampling
+from fledge.decoding.law import FromConfig, law_of
+from fledge.decoding.records import Sampling
+from fledge.ranges import Count, Natural, NotNegative, Positive, PositiveShare, Seed, Share, TreeNodes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How tokens are chosen: the same law with a draft head and without."""
+
+    max_new_tokens: Count = 1024
+    """Longest answer (of each turn), in tokens."""
+    temperature: NotNegative = 0.0
+    """0 takes the most likely token, 1 samples from the target's own distribution."""
+    top_p: PositiveShare = 1.0
+    """Sample only from the most likely tokens that hold this share of the probability."""
+    sample_top_k: Natural | None = None
+    """Sample only from this many most likely tokens; 0 for all. (--top-k is the draft tree's.) None, here and below:
+    what the target's generation_config asks for."""
+    min_p: Share | None = None
+    """Least probability of a sampled token, relative to the likeliest."""
+    repetition_penalty: Positive | None = None
+    """Divisor of the logits of tokens that prompt or answer hold already; at temperature 0 as well."""
+    generation_config: FromConfig = "apply"
+    """ignore: the flags alone decide. Servers apply it by themselves."""
+    seed: Seed = 42
+    """Seed of the draws."""
+
+    @property
+    def extra(self) -> ExtraSampling:
+        """The flags beyond temperature and top_p."""
+        return ExtraSampling(self.repetition_penalty, self.sample_top_k, self.min_p)
+
+    def law(self, target: str) -> Sampling:
+        """How tokens of this target are chosen."""
+        return law_of(
+            target, temperature=self.temperature, top_p=self.top_p, flags=self.extra, seed=self.seed,
+            from_config=self.generation_config,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftingSettings:
+    """What is drafted, and in which shapes it is computed."""
+
+    draft: str | None = None
+    """Draft head: the folder that training wrote, or `lookup` for prompt lookup."""
+    total_token: TreeNodes | Literal["auto"] = 60
+    """Tree nodes the target checks per round, root included. auto: the profile that `fledge bench --tune` wrote."""
+    depth: Natural = 5
+    """Draft rounds after the first level of the tree."""
+    top_k: Count = 10
+    """Children per tree node and beam width; 1 drafts a chain."""
+    adaptive: bool = False
+    """Draft only as deep and as wide as it pays, or not at all; the tree flags are then the most that is drafted. Costs
+    come from the profile that `fledge bench --tune` wrote."""
+    shapes: Literal["auto", "exact", "fixed"] = "auto"
+    """fixed: rounds of fixed shapes, captured into CUDA graphs on a GPU. exact: shapes as they come, every kind of
+    target. auto: fixed on a GPU wherever it can be."""

@@ -1,0 +1,5 @@
+"""Choices about a head's files and its kind."""
+
+from typing import Literal
+
+TapConvention = Literal["auto", "input", "output"]

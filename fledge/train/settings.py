@@ -1,0 +1,96 @@
+"""What a head is trained on, and how: all but the Trainer's own arguments (`fledge.train.arguments`).
+
+Not given is None or empty: what can be derived is derived, printed, and written beside the head.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from fledge.data.settings import LimitSettings, SampleSettings
+from fledge.errors import UserError
+from fledge.ranges import Count, Natural, PartialShare, PositiveShare
+from fledge.servers.settings import BackendSettings
+from fledge.target.settings import DtypeSettings, TapSettings
+
+if TYPE_CHECKING:
+    from fledge.drafters.tree import TreeShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSettings(SampleSettings, LimitSettings, BackendSettings, DtypeSettings):
+    """Where the training data comes from."""
+
+    target: str | None = None
+    """The target: a transformers model folder or hub name. Stored states know theirs."""
+    data: tuple[str, ...] = ()
+    """Conversations to train on: files, folders or hub names."""
+    eval_data: tuple[str, ...] = ()
+    """Conversations to evaluate on. Empty: --eval-fraction of the training data."""
+    states: tuple[str, ...] = ()
+    """Stored hidden states to train on (made by `fledge extract`). With --data: what the store lacks is added to it."""
+    eval_states: tuple[str, ...] = ()
+    """Stored hidden states to evaluate on."""
+    eval_fraction: PartialShare = 0.0
+    """Share of the conversations held out when no evaluation data is given."""
+    lm_head_key: str | None = None
+    """Name of the target head's tensor; not needed: the model is asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnrollSettings:
+    """The draft's kind, and how far it is unrolled."""
+
+    draft_type: Literal["eagle3", "eagle3.1"] = "eagle3"
+    """eagle3.1 adds a norm per tap and post-norm feedback."""
+    ttt_steps: Count = 7
+    """Draft steps unrolled per position (training-time test)."""
+    depth_survival: PositiveShare = 0.8  # dev/log, "Our recipe beside the common one, 40 questions a set"
+    """Share of the positions that go on from one TTT step to the next, drawn at random. Their loss counts so much more,
+    so that the expected gradient is that of all. 1: all, to full depth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftSettings(TapSettings, UnrollSettings):
+    """The draft head and its loss."""
+
+    draft_config: str | None = None
+    """JSON with sizes of the draft. None: derived from the target."""
+    draft_vocab_size: Natural | None = None
+    """Target tokens the draft may propose, most frequent first. 0: all. None: the config file's, else 32000."""
+    init_from: str | None = None
+    """Start from this head instead of a fresh one."""
+    position_weights: Literal["fixed", "dynamic"] = "dynamic"
+    """dynamic: what a step adds to the accept length that the draft expects. fixed: 0.8 ** k."""
+    loss_average: Literal["sequence", "token"] = "sequence"
+    """Mean within sequences first, or over all tokens."""
+    save_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Number format of the final head's file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Evaluation by real decoding; --eval_strategy and --eval_steps are for the loss."""
+
+    eval_decode_steps: Natural = 0
+    """Every so many steps, decode held-out prompts with the head as it is, and keep the best by tau in OUTPUT_DIR/best.
+    0: never."""
+    eval_decode_prompts: Count = 16
+    """Held-out prompts to decode: first turns of the evaluation data."""
+    eval_decode_max_new_tokens: Count = 64
+    """Tokens per prompt, greedy."""
+    eval_decode_tree: tuple[Natural, ...] = (60, 5, 10)
+    """The tree: total tokens, depth, top-k."""
+    eval_decode_load_best: bool = True
+    """The final head is the best by tau rather than the last."""
+
+    def tree(self) -> "TreeShape":
+        """The tree of three numbers."""
+        from fledge.drafters.tree import TreeShape
+
+        numbers = self.eval_decode_tree
+        if len(numbers) != 3 or numbers[0] < 2 or numbers[2] < 1:
+            raise UserError(
+                f"--eval-decode-tree {' '.join(map(str, numbers))}: needed are three numbers: total tokens (at least "
+                f"2), depth, top-k (at least 1)."
+            )
+        return TreeShape(*numbers)
