@@ -52,11 +52,11 @@ def header(name: str, row: Row) -> list[str]:
     """Hardware, memory, hours, expected tau."""
     lines = [f"{row.hub}: an EAGLE-3 head. Made by configs/make.py; change the table there.", ""]
     if offline(row):
-        lines += [f"  fledge extract --model-name {row.hub} --device-map auto --dataset-path DATA \\",
+        lines += [f"  fledge extract --target {row.hub} --device-map auto --data DATA \\",
                   f"      --output-dir outputs/{name}-states",
                   f"  fledge train --config configs/{name}.yaml"]  # fmt: skip
     else:
-        lines += [f"  fledge train --config configs/{name}.yaml --train_data_path DATA"]
+        lines += [f"  fledge train --config configs/{name}.yaml --data DATA"]
     lines += ["", "DATA: answers of this target itself (`fledge regenerate`)."]
     if row.vision:
         lines += ["A vision-language target: conversations may hold images; see docs/add-a-target.md."]
@@ -79,7 +79,7 @@ def costs(row: Row) -> list[str]:
         full_config(row).save_pretrained(folder)
         document = estimate(
             PlanArgs(
-                target_model_name_or_path=folder, num_tokens=TOKENS, hardware="h200", num_train_epochs=EPOCHS,
+                target=folder, num_tokens=TOKENS, hardware="h200", num_train_epochs=EPOCHS,
                 model_max_length=row.context, ttt_steps=TTT_STEPS, draft_vocab_size=DRAFT_VOCAB,
             )
         )  # fmt: skip
@@ -113,9 +113,9 @@ def smallest(peak_gib: float) -> str:
 
 def recipe(name: str, row: Row) -> dict[str, Any]:
     """The flags."""
-    source = {"train_hidden_path": [f"outputs/{name}-states"], "dataloader_num_workers": 2}
+    source = {"states": [f"outputs/{name}-states"], "dataloader_num_workers": 2}
     if not offline(row):
-        source = {"target_model_name_or_path": row.hub, "train_data_path": [f"outputs/{name}-answers"],
+        source = {"target": row.hub, "data": [f"outputs/{name}-answers"],
                   "eval_fraction": 0.02, "eval_strategy": "epoch"}  # fmt: skip
     return {
         **source, "output_dir": f"outputs/{name}-eagle3", "draft_vocab_size": DRAFT_VOCAB, "ttt_steps": TTT_STEPS,
