@@ -31,8 +31,8 @@ GOOD: dict[str, tuple[str, str]] = {  # a good value of a flag, and another one
 # Flags that mean something only together with others, or that choose another way through the command.
 TOGETHER = set(
     """
-    data_format adaptive api_key_env backend baseline_url bench_dir bench_name chat_template_type columns concurrency data
-    data_shard_size device device_map draft draft_config dtype eagle_url endpoints engine
+    data_format adaptive api_key_env backend baseline_url bench_dir bench_name chat_template_type columns concurrency
+    data data_shard_size device device_map draft draft_config dtype eagle_url endpoints engine
     eval_data eval_decode_steps eval_states fix gpu_memory_gb gpus gpus_per_worker host image init_from
     json license license_link license_name local_rank matrix_optim max_gpu_memory max_pixels max_prompt_length
     min_pixels mode model notes num_gpus_per_model num_gpus_total num_servers num_tokens num_workers output
