@@ -82,7 +82,7 @@ BROKEN_RECIPES = {
     b"- ttt_steps": "a recipe is a mapping|Expected `object`",
     b"ttt_steps: 2026-01-01": "ttt_steps|Expected",
     b"ttt_steps: [[1]]": "Expected",
-    b"draft_type: eagle3\ndraft-type: eagle3": "given twice, with - and with _",
+    b"draft_type: eagle3\ndraft-type: eagle3": "'draft_type' and 'draft-type' are the same flag",
 }
 
 

@@ -156,13 +156,14 @@ def read_recipe(path: Path, known: Sequence[str]) -> Recipe:
     """A flat recipe file; unknown keys are errors."""
     recipe = read_yaml(path, Recipe, hint="A recipe is a mapping of flag names to values.")
     found: Recipe = {}
+    spelt: dict[str, str] = {}
     for key, value in recipe.items():
         name = translated(key.replace("-", "_"), known)
         if name not in known:
             raise UserError(f"{path}: unknown key {key!r}{nearest(name, known)}.")
         if name in found:
-            raise UserError(f"{path}: {key!r} is given twice, under two spellings. Remove one.")
-        found[name] = value
+            raise UserError(f"{path}: {spelt[name]!r} and {key!r} are the same flag. Remove one.")
+        found[name], spelt[name] = value, key
     return found
 
 
