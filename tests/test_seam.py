@@ -28,6 +28,7 @@ EXCEPTIONS = {
     "cli.py": "the package's description",
     "bench": "the side with a drafter is called eagle in AngelSlim's flags and in reports; help of --draft",
     "commands": "help of --draft; quickstart and plan are about training a head",
+    "decoding/settings.py": "help of --draft",
     "doctor": "examines files of heads",
     "drafters/registry.py": "the table of drafters",
     "export": "engines' layouts of heads",
