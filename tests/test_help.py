@@ -100,7 +100,7 @@ def test_every_flag_has_a_text():
 
 
 def test_flags_of_our_own_stay_few():
-    """Each definition counts once. docs/log.md has the numbers before shared flags had one definition."""
+    """Each definition counts once. dev/log has the numbers before shared flags had one definition."""
     assert len(own_flags(list(COMMANDS))) <= MOST_FLAGS
     assert len(own_flags(["decode", "chat"])) < len(own_flags(["decode"])) + 5  # they share nearly all
 

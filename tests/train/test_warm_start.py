@@ -18,7 +18,7 @@ from fledge.export.convert import export_head
 from fledge.export.settings import ExportSettings
 from fledge.target.record import TargetRecord
 from fledge.train import run
-from fledge.train.arguments import DraftArguments
+from fledge.train.settings import DraftSettings
 from fledge.train.warm_start import architecture_of, continue_from, first_step, take_weights
 
 LAYERS = 8
@@ -154,7 +154,7 @@ def test_a_head_with_a_window_is_continued_with_it(window, monkeypatch):
         text_config=target.text_config, head_weight=target.head_weight, tap_layers=target.tap_layers
     )
     monkeypatch.setattr(run, "architecture_of", lambda *_: {"sliding_window": window})
-    args = DraftArguments(init_from="HEAD", ttt_steps=3, draft_vocab_size=48)
+    args = DraftSettings(init_from="HEAD", ttt_steps=3, draft_vocab_size=48)
     if window > args.ttt_steps:
         assert run.draft_config(args, source).sliding_window == window
     else:
