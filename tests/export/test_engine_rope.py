@@ -15,10 +15,11 @@ from torch import nn
 from fledge.drafters.eagle3.checkpoint import save_draft
 from fledge.drafters.eagle3.config import from_json, rope_of, to_json
 from fledge.errors import UserError
-from fledge.export.convert import ExportArgs, export_head
+from fledge.export.convert import export_head
 from fledge.export.engine_rope import engine_rope, rope_problem, trained_rope
 from fledge.export.engines import ENGINES, SGLANG, check_servable
 from fledge.export.layouts import LAYOUTS
+from fledge.export.settings import ExportSettings
 
 LENGTHS = {"original_max_position_embeddings": 64}
 ROPES = {
@@ -162,7 +163,7 @@ def test_a_share_that_sglang_does_not_find_is_named(tmp_path):
     SGLang reads it at the top level: it turned 16 of 16 dimensions where the head had learned with 8, and inspect was
     content."""
     save_draft(tiny_draft(tiny_target("glm4")), tmp_path / "head")
-    export_head(ExportArgs(head=str(tmp_path / "head"), to="sglang", output_dir=tmp_path / "out"))
+    export_head(ExportSettings(head=str(tmp_path / "head"), to="sglang", output_dir=tmp_path / "out"))
     check_servable(tmp_path / "out", SGLANG)
     path = tmp_path / "out" / "config.json"
     document = json.loads(path.read_text())
