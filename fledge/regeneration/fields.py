@@ -56,7 +56,7 @@ class FieldCheck:
         if whole is None:
             warn(
                 f"{self._engine.model}: its server does not tell what its chat template makes of {name}, so rows with "
-                f"it are asked unchecked. Name the target's folder or hub name with --tokenizer to have it checked."
+                f"it are asked unchecked. Name the target's folder or hub name with --target to have it checked."
             )
             return False
         return all([await self._engine.prompt_ids(other) == whole for other in others])

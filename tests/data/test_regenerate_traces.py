@@ -81,7 +81,7 @@ def test_a_server_that_does_not_tell_is_named_once(answered, capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert all("untraced" not in row for row in rows)
     assert all(said.count(f"does not tell what its chat template makes of {name},") == 1 for name in FIELDS)
-    assert "--tokenizer" in said
+    assert "--target" in said
 
 
 def test_plain_questions_ask_nothing_more(answered):
@@ -90,5 +90,5 @@ def test_plain_questions_ask_nothing_more(answered):
 
 
 def test_a_template_on_this_machine_is_read_instead(answered, target_dir):
-    rows, server = answered((), [ASKED], {"tokenizer": str(target_dir)})
+    rows, server = answered((), [ASKED], {"target": str(target_dir)})
     assert server.num_tokenized == 0 and "tools" in rows[0]["untraced"] and "system" not in rows[0]["untraced"]

@@ -9,7 +9,8 @@ from tiny import tiny_draft, tiny_model, tiny_target
 from fledge.drafters.eagle3.checkpoint import WEIGHTS, load_draft, save_draft
 from fledge.drafters.eagle3.head import EMBEDDING
 from fledge.errors import UserError
-from fledge.export.convert import ConvertArgs, ExportArgs, convert_head, export_head
+from fledge.export.convert import convert_head, export_head
+from fledge.export.settings import ConvertSettings, ExportSettings
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_convert_leaves_out_copies_only(tmp_path, target, own, capsys):
     tiny_model("llama").save_pretrained(tmp_path / "target")
     embedding = target.embedding_weight.detach() + own
     head = head_with(tmp_path / "head", embedding)
-    convert_head(ConvertArgs(head=str(head), output_dir=tmp_path / "out", target=str(tmp_path / "target")))
+    convert_head(ConvertSettings(head=str(head), output_dir=tmp_path / "out", target=str(tmp_path / "target")))
     assert (EMBEDDING in load_file(tmp_path / "out" / WEIGHTS)) == own
     assert ("a token embedding of its own, which is kept" in " ".join(capsys.readouterr().err.split())) == own
 
@@ -53,8 +54,8 @@ def test_convert_leaves_out_copies_only(tmp_path, target, own, capsys):
 def test_sglang_would_replace_it(tmp_path):
     head = head_with(tmp_path / "head", torch.zeros(128, 64))
     with pytest.raises(UserError, match="an embedding of its own .* which the reader of the sglang layout ignores"):
-        export_head(ExportArgs(head=str(head), to="sglang", output_dir=tmp_path / "out"))
-    export_head(ExportArgs(head=str(head), to="vllm", output_dir=tmp_path / "vllm"))
+        export_head(ExportSettings(head=str(head), to="sglang", output_dir=tmp_path / "out"))
+    export_head(ExportSettings(head=str(head), to="vllm", output_dir=tmp_path / "vllm"))
     assert EMBEDDING in load_file(tmp_path / "vllm" / WEIGHTS)
 
 
