@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import torch
 
+from fledge.decoding.costs import verify_time
 from fledge.decoding.generate import Sampling, generate
-from fledge.decoding.tune import verify_time
 from fledge.target.model import Target
 
 PROMPTS = ("Write a short story about a lighthouse keeper who finds a letter in a bottle.",)

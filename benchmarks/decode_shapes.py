@@ -21,9 +21,10 @@ import torch
 
 from fledge import provenance
 from fledge.commands.answering import read_speed
+from fledge.decoding.costs import verify_time
 from fledge.decoding.generate import generate_batch
 from fledge.decoding.records import Generation, Sampling
-from fledge.decoding.tune import NODES, verify_time
+from fledge.decoding.tune import NODES
 from fledge.drafters.eagle3.config import derive
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.tree import TreeShape

@@ -10,51 +10,38 @@ The choice is then confirmed by real decoding, interleaved with the default tree
 and prompts.
 """
 
-import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fledge import provenance
 from fledge.console import progress
 from fledge.data.samples import Prompt
+from fledge.decoding.costs import (
+    MAX_LEVELS,
+    RoundCosts,
+    candidate_count,
+    draft_times,
+    emitted_between,
+    largest_tree,
+    tree_proposer,
+    verify_times,
+)
 from fledge.decoding.generate import generate
-from fledge.decoding.probe import ability_of, verifier_of
+from fledge.decoding.probe import ability_of
 from fledge.decoding.records import Sampling
 from fledge.decoding.tree_profile import TreeProfile
-from fledge.decoding.verifier import Lengths
-from fledge.drafters.base import Drafter, Emitted, TreeProposer
-from fledge.drafters.registry import proposer_of
-from fledge.drafters.tree import Trees, TreeShape, ancestors_of, candidate_levels
+from fledge.drafters.base import Drafter
+from fledge.drafters.tree import TreeShape, candidate_levels
 from fledge.errors import UserError
 from fledge.target.model import Target
 
 NODES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 60, 80, 96)
 WIDTHS = (1, 2, 3, 4, 6, 8, 10)
-MAX_LEVELS = 8
 POSITIONS_PER_ANSWER = 24
-TIMINGS = 5
 DEFAULT = TreeShape()
-
-
-@dataclasses.dataclass(frozen=True)
-class RoundCosts:
-    """Seconds per round, by part."""
-
-    plain_s: float
-    verify_s: dict[int, float]  # by number of nodes
-    draft_s: dict[tuple[int, int], float]  # by top_k and levels
-    overhead_s: float
-
-    def round_s(self, nodes: int, levels: int, width: int) -> float:
-        """One round of a tree; between two measured node counts the time is interpolated."""
-        sizes = sorted(self.verify_s)
-        verify = float(np.interp(nodes, sizes, [self.verify_s[size] for size in sizes]))
-        return verify + self.draft_s[width, levels] + self.overhead_s
 
 
 Ranks = dict[int, list[np.ndarray]]  # by top_k, per position: (MAX_LEVELS, MAX_LEVELS) [levels - 1, path level - 1]
@@ -103,19 +90,6 @@ def tune(
     )  # fmt: skip
 
 
-def largest_tree(width: int) -> TreeShape:
-    """All candidates of `width` children per node."""
-    return TreeShape(candidate_count(width, MAX_LEVELS) + 1, MAX_LEVELS - 1, width)
-
-
-def tree_proposer(draft: Drafter, shape: TreeShape, num_rows: int) -> TreeProposer:
-    """The drafter at work on such trees behind a text of `num_rows` tokens."""
-    proposer = proposer_of(draft, shape, 1, num_rows + candidate_count(shape.top_k, shape.levels))
-    if not isinstance(proposer, TreeProposer):
-        raise UserError("there are no trees to tune: this drafter proposes chains. Tune a draft head.")
-    return proposer
-
-
 # -- acceptance --------------------------------------------------------------------------------------------------------
 
 
@@ -146,14 +120,6 @@ def ranks_along(
             scores, drafted, parents = (one[0].float().cpu().numpy() for one in found)
             truth = whole.ids[root + 1 : root + 1 + MAX_LEVELS]
             yield continuation_ranks(scores, drafted, parents, levels, truth)
-
-
-def emitted_between(tokens: Tensor, taps: Tensor, first: int, root: int) -> Emitted:
-    """Tokens `first` .. `root` of a text (T,) as one sequence emitted them, with the taps (T, A, H) before them."""
-    count = torch.tensor([root + 1 - first], device=tokens.device)
-    return Emitted(
-        tokens[None, first : root + 1], count, taps[None, first - 1 : root], torch.tensor([root], device=tokens.device)
-    )  # fmt: skip
 
 
 def positions(prompt_len: int, answer_len: int) -> list[int]:
@@ -206,11 +172,6 @@ def best_by_nodes(ranks: Ranks, costs: RoundCosts) -> list[dict[str, float]]:
     return curve
 
 
-def candidate_count(width: int, levels: int) -> int:
-    """Candidates of a tree: `width` of level 1, `width` squared of every further one."""
-    return width + width * width * (levels - 1)
-
-
 # -- costs -------------------------------------------------------------------------------------------------------------
 
 
@@ -222,68 +183,17 @@ def measure_costs(
     """Time the parts of a round in the middle of an answer."""
     prompt, answer = pair
     tokens = prompt.ids + answer[: len(answer) // 2]  # as text: what a round costs, pictures do not change
-    verify_s: dict[int, float] = {}
-    for nodes in NODES:
-        verify_s[nodes] = verify_time(target, tokens, nodes)
-        on_step(f"verifying {nodes} tokens")
+    verify_s = verify_times(target, tokens, (1, *NODES), lambda nodes: on_step(f"verifying {nodes} tokens"))
     draft_s = {
-        (width, levels): seconds for width in widths for levels, seconds in draft_times(target, draft, tokens, width)
+        (width, levels): seconds
+        for width in widths
+        for levels, seconds in draft_times(target, draft, tokens, width).items()
     }
     short = {**options, "max_new_tokens": 32, "model_inputs": prompt.model_inputs}
     run = generate(target, draft, prompt.ids, tree=TreeShape(8, 2, 2), **short)
     overhead = (run.phases_s["accept"] + run.phases_s["other"]) / max(run.num_forwards, 1)
     on_step("drafting")
-    return RoundCosts(verify_time(target, tokens, 1), verify_s, draft_s, overhead)
-
-
-def verify_time(target: Target, tokens: list[int], nodes: int) -> float:
-    """Seconds for one forward and head over `nodes` tokens behind a prefix."""
-    device, length = target.device, len(tokens)
-    verifier = verifier_of(target, 1, length + nodes)
-    ids = torch.tensor([tokens], device=device)
-    parents = torch.zeros(1, nodes, dtype=torch.int64, device=device)
-    levels = (torch.arange(nodes, device=device) > 0).long()[None]
-    trees = Trees(ids[:, -1:].repeat(1, nodes), parents, levels, ancestors_of(parents, 1))
-    lengths = Lengths(torch.tensor([length], device=device), (length,))
-    with verifier.running():
-        verifier.prefill(slice(0, 1), ids, taps=False)
-        return median_time(
-            lambda: target.head(verifier.verify(trees, lengths, length + nodes, taps=nodes > 1).last_hidden), device
-        )  # fmt: skip
-
-
-def draft_times(target: Target, draft: Drafter, tokens: list[int], width: int) -> Iterator[tuple[int, float]]:
-    """Seconds to follow three new tokens and grow a tree, for every number of levels."""
-    device, length = target.device, len(tokens) - 1
-    shape = TreeShape(max(NODES[-1], MAX_LEVELS + 1), MAX_LEVELS - 1, width)
-    proposer = tree_proposer(draft, shape, len(tokens))
-    ids = torch.tensor(tokens, device=device)
-    size = (len(tokens), len(target.tap_layers), target.hidden_size)
-    taps = torch.zeros(size, device=device, dtype=target.dtype)
-    proposer.fill(0, ids, taps, torch.arange(len(tokens), device=device))
-    emitted, num_keys = emitted_between(ids, taps, length - 2, length), length + proposer.rows_ahead
-
-    def once(levels: int) -> None:
-        proposer.follow(emitted, num_keys)
-        proposer.propose(emitted, levels, num_keys)
-
-    short = median_time(lambda: once(1), device)
-    long = median_time(lambda: once(MAX_LEVELS), device)
-    for levels in range(1, MAX_LEVELS + 1):
-        yield levels, short + (long - short) * (levels - 1) / (MAX_LEVELS - 1)
-
-
-def median_time(call: Callable[[], Any], device: torch.device) -> float:
-    """Median seconds of a call, the device waited for, after one call to warm up."""
-    wait: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    seconds = []
-    for _ in range(TIMINGS + 1):
-        wait()
-        start = time.perf_counter()
-        call()
-        wait()
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[1:]))
+    return RoundCosts(verify_s.pop(1), verify_s, draft_s, overhead)
 
 
 def confirm(

@@ -1,0 +1,99 @@
+"""The tree that is drafted where nobody names one: the engine's own choice.
+
+On a GPU, where rounds are captured, it is the usual large tree. On a CPU it is a small one, of which every round drafts
+and verifies as much as pays (`adaptive.py`), down to nothing: with a head that does not pay, decoding is as fast as
+plain. What the parts of a round cost is measured once per machine and pair of models, in about two seconds, and kept in
+the user's cache folder. Acceptance is learned while decoding.
+"""
+
+import hashlib
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from fledge import provenance
+from fledge.decoding.adaptive import AdaptiveBudget
+from fledge.decoding.costs import draft_times, verify_times
+from fledge.decoding.generate import generate
+from fledge.decoding.probe import ability_of
+from fledge.decoding.records import Generation
+from fledge.drafters.base import Drafter
+from fledge.drafters.tree import TreeShape
+from fledge.outputs import cached
+from fledge.target.model import Target
+
+LARGE = TreeShape()
+SMALL = TreeShape(16, 4, 4)
+SIZES = (1, 2, 4, 8, 16)  # of trees; what lies between is interpolated
+PREFIX = 128  # tokens of the text behind which costs are measured
+SAMPLE = 12  # tokens that are decoded to measure the rest of a round
+
+
+class PairCosts(msgspec.Struct, frozen=True):
+    """Seconds of the parts of a round."""
+
+    verify_s: dict[int, float]  # by nodes; the rest of a plain round included
+    draft_s: dict[int, float]  # by levels
+    overhead_s: float  # what the rest of a drafting round takes longer
+
+
+_budgets: "weakref.WeakKeyDictionary[Target, list[tuple[Any, AdaptiveBudget]]]" = weakref.WeakKeyDictionary()
+
+
+def default_tree(target: Target, drafter: Drafter | None, *, alone: bool = True) -> tuple[TreeShape, Any]:
+    """The tree to draft and the budget that decides how much of it, None for all of it.
+
+    Budgets decide for one sequence: several at once (not `alone`) draft what `LARGE` or `SMALL` says. A budget is kept
+    with its target, so that what was learned about a head holds for the next prompt.
+    """
+    if target.device.type != "cpu" or not isinstance(drafter, nn.Module):
+        return LARGE, None
+    if not alone or ability_of(target).most != "trees":
+        return SMALL, None
+    known = _budgets.setdefault(target, [])
+    budget = next((budget for of, budget in known if of() is drafter), None)
+    if budget is None:
+        costs = cached("costs", key_of(target, drafter), PairCosts, lambda: measured_costs(target, drafter))
+        budget = AdaptiveBudget(
+            plain_s=costs.verify_s[1], verify_s=costs.verify_s, draft_s=costs.draft_s, overhead_s=costs.overhead_s
+        )
+        known[:] = [pair for pair in known if pair[0]() is not None]
+        known.append((weakref.ref(drafter), budget))
+    return SMALL, budget
+
+
+@torch.inference_mode()
+def measured_costs(target: Target, drafter: Any) -> PairCosts:
+    """Time the parts of a round behind a text of no meaning."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(target.vocab_size, (PREFIX,), generator=generator).tolist()
+    verify_s = verify_times(target, tokens, SIZES)
+    draft_s = draft_times(target, drafter, tokens, SMALL.top_k)
+    options: dict[str, Any] = {"max_new_tokens": SAMPLE, "eos_token_ids": ()}
+    plain = _rest(generate(target, None, tokens, **options))
+    drafting = _rest(generate(target, drafter, tokens, tree=SMALL, **options))
+    return PairCosts(
+        {nodes: seconds + plain for nodes, seconds in verify_s.items()},
+        {levels: draft_s[levels] for levels in range(1, SMALL.levels + 1)}, max(drafting - plain, 0.0),
+    )  # fmt: skip
+
+
+def _rest(run: Generation) -> float:
+    return (run.phases_s["accept"] + run.phases_s["other"]) / max(run.num_forwards, 1)
+
+
+def key_of(target: Target, drafter: nn.Module) -> str:
+    """What costs depend on: machine, library and the shapes of both models."""
+    models = [_shapes(target.model.parameters()), _shapes(drafter.parameters())]
+    return f"{provenance.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}: {models}, {SMALL}"
+
+
+def _shapes(parameters: Iterable[torch.Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for parameter in parameters:
+        digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
+    return digest.hexdigest()
