@@ -103,7 +103,7 @@ def beside_vllm(
 def way_of(target: Target, draft: Any) -> Way:
     def decode(prompts: list[list[int]], new_tokens: int) -> float:
         start = time.perf_counter()
-        tree, budget = default_tree(target, draft, alone=len(prompts) == 1)
+        tree, budget = default_tree(target, draft, at_once=len(prompts))
         options: dict[str, Any] = {"tree": tree, "max_new_tokens": new_tokens, "eos_token_ids": ()}
         if len(prompts) == 1:
             generate(target, draft, prompts[0], budget=budget, **options)
@@ -127,7 +127,8 @@ class Vllm:
             "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores, "HF_HUB_OFFLINE": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",
         }  # fmt: skip
-        environment.pop("PYTHONPATH", None)
+        for ours in ("PYTHONPATH", "OMP_NUM_THREADS"):
+            environment.pop(ours, None)
         self._process = subprocess.Popen(
             [args.vllm_python, str(WORKER), json.dumps(facts)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=environment, text=True,

@@ -55,9 +55,9 @@ def verify_times(
     ids, lengths = torch.tensor([tokens], device=device), Lengths(torch.tensor([length], device=device), (length,))
 
     def call(nodes: int) -> Callable[[], Any]:
-        parents = torch.zeros(1, nodes, dtype=torch.int64, device=device)
-        levels = (torch.arange(nodes, device=device) > 0).long()[None]
-        trees = Trees(ids[:, -1:].repeat(1, nodes), parents, levels, ancestors_of(parents, 1))
+        levels = torch.arange(nodes, device=device)[None].clamp(max=nodes if verifier.chains_only else 1)
+        parents = (levels - 1).clamp(min=0)  # a chain, or children of the root
+        trees = Trees(ids[:, -1:].repeat(1, nodes), parents, levels, ancestors_of(parents, int(levels[0, -1])))
         return lambda: target.head(verifier.verify(trees, lengths, length + nodes, taps=nodes > 1).last_hidden)
 
     with verifier.running():

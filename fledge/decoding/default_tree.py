@@ -19,7 +19,7 @@ from fledge import provenance
 from fledge.decoding.adaptive import AdaptiveBudget
 from fledge.decoding.costs import draft_times, verify_times
 from fledge.decoding.generate import generate
-from fledge.decoding.probe import ability_of
+from fledge.decoding.probe import shape_for
 from fledge.decoding.records import Generation
 from fledge.drafters.base import Drafter
 from fledge.drafters.tree import TreeShape
@@ -28,6 +28,7 @@ from fledge.target.model import Target
 
 LARGE = TreeShape()
 SMALL = TreeShape(16, 4, 4)
+NONE = TreeShape(1, 0, 1)  # the root alone: plain decoding
 SIZES = (1, 2, 4, 8, 16)  # of trees; what lies between is interpolated
 PREFIX = 128  # tokens of the text behind which costs are measured
 SAMPLE = 12  # tokens that are decoded to measure the rest of a round
@@ -44,16 +45,16 @@ class PairCosts(msgspec.Struct, frozen=True):
 _budgets: "weakref.WeakKeyDictionary[Target, list[tuple[Any, AdaptiveBudget]]]" = weakref.WeakKeyDictionary()
 
 
-def default_tree(target: Target, drafter: Drafter | None, *, alone: bool = True) -> tuple[TreeShape, Any]:
+def default_tree(target: Target, drafter: Drafter | None, *, at_once: int = 1) -> tuple[TreeShape, Any]:
     """The tree to draft and the budget that decides how much of it, None for all of it.
 
-    Budgets decide for one sequence: several at once (not `alone`) draft what `LARGE` or `SMALL` says. A budget is kept
-    with its target, so that what was learned about a head holds for the next prompt.
+    A budget is kept with its target, so that what was learned about a head holds for the next prompt. It decides for
+    one sequence: several at once decode plainly on a CPU, whose products are busy with them.
     """
     if target.device.type != "cpu" or not isinstance(drafter, nn.Module):
         return LARGE, None
-    if not alone or ability_of(target).most != "trees":
-        return SMALL, None
+    if at_once > 1 or shape_for(target, SMALL) is None:
+        return NONE, None
     known = _budgets.setdefault(target, [])
     budget = next((budget for of, budget in known if of() is drafter), None)
     if budget is None:

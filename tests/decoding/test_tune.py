@@ -6,16 +6,10 @@ import torch
 from tiny import prompt, tiny_draft, tiny_target
 
 from fledge.data.samples import Prompt
-from fledge.decoding import tune
+from fledge.decoding import costs, tune
+from fledge.decoding.costs import MAX_LEVELS, RoundCosts, emitted_between
 from fledge.decoding.tree_profile import TreeProfile, profile_path, read_profile, resolve_tree, write_profile
-from fledge.decoding.tune import (
-    MAX_LEVELS,
-    RoundCosts,
-    best_by_nodes,
-    continuation_ranks,
-    emitted_between,
-    expected_tau,
-)
+from fledge.decoding.tune import best_by_nodes, continuation_ranks, expected_tau
 from fledge.drafters.eagle3.propose import EagleProposer
 from fledge.drafters.lookup.propose import PromptLookup
 from fledge.drafters.tree import TreeShape, candidate_levels
@@ -90,7 +84,7 @@ def test_the_best_tree_weighs_acceptance_against_cost():
 def test_tune_measures_chooses_and_confirms(monkeypatch):
     monkeypatch.setattr(tune, "NODES", (2, 4, 8))
     monkeypatch.setattr(tune, "WIDTHS", (1, 3))
-    monkeypatch.setattr(tune, "TIMINGS", 1)
+    monkeypatch.setattr(costs, "TURNS", 1)
     from fledge.decoding.records import Sampling
 
     target = tiny_target("llama")
@@ -105,7 +99,7 @@ def test_tune_measures_chooses_and_confirms(monkeypatch):
 
 def test_a_drafter_of_chains_has_no_tree_to_tune():
     with pytest.raises(UserError, match="no trees to tune"):
-        tune.tree_proposer(PromptLookup(), tune.largest_tree(3), 0)
+        costs.tree_proposer(PromptLookup(), costs.largest_tree(3), 0)
 
 
 def some_profile(hardware):

@@ -1,0 +1,63 @@
+"""The engine's own choice of a tree: costs are measured once, what a head is worth is learned, tokens stay the same."""
+
+import pytest
+from tiny import prompt, tiny_draft, tiny_target
+
+from fledge.decoding import default_tree as module
+from fledge.decoding.default_tree import LARGE, NONE, SMALL, PairCosts, default_tree, key_of, measured_costs
+from fledge.decoding.generate import Sampling, generate
+from fledge.drafters.lookup.propose import PromptLookup
+from fledge.target.model import Target
+
+CHEAP = PairCosts({1: 1.0, 16: 1.1}, dict.fromkeys(range(1, 6), 0.01), 0.0)
+DEAR = PairCosts({1: 1.0, 16: 9.0}, dict.fromkeys(range(1, 6), 2.0), 0.0)
+
+
+@pytest.fixture
+def target(monkeypatch, tmp_path) -> Target:
+    monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "_budgets", {})
+    return tiny_target("llama")
+
+
+def test_costs_are_measured_once_per_pair_of_shapes(target, monkeypatch):
+    measured: list[int] = []
+    monkeypatch.setattr(module, "measured_costs", lambda *_: measured.append(1) or CHEAP)
+    draft, alike, other = tiny_draft(target), tiny_draft(target, seed=2), tiny_draft(target, draft_vocab_size=None)
+    tree, budget = default_tree(target, draft)
+    assert tree == SMALL and budget is not None
+    assert default_tree(target, draft)[1] is budget, "what was learned about a head holds for the next prompt"
+    assert default_tree(target, alike)[1] is not budget
+    assert len(measured) == 1
+    default_tree(target, other)
+    assert len(measured) == 2
+    assert key_of(target, draft) == key_of(target, alike) != key_of(target, other)
+
+
+def test_what_is_measured(target):
+    """Every part of a round has a cost, and more levels cost more."""
+    costs = measured_costs(target, tiny_draft(target))
+    assert set(costs.verify_s) == set(module.SIZES) and min(costs.verify_s.values()) > 0
+    assert sorted(costs.draft_s) == list(range(1, SMALL.levels + 1))
+    assert costs.draft_s[1] < costs.draft_s[SMALL.levels] and costs.overhead_s >= 0
+
+
+@pytest.mark.parametrize("costs", [CHEAP, DEAR])
+def test_tokens_are_plain_decodings(target, monkeypatch, costs):
+    """A head that is cheap to follow is followed; one that cannot pay is left after a few rounds."""
+    monkeypatch.setattr(module, "measured_costs", lambda *_: costs)
+    draft = tiny_draft(target)
+    options = {"max_new_tokens": 40, "sampling": Sampling(), "eos_token_ids": ()}
+    plain = generate(target, None, prompt(9), **options)
+    tree, budget = default_tree(target, draft)
+    own = generate(target, draft, prompt(9), tree=tree, budget=budget, trace=True, **options)
+    assert own.token_ids == plain.token_ids
+    assert own.rounds is not None
+    drafting = sum(len(round_.token_ids) > 1 for round_ in own.rounds)
+    assert drafting > len(own.rounds) / 2 if costs is CHEAP else drafting < len(own.rounds) / 4
+
+
+def test_where_there_is_nothing_to_decide(target):
+    assert default_tree(target, None) == (LARGE, None)
+    assert default_tree(target, PromptLookup()) == (LARGE, None)
+    assert default_tree(target, tiny_draft(target), at_once=4) == (NONE, None)
