@@ -3,7 +3,8 @@
 A folder that a command writes carries a marker, `.fledge.json`: which command wrote it, under which names, in which
 run. `check` refuses a folder that holds files under those names and no marker of the same command, and touches nothing;
 `claim` takes the folder's lock and leaves the marker. What is written goes through `replacing` (a file of any library),
-`write_file` (text or bytes), `staged` (files that belong together) or `written` (a whole folder). Knows files only.
+`writing` (bytes as they come), `write_file` (text or bytes), `staged` (files that belong together) or `written` (a
+whole folder). `check_sealed` compares what was finished, answers and hidden states alike. Knows files only.
 """
 
 import fcntl
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
@@ -297,19 +298,36 @@ def replacing(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
-def write_file(path: Path, content: bytes | str, tag: str = "") -> None:
-    """Write under a temporary name, sync, rename, sync the folder: after a crash the old or the new file is there.
-
-    Processes that may write the same file at once give a `tag` each.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}{tag}.tmp")
+@contextmanager
+def writing(path: Path, temporary: Path) -> Iterator[BinaryIO]:
+    """Write under a temporary name, sync, rename, sync the folder: after a crash the old or the new file is there."""
     with naming(path), open(temporary, "wb") as file:
-        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def write_file(path: Path, content: bytes | str, tag: str = "") -> None:
+    """Write a file whole. Processes that may write the same file at once give a `tag` each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path, path.with_name(f"{path.name}{tag}.tmp")) as file:
+        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sealed(path: Path, size: int, sha256: str | None = None, *, mend: str) -> None:
+    """Refuse a file that is gone or no longer what it was when it was finished; `mend` says what to do then."""
+    if not path.is_file() or path.stat().st_size != size:
+        found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+        raise UserError(f"{path}: {found}; it was sealed with {size} bytes. {mend}")
+    if sha256 is not None and file_sha256(path) != sha256:
+        raise UserError(f"{path}: its SHA-256 is not the one it was sealed with; it was damaged or edited. {mend}")
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -4,7 +4,6 @@ The journal writes these facts when a shard is finished; whoever reads the answe
 second per gigabyte or two, far less than reading the rows.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from fledge.errors import UserError
+from fledge.outputs import check_sealed
 from fledge.parsing import read_json
 from fledge.ranges import Count, Natural
 
@@ -71,13 +71,7 @@ def check_file(folder: Path, sealed: SealedFile) -> None:
     """Refuse a shard whose file is gone or no longer what it was when it was finished."""
     path = folder / sealed.file
     number = sealed.file.removeprefix("shard-").removesuffix(".jsonl")
-    mend = _again(folder / INNER / f"{number}.sealed")
-    if not path.is_file() or path.stat().st_size != sealed.bytes:
-        raise UserError(f"{path}: missing or not the {sealed.bytes} bytes it was sealed with. {mend}")
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sealed.sha256:
-        raise UserError(f"{path}: its SHA-256 is not the one it was sealed with; it was damaged or edited. {mend}")
+    check_sealed(path, sealed.bytes, sealed.sha256, mend=_again(folder / INNER / f"{number}.sealed"))
 
 
 def verify_sealed(path: Path) -> None:

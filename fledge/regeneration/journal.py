@@ -32,7 +32,7 @@ import msgspec
 from fledge.console import warn
 from fledge.data.sealed import JournalManifest, Sealed, check_file, read_sealed, shard_name
 from fledge.errors import UserError, naming
-from fledge.outputs import Output, claim, sync_folder, write_file, write_json
+from fledge.outputs import Output, claim, write_file, write_json, writing
 from fledge.parsing import parse_json, read_json
 from fledge.redaction import redact, redacted
 
@@ -300,23 +300,17 @@ class Journal:
         """Sort a full shard into input order and give it its name. Killed at any point, the next start repeats it."""
         name = shard_name(shard.number)
         checksum, size = hashlib.sha256(), 0
-        temporary = self._inner / f"{name}.tmp"
-        with naming(self.folder / name), open(temporary, "wb") as out:
+        with writing(self.folder / name, self._inner / f"{name}.tmp") as out:
             for index in sorted(shard.lines):
                 line = self._payload(shard, index) + b"\n"
                 out.write(line)
                 checksum.update(line)
                 size += len(line)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, self.folder / name)
         sealed = Sealed(
             file=name, first_row=shard.first, input_rows=shard.size, rows=len(shard.lines), bytes=size,
             sha256=checksum.hexdigest(), counts=dict(_all_counts(shard)), rejects=shard.rejects,
         )  # fmt: skip
         write_json(self._inner / f"{shard.number:05d}.sealed", msgspec.structs.asdict(sealed))
-        sync_folder(self._inner)
-        sync_folder(self.folder)
         self._sealed[shard.number] = sealed
         with self._closing:
             self._open.pop(shard.number)
@@ -340,16 +334,13 @@ class Journal:
     def _write_partial(
         self, number: int, rows: Iterable[tuple[int, bytes]], rejects: dict[int, dict[str, str]]
     ) -> None:
-        temporary = self._inner / f"{number:05d}.partial.tmp"
-        with open(temporary, "wb") as out:
+        partial = self._inner / f"{number:05d}.partial"
+        with writing(partial, partial.with_name(f"{partial.name}.tmp")) as out:
             shard = _Shard(number, 0, 0, out)
             for index, payload in rows:
                 self._append(shard, index, ROW, payload)
             for index, entry in rejects.items():
                 self._append(shard, index, REJECT, json.dumps(entry, ensure_ascii=False).encode())
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, self._inner / f"{number:05d}.partial")
 
     # -- what a reader finds
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fledge.errors import UserError
+from fledge.outputs import check_sealed, file_sha256
 from fledge.storage.states.header import DAMAGED
-from fledge.storage.states.manifest import HEAD, PLAN, file_sha256, read_manifest
+from fledge.storage.states.manifest import HEAD, PLAN, read_manifest
 from fledge.storage.states.plan import RESTORE, Plan, PlannedSample
 from fledge.storage.states.shard import ShardReader
 from fledge.target.head import TargetHead
@@ -91,13 +92,8 @@ class HiddenStore(Sequence[TargetRecord]):
     def head(self, device: torch.device) -> TargetHead:
         """The target's ends; the file's checksum is checked."""
         path = self.folder / HEAD
-        if not path.is_file():
-            raise UserError(f"{path}: missing. Run the same `fledge extract` again: only this file is made anew.")
-        if path.stat().st_size != self.manifest.head_bytes or file_sha256(path) != self.manifest.head_sha256:
-            raise UserError(
-                f"{path}: its size or checksum is not what the manifest says. Delete it and run the same `fledge "
-                f"extract` again: only this file is made anew."
-            )
+        again = "Delete it and run the same `fledge extract` again: only this file is made anew."
+        check_sealed(path, self.manifest.head_bytes, self.manifest.head_sha256, mend=again)
         return TargetHead.load(path, device, self.identity.digest)
 
     def verify(self) -> None:

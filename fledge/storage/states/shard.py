@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fledge.errors import UserError
-from fledge.outputs import replacing
+from fledge.outputs import check_sealed, file_sha256, replacing
 from fledge.storage.states.header import DAMAGED, read_header
-from fledge.storage.states.manifest import Identity, ShardEntry, file_sha256
+from fledge.storage.states.manifest import Identity, ShardEntry
 from fledge.storage.states.plan import PlannedShard
 from fledge.target.head import as_bytes, one_entry
 from fledge.target.record import TargetRecord, TeacherSummary
@@ -147,10 +147,7 @@ class ShardReader:
 
     def __init__(self, path: Path, entry: ShardEntry, identity: Identity) -> None:
         self.path, self.entry, self.identity = path, entry, identity
-        if not path.is_file():
-            raise UserError(f"{path}: missing; the manifest lists it with {entry.records} records. {DAMAGED}")
-        if path.stat().st_size != entry.bytes:
-            raise UserError(f"{path}: {path.stat().st_size} bytes, the manifest says {entry.bytes}. {DAMAGED}")
+        check_sealed(path, entry.bytes, mend=DAMAGED)
         self._slots, self._facts = read_header(path, entry, identity)
         self.offsets, self.crcs = self.read("offsets").tolist(), self.read("record_crc").tolist()
         self._last_offsets = self.read("last_offsets").tolist() if "last_offsets" in self._slots else self.offsets

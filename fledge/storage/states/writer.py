@@ -15,7 +15,18 @@ from pathlib import Path
 from fledge.console import say
 from fledge.data.tokenize import Sample
 from fledge.errors import FULL, UserError, free_bytes
-from fledge.outputs import Claim, Output, check, claim, document_has, is_own, replacing, write_file
+from fledge.outputs import (
+    Claim,
+    Output,
+    check,
+    check_sealed,
+    claim,
+    document_has,
+    file_sha256,
+    is_own,
+    replacing,
+    write_file,
+)
 from fledge.parsing import read_json
 from fledge.storage.states.manifest import (
     HEAD,
@@ -26,7 +37,6 @@ from fledge.storage.states.manifest import (
     Manifest,
     ShardEntry,
     canonical,
-    file_sha256,
     read_manifest,
 )
 from fledge.storage.states.plan import Plan, PlannedShard
@@ -177,12 +187,8 @@ class StoreWriter:
 
     def _check_finished(self) -> None:
         for number, entry in self.finished.items():
-            path = self.folder / entry.file
-            if not path.is_file() or path.stat().st_size != entry.bytes:
-                raise UserError(
-                    f"{path}: missing or not the {entry.bytes} bytes it was sealed with. Restore it, or delete "
-                    f"{self.folder / SEALED}/shard-{number:05d}.json to have it made again."
-                )
+            again = f"Restore it, or delete {self.folder / SEALED}/shard-{number:05d}.json to have it made again."
+            check_sealed(self.folder / entry.file, entry.bytes, mend=again)
 
     def _check_space(self) -> None:
         finished = self.finished
