@@ -27,6 +27,8 @@ class Command:
     args: str
     run: str
     help: str
+    loads_target: bool = True
+    """False: its --target is a name only."""
 
 
 COMMANDS: dict[str, Command] = {
@@ -43,7 +45,13 @@ COMMANDS: dict[str, Command] = {
     "plan": Command("fledge.commands.plan", "PlanArgs", "plan", "what a training run will need: memory, disk, hours"),
     "extract": Command("fledge.commands.extract", "ExtractArgs", "extract", "store the target's hidden states"),
     "train": Command("fledge.commands.train", "TrainArgs", "train", "train a draft head, online or from stored states"),
-    "export": Command("fledge.commands.export", "ExportArgs", "export_head", "write a head as vLLM or SGLang read it"),
+    "export": Command(
+        "fledge.commands.export",
+        "ExportArgs",
+        "export_head",
+        "write a head as vLLM or SGLang read it",
+        loads_target=False,
+    ),
     "convert": Command("fledge.commands.convert", "ConvertArgs", "convert_head", "bring another trainer's head here"),
     "inspect": Command(
         "fledge.commands.inspect", "InspectArgs", "inspect", "look into data, stored hidden states or a head"
@@ -72,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_command(name: str, argv: Sequence[str]) -> int:
     """Run one command and return its exit status."""
     from fledge.commands.help import asks_for_help
-    from fledge.commands.parser import parse
+    from fledge.commands.parser import parse, with_model_folder
 
     command = COMMANDS[name]
     status = 2  # until the flags are known to be right
@@ -85,7 +93,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         parser = getattr(module, "parse_args", parse)  # `train` adds the Trainer's own arguments
         args = parser(args_class, argv, prog=f"fledge {name}", description=sentence(getattr(module, command.run)))
         status = 1
-        getattr(module, command.run)(args)
+        getattr(module, command.run)(with_model_folder(args) if command.loads_target else args)
     except Exception as error:
         message = one_line(error)
         if message is None or os.environ.get("FLEDGE_TRACEBACK"):

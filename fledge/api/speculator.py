@@ -17,6 +17,7 @@ from torch import Tensor
 from fledge.api.pairs import Draft, TapLayers, let_go, pair_up, target_of
 from fledge.api.settings import GenerationOptions, GenerationSettings, read_settings
 from fledge.data.detokenize import Detokenizer
+from fledge.data.gguf import model_folder
 from fledge.data.rejects import Reject
 from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
@@ -56,18 +57,18 @@ def load(
 ) -> "Speculator":
     """A target and its drafter, ready to answer.
 
-    `target`: a folder, a hub name, or a loaded transformers model, whose `tokenizer` must be given then; it is put into
-    evaluation mode. `draft`: the folder that training wrote, the name of a drafter without weights, a loaded drafter,
-    or None for plain decoding. `tree`: the shape of the draft trees. `chat_template_type` and `enable_thinking` are
-    about chat messages, as in `fledge decode`.
+    `target`: a folder, a hub name, a GGUF file, or a loaded transformers model, whose `tokenizer` must be given then;
+    it is put into evaluation mode. `draft`: the folder that training wrote, the name of a drafter without weights, a
+    loaded drafter, or None for plain decoding. `tree`: the shape of the draft trees. `chat_template_type` and
+    `enable_thinking` are about chat messages, as in `fledge decode`.
     """
     if isinstance(target, (str, bytes)) or hasattr(target, "__fspath__"):
         if tokenizer is not None:
             raise UserError("tokenizer= belongs to a loaded model; a folder or hub name brings its own. Leave it out.")
-        kind = _dtype(dtype)
+        kind, folder = _dtype(dtype), model_folder(str(target))
 
         def make_target(taps: TapLayers) -> Target:
-            return Target.from_pretrained(str(target), dtype=kind, device=device, tap_layers=taps)
+            return Target.from_pretrained(folder, dtype=kind, device=device, tap_layers=taps)
     else:
         if tokenizer is None:
             raise UserError(

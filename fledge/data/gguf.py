@@ -6,23 +6,15 @@ and our own loaders all read safetensors. The unpacked folder is cached; a file 
 
 import functools
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 from fledge.console import say
 from fledge.errors import UserError
-from fledge.outputs import Output, written
+from fledge.outputs import Output, cache_folder, written
 
 UNPACKED = Output("unpacked GGUF", ("*",))
-CACHE = "FLEDGE_CACHE"
 CONFIG, SUFFIX = "config.json", ".gguf"
-
-
-def cache_folder() -> Path:
-    """Where fledge keeps what it can make again: $FLEDGE_CACHE, else fledge in the user's cache folder."""
-    given = os.environ.get(CACHE)
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fledge"
 
 
 def model_folder(name_or_path: str) -> str:
@@ -51,7 +43,7 @@ def unpacked(gguf: Path) -> Path:
     """The model folder made of a GGUF file, made now unless it lies in the cache."""
     about = gguf.stat()
     key = hashlib.sha256(f"{gguf}|{about.st_size}|{about.st_mtime_ns}".encode()).hexdigest()[:12]
-    folder = cache_folder() / "gguf" / f"{gguf.stem}-{key}"
+    folder = cache_folder("gguf") / f"{gguf.stem}-{key}"
     if not (folder / CONFIG).is_file():
         say(f"unpacking {gguf.name} ({about.st_size / 2**20:.0f} MiB) as bf16 into {folder}")
         with written(folder, UNPACKED) as building:
@@ -67,6 +59,9 @@ def unpack(gguf: Path, folder: Path) -> None:
         raise UserError(f"{gguf}: reading GGUF files needs the package gguf: pip install 'fledge[gguf]'.") from None
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)

@@ -29,7 +29,7 @@ class TargetSettings:
     """The target."""
 
     target: str
-    """The target: a transformers model folder or hub name."""
+    """The target: a transformers model folder, a hub name, or a GGUF file (unpacked once, as bf16)."""
 
 
 @dataclass(frozen=True, kw_only=True)
