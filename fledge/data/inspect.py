@@ -101,8 +101,7 @@ class FieldCounts:
         self.kept: Counter[str] = Counter()
 
     def add(self, conversation: Conversation) -> None:
-        self.used.update(conversation.used)
-        self.used.update(name for name in RENDERED_COLUMNS if name in conversation.meta)
+        self.used.update(conversation.used | (conversation.meta.keys() & RENDERED_COLUMNS))
         self.kept.update(name for name in conversation.meta if name not in RENDERED_COLUMNS)
         in_messages = {name for message in conversation.messages for name in message}
         self.used.update(f"message.{name}" for name in in_messages & RENDERED_KEYS)

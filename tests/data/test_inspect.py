@@ -67,15 +67,18 @@ def test_three_samples_and_what_became_of_each_field(inspect, write_rows, talk, 
     rows = [{"id": i, "messages": talk(f"q{i}", f"answer {i}"), "country": "NO"} for i in range(5)]
     rows.append({"id": "s", "messages": talk("q", "answer"), "system": "Be brief."})
     rows.append({"id": "r", "messages": [*talk("q"), {"role": "assistant", "content": "a", "thinking": "Hm."}]})
+    rows.append({"id": "k", "messages": talk("q", "k"), "chat_template_kwargs": {"mood": "glad"}})
     path, out = str(write_rows(rows)), str(tmp_path / "out.json")
     code, shown = inspect(path, "--json", out, "--max-reject-share", "0.5")
     assert code == 0 and all(f"Sample {index}:" in shown for index in range(3)) and "Sample 3:" not in shown
     fields = json.loads((tmp_path / "out.json").read_text())["fields"]
     assert fields["used"]["system"] == 1 and fields["not_shown"] == {"country": 5}
-    assert fields["dropped"] == {} and fields["rejected"] == {"reasoning_content": 1}
+    assert fields["used"]["chat_template_kwargs"] == 1, "a column that is decoded was counted twice"
+    mood = {"chat_template_kwargs.mood": 1}
+    assert fields["dropped"] == mood and fields["rejected"] == {"reasoning_content": 1}
     inspect(path, "--json", out, "--untraced", "train")
     fields = json.loads((tmp_path / "out.json").read_text())["fields"]
-    assert fields["dropped"] == {"reasoning_content": 1} and fields["rejected"] == {}
+    assert fields["dropped"] == {"reasoning_content": 1, **mood} and fields["rejected"] == {}
 
 
 def test_the_column_map_of_the_command_line(inspect, write_rows, talk):
