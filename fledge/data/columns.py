@@ -7,6 +7,7 @@ arguments, reasoning. Every column that is read here is used up; the others are 
 
 import re
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any, Literal
 
 from fledge.data.messages import REASONING_KEYS, one_text
@@ -27,10 +28,13 @@ SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 QUESTION_COLUMNS = ("prompt", "instruction", "question", "query")
 CONTEXT_COLUMNS = ("input", "context")  # Alpaca's and Dolly's text that the instruction is about
 ANSWER_COLUMNS = ("completion", "response", "output", "answer", "answers")
+TOOL_COLUMNS = ("tools", "functions")  # the second is OpenAI's older name
 MARKED_TURN = re.compile(r"### (Human|Assistant):")  # Guanaco's: the whole conversation is one text
-SWITCHES = ("enable_thinking", "reasoning_effort", "thinking")  # arguments of chat templates that rows name directly
+SWITCHES: dict[str, tuple[type, ...]] = {  # arguments of chat templates that rows name directly, and their types
+    "enable_thinking": (bool,), "reasoning_effort": (bool, str), "thinking": (bool, str),
+}  # fmt: skip
 BESIDE_TURNS = frozenset(  # columns that change what the model sees, beside those that hold the turns
-    (*SYSTEM_COLUMNS, *REASONING_KEYS, *SWITCHES, "tools", "chat_template_kwargs", "image", "images")
+    (*SYSTEM_COLUMNS, *REASONING_KEYS, *SWITCHES, *TOOL_COLUMNS, "chat_template_kwargs", "image", "images")
 )
 MAPPABLE = (
     *FORMAT_KEYS["auto"], "system", "prompt", "instruction", "input", "history", "completion", "output", "tools",
@@ -111,7 +115,10 @@ def system_of(row: Mapping[str, Any], messages: Sequence[dict[str, Any]]) -> tup
 
 def tools_in(row: Mapping[str, Any], messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The tools of a row. None when its system message states them already (Hermes): they would be there twice."""
-    tools = tools_of(row["tools"]) if row.get("tools") is not None else []
+    found = [tools_of(row[name]) for name in TOOL_COLUMNS if row.get(name) is not None]
+    if found[1:] and found[0] != found[1]:
+        raise Reject("fields contradict", "columns 'tools' and 'functions' differ: keep one of them")
+    tools = found[0] if found else []
     system = str(messages[0]["content"]) if messages and messages[0]["role"] == "system" else ""
     stated = "<tools>" in system and all(_tool_name(tool) in system for tool in tools)
     return [] if stated else tools
@@ -123,10 +130,12 @@ def template_kwargs_of(row: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]
     if not isinstance(kwargs, dict):
         raise Reject("unknown format", f"chat_template_kwargs is an object, found {type(kwargs).__name__}")
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
-    switches = {
-        name for name in SWITCHES
-        if isinstance(row.get(name), bool) or name == "reasoning_effort" and isinstance(row.get(name), str)
-    }  # fmt: skip
+    for name, types in SWITCHES.items():
+        if not isinstance(row.get(name), (*types, NoneType)):
+            wanted = " or ".join({bool: "true or false", str: "a text"}[one] for one in types)
+            raise Reject("unknown format", f"{name} is {wanted}, found {row[name]!r:.60}")
+    switches = {name for name in SWITCHES if isinstance(row.get(name), bool)}
+    switches |= {"reasoning_effort"} if isinstance(row.get("reasoning_effort"), str) else set()
     if "chat_template_kwargs" in row and row["chat_template_kwargs"]:
         switches.discard("thinking")  # `fledge regenerate` notes there what its arguments say in the template's words
     return {**{name: row[name] for name in SWITCHES if name in switches}, **kwargs}, switches

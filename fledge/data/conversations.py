@@ -16,6 +16,7 @@ from fledge.data.columns import (
     BESIDE_TURNS,
     FORMAT_KEYS,
     TOKEN_COLUMNS,
+    TOOL_COLUMNS,
     ColumnMap,
     DataFormat,
     row_reasoning,
@@ -131,7 +132,7 @@ def _with_columns(
     """The messages with what columns beside them say, the decoded tools and template arguments, and what was used."""
     kwargs, used = template_kwargs_of(value)
     stated = {"tools": tools_in(value, messages), "chat_template_kwargs": kwargs}
-    used |= value.keys() & stated.keys()
+    used |= value.keys() & {*stated, *TOOL_COLUMNS}
     if messages:
         system, columns = system_of(value, messages)
         messages = [{"role": "system", "content": system}, *messages] if system else messages

@@ -1,6 +1,7 @@
 """Every shape of public data becomes the conversation that its model saw; nothing of it vanishes without a word."""
 
 import json
+import re
 
 import pytest
 
@@ -200,6 +201,26 @@ def test_template_arguments_and_switches():
     row = parse({"messages": [user()], "reasoning_effort": "high", "enable_thinking": True})
     assert row.template_kwargs == {"reasoning_effort": "high", "enable_thinking": True}
     assert row.meta == {"chat_template_kwargs": row.template_kwargs}
+
+
+def test_tools_under_their_older_name():
+    """OpenAI's `functions` stayed a column of the row: the head learned calls of tools that no prompt had."""
+    row = {"messages": [user("Weather?"), assistant(None, function_call={"name": "weather"})], "functions": [TOOL]}
+    assert parse(row).tools == [OPENAI_TOOL] and "functions" not in parse(row).meta
+    assert parse({**row, "tools": json.dumps([TOOL])}).tools == [OPENAI_TOOL]
+    with pytest.raises(Reject, match="'tools' and 'functions' differ"):
+        parse({**row, "tools": []})
+
+
+@pytest.mark.parametrize(
+    "switch", [{"enable_thinking": "false"}, {"thinking": {"type": "on"}}, {"reasoning_effort": 3}]
+)
+def test_a_switch_of_another_type_is_no_column_of_the_rows_own(switch):
+    """`"enable_thinking": "false"` out of a table was kept beside the row, which was rendered with thinking on."""
+    ((name, value),) = switch.items()
+    with pytest.raises(Reject, match=f"{name} is .*, found {re.escape(repr(value))}"):
+        parse({"messages": [user()], **switch})
+    assert parse({"messages": [user()], name: None}).meta == {}
 
 
 def test_what_regenerate_notes_beside_its_arguments_is_not_one():
