@@ -328,84 +328,6 @@ def test_too_few_supervised_tokens_are_dropped():
     assert fit(sample, None, min_supervised=1) is sample
 
 
-def test_token_ids_need_no_template(make_tokenizer):
-    template = ChatTemplate(make_tokenizer())
-    ids = template.tokenizer.encode("prompt", add_special_tokens=False)
-    answer = template.tokenizer.encode("answer<|im_end|>", add_special_tokens=False)
-    pair = template.encode(Conversation("c", (), {"prompt_token_ids": ids, "token_ids": answer}))
-    flags = [0] * len(ids) + [1] * len(answer)
-    mask = template.encode(Conversation("c", (), {"input_ids": ids + answer, "loss_mask": flags}))
-    for sample in (pair, mask):
-        assert sample.input_ids.tolist() == ids + answer and sample.loss_mask.tolist() == [bool(f) for f in flags]
-        assert sample.input_ids.dtype == torch.int64 and sample.loss_mask.dtype == torch.bool
-
-
-@pytest.mark.parametrize(
-    "meta",
-    [
-        {"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1]},
-        {"input_ids": [[5, 6, 7, 8]], "loss_mask": [[0, 0, 1, 1]], "attention_mask": [[1, 1, 1, 1]]},
-        {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
-        {
-            "input_ids": [9, 5, 6, 7, 8, 9],
-            "labels": [-100, -100, -100, 7, 8, -100],
-            "attention_mask": [0, 1, 1, 1, 1, 0],
-        },
-        {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "loss_mask": [False, False, True, True]},
-    ],
-)
-def test_rows_that_other_programs_tokenised(make_tokenizer, meta):
-    """SpecForge saves tensors of a batch of one, speculators a loss mask, transformers labels and padding."""
-    sample = ChatTemplate(make_tokenizer()).encode(Conversation("c", (), meta))
-    assert sample.input_ids.tolist() == [5, 6, 7, 8] and sample.loss_mask.tolist() == [False, False, True, True]
-
-
-@pytest.mark.parametrize(
-    ("meta", "detail"),
-    [
-        ({"labels": [-100, 7, 8]}, "4 token ids but 3 entries of labels"),
-        ({"labels": [6, 7, 8, -100]}, "label 6 at 0 is neither its token 5 nor -100"),
-        ({"loss_mask": [0, 0, 2, 1]}, "loss_mask holds 2"),
-        ({"loss_mask": [0, 0, 0, 1], "labels": [-100, -100, 7, 8]}, "supervise different tokens"),
-        ({"loss_mask": [0, 0, 1, 1], "attention_mask": [1, 0, 1, 1]}, "attention_mask is 0 between tokens"),
-    ],
-)
-def test_rows_whose_masks_make_no_sense(make_tokenizer, meta, detail):
-    """Shifted labels would train every token as the one behind it."""
-    with pytest.raises(Reject, match=detail):
-        ChatTemplate(make_tokenizer()).encode(Conversation("c", (), {"input_ids": [5, 6, 7, 8], **meta}))
-
-
-@pytest.mark.parametrize(
-    ("meta", "reason", "detail"),
-    [
-        ({"input_ids": [1, 2], "loss_mask": [1]}, "bad token ids", "2 token ids but 1 entries"),
-        ({"input_ids": [1, 2]}, "bad token ids", "loss_mask or labels"),
-        (
-            {"prompt_token_ids": [1], "token_ids": [9999]},
-            "bad token ids",
-            "9999 is outside this tokenizer's vocabulary",
-        ),
-        ({"prompt_token_ids": [1], "token_ids": ["a"]}, "bad token ids", "'a'"),
-        ({"prompt_token_ids": [1], "token_ids": [None]}, "bad token ids", "None"),
-        ({}, "bad token ids", "loss_mask or labels"),
-    ],
-)
-def test_bad_token_ids(make_tokenizer, meta, reason, detail):
-    with pytest.raises(Reject) as caught:
-        ChatTemplate(make_tokenizer()).encode(Conversation("c", (), meta))
-    assert caught.value.reason == reason and detail in caught.value.detail
-
-
-def test_token_ids_of_another_tokenizer_are_noticed(make_tokenizer, talk):
-    template = ChatTemplate(make_tokenizer())
-    row = {"prompt_token_ids": [1, 2], "token_ids": template.tokenizer.encode("Hello", add_special_tokens=False)}
-    assert template.encode(conversation(talk("Hi", "Hello"), **row)).loss_mask.sum() == 5
-    row["token_ids"] = [id + 1 for id in row["token_ids"]]
-    with pytest.raises(Reject, match="token ids of another tokenizer"):
-        template.encode(conversation(talk("Hi", "Hello"), **row))
-
-
 def test_prompts_without_answers_and_images_are_rejected(make_tokenizer, talk):
     template = ChatTemplate(make_tokenizer())
     with pytest.raises(Reject, match="no answer.*fledge regenerate"):
@@ -413,44 +335,6 @@ def test_prompts_without_answers_and_images_are_rejected(make_tokenizer, talk):
     messages = [{"role": "user", "content": [{"type": "image"}]}, *talk("Hi", "Hello")[1:]]
     with pytest.raises(Reject, match="not text: message 0 has parts"):
         template.encode(conversation(messages))
-
-
-CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
-
-
-def test_a_template_does_not_lose_tool_calls_in_silence(make_tokenizer, talk):
-    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-    row = conversation([*talk("a"), call])
-    with pytest.raises(Reject, match="untraced tool_calls: chat template 'chatml' does not render tool_calls"):
-        ChatTemplate(make_tokenizer(), "chatml").encode(row)
-    sample = ChatTemplate(make_tokenizer(), "chatml", untraced="train").samples(
-        conversation([*talk("a", "bc"), *talk("d"), call])
-    )[0]
-    assert sample.untraced == ("tool_calls",)
-
-
-CALLS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}[{{ c.function.name }}ARGUMENTS]{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-@pytest.mark.parametrize(
-    "spelling",
-    ["{{ c.function.arguments | tojson }}", "{{ c.function.arguments }}", "{{ ' ' + c.function.arguments }}",
-     "{% for k, v in c.function.arguments.items() %}{{ k }}: {{ v }}{% endfor %}"],
-)  # fmt: skip
-@pytest.mark.parametrize("arguments", ['{"city": "Oslo"}', {"city": "Oslo"}])
-def test_arguments_reach_every_template_in_the_form_it_reads(make_tokenizer, talk, spelling, arguments):
-    """Arguments in a string were encoded a second time by templates that write JSON themselves, which trained
-    quotes and backslashes; templates that walk over a mapping refused the row."""
-    template = ChatTemplate(make_tokenizer(template=CALLS.replace("ARGUMENTS", spelling)))
-    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
-    messages = [*talk("a"), {"role": "assistant", "content": "", "tool_calls": [call]}]
-    (written,) = runs(template, template.encode(conversation(messages)))
-    inside = written.removeprefix("[f").removesuffix("]<|im_end|>").strip()
-    assert inside == ("city: Oslo" if "items" in spelling else '{"city": "Oslo"}')
 
 
 def test_one_bad_conversation_does_not_disturb_its_batch(make_tokenizer, talk):
