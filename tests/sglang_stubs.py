@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from fledge.drafters.eagle3.model import rotate
+from fledge.drafters.layers import rotate
 
 
 class RMSNorm(nn.Module):

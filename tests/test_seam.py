@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from block_reference import tiny_block
 from tiny import prompt, tiny_draft, tiny_target
 
 from fledge.decoding.generate import generate, generate_batch
@@ -38,6 +39,7 @@ EXCEPTIONS = {
 
 # A drafter of every folder, for a tiny target.
 MADE: dict[str, Callable[[Target], Any]] = {
+    "dspark": lambda target: tiny_block(target, "dspark"),
     "eagle3": lambda target: tiny_draft(target),
     "lookup": lambda target: PromptLookup(),
 }  # fmt: skip

@@ -20,7 +20,7 @@ def pair_up(draft: Draft, make_target: Callable[[TapLayers], Target]) -> tuple[T
     if isinstance(draft, (str, Path)):
         files = read_drafter(draft)
         target = make_target(files.tap_layers or ())
-        return target, files.bind(target.embedding_weight)
+        return target, files.bind(target)
     kind_of(draft)  # refuses what is none
     return make_target(draft.tap_layers or ()), draft
 

@@ -85,7 +85,7 @@ class EngineSpec:
             min_pixels=self.min_pixels,
             **self.placement(),
         )
-        draft = files.bind(target.embedding_weight) if files else None
+        draft = files.bind(target) if files else None
         return InProcessEngine(self, target, draft, self._template(target), pace)
 
     def _template(self, target: Target) -> ChatTemplate:

@@ -63,7 +63,7 @@ class Answerer:
             args.target, dtype=dtype, device=args.device, tap_layers=files.tap_layers if files else None,
             min_pixels=args.min_pixels, max_pixels=args.max_pixels,
         )  # fmt: skip
-        self.draft = files.bind(self.target.embedding_weight) if files else None
+        self.draft = files.bind(self.target) if files else None
         self.sampling = args.law(args.target)
         self.stops = self.target.eos_token_ids
 

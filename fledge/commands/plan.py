@@ -112,6 +112,8 @@ def estimate(args: PlanArgs) -> dict[str, Any]:
     from fledge.target.record import default_tap_layers
     from fledge.train.memory import flop_per_step, num_parameters, step_memory
 
+    if not args.draft_type.startswith("eagle"):
+        raise UserError(f"--draft-type {args.draft_type}: only EAGLE-3 heads can be planned so far.")
     device_memory, tflops, device_type = hardware(args)
     config = AutoConfig.from_pretrained(args.target)
     text = config.get_text_config()

@@ -92,9 +92,10 @@ def draft_times(target: Target, draft: Drafter, tokens: list[int], width: int) -
 
         return once
 
-    found = times_in_turns({levels: call(levels) for levels in (1, MAX_LEVELS)}, device)
-    step = (found[MAX_LEVELS] - found[1]) / (MAX_LEVELS - 1)
-    return {levels: found[1] + step * (levels - 1) for levels in range(1, MAX_LEVELS + 1)}
+    deepest = min(MAX_LEVELS, proposer.num_levels)  # a drafter may know no deeper trees
+    found = times_in_turns({levels: call(levels) for levels in {1, deepest}}, device)
+    step = (found[deepest] - found[1]) / max(deepest - 1, 1)
+    return {levels: found[1] + step * (min(levels, deepest) - 1) for levels in range(1, MAX_LEVELS + 1)}
 
 
 def largest_tree(width: int) -> TreeShape:

@@ -119,7 +119,7 @@ def ranks_along(
             found = proposer.candidates(emitted.lengths, MAX_LEVELS, num_keys)
             scores, drafted, parents = (one[0].float().cpu().numpy() for one in found)
             truth = whole.ids[root + 1 : root + 1 + MAX_LEVELS]
-            yield continuation_ranks(scores, drafted, parents, levels, truth)
+            yield continuation_ranks(scores, drafted, parents, levels[: len(scores)], truth)
 
 
 def positions(prompt_len: int, answer_len: int) -> list[int]:

@@ -23,8 +23,8 @@ from fledge.drafters.eagle3.foreign import (
     read_weights,
     stated_tap_ids,
 )
-from fledge.drafters.eagle3.head import Head, check_tensors
-from fledge.drafters.eagle3.rope import described
+from fledge.drafters.eagle3.head import Head, check_head_tensors
+from fledge.drafters.rope import described
 from fledge.errors import UserError
 from fledge.export.engine_rope import trained_rope
 from fledge.target.record import default_tap_layers
@@ -56,7 +56,7 @@ def examine(folder: Path, target_config: Any | None) -> Examination:
                             "layers; read as inputs", "accept length falls to about 1 if wrong")]  # fmt: skip
     raw = {our_name(name): tensor for name, tensor in read_weights(folder).items()}
     vocabularies, vocab_findings, head = examine_vocab(head, raw)
-    check_tensors(head, folder)
+    check_head_tensors(head, folder)
     found = [*unstated, *vocab_findings, *_file_findings(document, head)]
     if target_config is not None:
         found += findings(head.config, target_config)

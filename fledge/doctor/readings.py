@@ -29,11 +29,12 @@ from torch import Tensor
 from fledge.data.tokenize import Sample
 from fledge.decoding.generate import generate
 from fledge.drafters.batch import pack
-from fledge.drafters.eagle3.config import DraftConfig, rope_of
+from fledge.drafters.eagle3.config import DraftConfig
 from fledge.drafters.eagle3.foreign import t2d_from
 from fledge.drafters.eagle3.head import EMBEDDING, Head
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.eagle3.ttt import align, unroll
+from fledge.drafters.layer_config import rope_of
 from fledge.errors import UserError
 from fledge.target.live import LiveSource
 from fledge.target.model import Target

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fledge.drafters.tree import Trees
+from fledge.target.model import Target
 
 # B sequences, P prompt tokens, E new tokens, A tapped layers, H hidden size, K keys (rows of a cache that are read)
 
@@ -44,7 +45,7 @@ class DrafterFiles:
 
     tap_layers: tuple[int, ...] | None  # the target layers that it reads; None where it reads none
     grows_trees: bool  # whether its proposers are `TreeProposer`s
-    bind: Callable[[Tensor], Drafter]  # from the target's input embedding (V, H)
+    bind: Callable[[Target], Drafter]  # its embedding, and its head where the drafter shares it
 
 
 @dataclass(frozen=True)

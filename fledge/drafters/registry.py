@@ -5,8 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fledge.drafters.base import Drafter, DrafterFiles, Proposer
+from fledge.drafters.bound_head import BoundHead
+from fledge.drafters.dspark.checkpoint import read_block, read_block_draft
+from fledge.drafters.dspark.model import BlockDraft
+from fledge.drafters.dspark.propose import BlockProposer
 from fledge.drafters.eagle3.checkpoint import read_draft
+from fledge.drafters.eagle3.head import read_head
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.eagle3.propose import EagleProposer
 from fledge.drafters.lookup.propose import LookupProposer, PromptLookup, read_lookup
@@ -24,11 +31,15 @@ class DrafterKind:
     """From a drafter, the shape of its trees, the number of sequences and of cache rows."""
     read: Callable[[str], DrafterFiles | None]
     """From what --draft says; None where that names another kind."""
+    tensors: Callable[[Path], dict[str, Tensor]] | None = None
+    """From the folder of a saved one, checked; None where it has no weights."""
 
 
 DRAFTERS = [
     DrafterKind(PromptLookup, LookupProposer, read_lookup),
-    DrafterKind(DraftModel, EagleProposer, read_draft),  # the last: whatever no other kind knows is a folder of it
+    DrafterKind(BlockDraft, BlockProposer, read_block_draft, lambda folder: read_block(folder).tensors),
+    # the last: whatever no other kind knows is a folder of it
+    DrafterKind(DraftModel, EagleProposer, read_draft, lambda folder: read_head(folder).tensors),
 ]
 
 
@@ -49,3 +60,10 @@ def kind_of(drafter: Drafter) -> DrafterKind:
 def proposer_of(drafter: Drafter, shape: TreeShape, batch: int, capacity: int) -> Proposer | None:
     """The drafter at work on `batch` sequences; None where the shape leaves nothing to draft."""
     return kind_of(drafter).proposer(drafter, shape, batch, capacity) if shape.levels else None
+
+
+def load_weights(drafter: BoundHead, folder: Path) -> None:
+    """Take the weights of a saved drafter of the same config."""
+    tensors = kind_of(drafter).tensors
+    assert tensors is not None, f"a {type(drafter).__name__} has no weights"
+    drafter.load_state_dict(tensors(folder), strict=False)

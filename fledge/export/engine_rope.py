@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fledge.drafters.eagle3.config import DraftConfig, rope_of_document
-from fledge.drafters.eagle3.rope import without_axes
+from fledge.drafters.eagle3.config import DraftConfig
+from fledge.drafters.layer_config import rope_of_document
+from fledge.drafters.rope import without_axes
 
 JSON = dict[str, Any]
 KNOWN = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")

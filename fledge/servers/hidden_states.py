@@ -29,7 +29,7 @@ from fledge.servers.states_folder import take_states
 from fledge.storage.states.describe import describe_states
 from fledge.storage.states.manifest import Identity, LastStorage, TapStorage
 from fledge.target.head import TargetEnds
-from fledge.target.record import TargetRecord, default_tap_layers
+from fledge.target.record import TapChoice, TargetRecord, chosen_taps
 
 # T tokens, A taps, L layers asked for (A taps and the last), H hidden
 
@@ -160,13 +160,13 @@ class EngineTarget:
 
     @classmethod
     def open(
-        cls, name: str, servers: Sequence[str], *, dtype: str = "auto", tap_layers: Sequence[int] | None = None,
+        cls, name: str, servers: Sequence[str], *, dtype: str = "auto", tap_layers: TapChoice = None,
         revision: str | None = None, folder: Path = SERVER_FOLDER,
     ) -> "EngineTarget":  # fmt: skip
         """Read the ends from the files of `name` and find the servers (base URLs, with or without /v1)."""
         ends = TargetEnds.from_files(name, dtype=None if dtype == "auto" else getattr(torch, dtype), revision=revision)
         num_layers = ends.text_config.num_hidden_layers
-        taps = tuple(tap_layers or default_tap_layers(num_layers))
+        taps = chosen_taps(tap_layers or None, num_layers)
         if not servers:
             flags = shlex.join(server_flags([*taps, num_layers], str(folder)))
             raise UserError(f"--target-backend vllm needs --server URL. Start one: vllm serve {name} {flags}")

@@ -19,7 +19,7 @@ from fledge.data.vision import Vision, has_vision, load_vision
 from fledge.errors import UserError, refuse_missing_folder
 from fledge.target.linear import head_logits
 from fledge.target.quirks import logit_quirks
-from fledge.target.record import TargetOutput, default_tap_layers
+from fledge.target.record import TapChoice, TargetOutput, chosen_taps
 
 # B batch, T tokens, A tapped layers, H hidden size, V vocabulary, R axes of a multimodal rope
 
@@ -36,7 +36,7 @@ class Target:
         tokenizer: Any = None,
         *,
         vision: Vision | None = None,
-        tap_layers: Sequence[int] | None = None,
+        tap_layers: TapChoice = None,
         name: str = "",
         revision: str | None = None,
     ) -> None:
@@ -70,7 +70,7 @@ class Target:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         device_map: Any = None,
-        tap_layers: Sequence[int] | None = None,
+        tap_layers: TapChoice = None,
         revision: str | None = None,
         attn_implementation: str | None = None,
         max_memory: dict[Any, str] | None = None,
@@ -229,9 +229,9 @@ class Target:
             f"decoder-only transformer; see docs/add-a-target.md."
         )
 
-    def _checked_taps(self, tap_layers: Sequence[int] | None) -> tuple[int, ...]:
+    def _checked_taps(self, tap_layers: TapChoice) -> tuple[int, ...]:
         num_layers = len(self.layers)
-        taps = tuple(tap_layers) if tap_layers is not None else default_tap_layers(num_layers)
+        taps = chosen_taps(tap_layers, num_layers)
         if list(taps) != sorted(set(taps)) or not set(taps) <= set(range(num_layers)):
             reason = "given" if tap_layers is not None else "derived as 2, N // 2, N - 3"
             raise UserError(

@@ -12,6 +12,7 @@ from torch import Tensor
 # T tokens, A tapped layers, H hidden size of the target, R axes of a multimodal rope
 
 MOVED = ("input_ids", "position_ids", "tap_hidden", "last_hidden")  # where the computing is done
+TapChoice = Sequence[int] | Callable[[int], Sequence[int]] | None  # a function of the number of layers; None: the usual
 SUMMARY_ROWS = 256  # rows whose logits exist at a time
 
 
@@ -116,3 +117,10 @@ class TargetOutput:
 def default_tap_layers(num_layers: int) -> tuple[int, int, int]:
     """Low, middle and high tap: inputs of decoder layers 2, N // 2 and N - 3, as vLLM and SGLang have them."""
     return 2, num_layers // 2, num_layers - 3
+
+
+def chosen_taps(choice: TapChoice, num_layers: int) -> tuple[int, ...]:
+    """The tap layers of a target of so many layers."""
+    if choice is None:
+        return default_tap_layers(num_layers)
+    return tuple(choice(num_layers) if callable(choice) else choice)

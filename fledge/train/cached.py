@@ -105,7 +105,7 @@ def target_for_extraction(args: TrainSettings, template: ChatTemplate, folder: P
         "tap_storage": before.tap_storage if before else "same",
         "last_storage": before.last_storage if before else "all",
     }
-    name, taps = str(args.inputs.target), args.draft.tap_layers or None
+    name, taps = str(args.inputs.target), args.draft.taps()
     if args.inputs.target_backend == "vllm":
         served = EngineTarget.open(
             name, args.inputs.server, dtype=args.inputs.dtype, tap_layers=taps,

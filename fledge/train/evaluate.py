@@ -20,8 +20,8 @@ from transformers import TrainerCallback
 from fledge.console import say, warn
 from fledge.data.samples import Prompt
 from fledge.decoding.generate import generate
-from fledge.drafters.eagle3.checkpoint import WEIGHTS, save_draft
-from fledge.drafters.eagle3.model import DraftModel
+from fledge.drafters.bound_head import BoundHead
+from fledge.drafters.head_files import WEIGHTS, save_draft
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 from fledge.outputs import delete, staged, write_json
@@ -48,7 +48,7 @@ class DecodingEvaluation:
     def __init__(self, target: Target, prompts: Sequence[Prompt], tree: TreeShape, max_new_tokens: int) -> None:
         self.target, self.prompts, self.tree, self.max_new_tokens = target, list(prompts), tree, max_new_tokens
 
-    def run(self, draft: DraftModel, step: int) -> Decoded:
+    def run(self, draft: BoundHead, step: int) -> Decoded:
         """Tau of this head: the same prompts, tree and limit every time."""
         start, tokens, forwards = time.monotonic(), 0, 0
         for prompt in self.prompts:
@@ -81,10 +81,10 @@ def held_out_prompts(dataset: Any, number: int, longest: int, picture_token: int
     return prompts
 
 
-def copy_for_decoding(draft: DraftModel, weights: dict[str, Tensor], target: Target) -> DraftModel:
+def copy_for_decoding(draft: BoundHead, weights: dict[str, Tensor], target: Target) -> BoundHead:
     """A head with these weights in the target's dtype."""
     with torch.random.fork_rng(devices=[]):  # fresh modules draw random numbers
-        copy = DraftModel(draft.config, target.embedding_weight)
+        copy = draft.fresh(target)
     copy.set_vocab(draft.d2t.to("cpu"), draft.t2d.to("cpu"))
     copy.load_state_dict(weights, strict=False)
     return copy.to(target.device, target.dtype).eval().requires_grad_(False)

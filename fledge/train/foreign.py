@@ -13,7 +13,7 @@ from fledge.data.vocab import control_ids
 from fledge.errors import UserError
 from fledge.storage.angelslim import VOCAB_FILE, AngelSlimFolder, read_vocab_mapping
 from fledge.target.head import TargetEnds
-from fledge.target.record import TargetRecord, default_tap_layers
+from fledge.target.record import TargetRecord, chosen_taps
 from fledge.train.arguments import TrainSettings
 from fledge.train.records import Part, Records, as_it_is, split
 from fledge.train.sources import Source, limited
@@ -26,7 +26,7 @@ def angelslim_source(args: TrainSettings) -> Source:
     if not name:
         raise UserError("--target is needed with .ckpt files: embedding and head are in its files.")
     ends = TargetEnds.from_files(name, lm_head_key=inputs.lm_head_key or None)
-    taps = tuple(args.draft.tap_layers) or default_tap_layers(ends.text_config.num_hidden_layers)
+    taps = chosen_taps(args.draft.tap_layers or None, ends.text_config.num_hidden_layers)
     vocab_size, hidden_size = ends.head.weight.shape
 
     def opened(paths: Sequence[str]) -> list[Part]:

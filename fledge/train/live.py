@@ -17,7 +17,7 @@ def live_source(args: TrainSettings) -> Source:
         raise UserError("--server is for --target-backend vllm; the hf backend runs the target in this process.")
     target = Target.from_pretrained(
         inputs.target, dtype=args.inputs.dtype, device=args.trainer.device,
-        tap_layers=args.draft.tap_layers or None, min_pixels=inputs.min_pixels, max_pixels=inputs.max_pixels,
+        tap_layers=args.draft.taps(), min_pixels=inputs.min_pixels, max_pixels=inputs.max_pixels,
     )  # fmt: skip
     template = ChatTemplate(
         target.tokenizer, inputs.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision,

@@ -7,20 +7,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fledge.drafters.batch import Batch
 from fledge.drafters.depth import RandomDepth
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.eagle3.ttt import align, unroll
 from fledge.drafters.loss import LossOutput, LossSettings, Teacher, ttt_loss
+from fledge.drafters.training import DraftModule
 from fledge.errors import UserError
 
 HeadRows = Callable[[Tensor], Callable[[Tensor], Tensor] | None]
 
 
-class TTTModule(nn.Module):
+class TTTModule(DraftModule):
     """Unrolls `draft` over a batch for `ttt_steps` steps. `teacher_head` maps last_hidden (.., H) to target logits."""
+
+    draft: DraftModel
 
     def __init__(
         self, draft: DraftModel, teacher_head: Callable[[Tensor], Tensor], ttt_steps: int, settings: LossSettings,
@@ -37,6 +40,7 @@ class TTTModule(nn.Module):
         self.draft_head = teacher_rows(self._draft_ids()) if teacher_rows is not None and smaller else None
         self.survival, self.seed = survival, seed
         self.recompute = False
+        self.num_steps, self.average = ttt_steps, settings.average
 
     def forward(self, batch: Batch, anchor: Tensor | None = None, *, draw: int | None = None) -> LossOutput:
         """Summed loss and metric sums of one batch; empty batches give a zero that still reaches every parameter.

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Muon, Optimizer
 
-HEAD = "lm_head"
+TABLES = {"lm_head", "markov_head", "confidence_head"}
 
 
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices of the layer and fc, everything else): lm_head is a table of tokens, which Muon is not for."""
+    """(matrices of the layers and fc, everything else): heads are tables of tokens, which Muon is not for."""
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    matrices = [parameter for name, parameter in named if parameter.dim() == 2 and HEAD not in name.split(".")]
+    matrices = [
+        parameter for name, parameter in named if parameter.dim() == 2 and not TABLES.intersection(name.split("."))
+    ]
     chosen = {id(parameter) for parameter in matrices}
     return matrices, [parameter for _, parameter in named if id(parameter) not in chosen]
 

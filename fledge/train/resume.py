@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from fledge.console import warn
-from fledge.drafters.eagle3.checkpoint import WEIGHTS
+from fledge.drafters.head_files import WEIGHTS
 from fledge.errors import UserError
 from fledge.outputs import MARKER, Claim, Output, check, claim, delete, document_has, is_own, mark, owner, write_json
 from fledge.parsing import read_json, read_python_json

@@ -9,20 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import set_seed
 
 from fledge import provenance
-from fledge.console import say, show_table, warn
+from fledge.console import say, show_table
 from fledge.data.image_urls import allow_image_urls
 from fledge.data.rows import check_source
-from fledge.data.vocab import build_vocab
-from fledge.drafters.eagle3.config import DraftConfig, derive, read_overrides, to_json
-from fledge.drafters.eagle3.foreign import read_config
-from fledge.drafters.eagle3.model import DraftModel
+from fledge.drafters.bound_head import BoundHead
+from fledge.drafters.layer_config import LayerConfig
 from fledge.errors import UserError
 from fledge.storage.angelslim import ckpt_files
 from fledge.storage.states.manifest import MANIFEST
@@ -31,14 +28,12 @@ from fledge.target.record import TargetRecord
 from fledge.train.arguments import TrainerArguments, TrainSettings
 from fledge.train.continuation import check_resumable, check_same_inputs
 from fledge.train.evaluate import DecodingCallback, decoding_evaluation
-from fledge.train.module import TTTModule
+from fledge.train.kinds import KINDS
 from fledge.train.resume import begin, check_same_run, check_start, find_checkpoint
 from fledge.train.settings import DraftSettings
 from fledge.train.sources import Source
 from fledge.train.trainer import DraftTrainer
-from fledge.train.warm_start import architecture_of, continue_from
 
-DEFAULT_DRAFT_VOCAB = 32_000
 STARTING_SAMPLES = 8  # whose states set the scale of a fresh head
 
 _last_operations: list = []  # never freed: see `leave`
@@ -57,13 +52,9 @@ def train(args: TrainSettings) -> None:
     check_paths(args)
     set_seed(args.trainer.seed)
     source = open_source(args)
-    config = draft_config(args.draft, source)
-    _resolve(args, config)
-    draft = make_draft(config, args.draft, source, args.trainer.seed)
-    module = TTTModule(
-        draft, source.teacher_head, args.draft.ttt_steps, args.loss_settings(), source.teacher_rows,
-        survival=args.draft.depth_survival, seed=args.trainer.seed,
-    )  # fmt: skip
+    draft = make_draft(args.draft, source, args.trainer.seed)
+    _resolve(args, draft.config)
+    module = KINDS[args.draft.draft_type].module(draft, args, source)
     evaluation = decoding_evaluation(args.evaluation, source, lambda: target_for_evaluation(args, source))
     with run_folder(args, source) as (run, checkpoint):
         trainer = DraftTrainer(
@@ -86,10 +77,7 @@ def check_paths(args: TrainSettings) -> None:
     """Look at what the flags name before a target is loaded, which may take minutes."""
     for path in (*args.inputs.data, *args.inputs.eval_data):
         check_source(path)
-    if args.draft.draft_config:
-        read_overrides(Path(args.draft.draft_config))
-    if args.draft.init_from:
-        read_config(Path(args.draft.init_from))
+    KINDS[args.draft.draft_type].check(args.draft)
 
 
 @contextmanager
@@ -164,60 +152,26 @@ def target_for_evaluation(args: TrainSettings, source: Source) -> Target:
     return target
 
 
-def draft_config(args: DraftSettings, source: Source) -> DraftConfig:
-    """Derived from the target, sizes overridden by a file or the head to continue, the vocabulary by its flag."""
-    overrides: dict[str, Any] = {}
-    if args.draft_config:
-        overrides = read_overrides(Path(args.draft_config))
-    elif args.init_from:
-        overrides = architecture_of(Path(args.init_from), source.text_config.num_hidden_layers, args.draft_type)
-    vocab_size = source.head_weight.shape[0]
-    wanted = args.draft_vocab_size if args.draft_vocab_size is not None else overrides.pop("draft_vocab_size", None)
-    overrides.pop("draft_vocab_size", None)
-    size = DEFAULT_DRAFT_VOCAB if wanted is None else (wanted or vocab_size)
-    config = derive(
-        source.text_config, vocab_size=vocab_size, tap_layers=source.tap_layers, draft_vocab_size=size,
-        eagle31=args.draft_type == "eagle3.1", overrides=overrides,
-    )  # fmt: skip
-    if config.sliding_window is not None and config.sliding_window <= args.ttt_steps:
-        raise UserError(
-            f"--init_from {args.init_from}: its attention reaches {config.sliding_window} positions back, which must "
-            f"be more than --ttt_steps {args.ttt_steps}. Give fewer steps."
-        )
-    return config
-
-
-def make_draft(config: DraftConfig, args: DraftSettings, source: Source, seed: int) -> DraftModel:
-    """A fresh head (started from the target's rows and states) or one continued from --init-from, in fp32."""
+def make_draft(args: DraftSettings, source: Source, seed: int) -> BoundHead:
+    """The draft of the flags, in fp32."""
     torch.manual_seed(seed)
-    vocab = build_vocab(source.counts, config.vocab_size, config.draft_vocab_size, source.always)
-    say(
-        f"draft vocabulary: {config.draft_vocab_size} of {config.vocab_size} tokens cover {vocab.coverage:.2%} of the "
-        f"supervised tokens (a ceiling on acceptance)"
-    )
-    if vocab.coverage < 0.95:
-        warn(f"coverage {vocab.coverage:.1%} is low; raise --draft-vocab-size.")
-    draft = DraftModel(config, source.embedding)
-    draft.set_vocab(vocab.d2t, vocab.t2d)
 
     def first() -> list[TargetRecord]:
         return [source.to_record(source.train[index]) for index in range(min(STARTING_SAMPLES, len(source.train)))]
 
-    if args.init_from:
-        continue_from(draft, Path(args.init_from), source.head_weight, source.text_config.num_hidden_layers, first)
-    else:
-        draft.warm_start(source.head_weight, torch.cat([record.tap_hidden for record in first()]))
-    show_table("draft head", ["field", "value"], [[k, v] for k, v in to_json(config).items() if v is not None])
-    num_parameters = sum(p.numel() for p in draft.parameters())
-    say(f"{num_parameters / 1e6:.1f} M trained parameters; taps are inputs of layers {list(config.tap_layers)}")
+    draft = KINDS[args.draft_type].make(args, source, first)
+    fields = draft.document(args.save_dtype).items()
+    show_table("draft head", ["field", "value"], [[key, value] for key, value in fields if value is not None])
+    num_parameters = sum(p.numel() for p in draft.parameters() if p.requires_grad)
+    say(f"{num_parameters / 1e6:.1f} M trained parameters; taps are inputs of layers {list(draft.config.tap_layers)}")
     return draft.to(source.device, torch.float32)
 
 
-def _resolve(args: TrainSettings, config: DraftConfig) -> None:
+def _resolve(args: TrainSettings, config: LayerConfig) -> None:
     trainer: TrainerArguments = args.trainer
     if trainer.learning_rate is None:
-        trainer.learning_rate = min(1e-3, 0.4 / config.hidden_size)
-        say(f"learning rate {trainer.learning_rate:.1e} (0.4 / hidden size {config.hidden_size}, at most 1e-3)")
+        trainer.learning_rate = KINDS[args.draft.draft_type].learning_rate(config.hidden_size)
+        say(f"learning rate {trainer.learning_rate:.1e} (by the hidden size {config.hidden_size}, at most 1e-3)")
     args.draft = replace(args.draft, draft_vocab_size=config.draft_vocab_size)
 
 

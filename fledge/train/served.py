@@ -51,7 +51,7 @@ def served_source(args: TrainSettings) -> Source:
             "--dataloader_num_workers cannot be used with --target-backend vllm: the requests run in threads of the "
             "training process, several at a time already."
         )
-    name, taps = str(inputs.target), args.draft.tap_layers or None
+    name, taps = str(inputs.target), args.draft.taps()
     target = EngineTarget.open(
         name, inputs.server, dtype=args.inputs.dtype, tap_layers=taps, folder=inputs.server_folder
     )

@@ -14,6 +14,7 @@ from fledge.target.settings import DtypeSettings, TapSettings
 
 if TYPE_CHECKING:
     from fledge.drafters.tree import TreeShape
+    from fledge.target.record import TapChoice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,9 @@ class InputSettings(SampleSettings, LimitSettings, BackendSettings, DtypeSetting
 class UnrollSettings:
     """The draft's kind, and how far it is unrolled."""
 
-    draft_type: Literal["eagle3", "eagle3.1"] = "eagle3"
-    """eagle3.1 adds a norm per tap and post-norm feedback."""
+    draft_type: Literal["eagle3", "eagle3.1", "dflash", "dspark"] = "eagle3"
+    """eagle3.1 adds a norm per tap and post-norm feedback. dflash drafts a block of tokens in one pass; dspark adds a
+    Markov head that ties them together."""
     ttt_steps: Count = 7
     """Draft steps unrolled per position (training-time test)."""
     depth_survival: PositiveShare = 0.8  # dev/log, "Our recipe beside the common one, 40 questions a set"
@@ -50,7 +52,21 @@ class UnrollSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DraftSettings(TapSettings, UnrollSettings):
+class BlockSettings:
+    """What dflash and dspark have instead of draft steps."""
+
+    draft_layers: Count | None = None
+    """Decoder layers of a block draft. None: a seventh of the target's, at most five."""
+    block_size: Count | None = None
+    """Slots of a block. None: 16 for dflash, 7 for dspark."""
+    num_anchors: Count = 512
+    """Blocks trained of a sequence at a step, drawn at random."""
+    block_loss: Literal["ce", "ce+tv", "kl"] | None = None
+    """Cross-entropy, a tenth of it and total variation, or KL divergence. None: ce for dflash, ce+tv for dspark."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftSettings(TapSettings, UnrollSettings, BlockSettings):
     """The draft head and its loss."""
 
     draft_config: str | None = None
@@ -60,11 +76,19 @@ class DraftSettings(TapSettings, UnrollSettings):
     init_from: str | None = None
     """Start from this head instead of a fresh one."""
     position_weights: Literal["fixed", "dynamic"] = "dynamic"
-    """dynamic: what a step adds to the accept length that the draft expects. fixed: 0.8 ** k."""
+    """dynamic: what a step adds to the accept length that the draft expects. fixed: 0.8 ** k, in blocks exp(-k / 4)."""
     loss_average: Literal["sequence", "token"] = "sequence"
     """Mean within sequences first, or over all tokens."""
     save_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Number format of the final head's file."""
+
+    def taps(self) -> "TapChoice":
+        """What a live target taps."""
+        from fledge.drafters.dspark.config import usual_block_taps
+
+        if self.tap_layers:
+            return self.tap_layers
+        return usual_block_taps if self.draft_type in ("dflash", "dspark") else None
 
 
 @dataclass(frozen=True, kw_only=True)

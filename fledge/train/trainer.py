@@ -18,17 +18,17 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from fledge.drafters.batch import Batch, pack
+from fledge.drafters.bound_head import BoundHead
 from fledge.drafters.cpu_kernels import filled_up, num_filler
-from fledge.drafters.eagle3.checkpoint import save_draft
-from fledge.drafters.eagle3.head import read_head
-from fledge.drafters.eagle3.model import DraftModel
+from fledge.drafters.head_files import save_draft
 from fledge.drafters.loss import LossOutput
+from fledge.drafters.registry import load_weights
+from fledge.drafters.training import DraftModule
 from fledge.errors import UserError
 from fledge.outputs import delete, mark, replacing
 from fledge.target.record import TargetRecord
 from fledge.train.arguments import TrainerArguments
 from fledge.train.metrics import FiniteLosses, MetricSums, taught_positions
-from fledge.train.module import TTTModule
 from fledge.train.muon import MuonWithAuxiliary, split_parameters
 from fledge.train.resume import TRAIN, delete_old, is_complete
 
@@ -39,11 +39,11 @@ def as_list(items: Sequence[Any]) -> list[Any]:
 
 
 class DraftTrainer(Trainer):
-    """Trains a TTTModule. Checkpoints are heads in the EAGLE layout in fp32, so a resumed run continues exactly."""
+    """Trains a draft. Checkpoints are its folders in fp32, so a resumed run continues exactly."""
 
     def __init__(
         self,
-        module: TTTModule,
+        module: DraftModule,
         args: TrainerArguments,
         *,
         to_record: Callable[[Any], TargetRecord],
@@ -59,17 +59,17 @@ class DraftTrainer(Trainer):
         )  # fmt: skip
         self.to_record, self.save_dtype, self.run = to_record, save_dtype, run
         self.model_accepts_loss_kwargs = True  # the loss is already divided for accumulation
-        self.per_token = module.settings.average == "token"
-        self.window, self.finite = MetricSums(module.ttt_steps, args.device), FiniteLosses(args.device)
+        self.per_token = module.average == "token"
+        self.window, self.finite = MetricSums(module.num_steps, args.device), FiniteLosses(args.device)
         self._window_start, self._window_tokens = time.monotonic(), 0
         if self.is_deepspeed_enabled:
             self._prepare_deepspeed(module)
 
     @property
-    def draft(self) -> DraftModel:
+    def draft(self) -> BoundHead:
         return self.accelerator.unwrap_model(self.model).draft
 
-    def _prepare_deepspeed(self, module: TTTModule) -> None:
+    def _prepare_deepspeed(self, module: DraftModule) -> None:
         """ZeRO-3 gathers all weights at once, as each is used at every step, and has to hand them out whole."""
         from deepspeed.utils import set_z3_leaf_modules
 
@@ -77,7 +77,7 @@ class DraftTrainer(Trainer):
         wanted = "stage3_gather_16bit_weights_on_model_save"
         if settings.get("stage") == 3 and not settings.get(wanted):
             raise UserError(f'--deepspeed: stage 3 saves no head unless zero_optimization has "{wanted}": true.')
-        set_z3_leaf_modules(module, [TTTModule])
+        set_z3_leaf_modules(module, [type(module)])
 
     # -- batches and loss ----------------------------------------------------------------------------------------------
 
@@ -272,9 +272,9 @@ class DraftTrainer(Trainer):
 
     def load_head(self, folder: Path) -> None:
         """Take the weights of a saved head or checkpoint (not while the model is sharded)."""
-        self.draft.load_state_dict(read_head(folder).tensors, strict=False)
+        load_weights(self.draft, folder)
 
 
 def _own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A TTTModule's state, as the draft names it."""
+    """The state of what is trained, as the draft names it."""
     return {key.removeprefix("draft."): value for key, value in state.items()}

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from fledge.console import say, warn
 from fledge.drafters.eagle3.checkpoint import same_embedding
-from fledge.drafters.eagle3.config import SIZES, DraftConfig
+from fledge.drafters.eagle3.config import DraftConfig
 from fledge.drafters.eagle3.foreign import read_any
 from fledge.drafters.eagle3.head import EMBEDDING, Head
 from fledge.drafters.eagle3.model import DraftModel
+from fledge.drafters.layer_config import SIZES
 from fledge.errors import UserError
 from fledge.target.record import TargetRecord
 

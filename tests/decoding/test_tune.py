@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from block_reference import tiny_block
 from tiny import prompt, tiny_draft, tiny_target
 
 from fledge.data.samples import Prompt
@@ -95,6 +96,16 @@ def test_tune_measures_chooses_and_confirms(monkeypatch):
     assert set(profile.measured) == {"plain", "chosen", "default"} and min(profile.measured.values()) > 0
     with pytest.raises(UserError, match="too short to tune"):
         tune.tune(target, draft, [Prompt(prompt(8))], sampling=Sampling(), max_new_tokens=4, eos_token_ids=())
+
+
+def test_a_drafter_of_few_levels_is_tuned():
+    """A block draft of three slots proposes no deeper tree than that, however deep the measured ones are."""
+    target, draft = tiny_target("llama"), tiny_block(tiny_target("llama"), "dspark", block_size=3)
+    whole = Prompt(prompt(9), {}).followed_by(prompt(20))
+    ranks = list(tune.ranks_along(target, draft, [(Prompt(prompt(9), {}), whole.ids[9:])], 2))
+    assert ranks and all(np.isinf(one[:, 3:]).all() for one in ranks)
+    times = costs.draft_times(target, draft, prompt(12), 2)
+    assert list(times) == list(range(1, MAX_LEVELS + 1)) and times[3] == times[MAX_LEVELS]
 
 
 def test_a_drafter_of_chains_has_no_tree_to_tune():

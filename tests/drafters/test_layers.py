@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fledge.drafters.eagle3.layers import RMSNorm, SwiGLU
+from fledge.drafters.layers import RMSNorm, SwiGLU
 
 SIZE, INNER, ROWS = 24, 40, 11
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from fledge.drafters.eagle3.config import derive
 from fledge.drafters.eagle3.model import DraftModel
-from fledge.drafters.eagle3.rope import LAYOUTS, axis_of_dims, with_layout
+from fledge.drafters.rope import LAYOUTS, axis_of_dims, with_layout
 from fledge.errors import UserError
 from fledge.target.model import Target
 
@@ -75,7 +75,7 @@ def test_layouts_as_drawn():
 
 
 def test_an_unknown_family_is_an_error_that_names_the_table():
-    with pytest.raises(UserError, match=r"'brand_new' has a multimodal rope .*fledge/drafters/eagle3/rope\.py"):
+    with pytest.raises(UserError, match=r"'brand_new' has a multimodal rope .*fledge/drafters/rope\.py"):
         with_layout({"mrope_section": [1, 1, 1]}, "brand_new")
     with pytest.raises(UserError, match="adds up to 6; half the rotary dimensions are 8"):
         axis_of_dims({"mrope_section": [2, 2, 2]}, 16)

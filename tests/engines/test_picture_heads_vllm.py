@@ -16,7 +16,7 @@ from tiny import tiny_draft
 from tiny_vlm import tiny_vlm
 
 from fledge.drafters.eagle3.checkpoint import save_draft
-from fledge.drafters.eagle3.model import rotate
+from fledge.drafters.layers import rotate
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")

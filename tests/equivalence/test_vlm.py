@@ -11,8 +11,8 @@ from fledge.decoding import session, verifier
 from fledge.decoding.generate import Sampling, TreeShape, generate, generate_batch, uses_fixed_shapes
 from fledge.decoding.verifier import AttentionVerifier
 from fledge.drafters.eagle3.model import DraftModel
-from fledge.drafters.eagle3.rope import LAYOUTS
 from fledge.drafters.registry import proposer_of as real_proposer
+from fledge.drafters.rope import LAYOUTS
 from fledge.drafters.tree import Trees, ancestors_of
 from fledge.errors import UserError
 from fledge.target.model import Target

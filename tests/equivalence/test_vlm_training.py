@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from block_reference import block_states, tiny_block
 from saved_target import equal_records
 from tiny import tiny_draft
 from tiny_vlm import MULTIMODAL_ROPE, NAMES, TAPS, save_vlm, tiny_template, tiny_vlm, write_image_conversations
@@ -13,6 +14,8 @@ from tiny_vlm import MULTIMODAL_ROPE, NAMES, TAPS, save_vlm, tiny_template, tiny
 from fledge.commands.train import TrainArgs, parse_args
 from fledge.data.dataset import TokenizedData
 from fledge.drafters.batch import pack
+from fledge.drafters.dspark import training
+from fledge.drafters.dspark.blocks import draw_blocks
 from fledge.drafters.eagle3.checkpoint import load_draft
 from fledge.drafters.eagle3.config import from_json
 from fledge.drafters.eagle3.head import WEIGHTS, read_tensors
@@ -116,6 +119,21 @@ def test_unrolled_is_decoding_with_a_cache(name, eagle31, records):
             out = draft.step(token[None, None], draft.feedback(out), None, cache, rope=draft.rope(position))
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_blocks_behind_pictures_are_each_alone(name, records):
+    """Slots stand at the anchor's rope position and on, whatever its axes say; a block sees the picture's states."""
+    draft, some = tiny_block(tiny_vlm(name), "dspark"), records(name)[:3]
+    batch = pack(some)
+    blocks = draw_blocks(batch, draft.config.num_drafts, 4, (0,))
+    found = training.block_states(draft, batch, blocks)
+    assert len(blocks) > 3
+    for states, row, first in zip(found, blocks.rows.tolist(), blocks.first.tolist(), strict=True):
+        record = some[int((torch.tensor(batch.lengths).cumsum(0) <= first).sum())]
+        expected = block_states(draft, record.input_ids, record.tap_hidden, record.position_ids, row - first)
+        torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.fixture(scope="module", params=("qwen2_5_vl", "qwen3_vl", "gemma3"))
 def work(request, tmp_path_factory, conversations) -> Path:
     """A saved target, with conversations beside it and a store of them."""
@@ -157,6 +175,15 @@ def test_offline_is_online_whoever_reads_the_pictures(work, tmp_path):
                   trained(tmp_path / "c", *live, "--dataloader_num_workers", 2)):  # fmt: skip
         assert other[0] == online[0] and len(set(online[0])) > 2
         assert all(torch.equal(other[1][key], value) for key, value in online[1].items())
+
+
+def test_block_drafts_train_on_pictures(work, tmp_path):
+    flags = ("--draft_type", "dspark", "--num_anchors", 4)
+    live = ("--target_model_name_or_path", work / "target", "--train_data_path", work / "data" / "talk.jsonl",
+            "--tap_layers", *TAPS)  # fmt: skip
+    online = trained(tmp_path / "a", *live, *flags)
+    stored = trained(tmp_path / "b", "--train_hidden_path", work / "store", *flags)
+    assert stored[0] == online[0] and all(torch.equal(stored[1][key], value) for key, value in online[1].items())
 
 
 def test_a_store_keeps_positions_and_the_head_its_rope(work, tmp_path):

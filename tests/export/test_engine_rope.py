@@ -13,7 +13,8 @@ from tiny import tiny_draft, tiny_target
 from torch import nn
 
 from fledge.drafters.eagle3.checkpoint import save_draft
-from fledge.drafters.eagle3.config import from_json, rope_of, to_json
+from fledge.drafters.eagle3.config import from_json, to_json
+from fledge.drafters.layer_config import rope_of
 from fledge.errors import UserError
 from fledge.export.convert import export_head
 from fledge.export.engine_rope import engine_rope, rope_problem, trained_rope

@@ -17,7 +17,7 @@ from fledge.errors import UserError
 from fledge.export.convert import export_head
 from fledge.export.settings import ExportSettings
 from fledge.target.record import TargetRecord
-from fledge.train import run
+from fledge.train import eagle
 from fledge.train.settings import DraftSettings
 from fledge.train.warm_start import architecture_of, continue_from, first_step, take_weights
 
@@ -153,10 +153,10 @@ def test_a_head_with_a_window_is_continued_with_it(window, monkeypatch):
     source = SimpleNamespace(
         text_config=target.text_config, head_weight=target.head_weight, tap_layers=target.tap_layers
     )
-    monkeypatch.setattr(run, "architecture_of", lambda *_: {"sliding_window": window})
+    monkeypatch.setattr(eagle, "architecture_of", lambda *_: {"sliding_window": window})
     args = DraftSettings(init_from="HEAD", ttt_steps=3, draft_vocab_size=48)
     if window > args.ttt_steps:
-        assert run.draft_config(args, source).sliding_window == window
+        assert eagle.draft_config(args, source).sliding_window == window
     else:
         with pytest.raises(UserError, match="reaches 3 positions back, which must be more than --ttt_steps 3"):
-            run.draft_config(args, source)
+            eagle.draft_config(args, source)

@@ -21,7 +21,8 @@ from torch import Tensor
 from fledge.console import say, warn
 from fledge.drafters.eagle3.config import DraftConfig, config_of_fields
 from fledge.drafters.eagle3.head import WEIGHTS, Head, check_head, read_tensors
-from fledge.drafters.eagle3.head_file import JSON, read_document
+from fledge.drafters.eagle3.head_file import read_document
+from fledge.drafters.layer_config import JSON
 from fledge.drafters.settings import TapConvention
 from fledge.errors import UserError
 from fledge.parsing import read_json

@@ -8,18 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fledge.data.vocab import check_vocab
 from fledge.drafters.eagle3.config import DraftConfig, from_json
-from fledge.errors import UserError
+from fledge.drafters.head_files import EMBEDDING, WEIGHTS, check_tensors, read_tensors
 
-WEIGHTS = "model.safetensors"
-EMBEDDING = "embed_tokens.weight"
-"""(V, H) token embedding of the few heads that trained one of their own; others read the target's."""
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+__all__ = [
+    "EMBEDDING", "WEIGHTS", "Head", "check_head", "check_head_tensors", "expected_shapes", "read_head", "read_tensors",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,53 +72,14 @@ def expected_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
 
 def check_head(head: Head, folder: Path) -> None:
     """Complete, nothing unknown, right shapes, finite, d2t and t2d each other's inverse."""
-    check_tensors(head, folder)
+    check_head_tensors(head, folder)
     if not head.config.full_vocab:
         check_vocab(head.tensors["d2t"], head.tensors["t2d"], source=str(folder))
 
 
-def check_tensors(head: Head, folder: Path) -> None:
+def check_head_tensors(head: Head, folder: Path) -> None:
     """Complete, nothing unknown, right shapes, real numbers, finite; a rope that gives frequencies."""
     expected = expected_shapes(head.config)
     if EMBEDDING in head.tensors:
         expected[EMBEDDING] = (head.config.vocab_size, head.config.hidden_size)
-    missing, unknown = sorted(expected.keys() - head.tensors.keys()), sorted(head.tensors.keys() - expected.keys())
-    if missing or unknown:
-        lists = (("missing", missing), ("unknown", unknown))
-        parts = [f"{word}: {', '.join(names[:4])}{', ...' if names[4:] else ''}" for word, names in lists if names]
-        raise UserError(
-            f"{folder}: not the tensors of an EAGLE-3 head ({'; '.join(parts)}). Export the head again; one of another "
-            f"trainer is brought into this form by `fledge convert`."
-        )
-    for name, shape in expected.items():
-        tensor = head.tensors[name]
-        if tuple(tensor.shape) != shape:
-            raise UserError(f"{folder}: {name} has shape {tuple(tensor.shape)}, its config.json asks for {shape}.")
-        if name not in ("d2t", "t2d") and tensor.dtype not in FLOATS:
-            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
-            raise UserError(f"{folder}: {name} is {str(tensor.dtype).removeprefix('torch.')}; weights are {kinds}.")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{folder}: {name} contains NaN or infinity. Use an earlier checkpoint.")
-    _check_frequencies(head.config, folder)
-
-
-def _check_frequencies(config: DraftConfig, folder: Path) -> None:
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    try:
-        frequencies = LlamaRotaryEmbedding(config.rotary_config()).inv_freq
-    except Exception as error:  # transformers checks little: a key of the rope may be absent, unknown or of any type
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"{folder}: its rope {config.rope_parameters} cannot be used ({problem}).") from None
-    if not bool((frequencies.isfinite() & (frequencies >= 0)).all()):
-        raise UserError(f"{folder}: its rope {config.rope_parameters} gives no finite frequencies.")
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; a missing or truncated file is a user error."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. The head's folder must hold {WEIGHTS}.")
-    try:
-        return load_file(str(path))
-    except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a dtype that torch has not
-        raise UserError(f"{path}: not a complete safetensors file ({error}). Copy or export the head again.") from None
+    check_tensors(head.tensors, expected, head.config, folder, "an EAGLE-3 head")

@@ -5,42 +5,13 @@ layout, and is said where that is known.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import msgspec
 
+from fledge.drafters.layer_config import HINT, JSON, LayerFields, TapIds
 from fledge.parsing import convert, read_json
-from fledge.ranges import Count, Positive
-
-JSON = dict[str, Any]
-HINT = "A head is a folder with config.json and its weights."
-
-
-class LayerFields(msgspec.Struct):
-    """The decoder layer and its vocabulary."""
-
-    hidden_size: Count | None = None
-    target_hidden_size: Count | None = None
-    intermediate_size: Count | None = None
-    num_hidden_layers: int | None = None
-    num_attention_heads: Count | None = None
-    num_key_value_heads: Count | None = None
-    head_dim: Count | None = None
-    vocab_size: Count | None = None
-    max_position_embeddings: Count | None = None
-    rms_norm_eps: Positive | None = None
-    hidden_act: str | None = None
-    rope_theta: Positive | None = None
-    rope_scaling: JSON | None = None
-    rope_parameters: JSON | None = None
-    layer_types: list[str] | None = None
-    sliding_window: Count | None = None
-    tie_word_embeddings: bool | None = None
-    dtype: str | None = None
-    torch_dtype: str | None = None
-
-
-TapIds = Annotated[list[int], msgspec.Meta(min_length=1)]
+from fledge.ranges import Count
 
 
 class EagleConfig(msgspec.Struct):

@@ -12,18 +12,18 @@ Module names are the checkpoint's names, so the state dict *is* the EAGLE layout
 (`fledge.train`), exports and decodes; it knows nothing of trees, losses or files.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fledge.drafters.bound_head import BoundHead
 from fledge.drafters.cpu_kernels import linear, through
-from fledge.drafters.eagle3.config import DraftConfig
-from fledge.drafters.eagle3.layers import RMSNorm, SwiGLU
-from fledge.drafters.eagle3.rope import as_index, axis_of_dims, num_axes, pick_axis
+from fledge.drafters.eagle3.config import DraftConfig, to_json
+from fledge.drafters.layers import RMSNorm, SwiGLU, rotate
 from fledge.target.attention import grouped_sdpa
 from fledge.target.linear import head_logits
+from fledge.target.model import Target
 
 # leading dims "..": any batch shape; H hidden, A taps, D draft vocab, V target vocab, h heads, g kv heads, d head_dim
 
@@ -58,21 +58,14 @@ class MidLayer(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
 
-class DraftModel(nn.Module):
+class DraftModel(BoundHead):
     """An EAGLE-3 (or 3.1) head bound to the target's embedding."""
 
-    needs_host = False
-    owns_embedding = False
-    axis_of_dim: Tensor | None  # (R,) axis of a multimodal rope that each dimension follows
-    d2t: Tensor  # (D,) int64 offsets: target_id = draft_id + d2t[draft_id]
-    t2d: Tensor  # (V,) bool: v is in the draft vocabulary
+    config: DraftConfig
 
     def __init__(self, config: DraftConfig, embedding: Tensor) -> None:
         """`embedding` (V, H) is the target's, shared, frozen and never saved, unless `own_embedding` is bound."""
-        super().__init__()
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-        self.config = config
+        super().__init__(config, embedding)
         size, num_taps = config.hidden_size, len(config.tap_layers)
         if config.fc_norm:
             self.fc_norm = nn.ModuleList(RMSNorm(size, eps=config.rms_norm_eps) for _ in range(num_taps))
@@ -80,51 +73,15 @@ class DraftModel(nn.Module):
         self.midlayer = MidLayer(config)
         self.norm = RMSNorm(size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
-        self.rotary = LlamaRotaryEmbedding(config.rotary_config())
-        self.rope_axes = num_axes(config.rope_parameters)
-        axes = as_index(axis_of_dims(config.rope_parameters, 2 * self.rotary.inv_freq.shape[0]))
-        self.register_buffer("axis_of_dim", axes, persistent=False)
-        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
-        self.register_buffer("t2d", torch.ones(config.vocab_size, dtype=torch.bool))
-        self.bind_embedding(embedding)
 
-    # -- the target's side ---------------------------------------------------------------------------------------------
+    def document(self, dtype: str) -> dict[str, Any]:
+        return to_json(self.config, dtype=dtype)
 
-    def bind_embedding(self, embedding: Tensor) -> None:
-        """Share the target's embedding (V, H). Not a parameter: neither trained, saved nor moved with the head."""
-        assert embedding.shape[1] == self.config.hidden_size, f"{embedding.shape=} {self.config.hidden_size=}"
-        self._embedding = [embedding.detach()]  # in a list, so that nn.Module does not register it
-
-    def own_embedding(self, embedding: Tensor) -> None:
-        """Read this embedding (V, H) instead of the target's: the head brings it, stays with it and saves it."""
-        self.bind_embedding(embedding)
-        self.owns_embedding = True
-
-    @property
-    def embedding(self) -> Tensor:
-        return self._embedding[0]
-
-    @property
-    def tap_layers(self) -> tuple[int, ...]:
-        return tuple(self.config.tap_layers)
-
-    @property
-    def devices(self) -> frozenset[torch.device]:
-        return frozenset({self.fc.weight.device})
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """(..) target ids -> (.., H) in the head's dtype."""
-        table = self.embedding
-        return F.embedding(token_ids.to(table.device), table).to(self.fc.weight.device, self.fc.weight.dtype)
-
-    def set_vocab(self, d2t: Tensor, t2d: Tensor) -> None:
-        """Fix which target tokens the head may propose."""
-        self.d2t.copy_(d2t)
-        self.t2d.copy_(t2d)
-
-    def target_ids(self, draft_ids: Tensor) -> Tensor:
-        """Draft vocabulary ids (..) to target ids (..)."""
-        return draft_ids + self.d2t[draft_ids]
+    def fresh(self, target: Target) -> "DraftModel":
+        made = DraftModel(self.config, target.embedding_weight)
+        if self.owns_embedding:
+            made.own_embedding(self.embedding)
+        return made
 
     @torch.no_grad()
     def warm_start_head(self, target_head: Tensor) -> None:
@@ -159,20 +116,6 @@ class DraftModel(nn.Module):
         if self.config.fc_norm:
             taps = torch.stack([norm(tap) for norm, tap in zip(self.fc_norm, taps.unbind(-2), strict=True)], dim=-2)
         return through(self.fc, taps.flatten(-2))
-
-    def rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (.., R) for positions (..); R <= head_dim where the target rotates only a part.
-
-        A head with a multimodal rope takes positions (axes, N), one row per axis, or (N,) where all axes agree (text).
-        """
-        shape = position_ids.shape
-        like = self.norm.weight  # dtype and device of the result
-        cos, sin = self.rotary(like, position_ids.reshape(1, -1))
-        cos, sin = (part.reshape(*shape, part.shape[-1]) for part in (cos, sin))
-        if self.axis_of_dim is None or position_ids.dim() == 1:
-            return cos, sin
-        assert shape[0] == self.rope_axes, f"{shape=}, a rope of {self.rope_axes} axes"
-        return pick_axis(cos, self.axis_of_dim), pick_axis(sin, self.axis_of_dim)
 
     def project(
         self, embeds: Tensor, hidden: Tensor, rope: tuple[Tensor, Tensor], *, queries: slice | Tensor | None = None
@@ -274,13 +217,3 @@ class DraftModel(nn.Module):
 def rows_at(states: Tensor, index: Tensor) -> Tensor:
     """states (B, S, ..), index (B,) -> (B, 1, ..)."""
     return states.gather(1, index.view(-1, *[1] * (states.dim() - 1)).expand(-1, 1, *states.shape[2:]))
-
-
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-split layout: states (.., heads, d), cos and sin (.., R) with R <= d."""
-    rotary_dim = cos.shape[-1]
-    cos, sin = cos.unsqueeze(-2).to(states.dtype), sin.unsqueeze(-2).to(states.dtype)
-    turned, kept = states[..., :rotary_dim], states[..., rotary_dim:]
-    low, high = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-high, low), dim=-1) * sin
-    return turned if kept.shape[-1] == 0 else torch.cat((turned, kept), dim=-1)

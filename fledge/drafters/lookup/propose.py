@@ -32,7 +32,7 @@ class PromptLookup:
 
 def read_lookup(name: str) -> DrafterFiles | None:
     """Prompt lookup, where --draft names it."""
-    return DrafterFiles(None, False, lambda embedding: PromptLookup()) if name == NAME else None
+    return DrafterFiles(None, False, lambda target: PromptLookup()) if name == NAME else None
 
 
 class LookupProposer:

@@ -41,7 +41,7 @@ def with_layout(rope: dict[str, Any], model_type: str) -> dict[str, Any]:
     if model_type not in LAYOUTS:
         raise UserError(
             f"model type {model_type!r} has a multimodal rope whose layout fledge does not know (mrope_section "
-            f"{rope['mrope_section']}). Add a row to fledge/drafters/eagle3/rope.py; see docs/add-a-target.md."
+            f"{rope['mrope_section']}). Add a row to fledge/drafters/rope.py; see docs/add-a-target.md."
         )
     layout = LAYOUTS[model_type]
     known = {key: value for key, value in rope.items() if not key.startswith("mrope_")}

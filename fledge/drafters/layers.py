@@ -1,4 +1,4 @@
-"""Norm and MLP of the draft's layer. Their backwards keep little (`fledge.drafters.cpu_kernels`)."""
+"""Norm, MLP and rotary embedding of a draft's layers. Their backwards keep little (`fledge.drafters.cpu_kernels`)."""
 
 import torch
 import torch.nn.functional as F
@@ -29,3 +29,13 @@ class SwiGLU(nn.Module):
         if not torch.is_grad_enabled():
             return self.down_proj(F.silu(gate) * up)
         return gated_linear(gate, up, self.down_proj.weight)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, half-split layout: states (.., heads, d), cos and sin (.., R) with R <= d."""
+    rotary_dim = cos.shape[-1]
+    cos, sin = cos.unsqueeze(-2).to(states.dtype), sin.unsqueeze(-2).to(states.dtype)
+    turned, kept = states[..., :rotary_dim], states[..., rotary_dim:]
+    low, high = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-high, low), dim=-1) * sin
+    return turned if kept.shape[-1] == 0 else torch.cat((turned, kept), dim=-1)
