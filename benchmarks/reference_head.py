@@ -315,7 +315,7 @@ def servers(args: argparse.Namespace) -> Iterator[str]:
     for index, draft in enumerate((None, str(args.out.resolve()))):
         serve = ServerSettings(
             target=args.target, num_servers=1, base_port=args.base_port + index, draft=draft,
-            num_speculative_tokens=args.chain, max_model_len=4096, log_dir=args.work / "servers", vllm=args.vllm,
+            num_speculative_tokens=args.chain, max_model_len=4096, output_dir=args.work / "servers", vllm=args.vllm,
             vllm_args=("--no-enable-prefix-caching", *(("--gpu-memory-utilization", "0.4") if num_gpus() else ())),
         )  # fmt: skip
         both += plan(serve, ["0"] if num_gpus() else [])

@@ -40,12 +40,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = write_prompts(args, Path(folder))
         serve = ServerSettings(
-            target=args.model, base_port=args.port, max_model_len=1024, log_dir=Path(folder),
+            target=args.model, base_port=args.port, max_model_len=1024, output_dir=Path(folder),
             vllm=args.vllm, vllm_args=("--dtype", "bfloat16", "--enforce-eager", "--served-model-name", "target"),
         )  # fmt: skip
         servers = plan(serve, visible_gpus(None))[:1]
         rounds = []
-        with running(servers, serve.start_timeout_s):
+        with running(servers):
             fledge_round(args, ours, Path(folder) / "warm")  # the first requests of a server are slow
             for number in range(args.rounds):
                 pair = {"fledge": lambda n=number: fledge_round(args, ours, Path(folder) / f"out{n}"),

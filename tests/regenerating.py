@@ -29,8 +29,8 @@ def regenerate_only(data: Path, out: Path, url: str, *, shard_size: int = 4, pro
             prompts=PromptSourceSettings(data=str(data), **(prompt or {})),
             output_dir=out,
             data_shard_size=shard_size,
-            answers=AnswerSettings(**{"max_tokens": 64, **(answer or {})}),
-            engines=EngineSettings(endpoints=(url,), concurrency=8, max_attempts=2, **(engine or {})),
+            answers=AnswerSettings(**{"max_new_tokens": 64, **(answer or {})}),
+            engines=EngineSettings(server=(url,), concurrency=8, max_attempts=2, **(engine or {})),
         )
     )
 

@@ -7,10 +7,10 @@ import pytest
 from saved_target import byte_tokenizer, save_target
 
 from fledge.commands import quickstart as module
-from fledge.commands.quickstart import QuickstartArgs, closing_lines, default_work_dir, quickstart
+from fledge.commands.quickstart import QuickstartArgs, closing_lines, default_output_dir, quickstart
 from fledge.errors import UserError
 
-SHORT = {"num_prompts": 3, "max_tokens": 6, "epochs": 1, "num_questions": 1, "draft_vocab_size": 64}
+SHORT = {"max_samples": 3, "max_new_tokens": 6, "num_train_epochs": 1, "question_end": 1, "draft_vocab_size": 64}
 
 
 def test_any_local_target(tmp_path, monkeypatch, capsys):
@@ -34,7 +34,7 @@ def test_any_local_target(tmp_path, monkeypatch, capsys):
 
 
 def test_only_prepared(tmp_path, capsys):
-    quickstart(QuickstartArgs(target="any/model", work_dir=tmp_path, prepare_only=True, num_prompts=5))
+    quickstart(QuickstartArgs(target="any/model", output_dir=tmp_path, prepare_only=True, max_samples=5))
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".fledge")] == ["prompts.jsonl"]
     assert len((tmp_path / "prompts.jsonl").read_text().splitlines()) == 5
     assert "target:  any/model" in (printed := capsys.readouterr().err) and "prompts.jsonl" in printed
@@ -47,9 +47,9 @@ def test_a_step_that_fails_stops_it_with_its_name(tmp_path, monkeypatch):
 
 
 def test_targets_do_not_share_a_folder():
-    assert default_work_dir(None) == Path("outputs/quickstart")
-    assert default_work_dir("Qwen/Qwen3-0.6B") == Path("outputs/quickstart-Qwen3-0.6B")
-    assert default_work_dir("/models/a/") == Path("outputs/quickstart-a")
+    assert default_output_dir(None) == Path("outputs/quickstart")
+    assert default_output_dir("Qwen/Qwen3-0.6B") == Path("outputs/quickstart-Qwen3-0.6B")
+    assert default_output_dir("/models/a/") == Path("outputs/quickstart-a")
 
 
 def summary(speedup: dict | None, identical: int, tau: float | None = 1.5) -> dict:

@@ -104,11 +104,11 @@ WRONG = {
                "--depth -1", "--top-p 2"],
     "regenerate": ["--max-samples -1", "--max-reject-share nan", "--max-tokens 0", "--request-timeout-s nan",
                    "--base-port 70000", "--data-shard-size 0", "--temperature nan", "--temperature 0:nan,1:nan"],
-    "extract": ["--max-samples 0", "--shard-mb nan", "--batch-tokens -1", "--gpus-per-worker -1", "--tap-layers -1"],
-    "plan": ["--num-gpus 0", "--tflops inf", "--draft-type eagle4", "--train-efficiency 0"],
+    "extract": ["--max-samples 0", "--shard-mb nan", "--batch-tokens -1", "--num-gpus-per-model -1", "--tap-layers -1"],
+    "plan": ["--num-gpus-total 0", "--tflops inf", "--draft-type eagle4"],
     "inspect": ["--sample -1", "--max-reject-share 2"],
-    "serve": ["--base-port 0", "--start-timeout-s nan"],
-    "quickstart": ["--num-prompts 0", "--epochs -1"],
+    "serve": ["--base-port 0"],
+    "quickstart": ["--max-samples 0", "--num-train-epochs -1"],
     "convert": ["--rope-theta 0"],
 }  # fmt: skip
 NEEDED = {

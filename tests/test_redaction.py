@@ -154,7 +154,7 @@ def test_a_server_behind_a_password_is_reached_and_what_it_echoes_is_not_kept(tm
         named = url.replace("http://", "http://ann:hunter2-hunter2@")
         args = RegenerateArgs(
             prompts=PromptSourceSettings(data=str(one_row(tmp_path)), max_reject_share=1.0),
-            output_dir=tmp_path / "out", engines=EngineSettings(endpoints=(named,), max_attempts=1),
+            output_dir=tmp_path / "out", engines=EngineSettings(server=(named,), max_attempts=1),
         )  # fmt: skip
         with pytest.raises(UserError, match="no row was answered"):
             regenerate(args)

@@ -144,11 +144,11 @@ def served(args: BenchSettings, sides: set[str]) -> Iterator[dict[str, str]]:
         target=args.model.target, num_servers=1,
         tensor_parallel_size=args.workers.num_gpus_per_model, base_port=START_PORT,
         draft=args.model.draft if side == "eagle" else None,
-        num_speculative_tokens=args.server.num_speculative_tokens, log_dir=args.output_dir / "servers",
+        num_speculative_tokens=args.server.num_speculative_tokens, output_dir=args.output_dir / "servers",
         vllm_args=("--no-enable-prefix-caching",),  # a prompt asked twice must not look faster
     )  # fmt: skip
     servers = plan(serve, visible_gpus(None))
-    with running(servers, serve.start_timeout_s):
+    with running(servers):
         yield {**urls, side: servers[0].url}
 
 

@@ -24,6 +24,15 @@ ALIASES = {
     "draft_model_config_path": "draft_config",
     "max_new_token": "max_new_tokens",
     "max_tokens": "max_new_tokens",
+    "system_prompt": "system",
+    "endpoints": "server",
+    "log_dir": "output_dir",
+    "work_dir": "output_dir",
+    "epochs": "num_train_epochs",
+    "num_prompts": "max_samples",
+    "num_questions": "question_end",
+    "gpus_per_worker": "num_gpus_per_model",
+    "num_gpus": "num_gpus_total",
 }
 
 

@@ -6,7 +6,7 @@ __all__ = ["MAIN", "ExtractArgs", "extract"]
 
 MAIN = (
     "target", "data", "output_dir", "overwrite", "model_max_length", "chat_template_type", "max_samples", "dtype",
-    "tap_storage", "last_storage", "batch_tokens", "num_workers", "gpus_per_worker", "device_map", "tp_plan",
+    "tap_storage", "last_storage", "batch_tokens", "num_workers", "num_gpus_per_model", "device_map", "tp_plan",
     "target_backend", "server", "num_proc",
 )  # fmt: skip
 

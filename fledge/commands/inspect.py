@@ -34,8 +34,6 @@ class InspectArgs(PromptSettings, SampleSettings, OverwriteSettings):
     """Of a head with --target: load the target and measure what the files cannot say (rope, taps, norms)."""
     measure_prompts: Count = 12
     """Built-in prompts the target answers for that; more make smaller differences visible."""
-    measure_tokens: Count = 64
-    """Longest of these answers, in tokens."""
     data: str | None = None
     """Of a head with --target: conversations whose supervised tokens its draft vocabulary should cover."""
     model_max_length: Count | None = None  # type: ignore[assignment]

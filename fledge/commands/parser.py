@@ -23,7 +23,7 @@ Args = TypeVar("Args")
 Scalar = bool | int | float | str | None
 Recipe = dict[str, Scalar | list[Scalar] | dict[str, Any]]
 TRUTH = {"true": True, "false": False}
-FREE_TEXT = {"prompt", "system", "system_prompt", "gpus"}  # flags whose value may be empty; --gpus "": none
+FREE_TEXT = {"prompt", "system", "gpus"}  # flags whose value may be empty; --gpus "": none
 Removed = Mapping[str, tuple[str, str]]  # flags of earlier versions: the value that is done anyway, and why
 
 
@@ -144,7 +144,8 @@ def _without_removed(words: list[str], removed: Removed) -> list[str]:
             kept.append(word)
             continue
         if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
+            count = next((i for i, one in enumerate(rest) if one.startswith("--")), len(rest))
+            value, rest = " ".join(rest[:count]), rest[count:]
         done_anyway, reason = removed[name]
         if value != done_anyway:
             raise UserError(f"--{name} {value} is no longer an option: {reason}. Leave --{name} out.")

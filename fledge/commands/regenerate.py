@@ -4,10 +4,10 @@ The head learns the text its target writes, so the target writes the training da
 acceptance. Knows conversations, turns and settings. Does not know how an answer comes about (`engine.py`) nor how rows
 survive a crash (`journal.py`).
 
-Every user turn is asked in order, with the target's own previous answers before it. An answer cut by `--max-tokens`, or
-a turn beyond the context, ends its conversation there: the row says so (`turns_left_out`), the manifest counts it. What
-is drawn per row (seed, temperature, thinking) is a function of `--seed` and the row's id, so a resumed run draws the
-same.
+Every user turn is asked in order, with the target's own previous answers before it. An answer that `--max-new-tokens`
+cut, or a turn beyond the context, ends its conversation there; the row says so (`turns_left_out`) and the manifest
+counts it. What is drawn per row (seed, temperature, thinking) is a function of `--seed` and the row's id, so a resumed
+run draws the same.
 """
 
 import asyncio
@@ -48,8 +48,8 @@ LASTING = (*CHOSEN, "context length", "broken image", "tool calls", "no question
 
 
 MAIN = (
-    "data", "output_dir", "overwrite", "engine", "target", "model", "endpoints", "temperature", "top_p", "max_tokens",
-    "seed", "thinking", "system_prompt", "samples_per_prompt", "deduplicate", "max_samples", "data_format", "split",
+    "data", "output_dir", "overwrite", "engine", "target", "model", "server", "temperature", "top_p", "max_new_tokens",
+    "seed", "thinking", "system", "samples_per_prompt", "deduplicate", "max_samples", "data_format", "split",
     "chat_template_type", "dtype", "num_threads", "retry_rejects",
 )  # fmt: skip
 
@@ -76,8 +76,8 @@ async def _regenerate(args: RegenerateArgs) -> None:
     allow_image_urls(args.prompts.allow_image_urls)
     check(args.output_dir, ANSWERS, overwrite=args.overwrite)
     _check_answers(args.answers, args.prompts.samples_per_prompt)
-    for endpoint in args.engines.endpoints:
-        base_url(endpoint)
+    for server in args.engines.server:
+        base_url(server)
     input_rejects = Rejects(max_share=args.prompts.max_reject_share)
     total, digest = _count(args.prompts, input_rejects)
     if _all_there(args, total, digest):
@@ -107,7 +107,7 @@ def _check_answers(answers: AnswerSettings, samples: int) -> None:
 
 
 def _flags(answers: AnswerSettings) -> ExtraSampling:
-    return ExtraSampling(answers.repetition_penalty, answers.top_k, answers.min_p)
+    return ExtraSampling(answers.repetition_penalty, answers.sample_top_k, answers.min_p)
 
 
 def _journal(args: RegenerateArgs, total: int, settings: dict[str, Any]) -> Journal:
@@ -164,7 +164,7 @@ def _settings(
 ) -> dict[str, Any]:
     """What decides the content of the rows: a run is only continued with the same."""
     prompts = asdict(args.prompts)
-    names = ("data_format", "system_prompt", "deduplicate", "max_prompt_length")
+    names = ("data_format", "system", "deduplicate", "max_prompt_length")
     return {
         **{name: prompts[name] for name in names}, "tokenizer": _tokenizer(args),
         "input_sha256": digest, **asdict(args.answers), "model": model, "engine": args.engines.engine,
@@ -203,13 +203,11 @@ def _engine(args: RegenerateArgs) -> Engine:
         )
     from fledge.regeneration.openai_client import OpenAIClient, Patience
 
-    urls = engines.endpoints or tuple(f"127.0.0.1:{engines.base_port + i}" for i in range(engines.max_clients))
-    patience = Patience(
-        request_s=engines.request_timeout_s, give_up_after_s=engines.give_up_after_s, max_attempts=engines.max_attempts
-    )
+    urls = engines.server or tuple(f"127.0.0.1:{engines.base_port + i}" for i in range(engines.max_clients))
+    patience = Patience(request_s=engines.request_timeout_s, max_attempts=engines.max_attempts)
     return OpenAIClient(
         urls, concurrency=engines.concurrency, num_in_flight=engines.num_threads, model=engines.model,
-        api_key=_api_key(engines.api_key_env), patience=patience, only_answering=not engines.endpoints,
+        api_key=_api_key(engines.api_key_env), patience=patience, only_answering=not engines.server,
     )  # fmt: skip
 
 
@@ -310,7 +308,7 @@ def _report(journal: Journal, args: RegenerateArgs, rate: float | None = None) -
     speed = "" if rate is None else f" ({rate:.1f} tok/s in this session)"
     say(
         f"{counts['rows']} rows, {counts['output_tokens']} answer tokens{speed}, "
-        f"{counts['finish_reason: length']} cut at --max-tokens, {rejected.total()} rejected"
+        f"{counts['finish_reason: length']} cut at --max-new-tokens, {rejected.total()} rejected"
     )
     for name, count in sorted(counts.items()):
         if name.startswith("untraced: "):

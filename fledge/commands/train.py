@@ -76,6 +76,8 @@ REMOVED = {
     "step_decay": ("0.8", "the fixed weight of TTT step k is 0.8 ** k (--position_weights fixed)"),
     "head_rank": ("", "lm_head is trained whole"),
     "sliding_window": ("", "a fresh draft's attention reaches back to the first token"),
+    "eval_decode_max_new_tokens": ("64", "prompts are decoded for 64 tokens"),
+    "eval_decode_tree": ("60 5 10", "prompts are decoded with the default tree"),
 }
 
 
@@ -96,7 +98,6 @@ def parse_args(_args_class: type, argv: Sequence[str], *, prog: str, description
     except (ValueError, ImportError) as error:  # ImportError: what a flag asks for is not installed
         raise UserError(f"{error} (see `{prog} --help-all`)") from None
     check_ranges(trainer, separator="_")
-    args.evaluation.tree()
     check_report_to(trainer)
     for server in args.inputs.server:
         base_url(server)

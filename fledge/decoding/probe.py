@@ -134,7 +134,7 @@ def probe(target: Target) -> Ability:
             reason = "its rope changes with the length, and our cache does not fit it"
         reasons.append(reason)
     raise UserError(
-        f"{target.name}: cannot be decoded here, because {reasons[-1]}. Try --attn-implementation eager, or serve it "
+        f"{target.name}: cannot be decoded here, because {reasons[-1]}. Serve it "
         f"with vLLM or SGLang; heads can be trained for it all the same."
     )
 

@@ -20,6 +20,7 @@ from fledge.export.engines import ENGINES, file_shapes, problems
 from fledge.export.layouts import LAYOUTS
 from fledge.outputs import Output, check, document_has, write_figures, written
 
+MEASURED_TOKENS = 64  # longest answer to a prompt of the trial
 USELESS_TAU = 1.05  # a head below this proposes nothing that its target would say
 REPAIRED = Output(
     "inspect", (*HEAD_FILES, "repair.json"), lambda folder: document_has(folder / "repair.json", "changes")
@@ -35,7 +36,6 @@ class InspectHeadArgs(Protocol):
     overwrite: bool
     measure: bool
     measure_prompts: int
-    measure_tokens: int
     data: str | None
     chat_template_type: str | None
     json: Path | None
@@ -115,7 +115,7 @@ def _try(seen: Examination, args: InspectHeadArgs, num_layers: int) -> Diagnosis
     questions = load_questions("quick", end=args.measure_prompts)
     prompts = [template.prompt_ids([{"role": "user", "content": question.turns[0]}]) for question in questions]
     return diagnose(
-        target, seen.head, prompts, max_new_tokens=args.measure_tokens, vocabularies=seen.vocabularies
+        target, seen.head, prompts, max_new_tokens=MEASURED_TOKENS, vocabularies=seen.vocabularies
     )  # fmt: skip
 
 

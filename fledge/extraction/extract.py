@@ -88,7 +88,7 @@ def extract_in_parts(args: ExtractSettings, ranks: Ranks) -> Manifest | None:
         return None
     try:
         # the loaded head may be a part of the whole
-        head = TargetEnds.from_files(args.target, dtype=target.dtype, revision=args.revision).head
+        head = TargetEnds.from_files(args.target, dtype=target.dtype).head
         producer = tensor_parallel.LeadingSource(target, head.to(target.device))
         return fill_from(open_loaded(args, target, head, producer), args, Ranks())
     finally:
@@ -220,7 +220,7 @@ def open_target(args: ExtractSettings) -> OpenTarget:
 def load_target(args: ExtractSettings) -> Target:
     return Target.from_pretrained(
         args.target, dtype=args.dtype, device=device_of_rank(), device_map=args.device_map, tp_plan=args.tp_plan,
-        tap_layers=args.tap_layers or None, revision=args.revision, attn_implementation=args.attn_implementation,
+        tap_layers=args.tap_layers or None,
         min_pixels=args.min_pixels, max_pixels=args.max_pixels,
     )  # fmt: skip
 
@@ -228,16 +228,14 @@ def load_target(args: ExtractSettings) -> Target:
 def open_served(args: ExtractSettings) -> OpenTarget:
     """The client of `fledge extract --target-backend vllm`."""
     target = EngineTarget.open(
-        args.target, args.server, dtype=args.dtype, tap_layers=args.tap_layers or None, revision=args.revision,
-        folder=args.server_folder,
+        args.target, args.server, dtype=args.dtype, tap_layers=args.tap_layers or None, folder=args.server_folder
     )  # fmt: skip
     template = ChatTemplate.from_pretrained(
         args.target, args.chat_template_type or None, untraced=args.untraced,
         last_turn_only=args.train_last_turn_only,
     )  # fmt: skip
     identity = target.identity(
-        template, max_length=args.model_max_length, tap_storage=args.tap_storage, last_storage=args.last_storage,
-        revision=args.revision,
+        template, max_length=args.model_max_length, tap_storage=args.tap_storage, last_storage=args.last_storage
     )  # fmt: skip
     return OpenTarget(template, identity, target.ends.head, target.source, False)
 
@@ -278,9 +276,9 @@ def extract_with_workers(args: ExtractSettings) -> Manifest:
     from fledge.storage.states.manifest import read_manifest
     from fledge.workers import run_jobs
 
-    gpus = args.gpus_per_worker if torch.accelerator.is_available() else 0
+    gpus = args.num_gpus_per_model if torch.accelerator.is_available() else 0
     if gpus > 1 and not args.device_map:
-        raise UserError(f"--gpus-per-worker {gpus} without --device-map auto: one GPU of each group would do the work.")
+        raise UserError(f"--num-gpus-per-model {gpus} needs --device-map auto: else one GPU of each would do the work.")
     one = replace(args, num_workers=1)
     ranks = [Ranks(rank, args.num_workers) for rank in range(args.num_workers)]
     with _watch(args.output_dir):

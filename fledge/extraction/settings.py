@@ -19,13 +19,9 @@ class ExtractSettings(
 
     data: tuple[str, ...]
     """Conversations: files, folders or hub names, one or more."""
-    revision: str | None = None
-    """Revision of a target on the hub."""
     batch_tokens: Natural = 0
     """Most tokens of a forward pass, padding included; samples of similar length share one. 0: one sample per pass, and
     states equal to online training's bit for bit (with batches: to rounding)."""
-    attn_implementation: str | None = None
-    """Attention kernel of transformers, e.g. sdpa, flash_attention_2."""
     device_map: str | None = None
     """`auto` spreads a target over all visible GPUs (and the CPU)."""
     tp_plan: str | None = None
@@ -34,5 +30,5 @@ class ExtractSettings(
     """Size of a shard; at most one shard of work is lost when the run is killed."""
     num_workers: Count = 1
     """Processes, each with its own copy of the target, spread over GPUs and nodes by Ray."""
-    gpus_per_worker: Natural = 1
+    num_gpus_per_model: Natural = 1
     """GPUs of each worker (0: CPU). More than one needs --device-map auto."""

@@ -303,7 +303,7 @@ class OpenAIClient:
             reasons = "; ".join(sorted({endpoint.last_error for endpoint in self.endpoints})[:3])
             raise UserError(
                 f"no server answers at {asked[0]}{f' to {asked[-1]}' if len(asked) > 1 else ''} ({reasons}). "
-                "Start some with `fledge serve`, or give --endpoints or --base-port."
+                "Start some with `fledge serve`, or give --server or --base-port."
             )
         if self._only_answering:
             self.endpoints = [endpoint for endpoint in self.endpoints if endpoint.up]

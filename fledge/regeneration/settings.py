@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fledge.data.settings import LimitSettings, RowSettings, TemplateSettings
-from fledge.ranges import Count, Natural, NotNegative, Port, Positive, PositiveShare, Seed, Share
+from fledge.ranges import Count, Natural, Port, Positive, PositiveShare, Seed, Share
 from fledge.servers.settings import ApiKeySettings
 from fledge.target.settings import DeviceSettings
 
@@ -17,7 +17,7 @@ class PromptSourceSettings(RowSettings, LimitSettings):
     """Conversations whose user turns are asked: a file, a folder, or a hub data set (`org/name`)."""
     samples_per_prompt: Count = 1
     """Answers to every conversation, each with draws of its own; their rows are named ID#answer1, ID#answer2, ..."""
-    system_prompt: str | None = None
+    system: str | None = None
     """System message for conversations that have none."""
     deduplicate: bool = False
     """Answer equal prompts (all user turns and the system message) once; the others are listed as rejects."""
@@ -33,13 +33,13 @@ class PromptSourceSettings(RowSettings, LimitSettings):
 class AnswerSettings:
     """How it is answered."""
 
-    max_tokens: Count = 2048
+    max_new_tokens: Count = 2048
     """Longest answer in tokens."""
     temperature: str = "0.7"
     """One temperature, or a mixture drawn per row: "0.0:0.3,0.7:0.7" is 30 % greedy, 70 % at 0.7."""
     top_p: PositiveShare = 1.0
     """Nucleus of the sampled answers."""
-    top_k: Natural | None = None
+    sample_top_k: Natural | None = None
     """Sample from so many likeliest tokens, 0 from all. None: what the target's generation_config asks for."""
     min_p: Share | None = None
     """Least probability of a sampled token, relative to the likeliest. None: as generation_config asks."""
@@ -63,7 +63,7 @@ class EngineSettings(TemplateSettings, DeviceSettings, ApiKeySettings):
     """openai: OpenAI-compatible servers (vLLM, SGLang, remote). transformers: in this process, CPU or GPU."""
     model: str | None = None
     """Name the servers serve the target under. None: ask them."""
-    endpoints: tuple[str, ...] = ()
+    server: tuple[str, ...] = ()
     """Servers, as host:port or URL. None given: --max-clients ports from --base-port on this machine are tried."""
     base_port: Port = 6000
     """First port, as in `fledge serve`."""
@@ -77,8 +77,6 @@ class EngineSettings(TemplateSettings, DeviceSettings, ApiKeySettings):
     """Seconds one answer may take before it is asked again elsewhere."""
     max_attempts: Count = 8
     """Failed attempts after which a row is rejected."""
-    give_up_after_s: NotNegative = 300.0
-    """Seconds without any usable server after which the run stops (it can be continued)."""
     retry_rejects: bool = False
     """Ask rows again that an earlier run of this folder rejected after server errors."""
     batch_size: Count | None = None

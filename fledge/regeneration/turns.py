@@ -66,7 +66,7 @@ class Asker:
     async def row(self, conversation: Conversation) -> dict[str, Any]:
         """The row of one conversation: asked turn by turn. Raises Reject when not even the first turn has an answer."""
         drawn, dialogue = self._draw(conversation), Dialogue(self, _folder_of(conversation))
-        turns = turns_of(conversation, self._prompts.system_prompt)
+        turns = turns_of(conversation, self._prompts.system)
         lost = await self._fields.lost(self._request(turns[0].asked, drawn, 0))
         await dialogue.run(turns, drawn)
         last = dialogue.given[-1]
@@ -74,7 +74,7 @@ class Asker:
             raise Reject(CUT, f"turn {len(dialogue.given)} reached its limit after {last.num_output_tokens} tokens")
         sampling = {
             "temperature": drawn.temperature, "top_p": self._answers.top_p, "seed": drawn.seed,
-            "max_tokens": self._answers.max_tokens, **self._extra.given(),
+            "max_tokens": self._answers.max_new_tokens, **self._extra.given(),
         }  # fmt: skip
         own = {name: value for name, value in conversation.meta.items() if _is_kept(name, value)}
         return {
@@ -104,7 +104,7 @@ class Asker:
         sent = [{name: message[name] for name in SENT if name in message} for message in messages]
         answers = self._answers
         return PromptRequest(
-            sent, answers.max_tokens, drawn.temperature, answers.top_p, (drawn.seed + turn) % 2**31,
+            sent, answers.max_new_tokens, drawn.temperature, answers.top_p, (drawn.seed + turn) % 2**31,
             drawn.chat_template_kwargs, drawn.tools, self._extra,
         )  # fmt: skip
 

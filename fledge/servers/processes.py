@@ -25,11 +25,12 @@ import psutil
 from fledge.console import progress, say, show_table
 from fledge.errors import UserError
 from fledge.http_client import Limits, ServerError, get
-from fledge.ranges import Count, Port, Positive
+from fledge.ranges import Count, Port
 from fledge.servers.settings import SpeculationSettings
 from fledge.target.settings import TargetSettings
 
 POLL_S = 0.5
+START_TIMEOUT_S = 3600.0  # a large target's weights from a slow disk
 STOP_PATIENCE_S = 20.0
 LOG_HEADING = "--- fledge serve, "
 LOG_TAIL_LINES = 12
@@ -61,10 +62,8 @@ class ServerSettings(TargetSettings, SpeculationSettings):
     """Longest prompt and answer together. None: what the model allows."""
     draft: str | None = None
     """EAGLE-3 head to decode with (an exported folder or hub name)."""
-    log_dir: Path = Path("outputs/serve")
+    output_dir: Path = Path("outputs/serve")
     """Folder of the servers' logs."""
-    start_timeout_s: Positive = 1800.0
-    """Seconds a server may take until it answers."""
     vllm: str = dataclasses.field(default_factory=lambda: os.environ.get("VLLM") or "vllm")
     """The vllm program; a path when it lives in another virtual environment. Default: the variable VLLM."""
     vllm_args: tuple[str, ...] = ()
@@ -100,7 +99,7 @@ class Server:
 
 def keep_running(settings: ServerSettings, servers: Sequence[Server]) -> None:
     """Start these servers and watch them until Ctrl-C; the end of one ends all."""
-    with running(servers, settings.start_timeout_s) as processes:
+    with running(servers) as processes:
         show_table(
             f"{settings.target}: {len(servers)} server{'s' * (len(servers) > 1)} ready. Ctrl-C stops all.",
             ("URL", "GPUs", "log"),
@@ -130,7 +129,7 @@ def plan(settings: ServerSettings, gpus: Sequence[str]) -> list[Server]:
             command=_command(settings, settings.base_port + index),
             port=settings.base_port + index,
             gpus=",".join(gpus[index * size : (index + 1) * size]),
-            log=settings.log_dir / f"server-{settings.base_port + index}.log",
+            log=settings.output_dir / f"server-{settings.base_port + index}.log",
             host=settings.host,
             on_cpu=on_cpu[index],
         )
@@ -211,7 +210,9 @@ def chosen_gpus(text: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def running(servers: Sequence[Server], start_timeout_s: float) -> Iterator[list[subprocess.Popen[Any]]]:
+def running(
+    servers: Sequence[Server], start_timeout_s: float = START_TIMEOUT_S
+) -> Iterator[list[subprocess.Popen[Any]]]:
     """The servers, answering, for as long as the block lasts; stopped on the way out, however that happens."""
     program = servers[0].command[0]
     if not shutil.which(program):
@@ -292,8 +293,8 @@ def _wait_until_ready(servers: Sequence[Server], processes: Sequence[subprocess.
                 bar.advance(1)
             if waiting and time.monotonic() > end:
                 raise UserError(
-                    f"the server on port {waiting[0].port} does not answer after {timeout_s:.0f} s "
-                    f"(--start-timeout-s). The last lines of {waiting[0].log}: {tail(waiting[0].log)}"
+                    f"the server on port {waiting[0].port} does not answer after {timeout_s:.0f} s. "
+                    f"The last lines of {waiting[0].log}: {tail(waiting[0].log)}"
                 )
             bar.advance(0)
             time.sleep(POLL_S if waiting else 0)

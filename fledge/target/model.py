@@ -72,7 +72,6 @@ class Target:
         device_map: Any = None,
         tap_layers: TapChoice = None,
         revision: str | None = None,
-        attn_implementation: str | None = None,
         max_memory: dict[Any, str] | None = None,
         tp_plan: str | None = None,
         min_pixels: int | None = None,
@@ -86,8 +85,6 @@ class Target:
             raise UserError(f"{name_or_path}: no config.json there. Give a transformers model folder or a hub name.")
         spread = {"device_map": device_map, "max_memory": max_memory, "tp_plan": tp_plan}
         options = {key: value for key, value in spread.items() if value is not None}
-        if attn_implementation:
-            options["attn_implementation"] = attn_implementation
         try:
             config = AutoConfig.from_pretrained(name_or_path, revision=revision)
             vision = load_vision(

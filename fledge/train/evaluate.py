@@ -30,6 +30,7 @@ from fledge.target.model import Target
 from fledge.train.resume import BEST
 
 RECORD = "best.json"
+TREE, MAX_NEW_TOKENS = TreeShape(), 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +170,7 @@ def decoding_evaluation(flags: Any, source: Any, open_target: Any) -> DecodingEv
             "--eval-states or --eval-fraction."
         )
     target = source.target if source.target is not None else open_target()
-    room = getattr(target.text_config, "max_position_embeddings", 1 << 30) - flags.eval_decode_max_new_tokens
+    room = getattr(target.text_config, "max_position_embeddings", 1 << 30) - MAX_NEW_TOKENS
     picture_token = target.vision.image_token_id if target.vision else None
     prompts = held_out_prompts(source.eval, flags.eval_decode_prompts, room, picture_token)
     if not prompts:
@@ -180,4 +181,4 @@ def decoding_evaluation(flags: Any, source: Any, open_target: Any) -> DecodingEv
     if len(prompts) < flags.eval_decode_prompts:
         warn(f"--eval_decode_prompts {flags.eval_decode_prompts}: only {len(prompts)} held-out prompts; all are used.")
     say(f"every {flags.eval_decode_steps} steps {len(prompts)} prompts are decoded; {BEST}/ keeps the best head")
-    return DecodingEvaluation(target, prompts, flags.tree(), flags.eval_decode_max_new_tokens)
+    return DecodingEvaluation(target, prompts, TREE, MAX_NEW_TOKENS)

@@ -33,7 +33,7 @@ FREE = {
     "eval_strategy", "resume_from_checkpoint", "dataloader_num_workers", "num_proc", "disable_tqdm", "log_level",
     "eval_data", "eval_states", "local_rank", "use_cpu", "save_dtype", "hub_token", "push_to_hub",
     "ddp_timeout", "dataloader_prefetch_factor", "dataloader_persistent_workers", "eval_on_start",
-    "eval_decode_steps", "eval_decode_prompts", "eval_decode_max_new_tokens", "eval_decode_tree",
+    "eval_decode_steps", "eval_decode_prompts",
     "eval_decode_load_best", "activation_checkpointing", "gradient_checkpointing",
     "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "overwrite",
 }  # fmt: skip

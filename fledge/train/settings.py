@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from fledge.data.settings import LimitSettings, SampleSettings
-from fledge.errors import UserError
 from fledge.ranges import Count, Natural, PartialShare, PositiveShare
 from fledge.servers.settings import BackendSettings
 from fledge.target.settings import DtypeSettings, TapSettings
 
 if TYPE_CHECKING:
-    from fledge.drafters.tree import TreeShape
     from fledge.target.record import TapChoice
 
 
@@ -100,21 +98,5 @@ class EvaluationSettings:
     0: never."""
     eval_decode_prompts: Count = 16
     """Held-out prompts to decode: first turns of the evaluation data."""
-    eval_decode_max_new_tokens: Count = 64
-    """Tokens per prompt, greedy."""
-    eval_decode_tree: tuple[Natural, ...] = (60, 5, 10)
-    """The tree: total tokens, depth, top-k."""
     eval_decode_load_best: bool = True
     """The final head is the best by tau rather than the last."""
-
-    def tree(self) -> "TreeShape":
-        """The tree of three numbers."""
-        from fledge.drafters.tree import TreeShape
-
-        numbers = self.eval_decode_tree
-        if len(numbers) != 3 or numbers[0] < 2 or numbers[2] < 1:
-            raise UserError(
-                f"--eval-decode-tree {' '.join(map(str, numbers))}: needed are three numbers: total tokens (at least "
-                f"2), depth, top-k (at least 1)."
-            )
-        return TreeShape(*numbers)

@@ -32,15 +32,15 @@ exec python3 -m fledge regenerate \
     --base-port "$BASE_PORT" \
     --max-clients "$MAX_CLIENTS" \
     --num-threads "$NUM_THREADS" \
-    --max-tokens "$MAX_TOKENS" \
+    --max-new-tokens "$MAX_TOKENS" \
     --temperature "$TEMPERATURE" \
     --top-p "$TOP_P" \
     --seed "$SEED" \
     --thinking "$THINKING" \
     --engine "$ENGINE" \
-    ${ENDPOINTS:+--endpoints $ENDPOINTS} \
+    ${ENDPOINTS:+--server $ENDPOINTS} \
     ${API_KEY_ENV:+--api-key-env "$API_KEY_ENV"} \
-    ${SYSTEM_PROMPT:+--system-prompt "$SYSTEM_PROMPT"} \
+    ${SYSTEM_PROMPT:+--system "$SYSTEM_PROMPT"} \
     ${MODEL_NAME:+--model "$MODEL_NAME"} \
     ${SPLIT:+--split "$SPLIT"} \
     "$@"

@@ -19,7 +19,7 @@ exec python3 -m fledge serve \
     --base-port "$BASE_PORT" \
     --tensor-parallel-size "$TP_SIZE" \
     --host "$HOST" \
-    --log-dir "$LOG_DIR" \
+    --output-dir "$LOG_DIR" \
     --num-speculative-tokens "$NUM_SPECULATIVE_TOKENS" \
     --vllm "$VLLM" \
     ${NUM_SERVERS:+--num-servers "$NUM_SERVERS"} \

@@ -20,6 +20,12 @@ def target_dir(tmp_path_factory):
     return save_target(tmp_path_factory.mktemp("target"), max_position_embeddings=2048)
 
 
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    """A tiny target's answers say as much after a few tokens."""
+    monkeypatch.setattr("fledge.doctor.inspect_head.MEASURED_TOKENS", 12)
+
+
 @pytest.fixture
 def head_dir(target_dir, tmp_path):
     target = Target.from_pretrained(str(target_dir))
@@ -28,7 +34,7 @@ def head_dir(target_dir, tmp_path):
 
 
 def inspect(head, target, *flags) -> int:
-    few = ["--measure-prompts", "3", "--measure-tokens", "12"]
+    few = ["--measure-prompts", "3"]
     return run_command("inspect", [str(head), "--target", str(target), *few, *flags])
 
 

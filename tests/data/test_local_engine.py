@@ -47,7 +47,7 @@ def test_rows_of_several_turns_carry_their_tokens(tiny_dir, tmp_path):
         RegenerateArgs(
             prompts=PromptSourceSettings(data=str(tmp_path / "in.jsonl"), max_reject_share=1.0),
             output_dir=tmp_path / "out",
-            answers=AnswerSettings(max_tokens=8, temperature="1.0"),
+            answers=AnswerSettings(max_new_tokens=8, temperature="1.0"),
             engines=EngineSettings(engine="transformers", model=str(tiny_dir), batch_size=5),
         )
     )

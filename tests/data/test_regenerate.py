@@ -49,7 +49,7 @@ def test_rows_hold_the_targets_answers_in_training_format(server, tmp_path):
 def test_every_turn_is_asked_with_the_targets_own_previous_answers(server, tmp_path):
     turns = [("user", "one"), ("assistant", "OLD 1"), ("user", "two"), ("assistant", "OLD 2"), ("user", "three")]
     data = write(tmp_path / "in.jsonl", [{"id": "a", "messages": [{"role": r, "content": c} for r, c in turns]}])
-    (row,) = run(data, tmp_path / "out", server.url, prompt={"data_format": "messages", "system_prompt": "be brief"})
+    (row,) = run(data, tmp_path / "out", server.url, prompt={"data_format": "messages", "system": "be brief"})
     said = [
         {"role": "system", "content": "be brief"}, {"role": "user", "content": "one"},
         {"role": "assistant", "content": answer_to("one")}, {"role": "user", "content": "two"},

@@ -93,7 +93,7 @@ def start(data: Path, out: Path, url: str) -> int:
         regenerate(
             RegenerateArgs(
                 prompts=PromptSourceSettings(data=str(data)), output_dir=out, data_shard_size=SHARD,
-                engines=EngineSettings(endpoints=(url,), concurrency=16),
+                engines=EngineSettings(server=(url,), concurrency=16),
             )
         )  # fmt: skip
         os._exit(0)

@@ -72,7 +72,7 @@ def test_a_server_is_asked_what_its_template_does_with_a_field(answered, drops, 
 
 
 def test_a_system_prompt_of_the_flag_is_looked_for_too(answered):
-    rows, _ = answered((), [{"conversations": [{"from": "human", "value": "Hi"}]}], {"system_prompt": "Be brief."})
+    rows, _ = answered((), [{"conversations": [{"from": "human", "value": "Hi"}]}], {"system": "Be brief."})
     assert rows[0]["untraced"] == ["system"]
 
 

@@ -120,7 +120,7 @@ def serving(program: str, target: Path, folder: Path, *flags: str) -> Iterator[s
     command = [
         sys.executable, "-m", "fledge", "serve", "--model-name-or-path", str(target), "--vllm", program,
         "--base-port", str(PORT), "--num-servers", "1", "--max-model-len", "512", "--log-dir", str(folder),
-        "--start-timeout-s", "800", *flags, "--", "--dtype", "float32", "--enforce-eager",
+        *flags, "--", "--dtype", "float32", "--enforce-eager",
         "--no-enable-prefix-caching", "--served-model-name", "target",
     ]  # fmt: skip
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}

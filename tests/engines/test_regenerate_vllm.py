@@ -42,10 +42,10 @@ def url(vllm, smollm2_dir, tmp_path_factory):
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     args = ServerSettings(
         target=str(smollm2_dir), num_servers=1, base_port=PORT, max_model_len=512, vllm=vllm,
-        log_dir=tmp_path_factory.mktemp("logs"), start_timeout_s=400,
+        output_dir=tmp_path_factory.mktemp("logs"),
         vllm_args=("--dtype", "bfloat16", "--enforce-eager", "--served-model-name", "target"),
     )  # fmt: skip
-    with running(plan(args, visible_gpus(None)), args.start_timeout_s):
+    with running(plan(args, visible_gpus(None)), 400):
         yield f"127.0.0.1:{PORT}"
 
 
@@ -60,8 +60,8 @@ def test_serve_regenerate_and_rows_that_train(url, smollm2_dir, tmp_path):
         RegenerateArgs(
             prompts=PromptSourceSettings(data=str(tmp_path / "in.jsonl"), max_reject_share=0.2),
             output_dir=tmp_path / "out",
-            answers=AnswerSettings(max_tokens=4096, temperature="0.0:0.5,0.6:0.5"),  # more than the context: capped
-            engines=EngineSettings(endpoints=(url,), concurrency=4),
+            answers=AnswerSettings(max_new_tokens=4096, temperature="0.0:0.5,0.6:0.5"),  # more than the context: capped
+            engines=EngineSettings(server=(url,), concurrency=4),
         )
     )
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]

@@ -15,16 +15,16 @@ from fledge.cli import COMMANDS
 GOOD: dict[str, tuple[str, str]] = {  # a good value of a flag, and another one
     "top_p": ("0.9", "0.5"), "min_p": ("0.1", "0.5"),
     "temperature": ("0.5", "1"), "max_reject_share": ("0.5", "0"), "total_token": ("8", "16"),
-    "eval_fraction": ("0.1", "0.2"), "supervised_share": ("0.5", "1"), "depth_survival": ("0.5", "1"),
+    "eval_fraction": ("0.1", "0.2"), "depth_survival": ("0.5", "1"),
     "base_port": ("7000", "8000"), "adam_beta1": ("0.8", "0.5"), "adam_beta2": ("0.9", "0.99"),
     "rope_theta": ("10000", "500000"), "max_new_tokens": ("5", "6"), "weight_decay": ("0.1", "0"),
-    "train_efficiency": ("0.5", "0.4"), "target_efficiency": ("0.5", "0.4"), "seed": ("1", "0"),
-    "max_tokens": ("16", "32"), "model_max_length": ("256", "512"),
+    "seed": ("1", "0"),
+    "model_max_length": ("256", "512"),
     "optim": ("adamw_torch", "sgd"), "lr_scheduler_type": ("linear", "constant"), "data_format": ("auto", "messages"),
     "target_dtype": ("float32", "auto"), "logging_steps": ("2", "4"), "save_steps": ("2", "4"),
     "warmup_ratio": ("0.1", "0.2"), "draft_type": ("eagle3", "eagle3.1"),
     "tap_storage": ("same", "fp8"), "last_storage": ("all", "supervised"), "hardware": ("h100", "h200"),
-    "eval_decode_tree": ("8 2 3", "16 3 4"), "max_steps": ("1", "2"),
+    "max_steps": ("1", "2"),
     "save_strategy": ("steps", "epoch"), "logging_strategy": ("steps", "epoch"), "eval_strategy": ("no", "no"),
     "warmup_steps": ("1", "0"),
 }  # fmt: skip
@@ -32,13 +32,13 @@ GOOD: dict[str, tuple[str, str]] = {  # a good value of a flag, and another one
 TOGETHER = set(
     """
     data_format adaptive api_key_env backend baseline_url bench_dir bench_name chat_template_type columns concurrency
-    data data_shard_size device device_map draft draft_config dtype eagle_url endpoints engine
-    eval_data eval_decode_steps eval_states fix gpu_memory_gb gpus gpus_per_worker host image init_from
+    data data_shard_size device device_map draft draft_config dtype eagle_url engine
+    eval_data eval_decode_steps eval_states fix gpu_memory_gb gpus host image init_from
     json license license_link license_name local_rank matrix_optim max_gpu_memory max_pixels max_prompt_length
     min_pixels mode model notes num_gpus_per_model num_gpus_total num_servers num_tokens num_workers output
     prepare_only print private profile profile_path push_to_hub question_begin question_end raw report report_to
     resume_from_checkpoint retry_rejects run_code server tap_layers target target_backend
-    tensor_parallel_size tflops to tokenizer tp_plan states tune vllm work_dir
+    tensor_parallel_size tflops to tokenizer tp_plan states tune vllm
     """.split()
 )
 # Of transformers' TrainingArguments: those whose ranges are checked here.

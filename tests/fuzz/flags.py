@@ -23,21 +23,21 @@ NEGATIVE = ("-1", "-1000000")
 
 # What a number may not be, by flag; the same in every command that has it.
 SIZES = """
-    max_samples num_proc model_max_length measure_prompts measure_tokens max_pixels min_pixels num_threads
-    max_clients concurrency max_attempts max_tokens max_prompt_length data_shard_size batch_size max_new_tokens
+    max_samples num_proc model_max_length measure_prompts max_pixels min_pixels num_threads
+    max_clients concurrency max_attempts max_prompt_length data_shard_size batch_size max_new_tokens
     top_k repeats num_workers num_gpus_per_model per_device_train_batch_size
-    per_device_eval_batch_size ttt_steps num_gpus num_tokens num_servers tensor_parallel_size max_model_len
-    num_speculative_tokens num_prompts epochs num_questions gradient_accumulation_steps
-    eval_decode_prompts eval_decode_max_new_tokens
+    per_device_eval_batch_size ttt_steps num_tokens num_servers tensor_parallel_size max_model_len
+    num_speculative_tokens gradient_accumulation_steps
+    eval_decode_prompts
 """.split()
 COUNTS = """
     depth sample_top_k samples draft_vocab_size batch_tokens sample eval_decode_steps dataloader_num_workers
-    gpus_per_worker num_gpus_total warmup_steps
+    num_gpus_total warmup_steps
 """.split()
-SHARES = "max_reject_share supervised_share train_efficiency target_efficiency eval_fraction depth_survival".split()
+SHARES = "max_reject_share eval_fraction depth_survival".split()
 NOT_NEGATIVE = "weight_decay learning_rate adam_epsilon".split()
 POSITIVE = """
-    request_timeout_s start_timeout_s shard_mb gpu_memory_gb tflops num_train_epochs rope_theta
+    request_timeout_s shard_mb gpu_memory_gb tflops num_train_epochs rope_theta
 """.split()
 RANGES: dict[str, tuple[str, ...]] = {
     **{name: ("0", *NEGATIVE) for name in SIZES},
@@ -53,11 +53,12 @@ RANGES: dict[str, tuple[str, ...]] = {
     "adam_beta2": ("-0.1", "1.0", "2", *NO_NUMBER),
     "tap_layers": ("-1",),
     "max_grad_norm": ("-1", "nan"),
-    "give_up_after_s": ("-1", *NO_NUMBER),
 }
 # By command, where the same name means something else.
 OTHER_RANGES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("regenerate", "top_k"): NEGATIVE,
+    ("extract", "num_gpus_per_model"): NEGATIVE,
+    ("plan", "num_gpus_total"): ("0", *NEGATIVE),
+    ("quickstart", "question_end"): ("0", *NEGATIVE),
     ("plan", "sample"): ("0", *NEGATIVE),
     ("regenerate", "temperature"): ("-0.1", "nan", "inf", "x", "", "0.5:", ":1", "0.5:-1", "0.0:0.3,0.7", "0:nan"),
     ("train", "optim"): ("nonsense", ""),
@@ -67,14 +68,13 @@ OTHER_RANGES: dict[tuple[str, str], tuple[str, ...]] = {
     ("train", "logging_strategy"): ("nonsense",),
     ("train", "save_strategy"): ("nonsense",),
     ("train", "eval_strategy"): ("nonsense",),
-    ("train", "eval_decode_tree"): ("60", "60 5", "60 5 10 4", "-1 5 10", "60 -1 10", "60 5 0"),
     ("train", "matrix_optim"): ("nonsense",),
     ("plan", "draft_type"): ("nonsense", ""),
     ("plan", "tap_storage"): ("nonsense", ""),
     ("plan", "last_storage"): ("nonsense", ""),
     ("plan", "hardware"): ("nonsense", ""),
     ("bench", "max_gpu_memory"): ("nonsense", "-1GiB", ""),
-    ("regenerate", "endpoints"): ("", " ", "ftp://host:1", "http://", "host:99999", "http://[::1"),
+    ("regenerate", "server"): ("", " ", "ftp://host:1", "http://", "host:99999", "http://[::1"),
     ("train", "server"): ("", "ftp://host"),
     ("bench", "baseline_url"): ("", "ftp://host:1", "host:99999"),
     ("bench", "eagle_url"): ("", "ftp://host:1", "host:99999"),

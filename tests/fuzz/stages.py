@@ -128,5 +128,5 @@ BASE: dict[str, Callable[..., list[str]]] = {
     "export": base("head=OUT", to="vllm", output_dir="OUT"),
     "convert": base("head=OUT", output_dir="OUT"),
     "inspect": base("path=DATA", target="TARGET"),
-    "quickstart": base(target="TARGET", work_dir="OUT"),
+    "quickstart": base(target="TARGET", output_dir="OUT"),
 }

@@ -136,7 +136,7 @@ def test_regeneration_keeps_the_other_rows(tmp_path):
             RegenerateArgs(
                 prompts=PromptSourceSettings(data=str(tmp_path / "in.jsonl"), max_reject_share=1.0),
                 output_dir=tmp_path / "out",
-                engines=EngineSettings(endpoints=(url,), max_attempts=1, concurrency=8),
+                engines=EngineSettings(server=(url,), max_attempts=1, concurrency=8),
             )
         )
     kept = [json.loads(line) for line in (tmp_path / "out" / "shard-00000.jsonl").read_text().splitlines()]
@@ -245,8 +245,8 @@ def test_a_list_of_models_that_is_none(tmp_path, models):
 
     with serving(handler) as url:
         with pytest.raises(UserError, match="Choose one with --model"):
-            regenerate(dataclasses.replace(args, engines=dataclasses.replace(args.engines, endpoints=(url,))))
-        chosen = dataclasses.replace(args.engines, endpoints=(url,), model="m")  # control: the name is all it lacks
+            regenerate(dataclasses.replace(args, engines=dataclasses.replace(args.engines, server=(url,))))
+        chosen = dataclasses.replace(args.engines, server=(url,), model="m")  # control: the name is all it lacks
         regenerate(dataclasses.replace(args, engines=chosen))
 
 

@@ -192,7 +192,7 @@ def test_print_starts_nothing(capsys):
 
 
 def test_servers_answer_inside_the_block_and_are_gone_after_it(fake_vllm, port, tmp_path):
-    servers = plan(args(vllm=fake_vllm, num_servers=2, base_port=port, log_dir=tmp_path / "logs" / "new"), [])
+    servers = plan(args(vllm=fake_vllm, num_servers=2, base_port=port, output_dir=tmp_path / "logs" / "new"), [])
     with running(servers, 20) as processes:
         for server in servers:
             with urllib.request.urlopen(f"{server.url}/health", timeout=5) as response:
@@ -204,8 +204,8 @@ def test_servers_answer_inside_the_block_and_are_gone_after_it(fake_vllm, port, 
 
 
 def test_when_one_dies_all_are_stopped_and_its_log_is_shown(fake_vllm, port, tmp_path):
-    one = plan(args(vllm=fake_vllm, base_port=port, log_dir=tmp_path), [])[0]
-    other = plan(args(vllm=fake_vllm, base_port=port + 1, log_dir=tmp_path, vllm_args=("--die-after", "1")), [])[0]
+    one = plan(args(vllm=fake_vllm, base_port=port, output_dir=tmp_path), [])[0]
+    other = plan(args(vllm=fake_vllm, base_port=port + 1, output_dir=tmp_path, vllm_args=("--die-after", "1")), [])[0]
     with pytest.raises(UserError, match=rf"port {port + 1} ended with status 3.*fake vllm"), \
             running([one, other], 20) as processes:  # fmt: skip
         while True:
@@ -215,7 +215,7 @@ def test_when_one_dies_all_are_stopped_and_its_log_is_shown(fake_vllm, port, tmp
 
 
 def test_a_server_that_does_not_start_says_why(fake_vllm, port, tmp_path):
-    servers = plan(args(vllm=fake_vllm, base_port=port, log_dir=tmp_path, vllm_args=("--fail",)), [])
+    servers = plan(args(vllm=fake_vllm, base_port=port, output_dir=tmp_path, vllm_args=("--fail",)), [])
     servers[0].log.write_text("of an earlier run\n")
     with pytest.raises(UserError, match="out of memory, says the fake") as caught, running(servers, 20):
         raise AssertionError("it never answers")
@@ -228,7 +228,7 @@ def test_a_missing_program_and_a_taken_port_are_named(fake_vllm, port, tmp_path)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port))
         taken.listen()
-        servers = plan(args(vllm=fake_vllm, base_port=port, log_dir=tmp_path), [])
+        servers = plan(args(vllm=fake_vllm, base_port=port, output_dir=tmp_path), [])
         with pytest.raises(UserError, match=f"port {port} on 127.0.0.1 cannot be used"), running(servers, 5):
             pass
 

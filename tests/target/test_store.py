@@ -197,7 +197,7 @@ def test_ray_workers_leave_the_bytes_of_one_process(store, extract_args, tmp_pat
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, object_store_memory=80_000_000)
     try:
-        extract(extract_args(tmp_path / "shared", num_workers=2, gpus_per_worker=0))
+        extract(extract_args(tmp_path / "shared", num_workers=2, num_gpus_per_model=0))
     finally:
         ray.shutdown()
     assert tree_bytes(tmp_path / "shared") == tree_bytes(store)

@@ -46,14 +46,6 @@ def test_no_warm_up_can_be_asked_for(tmp_path):
         assert parse(*flags, *words).trainer.warmup_steps == steps
 
 
-@pytest.mark.parametrize("numbers", ["60", "60 5", "60 5 10 4", "1 5 10", "60 5 0"])
-def test_a_tree_is_three_numbers(tmp_path, numbers):
-    flags = ("--output_dir", str(tmp_path), "--eval_decode_tree")
-    with pytest.raises(UserError, match="needed are three numbers"):
-        parse(*flags, *numbers.split())
-    assert parse(*flags, "60", "5", "10").evaluation.tree().depth == 5  # control
-
-
 def test_a_flag_is_not_cut_short(tmp_path):
     """The parser once took `--ttt_step` for --ttt_steps, and would have taken it for a newer flag tomorrow."""
     with pytest.raises(UserError, match="unknown flag '--ttt_step'.*'ttt_steps'"):
@@ -77,6 +69,7 @@ def test_depths_are_drawn_at_random_by_default(tmp_path):
 
 @pytest.mark.parametrize(("name", "value"), [
     ("loss_type", "lk"), ("step_decay", "0.9"), ("head_rank", "64"), ("sliding_window", "512"),
+    ("eval_decode_max_new_tokens", "32"),
 ])  # fmt: skip
 def test_a_removed_flag_says_what_to_do(name: str, value: str, tmp_path):
     """Recipes of earlier versions may still set them; `unknown flag` alone would not say that the option is gone."""
@@ -89,7 +82,9 @@ def test_a_removed_flag_says_what_to_do(name: str, value: str, tmp_path):
 
 def test_an_older_resolved_config_with_the_values_of_today_runs(tmp_path):
     """Negative control: these values ask for what is done anyway."""
-    (tmp_path / "old.yaml").write_text("loss_type: kl\nstep_decay: null\nhead_rank: null\nttt_steps: 5\n")
+    (tmp_path / "old.yaml").write_text(
+        "loss_type: kl\nstep_decay: null\nhead_rank: null\nttt_steps: 5\neval_decode_tree: [60, 5, 10]\n"
+    )
     words = ("--output_dir", str(tmp_path), "--config", str(tmp_path / "old.yaml"))
     assert parse(*words).draft == parse("--output_dir", str(tmp_path), "--ttt_steps", "5").draft
     assert parse(*words, "--loss_type", "kl", "--step_decay", "0.8").draft == parse(*words).draft

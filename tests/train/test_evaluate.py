@@ -22,7 +22,14 @@ from fledge.train import evaluate, live, run
 from fledge.train.arguments import TrainSettings
 from fledge.train.evaluate import held_out_prompts, read_best
 
-TREE = ["8", "2", "3"]
+TREE, TOKENS = TreeShape(8, 2, 3), 12
+
+
+@pytest.fixture(autouse=True)
+def small_trees(monkeypatch):
+    """A tiny target's answers are short."""
+    monkeypatch.setattr(evaluate, "TREE", TREE)
+    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +53,7 @@ def arguments(work: Path, output: Path, *flags: object, steps: int = 4) -> Train
 
 
 def decoding(*flags: object) -> tuple[object, ...]:
-    return ("--eval_decode_steps", 2, "--eval_decode_max_new_tokens", 12, "--eval_decode_prompts", 3,
-            "--eval_decode_tree", *TREE, *flags)  # fmt: skip
+    return ("--eval_decode_steps", 2, "--eval_decode_prompts", 3, *flags)
 
 
 def history(output: Path) -> list[dict]:
@@ -70,8 +76,7 @@ def test_tau_is_that_of_decoding_and_training_is_not_disturbed(work, tmp_path):
     tokens = forwards = 0
     for prompt in prompts:
         head = load_draft(tmp_path / "with", target.embedding_weight)
-        made = generate(target, head, prompt.ids, tree=TreeShape(*map(int, TREE)), max_new_tokens=12,
-                                    sampling=Sampling())  # fmt: skip
+        made = generate(target, head, prompt.ids, tree=TREE, max_new_tokens=TOKENS, sampling=Sampling())
         tokens, forwards = tokens + len(made.token_ids) - 1, forwards + made.num_forwards
     assert logged[4]["decode_tau"] == tokens / forwards and logged[4]["decode_tokens"] == tokens
 
