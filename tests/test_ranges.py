@@ -102,7 +102,7 @@ WRONG = {
               "--concurrency", "--seed -5", "--question-begin -1"],
     "decode": ["--temperature -1", "--temperature nan", "--max-new-tokens 0", "--sample-top-k -1", "--batch-size 0",
                "--depth -1", "--top-p 2"],
-    "regenerate": ["--max-samples -1", "--max-reject-share nan", "--max-tokens 0", "--request-timeout-s nan",
+    "regenerate": ["--max-samples -1", "--max-reject-share nan", "--max-new-tokens 0", "--request-timeout-s nan",
                    "--base-port 70000", "--data-shard-size 0", "--temperature nan", "--temperature 0:nan,1:nan"],
     "extract": ["--max-samples 0", "--shard-mb nan", "--batch-tokens -1", "--num-gpus-per-model -1", "--tap-layers -1"],
     "plan": ["--num-gpus-total 0", "--tflops inf", "--draft-type eagle4"],

@@ -57,8 +57,8 @@ class PlanArgs(TargetSettings, TemplateSettings, UnrollSettings, StorageSettings
     """Target tokens the draft may propose. 0: all."""
     activation_checkpointing: bool = False
     """Compute TTT steps again in the backward."""
-    fp32: bool = False
-    """Train without bfloat16 mixed precision."""
+    bf16: bool = True
+    """bfloat16 mixed precision with fp32 master weights."""
     hardware: str | None = None
     """h200, h100, a100-80, a100-40, l40s, rtx4090, mi300x, or cpu. None: --gpu-memory-gb and --tflops."""
     gpu_memory_gb: Positive | None = None
@@ -72,7 +72,7 @@ class PlanArgs(TargetSettings, TemplateSettings, UnrollSettings, StorageSettings
 MAIN = (
     "target", "data", "num_tokens", "hardware", "num_gpus_total", "model_max_length", "per_device_train_batch_size",
     "num_train_epochs", "ttt_steps", "depth_survival", "draft_vocab_size", "draft_type", "chat_template_type",
-    "tap_storage", "last_storage", "activation_checkpointing", "fp32", "gpu_memory_gb", "tflops",
+    "tap_storage", "last_storage", "activation_checkpointing", "bf16", "gpu_memory_gb", "tflops",
 )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def estimate(args: PlanArgs) -> dict[str, Any]:
     def memory(rows: int) -> Any:
         active = min(rows, round(rows * share) + args.ttt_steps)
         return step_memory(
-            draft, rows=rows, active_rows=active, ttt_steps=args.ttt_steps, bf16=not args.fp32,
+            draft, rows=rows, active_rows=active, ttt_steps=args.ttt_steps, bf16=args.bf16,
             recompute=args.activation_checkpointing, state_bytes=target.bytes_per_number, device_type=device_type,
             survival=args.depth_survival,
         )  # fmt: skip
