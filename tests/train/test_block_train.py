@@ -85,7 +85,7 @@ def test_offline_is_online_and_resumed_is_uninterrupted(work, tmp_path, draft_ty
 def test_the_metrics_are_by_slot_and_tau_is_decoded(work, tmp_path):
     train(
         tmp_path / "a", *online(work), "--draft_type", "dspark", "--eval_fraction", 0.2, "--eval_decode_steps", 3,
-        "--eval_decode_prompts", 2, "--eval_decode_max_new_tokens", 8, "--eval_decode_tree", 8, 3, 2,
+        "--eval_decode_prompts", 2,
     )  # fmt: skip
     history = json.loads((tmp_path / "a" / "trainer_state.json").read_text())["log_history"]
     last = {key: value for entry in history for key, value in entry.items()}
