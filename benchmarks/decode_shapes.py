@@ -82,13 +82,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def repeated(
     target: Target, draft: DraftModel | None, tree: TreeShape, prompt: list[int], shapes: Any, batch: int,
-    options: argparse.Namespace,
+    options: argparse.Namespace, sampling: Sampling | None = None,
 ) -> list[Generation]:  # fmt: skip
     """The first answer of every repeat, after one whole generation unmeasured, in which all buckets are captured."""
     made = [
         generate_batch(
-            target, draft, [prompt] * batch, tree=tree, max_new_tokens=options.new_tokens, sampling=Sampling(),
-            eos_token_ids=(), shapes=shapes,
+            target, draft, [prompt] * batch, tree=tree, max_new_tokens=options.new_tokens,
+            sampling=sampling or Sampling(), eos_token_ids=(), shapes=shapes,
         )[0]
         for _ in range(options.repeats + 1)
     ]  # fmt: skip

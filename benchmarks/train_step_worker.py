@@ -61,7 +61,7 @@ def main() -> None:
     print(json.dumps(run(step, args)))
 
 
-def run(step: Callable[[], float], args: argparse.Namespace) -> dict:
+def run(step: Callable[[], float | torch.Tensor], args: argparse.Namespace) -> dict:
     """Take the steps; memory is the peak above what stood there before the first one."""
     importlib.import_module("torch._dynamo")  # an optimizer's first step would, and its 100 MiB are nobody's growth
     device = torch.device(args.device)
@@ -70,8 +70,7 @@ def run(step: Callable[[], float], args: argparse.Namespace) -> dict:
     for _ in range(args.steps + 1):
         began, cpu_began = time.perf_counter(), time.process_time()
         losses.append(step())
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        losses[-1] = float(losses[-1])  # on a GPU this is what waits
         seconds.append(time.perf_counter() - began)
         cpu_seconds.append(time.process_time() - cpu_began)
     grown = memory(device) - start
@@ -128,8 +127,11 @@ def head_and_vocab(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor
 # -- the trainers ------------------------------------------------------------------------------------------------------
 
 
-def fledge(args: argparse.Namespace, docs: list[dict[str, torch.Tensor]]) -> Callable[[], float]:
-    """The module and the optimizer of `fledge train`."""
+def fledge(
+    args: argparse.Namespace, docs: list[dict[str, torch.Tensor]],
+    wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda module: module,
+) -> Callable[[], torch.Tensor]:  # fmt: skip
+    """The module and the optimizer of `fledge train`; `wrap` makes the module one of several ranks."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from fledge.drafters.batch import pack
     from fledge.drafters.cpu_kernels import filled_up
@@ -163,19 +165,19 @@ def fledge(args: argparse.Namespace, docs: list[dict[str, torch.Tensor]]) -> Cal
     if device.type == "cuda":
         compare_attention(device)
     survival = SURVIVAL if args.trainer == "fledge-depths" else 1.0
-    module = TTTModule(draft.to(device), head, args.ttt_steps, LossSettings(), head.rows, survival=survival)
+    module = wrap(TTTModule(draft.to(device), head, args.ttt_steps, LossSettings(), head.rows, survival=survival))
     numbers = itertools.count()
     parameters = list(module.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.95), fused=True)
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             loss = module(batch, draw=next(numbers)).loss / len(docs)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.5)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss.detach()
 
     return step
 

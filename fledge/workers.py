@@ -23,10 +23,11 @@ def run_jobs(
     jobs: Sequence[Any],
     *,
     num_workers: int,
-    gpus_per_worker: int,
+    gpus_per_worker: float,
     describe: Callable[[Any], str] = str,
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield (job, work(engine, job)) in the order they finish. `load` makes a worker's engine, in the worker."""
+    """Yield (job, work(engine, job)) in the order they finish. `load` makes a worker's engine, in the worker. Workers
+    share a GPU where each has a part of it (`gpus_per_worker` 0.5)."""
     ray = _ray()
     started_here = not ray.is_initialized()
     if started_here:
@@ -49,7 +50,7 @@ def _pool(
     work: Callable[[Any, Any], Any],
     jobs: Sequence[Any],
     num_workers: int,
-    gpus_per_worker: int,
+    gpus_per_worker: float,
     describe: Callable[[Any], str],
 ) -> Iterator[tuple[Any, Any]]:
     worker_class = ray.remote(num_cpus=1, num_gpus=gpus_per_worker)(_Worker)
@@ -129,11 +130,11 @@ def _ray() -> Any:
     return ray
 
 
-def _check_gpus(ray: Any, wanted: int) -> None:
+def _check_gpus(ray: Any, wanted: float) -> None:
     found = int(ray.cluster_resources().get("GPU", 0))
     if wanted > found:
         raise UserError(
-            f"{wanted} GPUs wanted by all workers, Ray sees {found}. Ask for fewer workers, or join more nodes."
+            f"{wanted:g} GPUs wanted by all workers, Ray sees {found}. Ask for fewer workers, or join more nodes."
         )
 
 

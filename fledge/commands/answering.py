@@ -184,17 +184,16 @@ def show_profile(generation: Generation, target: Any) -> None:
 
 def read_speed(device: Any) -> float:
     """Bytes per second of a plain read of memory, the best of five."""
-    import time
-
     import torch
 
+    from fledge.decoding.capture import Timer
+
     block = torch.ones(READ_BYTES // 4, device=device)
-    wait: Any = torch.cuda.synchronize if block.is_cuda else (lambda: None)
     best = float("inf")
     for _ in range(6):
-        wait()
-        start = time.perf_counter()
+        timer = Timer(block.device)
+        timer.lap("begin")
         block.sum()
-        wait()
-        best = min(best, time.perf_counter() - start)
+        timer.lap("read")
+        best = min(best, timer.seconds()["read"])
     return READ_BYTES / best

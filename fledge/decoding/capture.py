@@ -117,7 +117,7 @@ class waiting_is_an_error:
 
 
 class Timer:
-    """Seconds of a round's parts: the host's clock on a CPU, events on a device, which nobody waits for."""
+    """Seconds of a round's parts: the host's clock on a CPU, events on a device, for which no lap waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_device = device.type == "cuda"
@@ -132,8 +132,9 @@ class Timer:
         self._marks.append((name, mark))
 
     def seconds(self) -> dict[str, float]:
-        """By part, once the round is over."""
+        """By part; a device is waited for unless it has come past the last mark."""
         pairs = zip(self._marks, self._marks[1:], strict=False)
         if self._on_device:
+            self._marks[-1][1].synchronize()
             return {name: before.elapsed_time(after) / 1e3 for (_, before), (name, after) in pairs}
         return {name: after - before for (_, before), (name, after) in pairs}

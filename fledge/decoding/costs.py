@@ -5,7 +5,6 @@ of each counts. Knows target, head and clock.
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fledge.decoding.capture import Timer
 from fledge.decoding.probe import verifier_of
 from fledge.decoding.verifier import Lengths
 from fledge.drafters.base import Drafter, Emitted, TreeProposer
@@ -130,16 +130,15 @@ def emitted_between(tokens: Tensor, taps: Tensor, first: int, root: int) -> Emit
 def times_in_turns(
     calls: Mapping[Key, Callable[[], Any]], device: torch.device, on_step: Callable[[Key], None] = lambda _: None
 ) -> dict[Key, float]:
-    """The shortest seconds of every call over TURNS turns, the device waited for, after one turn to warm up."""
-    wait: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    """The shortest seconds of every call over TURNS turns, by the device's clock, after one turn to warm up."""
     seconds: dict[Key, list[float]] = {key: [] for key in calls}
     for turn in range(TURNS + 1):
         for key, call in calls.items():
-            wait()
-            start = time.perf_counter()
+            timer = Timer(device)
+            timer.lap("begin")
             call()
-            wait()
-            seconds[key].append(time.perf_counter() - start)
+            timer.lap("call")
+            seconds[key].append(timer.seconds()["call"])
             if turn == TURNS:
                 on_step(key)
     return {key: min(some[1:]) for key, some in seconds.items()}
