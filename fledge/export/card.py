@@ -12,10 +12,9 @@ from typing import Any
 import msgspec
 import yaml
 
-from fledge.drafters.eagle3.config import DraftConfig
 from fledge.errors import UserError
 from fledge.escaping import markdown
-from fledge.export.layouts import LAYOUTS
+from fledge.export.forms import form_of_config
 from fledge.export.settings import Licence
 from fledge.export.summary import read_summary
 from fledge.parsing import convert, decode_text, read_bytes, read_python_json
@@ -51,23 +50,24 @@ class TrainerState(msgspec.Struct):
 
 
 def model_card(
-    config: DraftConfig, source: Path, name: str, *, layout: str, target: str, licence: Licence,
+    config: Any, source: Path, name: str, *, layout: str, target: str, licence: Licence,
     report: Path | None = None, notes: Path | None = None,
 ) -> str:  # fmt: skip
     """The README.md of an exported head, in a folder of this name. `source` is what training wrote, `notes` markdown
     of the author."""
-    run = _json_or_empty(source / "provenance.json", TrainingRun)
+    run, form = _json_or_empty(source / "provenance.json", TrainingRun), form_of_config(config)
     target = target or str(run.get("target") or "")
     sections = [
-        _header(target, licence), f"# EAGLE-3{'.1' if config.fc_norm and config.norm_output else ''} draft head for "
-        f"{markdown(_public(target)) or 'its target'}", _introduction(config), _serving(name, layout, target),
+        _header(target, licence, form.tag(config)),
+        f"# {form.title(config)} for {markdown(_public(target)) or 'its target'}", _introduction(config),
+        _serving(name, layout, target, config),
         _training(run, config), _acceptance(run, _state(source), report), _notes(notes),
         _licence_note(licence, target),
     ]  # fmt: skip
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _header(target: str, licence: Licence) -> str:
+def _header(target: str, licence: Licence, tag: str) -> str:
     """The YAML the hub reads. base_model only where it is a hub name."""
     if licence.license == "other" and not (licence.license_name and licence.license_link):
         raise UserError("--license other needs --license-name and --license-link: the hub shows them instead.")
@@ -75,41 +75,42 @@ def _header(target: str, licence: Licence) -> str:
     if HUB_NAME.fullmatch(target):
         fields |= {"base_model": target, "base_model_relation": "adapter"}
     fields |= {"pipeline_tag": "text-generation", "library_name": "fledge"}
-    fields["tags"] = ["eagle3", "speculative-decoding", "draft-model"]
+    fields["tags"] = [tag, "speculative-decoding", "draft-model"]
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
 
-def _introduction(config: DraftConfig) -> str:
-    size, vocabulary = config.hidden_size, config.draft_vocab_size
+def _introduction(config: Any) -> str:
+    network = form_of_config(config).network(config)
     return (
         f"A speculative decoding head: it proposes tokens that its target model checks, several per target forward. "
         f"Answers are the target's own, whatever the head proposes; only speed depends on it.\n\n"
-        f"One decoder layer of hidden size {size}, fed by the inputs of the target's decoder layers "
-        f"{', '.join(map(str, config.tap_layers))}; it may propose {vocabulary:,} of the target's "
+        f"{network} the target's decoder layers {', '.join(map(str, config.tap_layers))}; it may propose "
+        f"{config.draft_vocab_size:,} of the target's "
         f"{config.vocab_size:,} tokens. It works with this target only."
     )
 
 
-def _serving(name: str, layout: str, target: str) -> str:
-    reader = LAYOUTS[layout].reader
-    other = next(one for one in LAYOUTS.values() if one.reader != reader)
+def _serving(name: str, layout: str, target: str, config: Any) -> str:
+    layouts = form_of_config(config).layouts
+    reader = layouts[layout].reader
+    other = next(one for one in layouts.values() if one.reader != reader)
     return (
         f"## Serving\n\nThese files are written for {reader} (tap ids, names):\n\n"
-        f"```bash\n{_command(layout, target, name)}\n```\n\n"
+        f"```bash\n{_command(layouts[layout].command(config), target, name)}\n```\n\n"
         f"For {other.reader}, `fledge export` the head with `--to {other.name}` first; read as they are, tap ids or "
         f"names would be wrong and the head would draft next to nothing.\n\n"
-        f"```bash\n{_command(other.name, target, f'{name}-{other.name}')}\n```"
+        f"```bash\n{_command(other.command(config), target, f'{name}-{other.name}')}\n```"
     )
 
 
-def _command(layout: str, target: str, head: str) -> str:
+def _command(serve: str, target: str, head: str) -> str:
     """A command to copy into a shell; a name that means something else to a shell stays a placeholder."""
     names = {"TARGET": _public(target), "HEAD": head}
     plain = {word: name if PLAIN_NAME.fullmatch(name) else word for word, name in names.items()}
-    return re.sub("TARGET|HEAD", lambda match: plain[match.group()], LAYOUTS[layout].serve)
+    return re.sub("TARGET|HEAD", lambda match: plain[match.group()], serve)
 
 
-def _training(run: dict[str, Any], config: DraftConfig) -> str:
+def _training(run: dict[str, Any], config: Any) -> str:
     settings = run.get("config") or {}
     if not settings:
         return ""

@@ -6,21 +6,26 @@ written is a row in `layouts`, how another trainer's head is read a row in `fled
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
 from fledge import provenance
 from fledge.console import say
+from fledge.drafters.dspark.foreign import block_origin_of, read_any_block
 from fledge.drafters.eagle3.checkpoint import WEIGHTS, same_embedding
-from fledge.drafters.eagle3.config import to_json
 from fledge.drafters.eagle3.foreign import origin_of, read_any, read_config
-from fledge.drafters.eagle3.head import EMBEDDING, Head, read_head
+from fledge.drafters.eagle3.head import EMBEDDING, Head
+from fledge.drafters.layer_config import HINT, JSON
 from fledge.errors import UserError, naming
+from fledge.export.block_layouts import BLOCK_LAYOUTS
 from fledge.export.card import CARD, model_card
+from fledge.export.forms import AnyHead, AnyLayout, form_of
 from fledge.export.hub import push_folder
-from fledge.export.layouts import LAYOUTS, Layout
+from fledge.export.layouts import LAYOUTS
 from fledge.export.settings import ConvertSettings, ExportSettings
 from fledge.outputs import Output, check, document_has, write_file, write_json, written
+from fledge.parsing import read_json
 from fledge.target.head import TargetEnds
 
 HEAD_FILES = ("config.json", WEIGHTS)
@@ -32,7 +37,7 @@ CONVERT = Output(
 )
 
 
-def write_head(head: Head, folder: Path, layout: Layout, target: str) -> None:
+def write_head(head: AnyHead, folder: Path, layout: AnyLayout, target: str) -> None:
     """Write a head in a layout into a folder that is being built (`fledge.outputs.written`)."""
     layout.refuse(head)
     dtype = str(head.dtype).removeprefix("torch.")
@@ -45,7 +50,8 @@ def write_head(head: Head, folder: Path, layout: Layout, target: str) -> None:
 def export_head(args: ExportSettings) -> None:
     """Write a head in the layout an engine reads, with its model card, and print the command that serves it."""
     _check_output(args.head, args.output_dir, EXPORT, args.overwrite)
-    head, layout = read_head(Path(args.head)), LAYOUTS[args.to]
+    form = form_of(Path(args.head))
+    head, layout = form.read(Path(args.head)), form.layout(args.to)
     if args.to == "speculators" and not args.target:
         raise UserError("--target is needed for --to speculators: its config names the target.")
     card = model_card(
@@ -58,7 +64,7 @@ def export_head(args: ExportSettings) -> None:
         provenance.write(folder / "export.json", dataclasses.asdict(args), source=args.head)
         write_file(folder / CARD, card)
     say(f"written: {args.output_dir} (model card: README.md)")
-    say(layout.serve.replace("TARGET", args.target or "TARGET").replace("HEAD", str(args.output_dir)))
+    say(layout.command(head.config).replace("TARGET", args.target or "TARGET").replace("HEAD", str(args.output_dir)))
     if args.push_to_hub:
         say(f"uploaded: {push_folder(args.output_dir, args.push_to_hub, private=args.private)}")
 
@@ -66,22 +72,29 @@ def export_head(args: ExportSettings) -> None:
 def convert_head(args: ConvertSettings) -> None:
     """Bring another trainer's head into fledge's form, so that it can be measured, continued and exported."""
     _check_output(args.head, args.output_dir, CONVERT, args.overwrite)
+    head, origin, layout = _read_foreign(Path(args.head), args)
+    if args.rope_theta:
+        rope = {**head.config.rope_parameters, "rope_theta": args.rope_theta}
+        head = dataclasses.replace(head, config=dataclasses.replace(head.config, rope_parameters=rope))
+    described = layout.describe(head.config, str(head.dtype).removeprefix("torch."), args.target or "")
+    with written(args.output_dir, CONVERT, overwrite=args.overwrite) as building:
+        write_head(head, building, layout, args.target or "")
+        provenance.write(building / "convert.json", dataclasses.asdict(args), origin=origin, head=described)
+    say(f"written: {args.output_dir} (from {origin}); taps are inputs of layers {list(head.config.tap_layers)}")
+
+
+def _read_foreign(folder: Path, args: ConvertSettings) -> tuple[Any, str, AnyLayout]:
+    """A head in any layout, its trainer's name, and the layout that is fledge's own form of it."""
+    block = block_origin_of(read_json(folder / "config.json", JSON, hint=HINT))
+    if block is not None:
+        return read_any_block(folder), block.name, BLOCK_LAYOUTS["vllm"]
     num_layers = None
     if args.target:
         from transformers import AutoConfig
 
         num_layers = AutoConfig.from_pretrained(args.target).get_text_config().num_hidden_layers
-    folder = Path(args.head)
     head = read_any(folder, num_target_layers=num_layers, tap_convention=args.tap_convention)
-    head = _without_copies(head, folder, args.target)
-    if args.rope_theta:
-        rope = {**head.config.rope_parameters, "rope_theta": args.rope_theta}
-        head = dataclasses.replace(head, config=dataclasses.replace(head.config, rope_parameters=rope))
-    origin = origin_of(read_config(folder)).name
-    with written(args.output_dir, CONVERT, overwrite=args.overwrite) as building:
-        write_head(head, building, LAYOUTS["eagle"], args.target or "")
-        provenance.write(building / "convert.json", dataclasses.asdict(args), origin=origin, head=to_json(head.config))
-    say(f"written: {args.output_dir} (from {origin}); taps are inputs of layers {list(head.config.tap_layers)}")
+    return _without_copies(head, folder, args.target), origin_of(read_config(folder)).name, LAYOUTS["eagle"]
 
 
 def _without_copies(head: Head, folder: Path, target: str | None) -> Head:

@@ -34,6 +34,10 @@ class Layout:
     reader: str = "vLLM"
     """The engine that reads it, as people call it."""
 
+    def command(self, config: DraftConfig) -> str:
+        """What serves HEAD with TARGET."""
+        return self.serve
+
     def tensor_name(self, ours: str) -> str:
         """The layout's name of one of our tensors."""
         return ours.replace("midlayer.", self.layer_prefix, 1) if ours.startswith("midlayer.") else ours

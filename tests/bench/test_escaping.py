@@ -12,6 +12,7 @@ from fledge.commands.report import ReportArgs, report
 from fledge.console import say, show_table, warn
 from fledge.escaping import markdown, one_line, printable
 from fledge.export.card import Licence, _command, _header, _table
+from fledge.export.layouts import LAYOUTS
 
 HOSTILE = {
     "cell": "a | b",
@@ -151,10 +152,10 @@ def test_tables_and_header_of_a_card_are_escaped():
     lines = _table(("", ""), [("data", EVERYTHING)]).splitlines()
     assert len(lines) == 3 and len(re.findall(r"(?<!\\)(?:\\\\)*\|", lines[2])) == 3
     licence = Licence(license="other", license_name="x\nbase_model: somebody/else", license_link="l")
-    assert _header("a/b\nevil: 1", licence).count("base_model") == 1
+    assert _header("a/b\nevil: 1", licence, "eagle3").count("base_model") == 1
 
 
 @pytest.mark.parametrize("target", ["x; rm -rf ~", "$(reboot)", "a'b", "```\n# x"])
 def test_a_command_of_a_card_holds_no_other_command(target):
-    assert "vllm serve TARGET --" in _command("vllm", target, "head")
-    assert "vllm serve org/Model-1.5B --" in _command("vllm", "org/Model-1.5B", "head")
+    assert "vllm serve TARGET --" in _command(LAYOUTS["vllm"].serve, target, "head")
+    assert "vllm serve org/Model-1.5B --" in _command(LAYOUTS["vllm"].serve, "org/Model-1.5B", "head")

@@ -29,6 +29,10 @@ class BlockHead:
     config: BlockConfig
     tensors: dict[str, Tensor]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors["fc.weight"].dtype
+
 
 def read_block(folder: Path) -> BlockHead:
     """A block draft of ours, complete and consistent."""

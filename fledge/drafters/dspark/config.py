@@ -207,7 +207,11 @@ def is_block_document(document: dict[str, Any]) -> bool:
 
 def from_json(path: Path) -> BlockConfig:
     """Read a config.json in the layout of `to_json`."""
-    document = read_json(path, JSON, hint=HINT)
+    return config_of_document(read_json(path, JSON, hint=HINT), path)
+
+
+def config_of_document(document: JSON, path: Path) -> BlockConfig:
+    """A config from a document in our form; `path` names its place in errors."""
     fields = convert(document, BlockFields, str(path))
     beside = convert(document, DflashFields, str(path))
     inner = fields.dflash_config or DflashFields()
