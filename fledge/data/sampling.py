@@ -42,11 +42,10 @@ class TemperatureMixture:
             raise UserError(
                 f"--temperature {text!r}: not a temperature and not a mixture. Write 0.7 or 0.0:0.3,0.7:0.7."
             ) from None
-        if not all(0 <= number < math.inf for number in (*temperatures, *shares)) or abs(sum(shares) - 1) > 1e-6:
-            raise UserError(
-                f"--temperature {text!r}: the shares add up to {sum(shares):g}. They must add up to 1, and every "
-                "number must be finite and not negative."
-            )
+        if not all(0 <= number < math.inf for number in (*temperatures, *shares)):
+            raise UserError(f"--temperature {text!r}: every number must be finite and not negative.")
+        if abs(sum(shares) - 1) > 1e-6:
+            raise UserError(f"--temperature {text!r}: the shares add up to {sum(shares):g}. They must add up to 1.")
         return cls(temperatures, shares)
 
     def draw(self, seed: int, row_id: str) -> float:
