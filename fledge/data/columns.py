@@ -33,8 +33,9 @@ MARKED_TURN = re.compile(r"### (Human|Assistant):")  # Guanaco's: the whole conv
 SWITCHES: dict[str, tuple[type, ...]] = {  # arguments of chat templates that rows name directly, and their types
     "enable_thinking": (bool,), "reasoning_effort": (bool, str), "thinking": (bool, str),
 }  # fmt: skip
+ROW_MARKS = ("weight", "train")  # 0 or false: no answer of the row is trained; other values are the row's own
 BESIDE_TURNS = frozenset(  # columns that change what the model sees, beside those that hold the turns
-    (*SYSTEM_COLUMNS, *REASONING_KEYS, *SWITCHES, *TOOL_COLUMNS, "chat_template_kwargs", "image", "images")
+    (*SYSTEM_COLUMNS, *REASONING_KEYS, *SWITCHES, *TOOL_COLUMNS, *ROW_MARKS, "chat_template_kwargs", "image", "images")
 )
 MAPPABLE = (
     *FORMAT_KEYS["auto"], "system", "prompt", "instruction", "input", "history", "completion", "output", "tools",
@@ -115,13 +116,15 @@ def system_of(row: Mapping[str, Any], messages: Sequence[dict[str, Any]]) -> tup
 
 def tools_in(row: Mapping[str, Any], messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The tools of a row. None when its system message states them already (Hermes): they would be there twice."""
-    found = [tools_of(row[name]) for name in TOOL_COLUMNS if row.get(name) is not None]
-    if found[1:] and found[0] != found[1]:
-        raise Reject("fields contradict", "columns 'tools' and 'functions' differ: keep one of them")
-    tools = found[0] if found else []
+    places = {f"column {name!r}": row.get(name) for name in TOOL_COLUMNS}
+    places["the system message"] = messages[0].get("tools") if messages and messages[0]["role"] == "system" else None
+    stated = {place: tools_of(value) for place, value in places.items() if value is not None}
+    tools = next(iter(stated.values()), [])
+    if differs := next((place for place, found in stated.items() if found != tools), None):
+        raise Reject("fields contradict", f"tools of {differs} are not those of {next(iter(stated))}: keep one of them")
     system = str(messages[0]["content"]) if messages and messages[0]["role"] == "system" else ""
-    stated = "<tools>" in system and all(_tool_name(tool) in system for tool in tools)
-    return [] if stated else tools
+    written = "<tools>" in system and all(_tool_name(tool) in system for tool in tools)
+    return [] if written else tools
 
 
 def template_kwargs_of(row: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
@@ -131,9 +134,10 @@ def template_kwargs_of(row: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]
         raise Reject("unknown format", f"chat_template_kwargs is an object, found {type(kwargs).__name__}")
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     for name, types in SWITCHES.items():
-        if not isinstance(row.get(name), (*types, NoneType)):
-            wanted = " or ".join({bool: "true or false", str: "a text"}[one] for one in types)
-            raise Reject("unknown format", f"{name} is {wanted}, found {row[name]!r:.60}")
+        for value in (row.get(name), kwargs.get(name)):
+            if not isinstance(value, (*types, NoneType)):
+                wanted = " or ".join({bool: "true or false", str: "a text"}[one] for one in types)
+                raise Reject("unknown format", f"{name} is {wanted}, found {value!r:.60}")
     switches = {name for name in SWITCHES if isinstance(row.get(name), bool)}
     switches |= {"reasoning_effort"} if isinstance(row.get("reasoning_effort"), str) else set()
     if "chat_template_kwargs" in row and row["chat_template_kwargs"]:
@@ -143,6 +147,8 @@ def template_kwargs_of(row: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]
 
 def row_reasoning(row: Mapping[str, Any], messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], set[str]]:
     """Messages with the reasoning of a column, which must belong to the one answer of the row."""
+    if wrong := next((name for name in REASONING_KEYS if isinstance(row.get(name), (list, tuple, dict))), None):
+        raise Reject("unknown format", f"column {wrong!r} holds reasoning, which is a text; found {row[wrong]!r:.60}")
     names = {name for name in REASONING_KEYS if isinstance(row.get(name), str) and row[name].strip()}
     if not names:
         return messages, names
@@ -167,13 +173,15 @@ def _list_of(value: Any, name: str) -> list[Any] | None:
 def _of_question(row: Mapping[str, Any], question: str) -> tuple[list[Any], set[str]]:
     """A row of a prompt, what it is about, earlier turns, and its answer if there is one."""
     answer = _first(row, ANSWER_COLUMNS)
-    history = row.get("history") if question == "instruction" else None
+    history = row.get("history")
+    if question != "instruction" and not _are_pairs(history):
+        history = None  # a column of the row's own
     used = {question, *({answer} if answer else ()), *({"history"} if history else ())}
     turns: list[Any] = []
     if history and not isinstance(history, (list, tuple)):
         raise Reject("unknown format", f"history is a list, found {type(history).__name__}")
     for pair in history or ():
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        if not _are_pairs([pair]):
             raise Reject("unknown format", "history is a list of [question, answer]")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     asked = _list_of(row[question], question)
@@ -193,6 +201,11 @@ def _of_question(row: Mapping[str, Any], question: str) -> tuple[list[Any], set[
     else:
         turns += said[len(asked) :] if _same_turns(said[: len(asked)], asked) else said
     return turns, used
+
+
+def _are_pairs(value: Any) -> bool:
+    """Whether this is a list of [question, answer]."""
+    return isinstance(value, (list, tuple)) and all(isinstance(one, (list, tuple)) and len(one) == 2 for one in value)
 
 
 def _of_marked_text(text: str) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from fledge.data.columns import (
     BESIDE_TURNS,
     FORMAT_KEYS,
+    ROW_MARKS,
     TOKEN_COLUMNS,
     TOOL_COLUMNS,
     ColumnMap,
@@ -117,7 +118,7 @@ def _parsed(row: Row, value: dict[str, Any], data_format: DataFormat) -> Convers
     turns, used = turns_of(value, data_format)
     messages = joined([message_of(turn, index) for index, turn in enumerate(turns)])
     stated: dict[str, Any] = {}
-    if not value.keys().isdisjoint(BESIDE_TURNS):
+    if not value.keys().isdisjoint(BESIDE_TURNS) or messages and "tools" in messages[0]:
         messages, stated, more = _with_columns(messages, value)
         used |= more
     if messages or all(value.get(name) is None for name in TOKEN_COLUMNS):
@@ -136,8 +137,12 @@ def _with_columns(
     if messages:
         system, columns = system_of(value, messages)
         messages = [{"role": "system", "content": system}, *messages] if system else messages
+        messages[0] = {name: item for name, item in messages[0].items() if name != "tools"}
         messages, more = row_reasoning(value, messages)
         used |= columns | more
+        if marks := {name for name in ROW_MARKS if value.get(name) is not None and value[name] == 0}:
+            messages = [{**one, "train": False} if one["role"] == "assistant" else one for one in messages]
+            used |= marks
         with_images = with_row_images(messages, value)
         if with_images is not messages:
             used |= value.keys() & {"image", "images"}

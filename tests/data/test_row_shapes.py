@@ -70,6 +70,11 @@ PUBLIC_SHAPES = {
         {"text": "### Human: Hi### Assistant: Hello### Human: More?\n### Assistant: ### No.\n"},
         [*QA, ("user", "More?"), ("assistant", "### No.")],
     ),
+    "swift": (
+        {"query": "More?", "response": "No.", "history": [["Hi", "Hello"]]},
+        [*QA, ("user", "More?"), ("assistant", "No.")],
+    ),
+    "a history of another kind": ({"question": "Hi", "answer": "Hello", "history": "19th century"}, QA),
     "metamath": ({"query": "Hi", "response": "Hello", "type": "x"}, QA),
     "trl prompt and completion": ({"prompt": "Hi", "completion": "Hello"}, QA),
     "trl conversational": ({"prompt": [user()], "completion": [assistant()]}, QA),
@@ -208,8 +213,34 @@ def test_tools_under_their_older_name():
     row = {"messages": [user("Weather?"), assistant(None, function_call={"name": "weather"})], "functions": [TOOL]}
     assert parse(row).tools == [OPENAI_TOOL] and "functions" not in parse(row).meta
     assert parse({**row, "tools": json.dumps([TOOL])}).tools == [OPENAI_TOOL]
-    with pytest.raises(Reject, match="'tools' and 'functions' differ"):
+    with pytest.raises(Reject, match="tools of column 'functions' are not those of column 'tools'"):
         parse({**row, "tools": []})
+
+
+def test_tools_of_a_system_message():
+    """They stayed a field of the message, which no template reads."""
+    system = {"role": "system", "content": "Be brief.", "tools": [TOOL]}
+    found = parse({"messages": [system, user(), assistant()]})
+    assert found.tools == [OPENAI_TOOL] and "tools" not in found.messages[0]
+    with pytest.raises(Reject, match="tools of the system message are not those of column 'tools'"):
+        parse({"messages": [system, user(), assistant()], "tools": []})
+
+
+@pytest.mark.parametrize(
+    ("mark", "trained"),
+    [({"weight": 0}, False), ({"train": False}, False), ({"weight": 1}, True), ({"weight": 0.3}, True), ({}, True)],
+)
+def test_marks_of_a_whole_row(mark, trained):
+    """A row of weight 0 was trained."""
+    found = parse({"messages": [user(), assistant()], **mark})
+    assert found.messages == (user(), assistant() if trained else assistant(train=False))
+    assert found.meta == (mark if trained else {})
+
+
+@pytest.mark.parametrize("name", ["thoughts", "reasoning"])
+def test_reasoning_that_is_no_text_is_not_dropped(name):
+    with pytest.raises(Reject, match=f"column '{name}' holds reasoning, which is a text; found .'Hm.'.$"):
+        parse({"messages": [user(), assistant()], name: ["Hm."]})
 
 
 @pytest.mark.parametrize(
@@ -220,6 +251,8 @@ def test_a_switch_of_another_type_is_no_column_of_the_rows_own(switch):
     ((name, value),) = switch.items()
     with pytest.raises(Reject, match=f"{name} is .*, found {re.escape(repr(value))}"):
         parse({"messages": [user()], **switch})
+    with pytest.raises(Reject, match=f"{name} is "):
+        parse({"messages": [user()], "chat_template_kwargs": switch})
     assert parse({"messages": [user()], name: None}).meta == {}
 
 
