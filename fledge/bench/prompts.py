@@ -38,8 +38,8 @@ class QuestionRow(msgspec.Struct):
     messages: list[dict[str, Any]] | None = None
     conversations: list[dict[str, Any]] | None = None
     system: str | None = None
-    question_id: str | int | None = None
-    id: str | int | None = None
+    question_id: str | int | msgspec.UnsetType = msgspec.UNSET
+    id: str | int | msgspec.UnsetType = msgspec.UNSET
     category: str | int | None = None
     reference: str | list[str | int | float] | None = None
     code_check: CodeCheck | None = None

@@ -199,6 +199,7 @@ def test_system_prompt_is_kept(tmp_path):
         ('{"question_id": 1, "turns": ["a"]}\n{"question_id": 1, "turns": ["b"]}', ":2: question id '1' was already"),
         ('{"question": "a"}', "needed a non-empty `turns`"),
         ('{"turns": [""]}', "needed a non-empty `turns`"),
+        ('{"question_id": null, "turns": ["a"]}', "bad.jsonl:1: Expected .*got `null`"),
         ("[1]", "Expected `object`, got `array`"),
         ("\n", "no questions"),
     ],
