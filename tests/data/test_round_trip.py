@@ -122,7 +122,7 @@ def test_the_prompt_of_training_is_the_prompt_that_was_sent(target, server, tmp_
 def test_thinking_on_and_off_reach_the_prompt_and_the_training_text(target, server, tmp_path, name, thinking):
     template = target(name)
     thread = server(template)
-    data, choice = rows(tmp_path), {"prompt": {"tokenizer": str(tmp_path / "target")}, "answer": {"thinking": thinking}}
+    data, choice = rows(tmp_path), {"prompt": {"target": str(tmp_path / "target")}, "answer": {"thinking": thinking}}
     switch = switch_of(template)
     if switch is None:
         with pytest.raises(UserError, match="the same with thinking on and off"):
@@ -140,7 +140,7 @@ def test_thoughts_are_supervised_behind_the_prompt_that_was_sent(target, server,
     thread = server(template, lambda body: {"message": {"reasoning_content": f"thought {len(body['messages'])}"}})
     data, choice = rows(tmp_path), {}
     if switch_of(template):
-        choice = {"prompt": {"tokenizer": str(tmp_path / "target")}, "answer": {"thinking": "on"}}
+        choice = {"prompt": {"target": str(tmp_path / "target")}, "answer": {"thinking": "on"}}
     if EXPECTED[name]["thought"].startswith("REJECT"):
         run(data, tmp_path / "out", thread.url, **choice)
         with pytest.raises(Reject):
