@@ -2,12 +2,13 @@
 
 A GenerationConfig means here what it means to `model.generate`: fields that are not set are the model's own, then
 transformers' defaults; sampling needs `do_sample`. Keyword arguments alone mean what the flags of `fledge decode` do:
-the model's own repetition_penalty, top_k and min_p hold where they are not given. A field that would change the answer
-in a way that is not built here is refused by its name, never passed over.
+the model's own repetition_penalty, top_k, min_p and stop strings hold where they are not given. A field that would
+change the answer in a way that is not built here is refused by its name, never passed over.
 """
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -17,10 +18,10 @@ from fledge.errors import UserError, nearest
 DEFAULT_LENGTH = 256  # new tokens, where nothing says how many
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 ONLY_SAMPLED = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-FROM_OWN = ("repetition_penalty", "top_k", "min_p")  # the model's, where only keyword arguments are given
+FROM_OWN = ("repetition_penalty", "top_k", "min_p", "stop_strings")  # the model's, beside keyword arguments alone
 DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers', where do_sample is set
 LENGTHS = ("max_new_tokens", "max_length")
-TAKEN = (*SAMPLING, *LENGTHS, "eos_token_id")
+TAKEN = (*SAMPLING, *LENGTHS, "eos_token_id", "stop_strings")
 # What does not change the text of an answer that is drawn from the model's own distribution, token by token.
 WITHOUT_EFFECT = {
     "assistant_confidence_threshold", "assistant_lookbehind", "bos_token_id", "cache_config", "cache_implementation",
@@ -46,6 +47,7 @@ class GenerationOptions(TypedDict, total=False):
     top_k: int | None
     min_p: float | None
     repetition_penalty: float | None
+    stop: str | Sequence[str] | None  # strings that end an answer; its text ends before them
     seed: int | None
     eos_token_id: int | list[int] | None  # instead of the target's own
 
@@ -85,7 +87,9 @@ def read_settings(config: Any, own: Any, options: GenerationOptions) -> Generati
         lengths = {"max_new_tokens": given.pop("max_new_tokens")}
     eos: Any = given.pop("eos_token_id", fields.pop("eos_token_id", None))
     ids = eos if eos is None or isinstance(eos, (list, tuple)) else [eos]
-    return GenerationSettings(Sampling(**{**fields, **given}), None if ids is None else tuple(ids), **lengths)
+    stop: Any = given.pop("stop", fields.pop("stop_strings", ()))
+    sampling = Sampling(**{**fields, **given}, stop=(stop,) if isinstance(stop, str) else tuple(stop))
+    return GenerationSettings(sampling, None if ids is None else tuple(ids), **lengths)
 
 
 def _fields(config: Any, own: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fledge.api.pairs import Draft, TapLayers, let_go, pair_up, target_of
 from fledge.api.settings import GenerationOptions, GenerationSettings, read_settings
-from fledge.data.detokenize import Detokenizer
+from fledge.data.detokenize import Detokenizer, answer_text
 from fledge.data.gguf import model_folder
 from fledge.data.rejects import Reject
 from fledge.data.samples import Prompt
@@ -38,7 +38,7 @@ class GeneratedText:
     """An answer, and what the drafter was worth."""
 
     text: str
-    token_ids: list[int]  # the stop token included when it was generated
+    token_ids: list[int]  # the stop token included when it was generated, and the last token of a stop string
     finish_reason: Literal["stop", "length"]
     tau: float  # tokens per forward of the target; NaN where the prompt's forward was the only one
     tokens_per_s: float  # after the first token
@@ -118,12 +118,11 @@ class Speculator:
     ) -> GeneratedText:
         """The answer to one prompt."""
         settings, ready = self._settings(generation_config, options), self._prompt(prompt)
-        return self._finished(
-            decoding.generate(
-                self.target, self.drafter, ready.ids, model_inputs=ready.model_inputs,
-                **self._arguments(settings, [prompt], len(ready)),
-            )
+        made = decoding.generate(
+            self.target, self.drafter, ready.ids, model_inputs=ready.model_inputs,
+            **self._arguments(settings, [prompt], len(ready)),
         )  # fmt: skip
+        return self._finished(made, settings)
 
     def stream(
         self, prompt: PromptLike, generation_config: Any = None, **options: Unpack[GenerationOptions]
@@ -134,7 +133,7 @@ class Speculator:
             self.target, self.drafter, [ready.ids], model_inputs=ready.model_inputs,
             **self._arguments(settings, [prompt], len(ready)),
         )  # fmt: skip
-        return self._pieces(rounds)
+        return self._pieces(rounds, settings.sampling.stop)
 
     def generate_batch(
         self, prompts: Sequence[PromptLike], generation_config: Any = None, *, batch_size: int | None = None,
@@ -159,7 +158,7 @@ class Speculator:
         else:
             ids = [one.ids for one in ready]
             made = decoding.generate_batch(self.target, self.drafter, ids, batch_size=batch_size, **arguments)
-        return [self._finished(one) for one in made]
+        return [self._finished(one, settings) for one in made]
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -190,8 +189,8 @@ class Speculator:
             return Prompt(_ids_of_encoding(prompt))
         return Prompt(_one_row(prompt))  # type: ignore[arg-type]
 
-    def _pieces(self, rounds: Generator[list[list[int]], None, None]) -> Iterator[str]:
-        detokenizer = Detokenizer(self.tokenizer)
+    def _pieces(self, rounds: Generator[list[list[int]], None, None], stop: Sequence[str]) -> Iterator[str]:
+        detokenizer = Detokenizer(self.tokenizer, stop)
         with closing(rounds):
             for (tokens,) in rounds:
                 if piece := "".join(map(detokenizer.add, tokens)):
@@ -199,8 +198,8 @@ class Speculator:
         if rest := detokenizer.rest():
             yield rest
 
-    def _finished(self, made: Generation) -> GeneratedText:
-        text = self.tokenizer.decode(made.token_ids, skip_special_tokens=True)
+    def _finished(self, made: Generation, settings: GenerationSettings) -> GeneratedText:
+        text = answer_text(self.tokenizer, made.token_ids, settings.sampling.stop)
         return GeneratedText(text, made.token_ids, made.finish_reason, made.tau, made.tokens_per_s)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from fledge.bench.settings import BenchSettings
+from fledge.data.detokenize import answer_text
 from fledge.data.rejects import Reject
 from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
@@ -149,8 +150,8 @@ class InProcessEngine:
         return self.template.stop_token_ids
 
     def text(self, token_ids: list[int]) -> str:
-        """An answer as text, without the template's control tokens."""
-        return self.target.tokenizer.decode(token_ids, skip_special_tokens=True)
+        """An answer as text, without the template's control tokens, up to a stop string."""
+        return answer_text(self.target.tokenizer, token_ids, self.spec.sampling.stop)
 
     def coloured_rounds(self, generation: Generation) -> list[dict[str, Any]]:
         """A traced generation as text pieces: per round the drafts kept, the first path refused there, the bonus."""

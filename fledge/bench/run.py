@@ -264,11 +264,11 @@ def settings_of(args: BenchSettings, law: Sampling, tree: dict[str, int], placem
     }
 
 
-def law_settings(law: Sampling) -> dict[str, float]:
+def law_settings(law: Sampling) -> dict[str, Any]:
     """The law under the names of the flags; what was not known to earlier runs only where it is used."""
     found = {"temperature": law.temperature, "top_p": law.top_p, "sample_top_k": law.top_k}
     neutral = Sampling()
-    newer = {name: getattr(law, name) for name in ("min_p", "repetition_penalty")}
+    newer = {name: getattr(law, name) for name in ("min_p", "repetition_penalty", "stop")}
     return {**found, **{name: value for name, value in newer.items() if value != getattr(neutral, name)}}
 
 

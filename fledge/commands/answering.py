@@ -1,10 +1,11 @@
 """What `fledge decode` and `fledge chat` share: their flags, a loaded target with its head, and text as it streams."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from fledge.console import say, show_table
-from fledge.data.detokenize import Detokenizer
+from fledge.data.detokenize import Detokenizer, answer_text
 from fledge.data.image_urls import allow_image_urls
 from fledge.data.rejects import Reject
 from fledge.data.settings import PromptSettings
@@ -80,7 +81,7 @@ class Answerer:
 
     def answer(self, prompt: "Prompt", out: TextIO) -> tuple[Generation, str]:
         """Stream an answer, with its line of figures on stderr; also returns its text."""
-        stream = Stream(self.target.tokenizer, out)
+        stream = Stream(self.target.tokenizer, out, self.sampling.stop)
         try:
             found = self._generate(self.draft, prompt, on_tokens=stream.write)
         finally:
@@ -115,6 +116,10 @@ class Answerer:
         options = {**self._options(), "budget": budget, "model_inputs": prompt.model_inputs, **changes}
         return generate(self.target, draft, prompt.ids, **options)
 
+    def text(self, generation: Generation) -> str:
+        """What an answer says."""
+        return answer_text(self.target.tokenizer, generation.token_ids, self.sampling.stop)
+
     def _options(self) -> dict[str, Any]:
         from fledge.decoding.generate import uses_fixed_shapes
 
@@ -136,8 +141,8 @@ def rendered(template: "ChatTemplate", messages: list[dict[str, Any]]) -> "Promp
 class Stream:
     """Writes text as its tokens arrive."""
 
-    def __init__(self, tokenizer: Any, out: TextIO) -> None:
-        self._detokenizer, self._out = Detokenizer(tokenizer), out
+    def __init__(self, tokenizer: Any, out: TextIO, stop: Sequence[str] = ()) -> None:
+        self._detokenizer, self._out = Detokenizer(tokenizer, stop), out
         self._colour = out.isatty()
 
     def write(self, new: list[int]) -> None:
@@ -160,7 +165,7 @@ class Stream:
 def speed_line(name: str, generation: Generation) -> str:
     """Tokens, tau, tokens per second after the first, time to the first."""
     tau = f", tau {generation.tau:.2f}" if generation.drafted_depth and generation.num_forwards else ""
-    ended = "at a stop token" if generation.finish_reason == "stop" else "at the length limit"
+    ended = "at a stop" if generation.finish_reason == "stop" else "at the length limit"
     return (
         f"{name}: {len(generation.token_ids)} tokens, ended {ended}{tau}, {generation.tokens_per_s:.1f} tok/s, "
         f"first token after {1000 * generation.ttft_s:.0f} ms"

@@ -70,7 +70,7 @@ def decode_several(args: DecodeArgs, answerer: Answerer, prompts: "list[Prompt]"
         speeds.append(sum(len(one.token_ids) for one in made[-1]) / (time.perf_counter() - start))
     for text, one in zip(args.prompt, made[0], strict=True):
         say(f"> {text}")
-        answer = answerer.target.tokenizer.decode(one.token_ids, skip_special_tokens=True)
+        answer = answerer.text(one)
         print(printable(answer) if sys.stdout.isatty() else answer)
         say(speed_line("plain" if answerer.draft is None else "speculative", one))
     say(f"{len(prompts)} prompts, {args.batch_size} at a time: {speeds[0]:.1f} tok/s in all, prompts included")

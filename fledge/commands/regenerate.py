@@ -107,7 +107,7 @@ def _check_answers(answers: AnswerSettings, samples: int) -> None:
 
 
 def _flags(answers: AnswerSettings) -> ExtraSampling:
-    return ExtraSampling(answers.repetition_penalty, answers.sample_top_k, answers.min_p)
+    return ExtraSampling(answers.repetition_penalty, answers.sample_top_k, answers.min_p, answers.stop)
 
 
 def _journal(args: RegenerateArgs, total: int, settings: dict[str, Any]) -> Journal:

@@ -69,14 +69,15 @@ EMPTY: tuple[Any, ...] = ("", [], {})
 
 @dataclass(frozen=True)
 class ExtraSampling:
-    """Sampling beyond temperature and top_p, in the order transformers applies it. None: left to the engine, which in
-    this process means off."""
+    """Sampling beyond temperature and top_p, in the order transformers applies it, and where answers stop. None: left
+    to the engine, which in this process means off."""
 
     repetition_penalty: float | None = None
     top_k: int | None = None  # 0: all tokens
     min_p: float | None = None
+    stop: tuple[str, ...] | None = None  # strings that end an answer
 
-    def given(self) -> dict[str, float]:
+    def given(self) -> dict[str, Any]:
         """Those that are set."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
@@ -89,6 +90,7 @@ class GenerationConfig(msgspec.Struct, omit_defaults=True):
     repetition_penalty: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    stop_strings: str | list[str] | None = None
 
     typical_p: float | None = None
     epsilon_cutoff: float | None = None
@@ -106,15 +108,18 @@ class GenerationConfig(msgspec.Struct, omit_defaults=True):
     begin_suppress_tokens: Listed = None
     bad_words_ids: Listed = None
     sequence_bias: Listed = None
-    stop_strings: Listed = None
     forced_bos_token_id: int | None = None
     forced_eos_token_id: int | list[int] | None = None
     exponential_decay_length_penalty: Listed = None
     watermarking_config: Listed = None
 
     def asked(self) -> dict[str, Any]:
-        """Every setting that changes what is sampled."""
-        asked = {**msgspec.to_builtins(self), **({"top_k": max(self.top_k, 0)} if self.top_k is not None else {})}
+        """Every setting that changes what is sampled; `stop` are the stop strings."""
+        asked = msgspec.to_builtins(self)
+        if self.top_k is not None:
+            asked["top_k"] = max(self.top_k, 0)
+        if stop := asked.pop("stop_strings", None):
+            asked["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
         return {
             name: value for name, value in asked.items()
             if value is not None and value != NEUTRAL.get(name) and value not in EMPTY
@@ -142,16 +147,25 @@ def resolve_extra(flags: ExtraSampling, asked: Mapping[str, Any]) -> ExtraSampli
 def describe(extra: ExtraSampling, asked: Mapping[str, Any] | None, *, temperature: str, top_p: float) -> list[str]:
     """Sentences for the log: how answers are sampled, and where that differs from what the target asks for."""
     settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, **extra.given()}
-    told = [f"sampling: {', '.join(f'{name} {value}' for name, value in settings.items())}"]
+    told = [f"sampling: {', '.join(f'{name} {shown(value)}' for name, value in settings.items())}"]
     if asked is None:
         told.append(
             "the target's generation_config is not on this machine: a server applies its own top_k, min_p and "
             "repetition_penalty where --top-k, --min-p and --repetition-penalty are not given"
         )
-    differs = [f"{name} {value}" for name, value in (asked or {}).items() if str(settings.get(name)) != str(value)]
+    differs = [
+        f"{name} {shown(value)}" for name, value in (asked or {}).items() if str(settings.get(name)) != str(value)
+    ]
     if differs:
         told.append(f"the target's generation_config asks for {', '.join(differs)}, which is not used here")
     return told
+
+
+def shown(value: Any) -> str:
+    """A setting in a sentence."""
+    if isinstance(value, tuple):
+        return " ".join(map(repr, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _from_hub(name: str, download: bool) -> Path | None:

@@ -7,20 +7,21 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from fledge.console import say
-from fledge.data.sampling import ExtraSampling, read_generation_config, resolve_extra
+from fledge.data.sampling import ExtraSampling, read_generation_config, resolve_extra, shown
 from fledge.decoding.records import Sampling
 from fledge.errors import UserError
 
 FromConfig = Literal["apply", "ignore"]
-APPLIED = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")  # in transformers' order
+APPLIED = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "stop")  # in transformers' order
+GREEDY = ("repetition_penalty", "stop")  # what counts at temperature 0
 WHERE_DRAWN = ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")  # change nothing at temperature 0
 
 
 def law_of(
     target: str, *, temperature: float, top_p: float, flags: ExtraSampling, seed: int | None, from_config: FromConfig
 ) -> Sampling:
-    """The sampling of a target: the flags, and its generation_config's top_k, min_p and repetition_penalty where no
-    flag is given. One line says what it is; a setting that cannot be applied stops the run by its name."""
+    """The sampling of a target: the flags, and its generation_config's top_k, min_p, repetition_penalty and stop
+    strings where no flag is given. One line says what it is; what cannot be applied stops the run by its name."""
     asked = read_generation_config(target, download=True) or {} if from_config == "apply" else {}
     _refuse_unknown(target, asked, drawn=temperature > 0)
     law = sampling_of(resolve_extra(flags, asked), temperature=temperature, top_p=top_p, seed=seed)
@@ -33,6 +34,7 @@ def sampling_of(extra: ExtraSampling, *, temperature: float, top_p: float, seed:
     return Sampling(
         temperature, top_p, extra.top_k or 0, seed, min_p=extra.min_p or 0.0,
         repetition_penalty=1.0 if extra.repetition_penalty is None else extra.repetition_penalty,
+        stop=tuple(extra.stop or ()),
     )  # fmt: skip
 
 
@@ -41,11 +43,13 @@ def described(law: Sampling, asked: Mapping[str, Any]) -> str:
     neutral = Sampling()
     used = {name: getattr(law, name) for name in APPLIED if getattr(law, name) != getattr(neutral, name)}
     if not law.temperature:
-        used = {name: value for name, value in used.items() if name == "repetition_penalty"}
-    shown = ([] if law.temperature else ["greedy"]) + [f"{name} {value:g}" for name, value in used.items()]
-    overruled = [f"{name} {asked[name]:g}" for name in APPLIED if name in asked and asked[name] != getattr(law, name)]
+        used = {name: value for name, value in used.items() if name in GREEDY}
+    words = ([] if law.temperature else ["greedy"]) + [f"{name} {shown(value)}" for name, value in used.items()]
+    overruled = [
+        f"{name} {shown(asked[name])}" for name in APPLIED if name in asked and asked[name] != getattr(law, name)
+    ]
     more = f"; the target's generation_config asks for {', '.join(overruled)}: the flags decide" if overruled else ""
-    return f"sampling: {', '.join(shown)}{more}"
+    return f"sampling: {', '.join(words)}{more}"
 
 
 def _refuse_unknown(target: str, asked: Mapping[str, Any], *, drawn: bool) -> None:

@@ -28,6 +28,8 @@ class Sampling:
     """keep tokens whose probability is at least this share of the likeliest one's; 0 keeps all"""
     repetition_penalty: float = 1.0
     """divides positive logits, and multiplies negative ones, of tokens that prompt or answer hold already; 1 is off"""
+    stop: tuple[str, ...] = ()
+    """strings that end an answer, wherever tokens begin and end; the token that completes one is the last"""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -52,8 +54,8 @@ class Sampling:
 
     @cached_property
     def law(self) -> "Sampling":
-        """The same without the seed: requests of one law are drawn together."""
-        return replace(self, seed=None)
+        """The same without the seed and the stop strings: requests of one law are drawn together."""
+        return replace(self, seed=None, stop=())
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ Everything is checked before anything runs, so every way to decode refuses the s
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
+from fledge.data.detokenize import StopStrings
 from fledge.decoding.records import Generation, RoundTrace, Sampling
 from fledge.errors import UserError
 from fledge.target.model import Target
@@ -37,13 +39,13 @@ class Request:
 class RequestState:
     """A request under way: nothing is emitted after the first stop token, nothing past the limit."""
 
-    def __init__(self, request: Request, limit: int, stop_token_ids: frozenset[int]) -> None:
+    def __init__(self, request: Request, limit: int, stop_token_ids: frozenset[int], tokenizer: Any = None) -> None:
         self.request, self.limit = request, limit
         self.token_ids: list[int] = []
         self.num_new = 0  # tokens of the last round
         self.stopped = self.cancelled = self.drafts = False
         self.drafted_depth = 0
-        self._stops = stop_token_ids
+        self._stops, self._stop_strings = stop_token_ids, StopStrings(tokenizer, request.sampling.stop)
         self._accepted: list[int] = []
         self._rounds: list[RoundTrace] = []
         self._phases_s = dict.fromkeys(PHASES, 0.0)
@@ -62,14 +64,22 @@ class RequestState:
     def finished(self) -> bool:
         return self.stopped or self.room == 0 or self.cancelled
 
+    def until_stop_string(self, tokens: list[int]) -> list[int]:
+        """A round's tokens, up to the one that completes a stop string."""
+        for count in range(1, len(tokens) + 1 if self._stop_strings else 0):
+            if self._stop_strings.end_with([*self.token_ids, *tokens[:count]]):
+                self.stopped = True
+                return tokens[:count]
+        return tokens
+
     def started(self, tokens: list[int], seconds: float) -> list[int]:
         """The prompt was read and gave the first token."""
         self._phases_s["prefill"], self._last = seconds, time.perf_counter()
         return self._emit(tokens)
 
     def emitted(self, tokens: list[int], phases_s: Mapping[str, float], trace: RoundTrace | None = None) -> list[int]:
-        """A round gave these tokens, already cut at the stop and at the limit, and its parts took so many seconds. What
-        they leave of the time since the last tokens is the host's: `other`."""
+        """A round gave these tokens, cut at every stop and at the limit, and its parts took so many seconds. What they
+        leave of the time since the last tokens is the host's: `other`."""
         now = time.perf_counter()
         for name, seconds in phases_s.items():
             self._phases_s[name] += seconds
@@ -85,7 +95,7 @@ class RequestState:
         assert 0 < len(tokens) <= self.room and not self._stops & set(tokens[:-1]), f"{tokens=} {self.room=}"
         self.token_ids += tokens
         self.num_new = len(tokens)
-        self.stopped = tokens[-1] in self._stops
+        self.stopped |= tokens[-1] in self._stops
         if self.request.on_tokens is not None:
             self.request.on_tokens(tokens)
         return tokens

@@ -89,7 +89,8 @@ class Session:
         """Queue a request; it is read when a slot is free."""
         if self.fixed and request.sampling.law != self.law:
             raise UserError("requests of one session of fixed shapes share one sampling, but for the seed.")
-        state = RequestState(request, check_request(self.target, request), self.stop_token_ids)
+        limit = check_request(self.target, request)
+        state = RequestState(request, limit, self.stop_token_ids, self.target.tokenizer)
         state.drafts, state.drafted_depth = self.drafter is not None, self.round.num_slots - 1
         self.waiting.append(state)
         return state
@@ -192,7 +193,10 @@ class Session:
         self._slots[slots] = group
         tokens = self.round.state.tokens[slots, 0].tolist()
         seconds = time.perf_counter() - start
-        return [(state, state.started([token], seconds)) for state, token in zip(group, tokens, strict=True)]
+        return [
+            (state, state.started(state.until_stop_string([token]), seconds))
+            for state, token in zip(group, tokens, strict=True)
+        ]
 
     def _read_texts(self, slots: slice, texts: list[Tensor], inputs: ModelInputs | None) -> TargetOutput:
         """The target and the proposer read texts from their beginning."""
@@ -273,8 +277,9 @@ class Session:
             if state is None or state.finished:
                 continue
             count, *tokens = rows[slot]
-            trace = self._trace(slot, count) if state.request.trace else None
-            new.append((state, state.emitted(tokens[:count], seconds, trace)))
+            kept = state.until_stop_string(tokens[:count])
+            trace = self._trace(slot, len(kept)) if state.request.trace else None
+            new.append((state, state.emitted(kept, seconds, trace)))
             if self.budget is not None:
                 self.budget.record(count)
         return new

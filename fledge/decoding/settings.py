@@ -26,6 +26,8 @@ class SamplingSettings:
     """Least probability of a sampled token, relative to the likeliest."""
     repetition_penalty: Positive | None = None
     """Divisor of the logits of tokens that prompt or answer hold already; at temperature 0 as well."""
+    stop: tuple[str, ...] | None = None
+    """Strings that end an answer, wherever tokens begin and end; its text ends before them."""
     generation_config: FromConfig = "apply"
     """ignore: the flags alone decide. Servers apply it by themselves."""
     seed: Seed = 42
@@ -34,7 +36,7 @@ class SamplingSettings:
     @property
     def extra(self) -> ExtraSampling:
         """The flags beyond temperature and top_p."""
-        return ExtraSampling(self.repetition_penalty, self.sample_top_k, self.min_p)
+        return ExtraSampling(self.repetition_penalty, self.sample_top_k, self.min_p, self.stop)
 
     def law(self, target: str) -> Sampling:
         """How tokens of this target are chosen."""

@@ -87,7 +87,7 @@ def body(request: PromptRequest, *, model: str, max_model_len: int | None, token
         fields["chat_template_kwargs"] = kwargs
         if "reasoning_effort" in kwargs:  # gpt-oss is rendered without a template by vLLM, from this field
             fields["reasoning_effort"] = kwargs["reasoning_effort"]
-    if token_ids:
+    if token_ids and not request.extra.stop:  # what a stop string cuts from the text is still among the ids
         fields["return_token_ids"] = True
     return fields
 

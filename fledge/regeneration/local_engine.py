@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from fledge.console import say
+from fledge.data.detokenize import answer_text
 from fledge.data.image_urls import has_images
 from fledge.data.rejects import Reject
 from fledge.data.samples import Prompt
@@ -69,16 +70,19 @@ class LocalEngine:
     async def answer(self, request: PromptRequest) -> PromptAnswer:
         prompt = await self._prompt(request)
         generation = await self._generated(self._request(request, prompt))
-        tokens = generation.token_ids
-        words = tokens[:-1] if generation.finish_reason == "stop" else tokens
-        text, calls = self._session.target.tokenizer.decode(words, skip_special_tokens=True), None
+        tokens, session = generation.token_ids, self._session
+        ended = tokens[-1] in session.stop_token_ids
+        text = answer_text(session.target.tokenizer, tokens[:-1] if ended else tokens, request.extra.stop or ())
+        calls = None
         if request.tools:
             text, calls = split_calls(text)
         if not text.strip() and not calls:
             raise Reject("empty answer", f"{len(tokens)} tokens and no text")
+        whole = ended or generation.finish_reason == "length"  # a stop string cuts the text, not the tokens
         return PromptAnswer(
             text=text, tool_calls=calls, finish_reason=generation.finish_reason, num_prompt_tokens=len(prompt),
-            num_output_tokens=len(tokens), prompt_ids=prompt.ids, output_ids=tokens,
+            num_output_tokens=len(tokens), prompt_ids=prompt.ids if whole else None,
+            output_ids=tokens if whole else None,
         )  # fmt: skip
 
     async def prompt_ids(self, request: PromptRequest) -> list[int]:

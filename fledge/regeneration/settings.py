@@ -45,6 +45,8 @@ class AnswerSettings:
     """Least probability of a sampled token, relative to the likeliest. None: as generation_config asks."""
     repetition_penalty: Positive | None = None
     """Divisor of the logits of tokens that prompt or answer hold already. None: as generation_config asks."""
+    stop: tuple[str, ...] | None = None
+    """Strings that end an answer; its text ends before them. None: as generation_config asks."""
     seed: Seed = 42
     """Draws of every row follow from this and the row's id."""
     thinking: Literal["default", "on", "off", "both"] = "default"

@@ -147,7 +147,7 @@ def test_a_generation_config_means_what_it_means_to_generate(pair, model):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [({"num_beams": 4}, "num_beams=4"), ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size=2"),
-     ({"min_new_tokens": 5}, "min_new_tokens=5"), ({"stop_strings": ["a"]}, "stop_strings"),
+     ({"min_new_tokens": 5}, "min_new_tokens=5"), ({"forced_eos_token_id": 3}, "forced_eos_token_id=3"),
      ({"do_sample": True, "typical_p": 0.5}, "typical_p=0.5"), ({"output_scores": True}, "output_scores"),
      ({"suppress_tokens": [5]}, "suppress_tokens"), ({"max_time": 1.0}, "max_time=1.0")],
 )  # fmt: skip

@@ -108,6 +108,20 @@ def test_a_row_gets_the_same_answer_in_any_company(tiny_dir):
         assert (one.output_ids, one.finish_reason) == (alone.token_ids, alone.finish_reason)
 
 
+def test_a_stop_string_cuts_the_text_and_leaves_the_tokens_out(tiny_dir):
+    """The tokens hold the stop string and no end of turn: training takes such an answer as text."""
+
+    async def ask(**changes):
+        async with LocalEngine(str(tiny_dir), batch_size=2, device="cpu") as engine:
+            return await engine.answer(replace(QUESTION, max_tokens=20, **changes))
+
+    free = asyncio.run(ask())
+    stop = next(free.text[at] for at in range(2, len(free.text)) if free.text[at] not in "\ufffd" + free.text[:at])
+    cut = asyncio.run(ask(extra=ExtraSampling(stop=(stop,))))
+    assert cut.text == free.text[: free.text.index(stop)] and cut.finish_reason == "stop"
+    assert cut.output_ids is None and free.output_ids[: cut.num_output_tokens] != free.output_ids
+
+
 def test_questions_about_pictures_are_answered(tmp_path):
     """A server was needed for them, though the engine decodes such targets; text beside them is not disturbed."""
     folder = save_vlm(tmp_path / "target")

@@ -204,7 +204,7 @@ def test_the_sampling_that_generation_config_asks_for_is_sent_and_recorded(start
     settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]
     assert settings["generation_config"] == {**asked, "temperature": 0.6}
     told = capfd.readouterr()
-    assert "sampling: temperature 0.7, top_p 1.0, repetition_penalty 1.05, top_k 20" in told.out + told.err
+    assert "sampling: temperature 0.7, top_p 1, repetition_penalty 1.05, top_k 20" in told.out + told.err
     assert "asks for temperature 0.6, which is not used here" in " ".join((told.out + told.err).split())
     (row,) = run(
         data, tmp_path / "flags", server.url, prompt=prompt, answer={"sample_top_k": 0, "repetition_penalty": 1.0}

@@ -31,14 +31,14 @@ def test_a_config_that_is_not_here_is_said(tmp_path):
     assert read_generation_config(str(tmp_path / "missing")) is None
     assert read_generation_config("a name/of no/hub model") is None
     (sampled, unknown) = describe(ExtraSampling(), None, temperature="0.7", top_p=1.0)
-    assert sampled == "sampling: temperature 0.7, top_p 1.0" and "a server applies its own" in unknown
+    assert sampled == "sampling: temperature 0.7, top_p 1" and "a server applies its own" in unknown
 
 
 def test_what_differs_from_the_config_is_said():
     asked = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "typical_p": 0.9}
     extra = resolve_extra(ExtraSampling(), asked)
     sampled, differs = describe(extra, asked, temperature="0.6", top_p=1.0)
-    assert sampled == "sampling: temperature 0.6, top_p 1.0, top_k 20"
+    assert sampled == "sampling: temperature 0.6, top_p 1, top_k 20"
     assert differs == "the target's generation_config asks for top_p 0.95, typical_p 0.9, which is not used here"
     assert len(describe(extra, {"top_k": 20}, temperature="0.6", top_p=1.0)) == 1
 

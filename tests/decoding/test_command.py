@@ -158,6 +158,23 @@ def test_a_split_character_waits_for_its_last_token():
     assert out.getvalue() == "A€\ufffd\n"
 
 
+@pytest.mark.parametrize("shapes", ["exact", "fixed"])
+def test_a_stop_string_ends_the_answer_and_is_not_shown(folders, capsys, shapes):
+    target, head = folders
+    common = ("--target", target, "--max-new-tokens", 12, "--shapes", shapes)
+    assert run(*common, "--prompt", "w20 w30") == 0
+    said = capsys.readouterr().out.split()
+    stop = f"{said[4]} {said[5]}"  # two words, so it spans tokens
+    expected = " ".join(said).split(stop)[0].split()
+    drafted = ("--draft", head, "--total-token", 8, "--depth", 2, "--top-k", 3)
+    assert run(*common, "--prompt", "w20 w30", *drafted, "--stop", stop, "never", "--compare") == 0
+    shown = capsys.readouterr()
+    assert shown.out.split() == expected and "outputs identical" in shown.err
+    assert f"speculative: {len(expected) + 2} tokens, ended at a stop," in " ".join(shown.err.split())
+    assert run(*common, "--prompt", "w20 w30", "w8", "--batch-size", 2, "--stop", stop) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == expected
+
+
 def test_kept_drafts_are_green_on_a_terminal():
     out = io.StringIO()
     out.isatty = lambda: True
@@ -167,7 +184,7 @@ def test_kept_drafts_are_green_on_a_terminal():
 
 def test_one_token_has_no_tau():
     line = speed_line("speculative", Generation([3], [], 6, "stop", 0.05, 0.0, {}, num_forwards=0))
-    assert line == "speculative: 1 tokens, ended at a stop token, 0.0 tok/s, first token after 50 ms"
+    assert line == "speculative: 1 tokens, ended at a stop, 0.0 tok/s, first token after 50 ms"
 
 
 def write_tree_profile(head: Path, target: Path) -> None:

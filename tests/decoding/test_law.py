@@ -50,6 +50,16 @@ def test_greedy_is_greedy_with_the_penalty(law, capsys):
     assert described(Sampling(), {}) == "sampling: greedy"
 
 
+def test_stop_strings_of_the_config_end_answers(law, capsys):
+    """A target that asks for them was refused."""
+    assert law({"stop_strings": "\n\n"}, temperature=0.0).stop == ("\n\n",)
+    assert "sampling: greedy, stop '\\n\\n'" in " ".join(capsys.readouterr().err.split())
+    flags = ExtraSampling(stop=("END", "x"))
+    assert law({"stop_strings": ["a", "b"]}, flags=flags).stop == ("END", "x")
+    assert "asks for stop 'a' 'b': the flags decide" in " ".join(capsys.readouterr().err.split())
+    assert law({"stop_strings": ["a"]}, from_config="ignore").stop == ()
+
+
 def test_what_cannot_be_applied_stops_the_run_by_its_name(law):
     with pytest.raises(UserError, match=r"sets no_repeat_ngram_size, num_beams, which fledge does not apply.*ignore"):
         law({"no_repeat_ngram_size": 2, "num_beams": 4, "top_k": 5})
