@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from block_reference import tiny_block
 from emulated_device import CUDA, EmulatedDevice
 from tiny import tiny_config, tiny_model, tiny_vocab
 from tiny_trainer import samples
+from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import TrainerCallback
 
+from fledge.drafters.dspark.loss import BlockLossSettings
+from fledge.drafters.dspark.training import BlockModule
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.loss import LossSettings
 from fledge.errors import UserError
@@ -51,10 +55,7 @@ def trainer_on(
     draft.set_vocab(*tiny_vocab(target.vocab_size, draft.config.draft_vocab_size))
     draft = device.put(draft.bfloat16())
     draft.bind_embedding(target.embedding_weight)
-    args = TrainerArguments(
-        **{"output_dir": str(folder), "learning_rate": 1e-3, "per_device_train_batch_size": 2, "bf16": False,
-           "save_strategy": "no", "disable_tqdm": True, "seed": 3, **more}
-    )  # fmt: skip
+    args = arguments(folder, **more)
     module = TTTModule(
         draft, target.head, ttt_steps, LossSettings(), TargetHead.of(target).rows, survival=survival, seed=3
     )  # fmt: skip
@@ -62,6 +63,13 @@ def trainer_on(
     if source == "live":
         return DraftTrainer(module, args, to_record=live, train_dataset=samples(16))
     return DraftTrainer(module, args, to_record=as_it_is, train_dataset=[on_host(live(one)) for one in samples(16)])
+
+
+def arguments(folder, **more) -> TrainerArguments:
+    return TrainerArguments(
+        **{"output_dir": str(folder), "learning_rate": 1e-3, "per_device_train_batch_size": 2, "bf16": False,
+           "save_strategy": "no", "disable_tqdm": True, "seed": 3, **more}
+    )  # fmt: skip
 
 
 def on_host(record: TargetRecord) -> TargetRecord:
@@ -98,6 +106,28 @@ def test_a_step_waits_for_nothing(source, optim, device, tmp_path):
     trainer = trainer_on(device, tmp_path, source, max_steps=3, logging_steps=100, matrix_optim=optim)
     for asked, *_ in watched(trainer, device).steps:
         assert not asked
+
+
+@pytest.mark.parametrize("draft_type", ["dflash", "dspark"])
+def test_a_step_of_a_block_draft_waits_for_nothing(draft_type, device, tmp_path):
+    target = target_on(device)
+    draft = device.put(tiny_block(target, draft_type).requires_grad_().bfloat16())
+    module = BlockModule(draft, target.head, BlockLossSettings(), TargetHead.of(target).rows, num_anchors=4, seed=3)
+    trainer = DraftTrainer(
+        module, arguments(tmp_path, max_steps=3, logging_steps=100), to_record=LiveSource(target).record,
+        train_dataset=samples(16),
+    )  # fmt: skip
+    for asked, *_ in watched(trainer, device).steps:
+        assert not asked
+
+
+def test_loaders_pin_states(device, monkeypatch):
+    """PyTorch's loaders pin what says how; a record does, so that its copies to a GPU wait for nobody."""
+    record = on_host(LiveSource(target_on(device)).record(samples(1)[0]))
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (pinned.append(len(self)), self)[1])
+    (made,) = pin_memory([record])
+    assert isinstance(made, TargetRecord) and pinned == [len(record)] * 6, "four tensors, two of the summary"
 
 
 def test_launches_of_a_step(device, tmp_path):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fledge.drafters.batch import sent
 from fledge.drafters.cpu_kernels import round_up
 from fledge.drafters.dspark.blocks import Blocks
 
@@ -46,7 +47,7 @@ def chunks_of(blocks: Blocks, slots: int, num_rows: int, window: int | None, dev
             stop = min(num_rows, low + round_up(high - low))
             key = torch.arange(low, stop)
             hidden = (key < oldest[part, None]) | (key >= blocks.rows[part, None])
-            chunks.append(BlockChunk(part, slice(low, stop), hidden.to(device)))
+            chunks.append(BlockChunk(part, slice(low, stop), sent(hidden, device)))
         begin += count
     return chunks
 

@@ -47,7 +47,7 @@ def draw_blocks(batch: Batch, num_drafts: int, num_anchors: int, seed: tuple[int
     stops = lengths.cumsum(0)
     document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     first, last = (stops - lengths)[document], (stops - 1)[document]
-    in_mask, row = batch.loss_mask.cpu(), torch.arange(len(document))
+    in_mask, row = batch.loss_mask, torch.arange(len(document))
     follows = F.pad(in_mask, (0, num_drafts))[row[:, None] + 1 + torch.arange(num_drafts)]  # (N, K) l_{p+1+k}
     follows &= row[:, None] + 1 + torch.arange(num_drafts) <= last[:, None]
     supervised = follows.long().cumprod(1).bool()

@@ -15,6 +15,7 @@ turned into their gradient in place and multiplied out before the next one. Neig
 in common, and those of a chunk are read once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fledge.drafters.batch import sent
 from fledge.drafters.cpu_kernels import is_argmax, pad_index, product
 from fledge.drafters.dspark.blocks import Blocks
 from fledge.drafters.loss import Average, LossOutput, PositionWeights, Teacher, TeacherChunk, pairs_per_chunk
@@ -49,7 +51,8 @@ class BlockPairs(NamedTuple):
 
     block: Tensor  # (M,) int64 ascending
     draft: Tensor  # (M,) int64
-    position: Tensor  # (M,) int64 row of the batch whose target distribution teaches
+    position: Tensor  # (M,) int64 row of the batch whose target distribution teaches; on the host
+    ends: Sequence[int]  # b numbers: pairs of the blocks up to each, itself included
     supervised: Tensor  # (b, K) bool
     average: Tensor  # (M,) fp32 what a pair counts for in the mean
     num_blocks: int
@@ -63,8 +66,11 @@ class BlockPairs(NamedTuple):
         if average == "token":
             share = share * blocks.candidates[document]
         position = blocks.rows[block] + draft
-        supervised = blocks.supervised.to(device)
-        return cls(block.to(device), draft.to(device), position.to(device), supervised, share.to(device), len(blocks))
+        ends = blocks.supervised.sum(1).cumsum(0).tolist()
+        return cls(
+            sent(block, device), sent(draft, device), position, ends, sent(blocks.supervised, device),
+            sent(share, device), len(blocks),
+        )  # fmt: skip
 
     def fixed(self) -> Tensor:
         """(M,) fixed weights."""
@@ -127,8 +133,8 @@ def block_loss(
         hits=by_draft(hits.long()),
         prefix_hits=right.cummin(dim=1).values.sum(0),
         overlap=by_draft(overlaps),
-        covered=covered[pairs.draft == 0].sum(),
-        positions=torch.tensor(num_blocks, device=device),
+        covered=(covered & (pairs.draft == 0)).sum(),
+        positions=torch.full((), num_blocks, device=device),
     )
 
 
@@ -181,7 +187,7 @@ def _chunks(
 ) -> list[tuple[slice, slice]]:  # fmt: skip
     """(blocks, their pairs) of every chunk: whole blocks, as many as memory allows."""
     most = pairs_per_chunk(4 * draft_vocab, vocab, device_type, steps=1, short=short)  # about four matrices of a pair
-    ends = pairs.supervised.sum(1).cumsum(0).tolist()
+    ends = pairs.ends
     found, block = [], 0
     while block < pairs.num_blocks:
         begin = ends[block - 1] if block else 0
@@ -198,7 +204,7 @@ def _add_chunk(
     teacher: Teacher, pairs: BlockPairs, settings: BlockLossSettings,
 ) -> None:  # fmt: skip
     """Loss and gradient of a chunk's m pairs."""
-    positions, own = pairs.position[part].unique(return_inverse=True)
+    positions, own = (sent(one, states.device) for one in pairs.position[part].unique(return_inverse=True))
     taught = teacher.read(pad_index(positions), heads.draft_ids, heads.t2d)
     weight = heads.weight.to(states.dtype)
     logits = product(states[part], weight)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fledge.drafters.batch import Batch
+from fledge.drafters.batch import Batch, sent
 from fledge.drafters.dspark.attention import block_attention, chunks_of
 from fledge.drafters.dspark.blocks import Blocks, draw_blocks
 from fledge.drafters.dspark.loss import BlockHeads, BlockLossSettings, block_loss
@@ -47,7 +47,7 @@ class BlockModule(DraftModule):
         seed = (self.seed, 0 if draw is None else 1 + draw)
         blocks = draw_blocks(batch, config.num_drafts, self.num_anchors, seed)
         states = block_states(self.draft, batch, blocks)[:, config.first_slot :]
-        before = batch.input_ids[self._rows_before(blocks, len(batch.input_ids)).to(device)]
+        before = batch.input_ids[sent(self._rows_before(blocks, len(batch.input_ids)), device)]
         embeddings = None if self.draft.markov_head is None else self.draft.markov_states(before)
         confidence = None if self.draft.confidence_head is None else self.draft.confidence(states, before)
         output = block_loss(
@@ -92,7 +92,7 @@ def block_states(draft: BlockDraft, batch: Batch, blocks: Blocks) -> Tensor:
     """Normed states (b, S, H) of all slots of all blocks."""
     config, device = draft.config, batch.input_ids.device
     chunks = chunks_of(blocks, config.block_size, len(batch.input_ids), config.sliding_window, device)
-    rows = blocks.rows.to(device)
+    rows = sent(blocks.rows, device)
     slots = torch.arange(config.block_size, device=device)
     positions = (batch.position_ids[..., rows, None] + slots).flatten(-2)
     cos, sin = (part.unflatten(0, (len(rows), config.block_size)) for part in draft.rope(positions))
