@@ -2,8 +2,8 @@
 
 A template is a program of whoever made the model, and one operation of it can ask for any amount of memory:
 `"x" * 10**10`, a text that a loop joins with itself, a width of a billion. So operators, `~`, filters and methods state
-the size of their result before they make it, and a rendering may make `BUDGET` in all. What is printed or joined is
-measured to its depth: nested lists may hold one text many times.
+the size of their result before they make it, and a rendering may make `BUDGET` in all. What is printed, joined or
+compared is measured to its depth: nested lists may hold one text many times, and comparing them has no end.
 
 Transformers compiles chat templates in an environment of its own making and offers no hook, so the class of that
 environment is replaced by one that counts. Outside of `within_budget` nothing is counted.
@@ -14,10 +14,11 @@ import re
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import NoneType
 from typing import Any
 
 from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, Frame
+from jinja2.compiler import CodeGenerator, Frame, operators
 from jinja2.runtime import Context, markup_join, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -38,7 +39,11 @@ MULTIPLYING = frozenset(  # what an argument says is added to every character or
 )
 GATHERING = frozenset(("join", "sum"))
 LISTING = frozenset(("list", "reverse", "sort", "split", "rsplit", "splitlines", "unique"))  # lists, from a text
+COMPARING = frozenset(("dictsort", "groupby", "max", "min", "sort", "unique"))
+COMPARING_TESTS = ("in", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan",
+                   "<=", "le")  # fmt: skip
 SIZED = (str, bytes, list, tuple)
+PLAIN = (str, bytes, int, float, NoneType)
 _left: ContextVar[list[int] | None] = ContextVar("left", default=None)  # what the rendering under way may still make
 
 
@@ -81,6 +86,22 @@ def text_size(value: Any) -> int:
     return size
 
 
+def compared(*values: Any) -> None:
+    """ValueError when one of these is so nested that comparing it takes for ever."""
+    for value in values:
+        if not isinstance(value, PLAIN) and _left.get() is not None and text_size(value) > BUDGET:
+            raise ValueError(f"it compares values of more than {BUDGET:,} characters and list elements")
+
+
+def _comparing(test: Any) -> Any:
+    @functools.wraps(test)
+    def measured(*args: Any) -> Any:
+        compared(*args)
+        return test(*args)
+
+    return measured
+
+
 class CountingEnvironment(ImmutableSandboxedEnvironment):
     """Transformers' environment of chat templates, with the budget."""
 
@@ -90,6 +111,7 @@ class CountingEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(*args, **kwargs)
         self.filters = _Filters(self.filters)
         self.finalize = _printed
+        self.tests |= {name: _comparing(self.tests[name]) for name in COMPARING_TESTS}
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "+" and isinstance(left, str) and isinstance(right, str):  # nearly all there are
@@ -105,6 +127,8 @@ class CountingEnvironment(ImmutableSandboxedEnvironment):
             if name == "join" and args:
                 args = (list(args[0]),)
             spend(_size_of_call(name, *((args[0], owner) if name == "join" and args else (owner, *args)), **kwargs))
+        elif isinstance(owner, (list, tuple)):  # index, count
+            compared(*owner, *args)
         result = super().call(__context, __obj, *args, **kwargs)
         spend(_length(result))
         return result
@@ -121,6 +145,12 @@ class CountingEnvironment(ImmutableSandboxedEnvironment):
         return result
 
     @staticmethod
+    def compared(value: Any) -> Any:
+        """`value`, if comparing it comes to an end."""
+        compared(value)
+        return value
+
+    @staticmethod
     def concat(pieces: Any) -> str:
         """The text of a block, a macro or the whole template."""
         found = []
@@ -131,7 +161,7 @@ class CountingEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _CountingGenerator(CodeGenerator):
-    """`~` and slices become calls of the environment."""
+    """`~` and slices become calls of the environment, and what is compared is measured."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802 - the name is Jinja's
         self.write("environment.joined((")
@@ -149,6 +179,25 @@ class _CountingGenerator(CodeGenerator):
         for part in (node.arg.start, node.arg.stop, node.arg.step):
             self.write(", ")
             self.visit(nodes.Const(None) if part is None else part, frame)
+        self.write(")")
+
+    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:  # noqa: N802
+        self.write("(")
+        self._measured(node.expr, frame)
+        for operand in node.ops:
+            self.visit(operand, frame)
+        self.write(")")
+
+    def visit_Operand(self, node: nodes.Operand, frame: Frame) -> None:  # noqa: N802
+        self.write(f" {operators[node.op]} ")
+        self._measured(node.expr, frame)
+
+    def _measured(self, node: nodes.Expr, frame: Frame) -> None:
+        if isinstance(node, nodes.Const):
+            self.visit(node, frame)
+            return
+        self.write("environment.compared(")
+        self.visit(node, frame)
         self.write(")")
 
 
@@ -219,6 +268,8 @@ def _size_of_call(name: str, value: Any, *args: Any, **kwargs: Any) -> int:
         return text_size(value) * (1 + max(largest, 0) + text_size([one for one in given if not isinstance(one, int)]))
     if name in PRINTING:
         return text_size(value)
+    if name in COMPARING:
+        compared(value)
     if name in LISTING and isinstance(value, str):
         between = args[0] if name in ("split", "rsplit") and args and isinstance(args[0], str) and args[0] else None
         return PIECE * (value.count(between) + 1 if between else len(value))

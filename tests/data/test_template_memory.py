@@ -57,6 +57,11 @@ ATTACKS = {
     "nested, joined": NEST + "{{ ns.x ~ '' }}",
     "nested, formatted": NEST + "{{ '%s' % [ns.x] }}",
     "a namespace": NEST + "{{ ns }}",
+    "nested, compared": NEST + "{% set a = ns.x %}" + NEST + "{{ a == ns.x }}",
+    "nested, compared by a test": NEST + "{% set a = ns.x %}" + NEST + "{{ a is eq(ns.x) }}",
+    "nested, looked for": NEST + "{% set a = ns.x %}" + NEST + "{{ a in [1, ns.x] }}",
+    "nested, found": NEST + "{% set a = ns.x %}" + NEST + "{{ [ns.x].index(a) }}",
+    "nested, sorted": NEST + "{% set a = ns.x %}" + NEST + "{{ [a, ns.x]|sort }}",
     "copies": LONG + GROW.replace("ns.x = EXPRESSION", "ns.l = ns.l + [x[1:]]"),
     "copies by a method": LONG + GROW.replace("ns.x = EXPRESSION", "ns.l = ns.l + [x.upper()]"),
     "letters": LONG.replace("x'", "字'") + "{{ (x|list)|length }}",
@@ -69,6 +74,9 @@ HARMLESS = {
     "{{ [1, 'b']|join(', ') }}{{ '-'.join(['a', 'b']) }}{{ 'aXa'.replace('a', 'bb') }}": "1, ba-bbbXbb",
     "{{ 'aXa'|replace('a', 'b', 1) }}{{ [[1], [2]]|sum(start=[]) }}{{ [1, 2]|sum }}": "bXa[1, 2]3",
     "{{ {'a': [1, 'x']}|tojson(indent=1) }}": '{\n "a": [\n  1,\n  "x"\n ]\n}',
+    "{{ 1 < 2 <= 2 != 3 }}{{ 'a' in 'ab' }}{{ [1] == [1] }}{{ 'x' not in ['y'] }}{{ [1, 2].index(2) }}":
+        "TrueTrueTrueTrue1",
+    "{{ [3, 1]|min }}{{ 1 is eq(1) }}{{ [1, 2, 1]|unique|list }}{{ [1, 2]|select('gt', 1)|list }}": "1True[1, 2][2]",
     "{{ 'abc'[1:] }}{{ [1, 2, 3][::-1] }}{{ 'abc'[:2] }}{{ 'abc'[0] }}{{ 'x'|center(3) }}|": "bc[3, 2, 1]aba x |",
     "{{ ' a b '.strip().split(' ') }}{{ 'a\nb'|indent(2) }}{{ [3, 1]|sort }}{{ 'ba'|list }}":
         "['a', 'b']a\n  b[1, 3]['b', 'a']",
@@ -88,7 +96,9 @@ def render(make_tokenizer):
 def test_no_operation_takes_all_memory(attack, render):
     """`{{ "a" * 10**10 }}` took what there was: the limit on CPU time works between operations, not inside one."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(Reject, match="template 'made': .*(makes more than|no chat template needs|width|digits)"):
+    with pytest.raises(
+        Reject, match="template 'made': .*(makes more than|compares values|no chat template needs|width|digits)"
+    ):
         render(ATTACKS[attack])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 900 << 10  # KiB
 
