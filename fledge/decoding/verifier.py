@@ -26,6 +26,7 @@ from fledge.drafters.tree import Trees
 from fledge.target.model import Target
 from fledge.target.norms import as_one_kernel, rms_norms
 from fledge.target.record import TargetOutput
+from fledge.target.ropes import one_operation, usual_ropes
 
 # B sequences, P prompt tokens, N tree nodes, R axes of a multimodal rope, E slots of a path
 
@@ -96,7 +97,7 @@ class AttentionVerifier:
             causal_by_default=can_replace(target.model, config),
         )  # fmt: skip
         self._ropes = [module for module in target.model.modules() if _is_dynamic(getattr(module, "rope_type", ""))]
-        self._norms = rms_norms(target.model) if target.device.type == "cuda" else []
+        self._norms, self._rotations = rms_norms(target.model), usual_ropes(target.model)
 
     @property
     def target(self) -> Target:
@@ -106,14 +107,14 @@ class AttentionVerifier:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Our attention function, norms of one kernel on a GPU, and ropes that do not look at the positions.
+        """Our attention function, norms and rotations of one kernel, and ropes that do not look at the positions.
 
         The library looks at every batch's largest position where a rope is 'dynamic', and waits for the device to do
         so. Frequencies change past max_position_embeddings only, where nothing is decoded.
         """
         before = [module.rope_type for module in self._ropes]
         attention = decoding_attention(self.target.model, self.target.text_config)
-        with torch.inference_mode(), attention, as_one_kernel(self._norms):
+        with torch.inference_mode(), attention, as_one_kernel(self._norms), one_operation(self._rotations):
             for module in self._ropes:
                 module.rope_type = _frozen(module.rope_type)
             try:

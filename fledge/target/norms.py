@@ -1,7 +1,8 @@
 """RMS norms of stock models as one kernel each.
 
-transformers writes its norms out: six to eight operations that a GPU launches one by one, four norms a layer. PyTorch
-has them as one. Which modules are such norms is asked of them: some scale by 1 + weight, some round differently.
+transformers writes its norms out: six to eight operations that are launched one by one, four norms a layer. PyTorch has
+them as one for a GPU, `native.py` for few rows on a CPU. Which modules are such norms is asked of them: some scale by
+1 + weight, some round differently.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,13 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fledge.target import native
+
 ROWS = 4  # tried
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of a value, relative: rounding
 
 
 @torch.no_grad()
 def rms_norms(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that compute what `F.rms_norm` does, up to rounding."""
+    """The modules of a model that compute what `F.rms_norm` does, up to rounding; on a CPU none without a compiler."""
+    if next(model.parameters()).device.type == "cpu" and native.library() is None:
+        return []
     looking = [module for module in model.modules() if _may_be_one(module)]
     if not looking:
         return []
@@ -27,14 +32,14 @@ def rms_norms(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def as_one_kernel(norms: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside the block these modules are `F.rms_norm`."""
+    """Inside the block these modules are `F.rms_norm` on a GPU and `native.rms_norm` on a CPU."""
     for module in norms:
-        module.forward = _fused(module)
+        vars(module)["forward"] = _fused(module)
     try:
         yield
     finally:
         for module in norms:
-            del module.forward
+            del vars(module)["forward"]
 
 
 def _may_be_one(module: nn.Module) -> bool:
@@ -52,7 +57,15 @@ def _error(module: nn.Module) -> Tensor:
 
 def _fused(module: nn.Module):
     weight, eps = _weight(module), float(getattr(module, "variance_epsilon", getattr(module, "eps", None)) or 0.0)
-    return lambda hidden: F.rms_norm(hidden, weight.shape, weight, eps)
+    if weight.device.type != "cpu":
+        return lambda hidden: F.rms_norm(hidden, weight.shape, weight, eps)
+    stock, kernel_weight = type(module).forward, weight.detach().contiguous()
+
+    def forward(hidden: Tensor) -> Tensor:
+        normed = native.rms_norm(hidden, kernel_weight, eps)
+        return stock(module, hidden) if normed is None else normed
+
+    return forward
 
 
 def _weight(module: nn.Module) -> Tensor:

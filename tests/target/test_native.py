@@ -1,0 +1,99 @@
+"""The compiled small operations are transformers' own, and step aside where they are not meant or not there."""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.cohere import modeling_cohere
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from fledge.target import native, norms, ropes
+from fledge.target.norms import as_one_kernel, rms_norms
+from fledge.target.ropes import one_operation, usual_ropes
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def stock_norm(dtype: torch.dtype, size: int = 40) -> LlamaRMSNorm:
+    norm = LlamaRMSNorm(size, eps=1e-5).to(dtype).requires_grad_(False)
+    norm.weight.uniform_(-1, 2)
+    return norm
+
+
+class Decoder(nn.Module):
+    """A module defined beside a rotary embedding; a norm for good measure."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__()
+        self.norm = stock_norm(torch.float32)
+        self.layer = type("Layer", (nn.Module,), {"__module__": module})()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 7), (1, native.MOST_ROWS + 1)])
+@torch.inference_mode()
+def test_norms(dtype, shape):
+    torch.manual_seed(0)
+    norm, states = stock_norm(dtype), 3 * torch.randn(*shape, 40).to(dtype)
+    expected = norm(states)
+    assert rms_norms(nn.Sequential(norm)) == [norm]
+    with as_one_kernel([norm]):
+        found = norm(states)
+    torch.testing.assert_close(found, expected, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
+    assert "forward" not in vars(norm)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, native.MOST_ROWS])
+@torch.inference_mode()
+def test_rotations_have_the_same_bits(dtype, rows):
+    torch.manual_seed(0)
+    query, key = (torch.randn(1, rows, heads, 16, dtype=dtype).transpose(1, 2) for heads in (4, 2))
+    angles = torch.randn(1, rows, 8, dtype=torch.float32).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    expected = modeling_llama.apply_rotary_pos_emb(query, key, cos, sin)
+    for states, one in zip((query, key), expected, strict=True):
+        assert torch.equal(native.rope(states, cos, sin), one)
+
+
+@needs_compiler
+@torch.inference_mode()
+def test_which_rotations_are_replaced():
+    """Llama's is, Cohere's interleaves and is not; afterwards both are as they were."""
+    usual, other = usual_ropes(Decoder(modeling_llama.__name__)), usual_ropes(Decoder(modeling_cohere.__name__))
+    assert [module for module, _ in usual] == [modeling_llama] and not other
+    stock = modeling_llama.apply_rotary_pos_emb
+    with one_operation(usual):
+        assert modeling_llama.apply_rotary_pos_emb is not stock
+    assert modeling_llama.apply_rotary_pos_emb is stock
+
+
+@needs_compiler
+def test_what_is_left_to_pytorch():
+    """Gradients, other dtypes, many rows, and rotations of a part of a head."""
+    states, weight = torch.randn(2, 16), torch.ones(16)
+    assert native.rms_norm(states, weight, 0.0) is None  # gradients may be wanted
+    heads, turns = torch.randn(1, 2, 3, 16), torch.ones(1, 3, 16)
+    with torch.inference_mode():
+        assert native.rms_norm(states, weight, 0.0) is not None
+        assert native.rms_norm(states.half(), weight.half(), 0.0) is None
+        assert native.rms_norm(states.expand(99, 2, 16), weight, 0.0) is None
+        assert native.rope(heads, turns, turns) is not None
+        assert native.rope(heads, turns[..., :8], turns[..., :8]) is None
+
+
+def test_without_a_compiler(monkeypatch, tmp_path):
+    """Nothing is replaced, and nothing fails; nor does it where the compiler does."""
+    monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path))
+    for compiler in (None, shutil.which("false")):
+        native.library.cache_clear()
+        monkeypatch.setattr(native.shutil, "which", lambda _name, found=compiler: found)
+        assert native.library() is None
+        assert not norms.rms_norms(Decoder(modeling_llama.__name__))
+        assert not ropes.usual_ropes(Decoder(modeling_llama.__name__))
+    native.library.cache_clear()
