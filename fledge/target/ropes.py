@@ -65,5 +65,9 @@ def _is_usual(rotate: Rotate) -> bool:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, heads, 3, 8, generator=generator) for heads in (4, 2))
     cos, sin = (torch.randn(2, 3, 8, generator=generator) for _ in range(2))
+    try:
+        expected = rotate(q, k, cos, sin)
+    except RuntimeError:  # it wants cos and sin of another size
+        return False
     ours = _replacement(rotate)(q, k, cos, sin)
-    return all(torch.equal(one, other) for one, other in zip(rotate(q, k, cos, sin), ours, strict=True))
+    return all(torch.equal(one, other) for one, other in zip(expected, ours, strict=True))

@@ -1,11 +1,13 @@
 """The compiled small operations are transformers' own, and step aside where they are not meant or not there."""
 
 import shutil
+from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 from transformers.models.cohere import modeling_cohere
+from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -23,13 +25,11 @@ def stock_norm(dtype: torch.dtype, size: int = 40) -> LlamaRMSNorm:
     return norm
 
 
-class Decoder(nn.Module):
-    """A module defined beside a rotary embedding; a norm for good measure."""
-
-    def __init__(self, module: str) -> None:
-        super().__init__()
-        self.norm = stock_norm(torch.float32)
-        self.layer = type("Layer", (nn.Module,), {"__module__": module})()
+def module_of(defined_in: ModuleType) -> nn.Module:
+    """A layer that is defined there."""
+    layer = type("Layer", (nn.Module,), {"__module__": defined_in.__name__})()
+    layer.weight = nn.Parameter(torch.zeros(1))
+    return layer
 
 
 @needs_compiler
@@ -64,9 +64,9 @@ def test_rotations_have_the_same_bits(dtype, rows):
 @needs_compiler
 @torch.inference_mode()
 def test_which_rotations_are_replaced():
-    """Llama's is, Cohere's interleaves and is not; afterwards both are as they were."""
-    usual, other = usual_ropes(Decoder(modeling_llama.__name__)), usual_ropes(Decoder(modeling_cohere.__name__))
-    assert [module for module, _ in usual] == [modeling_llama] and not other
+    """Llama's is; Cohere's interleaves and that of gpt-oss takes half of cos and sin. Afterwards it is as it was."""
+    usual, *others = (usual_ropes(module_of(one)) for one in (modeling_llama, modeling_cohere, modeling_gpt_oss))
+    assert [module for module, _ in usual] == [modeling_llama] and others == [[], []]
     stock = modeling_llama.apply_rotary_pos_emb
     with one_operation(usual):
         assert modeling_llama.apply_rotary_pos_emb is not stock
@@ -94,6 +94,6 @@ def test_without_a_compiler(monkeypatch, tmp_path):
         native.library.cache_clear()
         monkeypatch.setattr(native.shutil, "which", lambda _name, found=compiler: found)
         assert native.library() is None
-        assert not norms.rms_norms(Decoder(modeling_llama.__name__))
-        assert not ropes.usual_ropes(Decoder(modeling_llama.__name__))
+        assert not norms.rms_norms(stock_norm(torch.float32))
+        assert not ropes.usual_ropes(module_of(modeling_llama))
     native.library.cache_clear()
