@@ -22,6 +22,7 @@ from fledge.data.rejects import Reject
 from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding import generate as decoding
+from fledge.decoding.default_tree import drafting
 from fledge.decoding.records import Generation
 from fledge.drafters.base import Drafter
 from fledge.drafters.tree import TreeShape
@@ -59,8 +60,8 @@ def load(
 
     `target`: a folder, a hub name, a GGUF file, or a loaded transformers model, whose `tokenizer` must be given then;
     it is put into evaluation mode. `draft`: the folder that training wrote, the name of a drafter without weights, a
-    loaded drafter, or None for plain decoding. `tree`: the shape of the draft trees. `chat_template_type` and
-    `enable_thinking` are about chat messages, as in `fledge decode`.
+    loaded drafter, or None for plain decoding. `tree`: the shape of the draft trees, by default the engine's own choice.
+    `chat_template_type` and `enable_thinking` are about chat messages, as in `fledge decode`.
     """
     if isinstance(target, (str, bytes)) or hasattr(target, "__fspath__"):
         if tokenizer is not None:
@@ -120,7 +121,7 @@ class Speculator:
         settings, ready = self._settings(generation_config, options), self._prompt(prompt)
         made = decoding.generate(
             self.target, self.drafter, ready.ids, model_inputs=ready.model_inputs,
-            **self._arguments(settings, [prompt], len(ready)),
+            **self._arguments(settings, [prompt], len(ready)), **drafting(self.target, self.drafter, self.tree),
         )  # fmt: skip
         return self._finished(made, settings)
 
@@ -131,7 +132,7 @@ class Speculator:
         settings, ready = self._settings(generation_config, options), self._prompt(prompt)
         rounds = decoding.stream(
             self.target, self.drafter, [ready.ids], model_inputs=ready.model_inputs,
-            **self._arguments(settings, [prompt], len(ready)),
+            **self._arguments(settings, [prompt], len(ready)), **drafting(self.target, self.drafter, self.tree),
         )  # fmt: skip
         return self._pieces(rounds, settings.sampling.stop)
 
@@ -147,16 +148,23 @@ class Speculator:
             raise UserError(f"generate_batch takes a list of prompts, not a {type(prompts).__name__}.")
         settings, ready = self._settings(generation_config, options), [self._prompt(prompt) for prompt in prompts]
         arguments = self._arguments(settings, prompts, max(map(len, ready), default=0))
-        if any(one.model_inputs for one in ready):
+        at_once = len(ready) if batch_size is None or batch_size < 1 else batch_size
+        if ready and min(at_once, len(ready)) == 1 or any(one.model_inputs for one in ready):
+            alone = drafting(self.target, self.drafter, self.tree)
             laws = decoding.seeded(settings.sampling, len(ready))
             made = [
                 decoding.generate(
-                    self.target, self.drafter, one.ids, model_inputs=one.model_inputs, **{**arguments, "sampling": law}
+                    self.target,
+                    self.drafter,
+                    one.ids,
+                    model_inputs=one.model_inputs,
+                    **{**arguments, **alone, "sampling": law},
                 )
                 for one, law in zip(ready, laws, strict=True)
             ]
         else:
             ids = [one.ids for one in ready]
+            arguments |= drafting(self.target, self.drafter, self.tree, at_once=at_once)
             made = decoding.generate_batch(self.target, self.drafter, ids, batch_size=batch_size, **arguments)
         return [self._finished(one, settings) for one in made]
 
@@ -173,7 +181,6 @@ class Speculator:
             stops = tuple(sorted({*self.target.eos_token_ids, *of_chats}))
         return {
             "max_new_tokens": settings.limit(longest), "sampling": settings.sampling, "eos_token_ids": stops,
-            "tree": self.tree,
         }  # fmt: skip
 
     def _prompt(self, prompt: PromptLike) -> Prompt:

@@ -20,6 +20,7 @@ from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.accept import one_node, penalised
 from fledge.decoding.adaptive import AdaptiveBudget
+from fledge.decoding.default_tree import default_tree
 from fledge.decoding.generate import ShapePolicy, generate, uses_fixed_shapes
 from fledge.decoding.probe import verifier_of
 from fledge.decoding.records import Generation, RoundTrace, Sampling
@@ -51,6 +52,7 @@ class EngineSpec:
     max_pixels: int | None = None
     min_pixels: int | None = None
     shapes: ShapePolicy = "auto"
+    own_choice: bool = False  # of what is drafted; `tree` is then the most
     profile: str | None = None  # of the costs that adaptive drafting goes by; None: every tree as large as asked for
 
     @classmethod
@@ -70,6 +72,7 @@ class EngineSpec:
             max_pixels=args.model.max_pixels,
             min_pixels=args.model.min_pixels,
             shapes=args.model.shapes,
+            own_choice=args.model.own_choice,
             profile=str(profile_path(args.model.draft, args.tuning.profile_path))
             if args.model.adaptive else None,
         )  # fmt: skip
@@ -87,6 +90,8 @@ class EngineSpec:
             **self.placement(),
         )
         draft = files.bind(target) if files else None
+        if self.own_choice:
+            _, pace = default_tree(target, draft)
         return InProcessEngine(self, target, draft, self._template(target), pace)
 
     def _template(self, target: Target) -> ChatTemplate:

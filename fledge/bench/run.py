@@ -20,6 +20,7 @@ from fledge.bench.rows import BENCHMARK, Results, Row, code_fingerprint, folder_
 from fledge.bench.settings import SIDES, BenchSettings
 from fledge.console import progress, say, show_table, warn
 from fledge.data.image_urls import allow_image_urls
+from fledge.decoding.default_tree import usual_tree
 from fledge.decoding.records import Sampling
 from fledge.decoding.tree_profile import profile_path, resolve_tree, write_profile
 from fledge.drafters.registry import read_drafter
@@ -62,8 +63,10 @@ def bench(args: BenchSettings) -> None:
     from fledge.bench.engine import EngineSpec
 
     refuse_missing_folder(args.model.target)
+    grows_trees = False
     if args.needs_head:
         files = read_drafter(str(args.model.draft))
+        grows_trees = files.grows_trees
         if args.tuning.tune and not files.grows_trees:
             raise UserError(f"--tune measures trees, and {args.model.draft} proposes chains. Give a head.")
     placement = place(args)
@@ -73,6 +76,8 @@ def bench(args: BenchSettings) -> None:
         args.model.total_token, args.model.depth, args.model.top_k,
         head=args.model.draft, path=args.tuning.profile_path,
     )  # fmt: skip
+    if args.model.own_choice:
+        tree = usual_tree(on_cpu=placement.gpus_per_worker == 0, grows_trees=grows_trees)
     spec = EngineSpec.of(args, tree, num_gpus=placement.gpus_per_worker)
     run(args, spec, placement, settings_of(args, spec.sampling, dataclasses.asdict(tree), placement))
 
@@ -251,7 +256,7 @@ def settings_of(args: BenchSettings, law: Sampling, tree: dict[str, int], placem
         **law_settings(law),
         "seed": args.sampling.seed,
         "max_new_token": args.sampling.max_new_tokens,
-        "adaptive": args.model.adaptive,
+        "adaptive": args.model.adaptive or args.model.own_choice,
         "shapes": args.model.shapes,
         "tree": tree,
         "placement": dataclasses.asdict(placement),

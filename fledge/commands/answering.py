@@ -46,6 +46,7 @@ class Answerer:
         import torch
 
         from fledge.decoding.adaptive import AdaptiveBudget
+        from fledge.decoding.default_tree import default_tree
         from fledge.decoding.tree_profile import profile_path, read_profile, resolve_tree
         from fledge.drafters.registry import read_drafter
         from fledge.target.model import Target
@@ -53,7 +54,7 @@ class Answerer:
         allow_image_urls(args.allow_image_urls)
         self.args = args
         self.tree = resolve_tree(args.total_token, args.depth, args.top_k, head=args.draft)
-        self.budget = None
+        self.budget: AdaptiveBudget | None = None
         if args.adaptive:
             if args.draft is None:
                 raise UserError("--adaptive adapts the draft tree; give the head with --draft.")
@@ -65,6 +66,8 @@ class Answerer:
             min_pixels=args.min_pixels, max_pixels=args.max_pixels,
         )  # fmt: skip
         self.draft = files.bind(self.target) if files else None
+        if args.own_choice:
+            self.tree, self.budget = default_tree(self.target, self.draft)
         self.sampling = args.law(args.target)
         self.stops = self.target.eos_token_ids
 
@@ -97,11 +100,17 @@ class Answerer:
 
     def answers(self, draft: Any, prompts: "list[Prompt]", batch_size: int, **changes: Any) -> list[Generation]:
         """Answers to several prompts of text, `batch_size` of them at a time."""
+        from fledge.decoding.default_tree import default_tree
         from fledge.decoding.generate import generate_batch
 
-        if self.budget is not None or any(prompt.model_inputs for prompt in prompts):
+        if batch_size > 1 and self.args.own_choice:
+            changes["tree"], _ = default_tree(self.target, draft, at_once=batch_size)
+        elif self.budget is not None and batch_size > 1:
+            say("one prompt after another: --adaptive decides for one sequence at a time")
+            batch_size = 1
+        if batch_size == 1 or any(prompt.model_inputs for prompt in prompts):
             if batch_size > 1:
-                say("one prompt after another: --adaptive and pictures decide for one sequence at a time")
+                say("one prompt after another: pictures are of one sequence")
             return [self._generate(draft, prompt, **changes) for prompt in prompts]
         return generate_batch(
             self.target, draft, [prompt.ids for prompt in prompts], batch_size=batch_size,

@@ -104,7 +104,7 @@ def steps(args: QuickstartArgs, work: Path, target: str, prompts: str) -> None:
     run(
         "bench", "--target", target, "--draft", str(head), "--output-dir", str(report), "--bench-name", "quick",
         "--question-end", str(args.question_end), "--max-new-tokens", "96", "--temperature", "0", "--dtype", "float32",
-        "--total-token", "8", "--depth", "2", "--top-k", "3", "--num-gpus-total", str(num_gpus()), "--samples", "1",
+        "--num-gpus-total", str(num_gpus()), "--samples", "1",
         *template, *overwrite,
     )  # fmt: skip
     conclude(report, head, time.monotonic() - start)

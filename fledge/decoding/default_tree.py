@@ -45,13 +45,18 @@ class PairCosts(msgspec.Struct, frozen=True):
 _budgets: "weakref.WeakKeyDictionary[Target, list[tuple[Any, AdaptiveBudget]]]" = weakref.WeakKeyDictionary()
 
 
+def usual_tree(*, on_cpu: bool, grows_trees: bool) -> TreeShape:
+    """The most that is drafted."""
+    return SMALL if on_cpu and grows_trees else LARGE
+
+
 def default_tree(target: Target, drafter: Drafter | None, *, at_once: int = 1) -> tuple[TreeShape, Any]:
     """The tree to draft and the budget that decides how much of it, None for all of it.
 
     A budget is kept with its target, so that what was learned about a head holds for the next prompt. It decides for
     one sequence: several at once decode plainly on a CPU, whose products are busy with them.
     """
-    if target.device.type != "cpu" or not isinstance(drafter, nn.Module):
+    if not isinstance(drafter, nn.Module) or usual_tree(on_cpu=target.device.type == "cpu", grows_trees=True) == LARGE:
         return LARGE, None
     if at_once > 1 or shape_for(target, SMALL) is None:
         return NONE, None
@@ -65,6 +70,16 @@ def default_tree(target: Target, drafter: Drafter | None, *, at_once: int = 1) -
         known[:] = [pair for pair in known if pair[0]() is not None]
         known.append((weakref.ref(drafter), budget))
     return SMALL, budget
+
+
+def drafting(
+    target: Target, drafter: Drafter | None, tree: TreeShape | None, *, at_once: int = 1
+) -> dict[str, Any]:  # fmt: skip
+    """Options of `generate` (of `generate_batch` for several at once): this tree, or the engine's own choice."""
+    if tree is not None:
+        return {"tree": tree}
+    tree, budget = default_tree(target, drafter, at_once=at_once)
+    return {"tree": tree} if budget is None else {"tree": tree, "budget": budget}
 
 
 @torch.inference_mode()

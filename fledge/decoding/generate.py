@@ -110,6 +110,7 @@ def stream(
     sampling: Sampling | None = None,
     eos_token_ids: Sequence[int] | None = None,
     model_inputs: Mapping[str, Tensor] | None = None,
+    budget: Any = None,
     shapes: ShapePolicy = "auto",
 ) -> Generator[list[list[int]], None, None]:
     """Per round, the new tokens of every prompt; an empty list for those without. Closing the iterator cancels.
@@ -122,7 +123,9 @@ def stream(
         Request(prompt, max_new_tokens, law, model_inputs=model_inputs or {})
         for prompt, law in zip(prompts, laws, strict=True)
     ]
-    session = open_session(target, drafter, requests, tree=tree, eos_token_ids=eos_token_ids, shapes=shapes)
+    session = open_session(
+        target, drafter, requests, tree=tree, eos_token_ids=eos_token_ids, budget=budget, shapes=shapes
+    )
     states: list[RequestState] = [session.add(request) for request in requests]
     try:
         while not session.idle:

@@ -52,15 +52,22 @@ class DraftingSettings:
 
     draft: str | None = None
     """Draft head: the folder that training wrote, or `lookup` for prompt lookup."""
-    total_token: TreeNodes | Literal["auto"] = 60
-    """Tree nodes the target checks per round, root included. auto: the profile that `fledge bench --tune` wrote."""
-    depth: Natural = 5
-    """Draft rounds after the first level of the tree."""
-    top_k: Count = 10
-    """Children per tree node and beam width; 1 drafts a chain."""
+    total_token: TreeNodes | Literal["auto"] | None = None
+    """Tree nodes the target checks per round, root included. auto: the profile that `fledge bench --tune` wrote. None,
+    and no --depth and --top-k: the engine's own choice, never slower than plain decoding by much; with them, 60."""
+    depth: Natural | None = None
+    """Draft rounds after the first level of the tree. None: 5."""
+    top_k: Count | None = None
+    """Children per tree node and beam width; 1 drafts a chain. None: 10."""
     adaptive: bool = False
     """Draft only as deep and as wide as it pays, or not at all; the tree flags are then the most that is drafted. Costs
     come from the profile that `fledge bench --tune` wrote."""
     shapes: Literal["auto", "exact", "fixed"] = "auto"
     """fixed: rounds of fixed shapes, captured into CUDA graphs on a GPU. exact: shapes as they come, every kind of
     target. auto: fixed on a GPU wherever it can be."""
+
+    @property
+    def own_choice(self) -> bool:
+        """Whether the engine chooses what is drafted (`default_tree.py`)."""
+        named = any(flag is not None for flag in (self.total_token, self.depth, self.top_k))
+        return not named and not self.adaptive and self.shapes != "fixed"

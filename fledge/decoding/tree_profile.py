@@ -77,11 +77,13 @@ def read_profile(path: Path) -> TreeProfile:
 
 
 def resolve_tree(
-    total_token: int | Literal["auto"], depth: int, top_k: int, *, head: str | None, path: Path | None = None
-) -> TreeShape:
+    total_token: int | Literal["auto"] | None, depth: int | None, top_k: int | None, *, head: str | None,
+    path: Path | None = None,
+) -> TreeShape:  # fmt: skip
     """The tree the flags ask for; `auto` takes all three numbers from the profile."""
     if total_token != "auto":
-        return TreeShape(total_token, depth, top_k)
+        named = {"total_token": total_token, "depth": depth, "top_k": top_k}
+        return TreeShape(**{name: number for name, number in named.items() if number is not None})
     file = profile_path(head, path)
     tree = read_profile(file).tree
     say(f"tree of {file}: --total-token {tree.total_token} --depth {tree.depth} --top-k {tree.top_k}")
