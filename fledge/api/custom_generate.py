@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fledge.api.pairs import Draft, let_go, pair_up, target_of
 from fledge.api.settings import SAMPLING, refuse_fields
+from fledge.decoding.default_tree import drafting
 from fledge.decoding.generate import generate_batch
 from fledge.decoding.records import Sampling
 from fledge.drafters.base import Drafter
@@ -69,7 +70,8 @@ class Speculation:
             pair = self._pair_with(model)
             made = generate_batch(
                 pair.target, pair.drafter, prompts, max_new_tokens=stopping_criteria.max_length - input_ids.shape[1],
-                sampling=sampling, eos_token_ids=sorted(stops), tree=self.tree,
+                sampling=sampling, eos_token_ids=sorted(stops),
+                **drafting(pair.target, pair.drafter, self.tree, at_once=len(prompts)),
             )  # fmt: skip
         padding = generation_config._pad_token_tensor  # of prompts without a stop token all answers are as long
         answers = torch.nn.utils.rnn.pad_sequence(

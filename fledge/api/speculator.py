@@ -148,17 +148,13 @@ class Speculator:
             raise UserError(f"generate_batch takes a list of prompts, not a {type(prompts).__name__}.")
         settings, ready = self._settings(generation_config, options), [self._prompt(prompt) for prompt in prompts]
         arguments = self._arguments(settings, prompts, max(map(len, ready), default=0))
-        at_once = len(ready) if batch_size is None or batch_size < 1 else batch_size
-        if ready and min(at_once, len(ready)) == 1 or any(one.model_inputs for one in ready):
-            alone = drafting(self.target, self.drafter, self.tree)
+        at_once = min(batch_size or len(ready), len(ready))
+        if any(one.model_inputs for one in ready):
             laws = decoding.seeded(settings.sampling, len(ready))
+            arguments |= drafting(self.target, self.drafter, self.tree)
             made = [
                 decoding.generate(
-                    self.target,
-                    self.drafter,
-                    one.ids,
-                    model_inputs=one.model_inputs,
-                    **{**arguments, **alone, "sampling": law},
+                    self.target, self.drafter, one.ids, model_inputs=one.model_inputs, **{**arguments, "sampling": law}
                 )
                 for one, law in zip(ready, laws, strict=True)
             ]

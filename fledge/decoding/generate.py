@@ -74,6 +74,7 @@ def generate_batch(
     eos_token_ids: Sequence[int] | None = None,
     batch_size: int | None = None,
     on_tokens: OnRowTokens | None = None,
+    budget: Any = None,
     shapes: ShapePolicy = "auto",
 ) -> list[Generation]:
     """The answers to all prompts, in their order, `batch_size` at a time (None: all); a finished one makes room for the
@@ -93,8 +94,9 @@ def generate_batch(
         for index, (prompt, law) in enumerate(zip(prompts, laws, strict=True))
     ]
     session = open_session(
-        target, drafter, requests, tree=tree, eos_token_ids=eos_token_ids, batch_size=batch_size, shapes=shapes
-    )
+        target, drafter, requests, tree=tree, eos_token_ids=eos_token_ids, batch_size=batch_size, budget=budget,
+        shapes=shapes,
+    )  # fmt: skip
     states = [session.add(request) for request in requests]
     session.run()
     return [state.generation() for state in states]
