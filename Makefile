@@ -69,7 +69,7 @@ quickstart: install
 reference: install
 	$(BIN)/fledge quickstart --prepare-only
 	$(BIN)/fledge bench --target outputs/quickstart/target --draft heads/smollm2-135m-instruct/eagle3 --bench-name quick \
-	  --temperature 0 --total-token 8 --depth 3 --top-k 3 --max-new-tokens 64 --question-end 6 --output-dir outputs/reference
+	  --temperature 0 --max-new-tokens 64 --question-end 6 --output-dir outputs/reference
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

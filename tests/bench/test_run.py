@@ -308,4 +308,4 @@ def test_row_is_plain_json_with_one_line_per_question(make_args, fake_run):
 
 
 def test_settings_are_dataclasses_all_the_way(make_args):
-    assert dataclasses.asdict(make_args())["model"]["depth"] == 5
+    assert dataclasses.asdict(make_args())["model"]["shapes"] == "auto"
