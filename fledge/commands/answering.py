@@ -103,14 +103,12 @@ class Answerer:
         from fledge.decoding.default_tree import default_tree
         from fledge.decoding.generate import generate_batch
 
-        if batch_size > 1 and self.args.own_choice:
+        pictures = any(prompt.model_inputs for prompt in prompts)
+        if batch_size > 1 and self.args.own_choice and not pictures:
             changes["tree"], _ = default_tree(self.target, draft, at_once=batch_size)
-        elif self.budget is not None and batch_size > 1:
-            say("one prompt after another: --adaptive decides for one sequence at a time")
-            batch_size = 1
-        if batch_size == 1 or any(prompt.model_inputs for prompt in prompts):
+        elif self.budget is not None or pictures:
             if batch_size > 1:
-                say("one prompt after another: pictures are of one sequence")
+                say("one prompt after another: --adaptive and pictures decide for one sequence at a time")
             return [self._generate(draft, prompt, **changes) for prompt in prompts]
         return generate_batch(
             self.target, draft, [prompt.ids for prompt in prompts], batch_size=batch_size,

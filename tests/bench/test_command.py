@@ -115,7 +115,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def test_documented_defaults():
-    """Of tools/spec_benchmark.py; its temperature is set there (`test_the_tool_samples`)."""
+    """Of tools/spec_benchmark.py; its temperature and its tree are set there (`test_the_tool_samples`)."""
     words = ["--base-model-path", "a", "--eagle-model-path", "b", "--model-id", "c"]
     args = parse(BenchSettings, words, prog="", description="")
     found = (
@@ -123,14 +123,14 @@ def test_documented_defaults():
         args.model.total_token, args.model.depth, args.model.top_k, args.workers.num_gpus_per_model,
         args.workers.num_gpus_total, args.sampling.seed, args.output.no_metrics,
     )  # fmt: skip
-    assert found == (("mt_bench",), "both", 0.0, 1024, 60, 5, 10, 1, 1, 42, False)
+    assert found == (("mt_bench",), "both", 0.0, 1024, None, None, None, 1, 1, 42, False)
     short = parse(BenchSettings, ["--target", "a", "--draft", "b"], prog="", description="")
     assert (short.model.target, short.model.draft) == ("a", "b")
 
 
 @pytest.mark.parametrize(("given", "temperature"), [([], 1.0), (["--temperature", "0.5"], 0.5)])
 def test_the_tool_samples(given, temperature, monkeypatch):
-    """AngelSlim documents a temperature of 1.0 for it, whatever `fledge bench` does by default."""
+    """AngelSlim documents a temperature of 1.0 and a tree of 60/5/10 for it, whatever is the default elsewhere."""
     ran = []
     monkeypatch.setattr("fledge.cli.run_command", lambda name, words: ran.append((name, words)) or 0)
     monkeypatch.setattr("sys.argv", [str(TOOL), "--target", "a", "--mode", "baseline", *given])
@@ -138,7 +138,9 @@ def test_the_tool_samples(given, temperature, monkeypatch):
         runpy.run_path(str(TOOL), run_name="__main__")
     ((name, words),) = ran
     assert name == "bench"
-    assert parse(BenchSettings, words, prog="", description="").sampling.temperature == temperature
+    args = parse(BenchSettings, words, prog="", description="")
+    assert args.sampling.temperature == temperature
+    assert (args.model.total_token, args.model.depth, args.model.top_k) == (60, 5, 10) and not args.model.own_choice
 
 
 def test_greedy_outputs_are_identical_and_the_costs_add_up(run_bench):
@@ -270,11 +272,11 @@ def test_refused_path_follows_first_children():
 
 
 def test_tune_writes_a_profile_that_auto_reads(run_bench, folders, tmp_path, monkeypatch):
-    from fledge.decoding import tune
+    from fledge.decoding import costs, tune
 
     monkeypatch.setattr(tune, "NODES", (2, 4, 8))
     monkeypatch.setattr(tune, "WIDTHS", (1, 3))
-    monkeypatch.setattr(tune, "TIMINGS", 1)
+    monkeypatch.setattr(costs, "TURNS", 1)
     monkeypatch.setattr(tune, "POSITIONS_PER_ANSWER", 4)
     path = tmp_path / "profile.json"
     flags = ("--profile-path", str(path), "--temperature", "0", "--max-new-token", "20")

@@ -239,3 +239,15 @@ def test_chat_survives_what_one_turn_does_wrong(folders, capsys, monkeypatch):
     assert run("--target", target, "--draft", head, "--max-new-tokens", 4, command="chat") == 0
     shown = capsys.readouterr()
     assert "Shorten the prompt" in shown.err and shown.err.count("tok/s") == 1
+
+
+def test_without_a_tree_the_engine_chooses(folders, capsys, monkeypatch, tmp_path):
+    """One prompt is drafted for as far as it pays; several at once decode plainly on a CPU."""
+    monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path))
+    target, head = folders
+    words = ("--target", target, "--draft", head, "--max-new-tokens", 20, "--compare")
+    assert run(*words, "--prompt", "w20 w30") == 0
+    assert "outputs identical" in capsys.readouterr().err
+    assert run(*words, "--prompt", "w20", "w30", "--batch-size", 2) == 0
+    assert "one prompt after another" not in " ".join(capsys.readouterr().err.split())
+    assert len(list((tmp_path / "costs").iterdir())) == 1

@@ -6,7 +6,10 @@ from tiny import prompt, tiny_draft, tiny_target
 from fledge.decoding import default_tree as module
 from fledge.decoding.default_tree import LARGE, NONE, SMALL, PairCosts, default_tree, key_of, measured_costs
 from fledge.decoding.generate import Sampling, generate
+from fledge.decoding.settings import DraftingSettings
+from fledge.decoding.tree_profile import resolve_tree
 from fledge.drafters.lookup.propose import PromptLookup
+from fledge.drafters.tree import TreeShape
 from fledge.target.model import Target
 
 CHEAP = PairCosts({1: 1.0, 16: 1.1}, dict.fromkeys(range(1, 6), 0.01), 0.0)
@@ -55,6 +58,20 @@ def test_tokens_are_plain_decodings(target, monkeypatch, costs):
     assert own.rounds is not None
     drafting = sum(len(round_.token_ids) > 1 for round_ in own.rounds)
     assert drafting > len(own.rounds) / 2 if costs is CHEAP else drafting < len(own.rounds) / 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "own"),
+    [({}, True), ({"top_k": 1}, False), ({"depth": 0}, False), ({"total_token": "auto"}, False),
+     ({"adaptive": True}, False), ({"shapes": "fixed"}, False), ({"shapes": "exact"}, True)],
+)  # fmt: skip
+def test_when_the_engine_chooses(flags, own):
+    assert DraftingSettings(**flags).own_choice == own
+
+
+def test_flags_that_are_not_given_have_the_documented_values():
+    assert resolve_tree(None, None, None, head=None) == TreeShape(60, 5, 10)
+    assert resolve_tree(None, 2, None, head=None) == TreeShape(60, 2, 10)
 
 
 def test_where_there_is_nothing_to_decide(target):
