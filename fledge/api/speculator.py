@@ -142,26 +142,18 @@ class Speculator:
     ) -> list[GeneratedText]:  # fmt: skip
         """The answers to several prompts, in their order, `batch_size` at a time (None: all).
 
-        With a seed, prompt i draws as it does alone with the seed plus i. Pictures are answered one by one.
+        With a seed, prompt i draws as it does alone with the seed plus i.
         """
         if isinstance(prompts, (str, Mapping)):
             raise UserError(f"generate_batch takes a list of prompts, not a {type(prompts).__name__}.")
         settings, ready = self._settings(generation_config, options), [self._prompt(prompt) for prompt in prompts]
         arguments = self._arguments(settings, prompts, max(map(len, ready), default=0))
         at_once = min(batch_size or len(ready), len(ready))
-        if any(one.model_inputs for one in ready):
-            laws = decoding.seeded(settings.sampling, len(ready))
-            arguments |= drafting(self.target, self.drafter, self.tree)
-            made = [
-                decoding.generate(
-                    self.target, self.drafter, one.ids, model_inputs=one.model_inputs, **{**arguments, "sampling": law}
-                )
-                for one, law in zip(ready, laws, strict=True)
-            ]
-        else:
-            ids = [one.ids for one in ready]
-            arguments |= drafting(self.target, self.drafter, self.tree, at_once=at_once)
-            made = decoding.generate_batch(self.target, self.drafter, ids, batch_size=batch_size, **arguments)
+        arguments |= drafting(self.target, self.drafter, self.tree, at_once=at_once)
+        made = decoding.generate_batch(
+            self.target, self.drafter, [one.ids for one in ready], batch_size=batch_size,
+            model_inputs=[one.model_inputs for one in ready], **arguments,
+        )  # fmt: skip
         return [self._finished(one, settings) for one in made]
 
     # -- inside --------------------------------------------------------------------------------------------------------

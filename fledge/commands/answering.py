@@ -103,16 +103,15 @@ class Answerer:
         from fledge.decoding.default_tree import default_tree
         from fledge.decoding.generate import generate_batch
 
-        pictures = any(prompt.model_inputs for prompt in prompts)
-        if batch_size > 1 and self.args.own_choice and not pictures:
+        if batch_size > 1 and self.args.own_choice:
             changes["tree"], _ = default_tree(self.target, draft, at_once=batch_size)
-        elif self.budget is not None or pictures:
+        elif self.budget is not None:
             if batch_size > 1:
-                say("one prompt after another: --adaptive and pictures decide for one sequence at a time")
+                say("one prompt after another: --adaptive decides for one sequence at a time")
             return [self._generate(draft, prompt, **changes) for prompt in prompts]
         return generate_batch(
             self.target, draft, [prompt.ids for prompt in prompts], batch_size=batch_size,
-            **{**self._options(), **changes},
+            model_inputs=[prompt.model_inputs for prompt in prompts], **{**self._options(), **changes},
         )  # fmt: skip
 
     def _generate(self, draft: Any, prompt: "Prompt", **changes: Any) -> Generation:

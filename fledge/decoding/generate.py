@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from fledge.decoding.memory import check_memory
 from fledge.decoding.probe import ability_of, shape_for
 from fledge.decoding.records import Generation, RoundTrace, Sampling
 from fledge.decoding.requests import OnTokens, Request, RequestState, check_request
@@ -75,11 +76,12 @@ def generate_batch(
     batch_size: int | None = None,
     on_tokens: OnRowTokens | None = None,
     budget: Any = None,
+    model_inputs: Sequence[Mapping[str, Tensor]] = (),
     shapes: ShapePolicy = "auto",
 ) -> list[Generation]:
     """The answers to all prompts, in their order, `batch_size` at a time (None: all); a finished one makes room for the
     next. `on_tokens(prompt's index, new tokens)` as they appear. With a seed, prompt i draws as it does alone with the
-    seed plus i."""
+    seed plus i. `model_inputs` are those of every prompt, where there are pictures."""
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1.")
     if not prompts:
@@ -90,8 +92,10 @@ def generate_batch(
 
     laws = seeded(sampling or Sampling(), len(prompts))
     requests = [
-        Request(prompt, max_new_tokens, law, told(index))
-        for index, (prompt, law) in enumerate(zip(prompts, laws, strict=True))
+        Request(prompt, max_new_tokens, law, told(index), inputs)
+        for index, (prompt, law, inputs) in enumerate(
+            zip(prompts, laws, model_inputs or [{}] * len(prompts), strict=True)
+        )
     ]
     session = open_session(
         target, drafter, requests, tree=tree, eos_token_ids=eos_token_ids, batch_size=batch_size, budget=budget,
@@ -172,7 +176,8 @@ def open_session(
     batch = 1 if budget is not None else most_at_once(target, min(batch_size or len(requests), len(requests)))
     stops = frozenset(target.eos_token_ids if eos_token_ids is None else eos_token_ids)
     needed = max(len(request.prompt_ids) + check_request(target, request) for request in requests)
-    num_rows = in_buckets(needed) + in_buckets(rows_ahead(tree)) if fixed else 0
+    most_rows = in_buckets(needed) + in_buckets(rows_ahead(tree))
+    num_rows = most_rows if fixed else 0
     law = requests[0].sampling.law if fixed else Sampling()
     kept = _sessions.setdefault(target, OrderedDict())
     key = (id(drafter), tree if drafter is not None else None, batch, stops, fixed, law)
@@ -181,6 +186,7 @@ def open_session(
         session = None  # free its caches first
         while len(kept) >= KEPT_SESSIONS:
             kept.popitem(last=False)
+        check_memory(target, batch, most_rows)  # of exact shapes, too, which take it as the texts grow
         session = Session(target, drafter, tree, batch, num_rows, fixed, stops, law)
     session.budget = budget
     session.prepare(max(len(request.prompt_ids) for request in requests), needed)

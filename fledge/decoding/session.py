@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fledge.decoding.capture import Captured, Timer, run_parts
+from fledge.decoding.memory import check_memory
 from fledge.decoding.noise import seed_word
 from fledge.decoding.probe import ability_of, verifier_of
 from fledge.decoding.records import RoundTrace, Sampling
@@ -318,10 +319,11 @@ class Session:
                 self._slots[goal], self._slots[source] = self._slots[source], None
 
     def _reserve(self, capacity: int) -> None:
-        """Caches of `capacity` rows at least."""
+        """Caches of `capacity` rows at least; a UserError where there is no memory for them."""
         if capacity <= self.capacity:
             return
         assert not self.fixed or not self.capacity, "fixed shapes do not grow"
+        check_memory(self.target, self.batch_size, capacity)
         self.round.verifier.reserve(capacity)
         if self.round.proposer is not None:
             self.round.proposer.reserve(capacity)

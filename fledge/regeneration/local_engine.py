@@ -26,6 +26,7 @@ from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.generate import serving_session
 from fledge.decoding.law import sampling_of
+from fledge.decoding.memory import described
 from fledge.decoding.records import Generation
 from fledge.decoding.requests import PromptTooLong, Request, RequestState, check_request
 from fledge.decoding.session import Session
@@ -130,7 +131,10 @@ class LocalEngine:
         )  # fmt: skip
         batch_size = self._batch_size or (CPU_BATCH if target.device.type == "cpu" else GPU_BATCH)
         session = serving_session(target, batch_size=batch_size, eos_token_ids=self.template.stop_token_ids)
-        say(f"{self.model}: {target.dtype} on {target.device}, {session.batch_size} rows at once")
+        say(
+            f"{self.model}: {target.dtype} on {target.device}, {session.batch_size} rows at once: "
+            f"{described(target, session.batch_size)}"
+        )
         return session
 
     def _decode_forever(self) -> None:

@@ -119,6 +119,18 @@ def test_a_chat_may_hold_pictures(tmp_path):
     assert together[0].token_ids != together[1].token_ids
 
 
+def test_several_heads_serve_one_loaded_model(pair, model):
+    """Each in turn, and one of them is let go: the others go on."""
+    heads = [tiny_draft(pair.target, kind) for kind in ("random", "zero", "adversarial")]
+    pairs = [fledge.load(model, head, tokenizer=pair.tokenizer) for head in heads]
+    options = {"max_new_tokens": 12, "eos_token_id": []}
+    expected = pair.generate(TEXT, **options).token_ids
+    for _ in range(2):
+        assert [one.generate(TEXT, **options).token_ids for one in pairs] == [expected] * len(pairs)
+        del pairs[0]
+        gc.collect()
+
+
 def test_draws_follow_the_seed(pair):
     options = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.9, "top_k": 20, "eos_token_id": []}
     once, again, other = (pair.generate(TEXT, seed=seed, **options).token_ids for seed in (5, 5, 6))

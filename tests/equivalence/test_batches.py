@@ -201,6 +201,22 @@ def test_a_finished_sequence_makes_room_for_the_next(batch_size, shapes):
             assert list(itertools.chain(*(new for which, new in told if which == row))) == one.token_ids
 
 
+@pytest.mark.parametrize("shapes", POLICIES)
+def test_a_cancelled_request_leaves_and_the_others_go_on(shapes):
+    """One that waits, and one that is being answered; their slots are free for the next."""
+    lengths, target = (20, 1, 5, 9), tiny_target("llama")
+    shared = opened("llama", tiny_draft(target), lengths, shapes=shapes, batch_size=2, eos_token_ids=())
+    states = list(shared.waiting)
+    while len(states[0].token_ids) < 3:
+        shared.step()
+    shared.cancel(states[0])
+    shared.cancel(states[3])
+    shared.run()
+    assert [state.token_ids for state in states[1:3]] == [plain("llama", length) for length in (1, 5)]
+    assert states[0].token_ids == plain("llama", 20)[: len(states[0].token_ids)] and states[0].room > 0
+    assert not states[3].token_ids and shared.idle
+
+
 def test_requests_of_several_laws_share_a_session():
     """Each draws as it does alone: greedy, warm, with a seed of its own."""
     target = tiny_target("llama")
