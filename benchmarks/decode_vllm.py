@@ -125,7 +125,7 @@ class Vllm:
         cores = f"0-{args.threads - 1}"
         environment = os.environ | {
             "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores, "HF_HUB_OFFLINE": "1",
-            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "1800",  # it compiles first
         }  # fmt: skip
         for ours in ("PYTHONPATH", "OMP_NUM_THREADS"):
             environment.pop(ours, None)
