@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 it worked, 1 an error, 2 wrong flags, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
+        show(usage())
         sys.exit(0 if words else 2)
     if words[0] in ("-V", "--version"):
         print(f"fledge {fledge.__version__}")
@@ -87,7 +87,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     try:
         module = importlib.import_module(command.module)
         if (asked := asks_for_help(argv)) is not None:
-            print(help_text(name, module, everything=asked == "--help-all"))
+            show(help_text(name, module, everything=asked == "--help-all"))
             return 0
         args_class = getattr(module, command.args)
         parser = getattr(module, "parse_args", parse)  # `train` adds the Trainer's own arguments
@@ -104,6 +104,14 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         console.print("interrupted", style="bold red")
         return 130
     return 0
+
+
+def show(text: str) -> None:
+    """Print to a reader that may have enough, such as `head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def help_text(name: str, module: ModuleType, *, everything: bool) -> str:

@@ -199,3 +199,14 @@ def test_recipes_know_other_names(tmp_path):
 def test_values_are_named_by_their_type(name, value):
     flag: Flag = next(flag for flag in flags_of(Flags) if flag.name == name)
     assert value_of(flag.kind) == value
+
+
+@pytest.mark.parametrize("words", [["--help"], ["export", "--help"], ["train", "--help-all"]])
+def test_a_reader_that_has_enough_is_no_error(words):
+    """`fledge export --help | head` ended with "Broken pipe"."""
+    command = [sys.executable, "-m", "fledge", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        said = process.stderr.read()
+    assert said == "" and process.returncode == 0
