@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fledge import provenance
 from fledge.bench.prompts import load_questions
@@ -10,15 +10,22 @@ from fledge.console import say, show_table, warn
 from fledge.data.tokenize import ChatTemplate, load_tokenizer
 from fledge.doctor.check import Examination, examine
 from fledge.doctor.findings import Finding
+from fledge.doctor.inspect_block import block_readings, inspect_block, layers_of
 from fledge.doctor.readings import CHAIN, Diagnosis, Score, diagnose, layers_to_tap
 from fledge.doctor.repair import repaired
+from fledge.drafters.dspark.foreign import block_origin_of, read_any_block
 from fledge.drafters.eagle3.config import to_json
 from fledge.drafters.eagle3.foreign import read_config
+from fledge.drafters.layer_config import HINT, JSON
 from fledge.errors import UserError
 from fledge.export.convert import HEAD_FILES, write_head
 from fledge.export.engines import ENGINES, file_shapes, problems
 from fledge.export.layouts import LAYOUTS
 from fledge.outputs import Output, check, document_has, write_figures, written
+from fledge.parsing import read_json
+
+if TYPE_CHECKING:
+    from fledge.target.model import Target
 
 MEASURED_TOKENS = 64  # longest answer to a prompt of the trial
 USELESS_TAU = 1.05  # a head below this proposes nothing that its target would say
@@ -49,6 +56,9 @@ def inspect_head(args: InspectHeadArgs) -> None:
             raise UserError(f"--fix {args.fix} is the head itself. Name another folder; the original is kept.")
         check(args.fix, REPAIRED, overwrite=args.overwrite)
     text_config: Any = _text_config(args)
+    if block_origin_of(read_json(folder / "config.json", JSON, hint=HINT)) is not None:
+        _inspect_block(folder, args, text_config)
+        return
     seen = examine(folder, text_config)
     _show(seen)
     _show_engines(seen, text_config)
@@ -69,6 +79,29 @@ def inspect_head(args: InspectHeadArgs) -> None:
     if args.fix is not None:
         _fix(args, seen, text_config, diagnosis)
     _conclude(args, found, diagnosis)
+
+
+def _inspect_block(folder: Path, args: InspectHeadArgs, text_config: Any) -> None:
+    """The same of a block draft."""
+    target, prompts = None, []
+    if args.target is not None and args.measure:
+        from fledge.target.model import Target
+
+        taps = layers_of(list(block_readings(read_any_block(folder).config, text_config.num_hidden_layers)))
+        target = Target.from_pretrained(args.target, tap_layers=taps)
+        prompts = _prompts(target, args)
+    inspect_block(
+        folder, target, prompts, MEASURED_TOKENS, fix=args.fix, repaired=REPAIRED, overwrite=args.overwrite
+    )  # fmt: skip
+
+
+def _prompts(target: "Target", args: InspectHeadArgs) -> list[list[int]]:
+    """The first questions of the quick set in the target's template."""
+    template = ChatTemplate(
+        target.tokenizer, args.chat_template_type, eos_token_ids=target.eos_token_ids, vision=target.vision
+    )
+    questions = load_questions("quick", end=args.measure_prompts)
+    return [template.prompt_ids([{"role": "user", "content": question.turns[0]}]) for question in questions]
 
 
 def measured_findings(diagnosis: Diagnosis) -> list[Finding]:
@@ -109,13 +142,8 @@ def _try(seen: Examination, args: InspectHeadArgs, num_layers: int) -> Diagnosis
     except UserError as error:
         warn(f"not measured, since the target cannot be loaded here: {error}")
         return None
-    template = ChatTemplate(
-        target.tokenizer, args.chat_template_type, eos_token_ids=target.eos_token_ids, vision=target.vision
-    )
-    questions = load_questions("quick", end=args.measure_prompts)
-    prompts = [template.prompt_ids([{"role": "user", "content": question.turns[0]}]) for question in questions]
     return diagnose(
-        target, seen.head, prompts, max_new_tokens=MEASURED_TOKENS, vocabularies=seen.vocabularies
+        target, seen.head, _prompts(target, args), max_new_tokens=MEASURED_TOKENS, vocabularies=seen.vocabularies
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """`fledge train --draft_type dspark | dflash`: stored as live, resumed as uninterrupted, and learned."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,9 @@ import fledge
 from fledge.commands.train import TrainArgs, parse_args
 from fledge.data.tokenize import Sample
 from fledge.decoding.generate import generate
+from fledge.doctor.inspect_block import best_reading
+from fledge.doctor.readings import RecordedAnswers
+from fledge.drafters.dspark.checkpoint import BlockHead, read_block
 from fledge.drafters.dspark.config import from_json
 from fledge.drafters.head_files import WEIGHTS, read_tensors
 from fledge.drafters.registry import read_drafter
@@ -167,5 +171,24 @@ def test_a_trained_draft_beats_its_first_slot(work, sure, tmp_path, monkeypatch)
 
     first, chain, tree = tau(TreeShape(2, 0, 1)), tau(TreeShape(5, 3, 1)), tau(TreeShape(12, 3, 3))
     assert first > 1.5 and chain > first + 0.5 and tree >= chain, (first, chain, tree)
+    check_readings(sure, read_block(tmp_path / "head"), prompts, answers)
     by_name = fledge.load(str(sure), str(tmp_path / "head"))
     assert by_name.generate(prompts[0], max_new_tokens=16).token_ids[:4] == answers[0][:4]
+
+
+def check_readings(folder: Path, head: BlockHead, prompts: list[list[int]], answers: list[list[int]]) -> None:
+    """The doctor names how a draft was trained, whichever block layout its files state. Of taps one layer off, the
+    right ones are the likeliest; in so small a target the others explain it nearly as well."""
+    target = Target.from_pretrained(str(folder), tap_layers=range(1, 8))
+    recorded = RecordedAnswers(target, prompts, 16, answers)
+    right = "sample_from_anchor True, taps [2, 4, 6, 7]"
+    for stated, expected in (({}, "as the files say"), ({"sample_from_anchor": False}, right)):
+        wrong = BlockHead(dataclasses.replace(head.config, **stated), head.tensors)
+        *tried, best = best_reading(wrong, recorded, target.num_layers)
+        assert best.label == expected, [(reading.label, reading.tau) for reading in tried]
+        assert tried[0].label == "as the files say" and (best is tried[0] or best.tau > tried[0].tau + 0.5)
+    shifted = BlockHead(dataclasses.replace(head.config, tap_layers=(1, 3, 5, 6)), head.tensors)
+    *tried, _ = best_reading(shifted, recorded, target.num_layers)
+    likeliest = max(tried, key=lambda reading: reading.tau).config
+    taus = [(reading.label, reading.tau) for reading in tried]
+    assert likeliest.tap_layers == (2, 4, 6, 7) and likeliest.sample_from_anchor, taus
