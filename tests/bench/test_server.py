@@ -104,7 +104,7 @@ def test_servers_without_url_are_started_and_stopped_one_at_a_time(start, server
     events = []
 
     @contextlib.contextmanager
-    def running(servers, timeout):
+    def running(servers):
         has_head = "--speculative-config" in servers[0].command
         events.append(("up", has_head, "--no-enable-prefix-caching" in servers[0].command))
         yield []
