@@ -21,8 +21,8 @@ from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.accept import one_node, penalised
 from fledge.decoding.adaptive import AdaptiveBudget
 from fledge.decoding.default_tree import default_tree
+from fledge.decoding.exact import verifier_of
 from fledge.decoding.generate import ShapePolicy, generate, uses_fixed_shapes
-from fledge.decoding.probe import verifier_of
 from fledge.decoding.records import Generation, RoundTrace, Sampling
 from fledge.decoding.tree_profile import profile_path, read_profile
 from fledge.decoding.verifier import Lengths

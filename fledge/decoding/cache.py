@@ -86,15 +86,17 @@ class TargetCache(Cache):
             self._blocks[index] = after
         self.capacity = capacity
 
-    def open_block(self, slots: slice, start: int, num_rows: int) -> None:
-        """The next forward writes rows start .. start + num_rows - 1 of these slots and reads all up to them."""
+    def open_block(self, slots: slice, start: int, num_rows: int, num_keys: int | None = None) -> None:
+        """The next forward writes rows start .. start + num_rows - 1 of these slots and reads all up to them, or the
+        first `num_keys` rows."""
         end = start + num_rows
-        assert end <= self.capacity, f"{end=} {self.capacity=}"
+        num_keys = num_keys or end
+        assert end <= num_keys <= self.capacity, f"{end=} {num_keys=} {self.capacity=}"
         self._rows, self._length = None, start
         for block, users in zip(self._blocks, self._users, strict=True):
-            part = block[:, slots, :, :end]
+            part = block[:, slots, :, :num_keys]
             self._read.update(zip(users, part.unbind(0), strict=True))
-            self._write.update(zip(users, part[:, :, :, start:].unbind(0), strict=True))
+            self._write.update(zip(users, part[:, :, :, start:end].unbind(0), strict=True))
 
     def open_rows(self, lengths: Tensor, num_rows: int, num_keys: int) -> None:
         """The next forward writes `num_rows` rows behind the lengths (B,) and reads the first `num_keys` rows."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from fledge.decoding.exact import is_exact, within_a_block
 from fledge.decoding.memory import check_memory
 from fledge.decoding.probe import ability_of, shape_for
 from fledge.decoding.records import Generation, RoundTrace, Sampling
@@ -168,7 +169,7 @@ def open_session(
     tree = tree or TreeShape()
     if drafter is not None:
         possible = shape_for(target, tree)
-        drafter, tree = (None, tree) if possible is None else (drafter, possible)
+        drafter, tree = (None, tree) if possible is None else (drafter, within_a_block(target, possible))
     fixed = uses_fixed_shapes(
         shapes, target, drafter, pictures=any(request.model_inputs for request in requests),
         adaptive=budget is not None, trace=any(request.trace for request in requests),
@@ -180,7 +181,7 @@ def open_session(
     num_rows = most_rows if fixed else 0
     law = requests[0].sampling.law if fixed else Sampling()
     kept = _sessions.setdefault(target, OrderedDict())
-    key = (id(drafter), tree if drafter is not None else None, batch, stops, fixed, law)
+    key = (id(drafter), tree if drafter is not None else None, batch, stops, fixed, law, is_exact(target))
     session = kept.pop(key, None)
     if session is None or not session.idle or session.capacity < num_rows:
         session = None  # free its caches first

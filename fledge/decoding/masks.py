@@ -109,10 +109,14 @@ class Masks:
         )
 
     def _additive(self, visible: Tensor) -> Tensor:
-        """(N, K) to (1, 1, N, K), (B, N, K) to (B, 1, N, K)."""
-        mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
-        mask = mask.masked_fill_(~visible, torch.finfo(self.dtype).min).unsqueeze(-3)
-        return mask if mask.dim() == 4 else mask[None]
+        return additive(visible, self.dtype)
 
     def _by_kind(self, make: Any) -> Any:
         return make(self.kinds[0]) if len(self.kinds) == 1 else {kind.name: make(kind) for kind in self.kinds}
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, K) bool to (1, 1, N, K), (B, N, K) to (B, 1, N, K)."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    mask = mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(-3)
+    return mask if mask.dim() == 4 else mask[None]

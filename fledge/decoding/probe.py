@@ -31,7 +31,6 @@ from fledge.decoding.verifier import AttentionVerifier, Lengths, Verifier
 from fledge.drafters.tree import Trees, TreeShape, ancestors_of
 from fledge.errors import UserError
 from fledge.target.model import Target, longrope_limit
-from fledge.target.products import accelerate
 
 Way = Literal["trees", "chains", "plain"]
 Rounds = Sequence[tuple[Sequence[int], Sequence[int]]]  # parents of a tree's nodes, and the nodes that are kept
@@ -97,12 +96,6 @@ def ability_of(target: Target) -> Ability:
 def trust(target: Target, ability: Ability) -> None:
     """Skip the self-test: decode as if it had found this."""
     _abilities[target] = ability
-
-
-def verifier_of(target: Target, batch: int, capacity: int) -> Verifier:
-    """The verifier that this target needs, with room for sequences of `capacity` rows."""
-    accelerate(target.model)
-    return _verifier(target, ability_of(target).own_cache, batch, capacity)
 
 
 def _verifier(target: Target, own_cache: bool, batch: int, capacity: int) -> Verifier:

@@ -81,7 +81,7 @@ class Round:
     def __init__(self, target: Target, verifier: Verifier, proposer: Proposer | None, batch: int) -> None:
         device = target.device
         self.verifier, self.proposer, self.batch = verifier, proposer, batch
-        self._head = target.head
+        self._head = verifier.head
         self.num_nodes = 1 + (proposer.num_drafted if proposer else 0)
         self.num_slots = 1 + (proposer.num_levels if proposer else 0)
         self.stops = torch.zeros(target.vocab_size, dtype=torch.bool, device=device)

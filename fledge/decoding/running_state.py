@@ -100,6 +100,9 @@ class RunningStateVerifier:
             torch.cat([output.last_hidden for output in outputs]), torch.cat(tapped) if tapped else None
         )
 
+    def head(self, last_hidden: Tensor) -> Tensor:
+        return self.target.head(last_hidden)
+
     def keep(self, lengths: Lengths, accepted: Accepted) -> None:
         for slot, count in enumerate(accepted.num_accepted.tolist()):
             self._state(slot).keep(count)

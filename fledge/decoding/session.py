@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from fledge.decoding.capture import Captured, Timer, run_parts
+from fledge.decoding.exact import verifier_of
 from fledge.decoding.memory import check_memory
 from fledge.decoding.noise import seed_word
-from fledge.decoding.probe import ability_of, verifier_of
+from fledge.decoding.probe import ability_of
 from fledge.decoding.records import RoundTrace, Sampling
 from fledge.decoding.requests import Request, RequestState, check_request
 from fledge.decoding.round import Round, Shapes

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.decoding.accept import Accepted
-from fledge.decoding.attention import can_replace, decoding_attention, stock_attention
+from fledge.decoding.attention import can_replace, decoding_attention, row_attention, stock_attention, with_cuts
 from fledge.decoding.cache import TargetCache, layout_of
 from fledge.decoding.masks import Masks, kinds_of
-from fledge.drafters.tree import Trees
+from fledge.decoding.row_attention import ROWS, TAIL, Cut, cut
+from fledge.drafters.tree import Trees, filled_up
 from fledge.target.model import Target
 from fledge.target.norms import as_one_kernel, rms_norms
 from fledge.target.record import TargetOutput
@@ -67,6 +69,10 @@ class Verifier(Protocol):
         """All nodes of the trees (B, N). Shapes (B, N, ..)."""
         ...
 
+    def head(self, last_hidden: Tensor) -> Tensor:
+        """The target's logits of rows (.., H) of these."""
+        ...
+
     def keep(self, lengths: Lengths, accepted: Accepted) -> None:
         """Commit the accepted nodes of the trees just verified."""
         ...
@@ -84,12 +90,14 @@ class AttentionVerifier:
     """Runs a target with a key-value cache over prompts and trees, `batch` sequences at once."""
 
     chains_only = False
-    one_by_one = False
 
-    def __init__(self, target: Target, batch: int, capacity: int) -> None:
+    def __init__(self, target: Target, batch: int, capacity: int, *, exact: bool = False) -> None:
+        """`exact`: the logits of a node are the same bits whatever is computed beside it (`exact.py`)."""
         config = target.text_config
+        self._exact, self._fill = exact, ROWS if exact and target.dtype == torch.float32 else 1
+        self.one_by_one = exact  # a prompt is other bits beside another one
         self._target = weakref.ref(target)
-        self.cache = TargetCache(layout_of(target), target.num_layers, batch, capacity)
+        self.cache = TargetCache(layout_of(target), target.num_layers, batch, capacity + self._margin)
         self._offsets = torch.zeros(batch, dtype=torch.int64, device=target.device)  # rope position minus row
         self._last_position = (getattr(config, "max_position_embeddings", None) or 1 << 62) - 1
         self._masks = Masks(
@@ -123,8 +131,13 @@ class AttentionVerifier:
                 for module, rope_type in zip(self._ropes, before, strict=True):
                     module.rope_type = rope_type
 
+    @property
+    def _margin(self) -> int:
+        """Cache rows beyond those of the sequences."""
+        return TAIL if self._exact else 0
+
     def reserve(self, capacity: int) -> None:
-        self.cache.reserve(capacity)
+        self.cache.reserve(capacity + self._margin)
 
     def move(self, source: int, goal: int) -> None:
         self.cache.move(source, goal)
@@ -151,16 +164,37 @@ class AttentionVerifier:
 
     def verify(self, trees: Trees, lengths: Lengths, num_keys: int, *, taps: bool) -> TargetOutput:
         """See `Verifier`. Positions past the target's last one belong to nodes that cannot be emitted."""
+        asked = trees.num_nodes
+        trees = filled_up(trees, self._fill)
+        num_keys += trees.num_nodes - asked
+        cuts = self._cuts(lengths, trees)
+        num_read = max([num_keys, *(one.num_keys for one in cuts.values())])
         batch, num_nodes = trees.token_ids.shape
         whole = lengths.equal is not None and lengths.equal + num_nodes == num_keys
         if whole:
-            self.cache.open_block(slice(0, batch), num_keys - num_nodes, num_nodes)
+            self.cache.open_block(slice(0, batch), num_keys - num_nodes, num_nodes, num_read)
         else:
-            self.cache.open_rows(lengths.device, num_nodes, num_keys)
-        mask = self._masks.trees(lengths.device, trees, num_keys, whole=whole)
+            self.cache.open_rows(lengths.device, num_nodes, num_read)
+        mask = self._masks.trees(lengths.device, trees, num_read, whole=whole and not cuts)
         first = lengths.device + self._offsets[:batch]
         positions = (first[:, None] + trees.levels).clamp(max=self._last_position)
-        return self._forward(trees.token_ids, positions, mask, taps)
+        if not cuts:
+            return self._forward(trees.token_ids, positions, mask, taps)
+        with row_attention(self.target.text_config):
+            return self._forward(trees.token_ids, positions, with_cuts(mask, cuts), taps).first(asked)
+
+    def _cuts(self, lengths: Lengths, trees: Trees) -> dict[str, Cut]:
+        """How each kind of layer cuts the keys, by name; nothing where a row's bits may depend on the others."""
+        kinds = self._masks.kinds if self._exact else []
+        return {kind.name: cut(kind, lengths.device, trees, self.target.dtype) for kind in kinds}
+
+    def head(self, last_hidden: Tensor) -> Tensor:
+        """See `Verifier`."""
+        if self._fill == 1:
+            return self.target.head(last_hidden)
+        rows = last_hidden.flatten(0, -2)
+        logits = self.target.head(F.pad(rows, (0, 0, 0, -len(rows) % self._fill)))[: len(rows)]
+        return logits.view(*last_hidden.shape[:-1], -1)
 
     def keep(self, lengths: Lengths, accepted: Accepted) -> None:
         """Compaction is skipped where the host sees that every path already lies where it belongs."""

@@ -18,6 +18,7 @@ plain decoding a tree of one node. All sequences of a batch have the same number
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.errors import UserError
@@ -79,6 +80,23 @@ def chains(token_ids: Tensor) -> Trees:
     return Trees(
         token_ids, parents.expand(batch, -1), nodes.expand(batch, -1), lower.expand(batch, -1, -1)
     )  # fmt: skip
+
+
+def filled_up(trees: Trees, multiple: int) -> Trees:
+    """With copies of the last node, each the child of the one before it, until the nodes are a multiple."""
+    missing = -trees.num_nodes % multiple
+    if not missing:
+        return trees
+    batch, last = trees.token_ids.shape[0], trees.num_nodes - 1
+    steps = torch.arange(missing, device=trees.parents.device).expand(batch, -1)
+    its_line = trees.ancestors[:, -1:].expand(-1, missing, -1)
+    own = torch.ones(missing, missing, dtype=torch.bool, device=trees.parents.device).tril().expand(batch, -1, -1)
+    return Trees(
+        torch.cat((trees.token_ids, trees.token_ids[:, -1:].expand(-1, missing)), dim=1),
+        torch.cat((trees.parents, last + steps), dim=1),
+        torch.cat((trees.levels, trees.levels[:, -1:] + 1 + steps), dim=1),
+        torch.cat((F.pad(trees.ancestors, (0, missing)), torch.cat((its_line, own), dim=2)), dim=1),
+    )
 
 
 def candidate_levels(width: int, num_levels: int) -> Tensor:

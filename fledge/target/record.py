@@ -113,6 +113,13 @@ class TargetOutput:
     last_hidden: Tensor  # (B, T, H) after the final norm
     tap_hidden: Tensor | None  # (B, T, A, H)
 
+    def first(self, num_rows: int) -> "TargetOutput":
+        """Of the first tokens, the others being fillers."""
+        if num_rows == self.last_hidden.shape[1]:
+            return self
+        taps = None if self.tap_hidden is None else self.tap_hidden[:, :num_rows]
+        return TargetOutput(self.last_hidden[:, :num_rows], taps)
+
 
 def default_tap_layers(num_layers: int) -> tuple[int, int, int]:
     """Low, middle and high tap: inputs of decoder layers 2, N // 2 and N - 3, as vLLM and SGLang have them."""

@@ -7,8 +7,8 @@ import torch
 from tiny import HYBRIDS, ScriptedDraft, prompt, tiny_draft, tiny_model, tiny_target
 
 from fledge.decoding import running_state
+from fledge.decoding.exact import verifier_of
 from fledge.decoding.generate import Sampling, TreeShape, generate, generate_batch
-from fledge.decoding.probe import verifier_of
 from fledge.decoding.running_state import RunningState, RunningStateVerifier, keeps_running_state
 from fledge.decoding.verifier import AttentionVerifier
 from fledge.errors import UserError

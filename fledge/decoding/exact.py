@@ -1,0 +1,137 @@
+"""Whether drafts leave the text of a target as it is, bit for bit.
+
+A verified token is the target's own choice. It is the token that plain decoding gives if the logits are: then the text
+is the same with and without drafts, in trees and chains, alone and in a batch, at every temperature with one seed. In
+exact arithmetic logits are. In bf16 they differ in the last bits where a sum is taken in another order, and of two
+tokens that are nearly tied the other one is chosen: measured, in four of ten answers of 48 tokens. `row_attention.py`
+takes the sums of attention in one order; products of matrices, norms and experts are the library's. So a self-test
+compares bits: a few random tokens one by one, as a chain, and in the trees of a batch.
+"""
+
+import weakref
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fledge.console import say
+from fledge.decoding.accept import one_node
+from fledge.decoding.attention import can_be_exact
+from fledge.decoding.probe import ability_of, random_tokens
+from fledge.decoding.row_attention import BLOCK
+from fledge.decoding.running_state import RunningStateVerifier
+from fledge.decoding.verifier import AttentionVerifier, Lengths, Verifier
+from fledge.drafters.tree import Trees, TreeShape, ancestors_of, chains
+from fledge.target.model import Target
+from fledge.target.products import accelerate
+
+DTYPES = (torch.bfloat16, torch.float16)  # exact unless asked otherwise; in fp32 near-ties are 65536 times as rare
+LEVELS = 5  # of the self-test
+WIDTH = 8  # nodes of every level but the root's
+LENGTH = 3 * BLOCK - LEVELS + 1  # of its prompt: the last level's tail starts a block later than the root's
+
+_wanted: "weakref.WeakKeyDictionary[Target, bool]" = weakref.WeakKeyDictionary()
+_found: "weakref.WeakKeyDictionary[Target, str]" = weakref.WeakKeyDictionary()  # what is in the way; "" for nothing
+
+
+def want_exact(target: Target, wanted: bool | None) -> None:
+    """Decode this target so that its text does not depend on drafts or company; None: where that is cheap."""
+    _wanted.pop(target, None)
+    if wanted is not None:
+        _wanted[target] = wanted
+
+
+def is_exact(target: Target) -> bool:
+    """Whether it is decoded so. Says once why it cannot be where that was asked for."""
+    wanted = _wanted.get(target)
+    if wanted is False or (wanted is None and (target.dtype not in DTYPES or target.device.type != "cpu")):
+        return False
+    if target not in _found:
+        _found[target] = obstacle_to_bits(target) or ""
+        if _found[target] and wanted:
+            say(f"{target.name}: drafts may change a token where two are nearly tied, because {_found[target]}.")
+    return not _found[target]
+
+
+def within_a_block(target: Target, shape: TreeShape) -> TreeShape:
+    """The shape, with no more levels than `row_attention` can tell from plain decoding. Chains may be longer."""
+    if shape.top_k == 1 or shape.levels <= BLOCK or not is_exact(target):
+        return shape
+    return replace(shape, depth=BLOCK - 1)
+
+
+def verifier_of(target: Target, batch: int, capacity: int) -> Verifier:
+    """The verifier that this target needs, with room for sequences of `capacity` rows."""
+    accelerate(target.model)
+    if not ability_of(target).own_cache:
+        return RunningStateVerifier(target, batch)
+    return AttentionVerifier(target, batch, capacity, exact=is_exact(target))
+
+
+@torch.inference_mode()
+def obstacle_to_bits(target: Target) -> str | None:
+    """Why a row's bits depend on what is computed beside it; None where they do not."""
+    accelerate(target.model)
+    ability = ability_of(target)
+    if not ability.own_cache:
+        return ability.reason
+    if target.device.type != "cpu":
+        return f"the attention that sums in one order runs on a CPU, and the target is on {target.device.type}"
+    if not can_be_exact(target.model):
+        return "its attention is its own, where the order of sums cannot be chosen"
+    try:
+        different = differing_nodes(target)
+    except Exception as crash:  # models are written for the library's own attention functions, and fail in any way
+        return f"its attention cannot sum in one order ({type(crash).__name__}: {str(crash)[:120]})"
+    if different:
+        return f"the logits of {different} of {2 * LEVELS} tokens are other bits in a chain or a tree than alone"
+    return None
+
+
+def differing_nodes(target: Target, *, exact: bool = True) -> int:
+    """Of a path's nodes, in a chain and in the trees of a batch, those whose logits are not those of plain decoding."""
+    draw = random_tokens(target, 0)
+    text, other, path = draw(LENGTH), draw(LENGTH - BLOCK - 3), draw(LEVELS)
+    alone = AttentionVerifier(target, 1, LENGTH + LEVELS, exact=exact)
+    device = target.device
+    with alone.running():
+        alone.prefill(slice(0, 1), torch.tensor([text], device=device), taps=False)
+        in_a_chain = _logits(alone, chains(torch.tensor([path], device=device)), [LENGTH])[0]
+        steps = []
+        for step, token in enumerate(path):  # over the rows of the chain, of which nothing was kept
+            steps.append(_logits(alone, chains(torch.tensor([[token]], device=device)), [LENGTH + step])[0])
+            alone.keep(_known([LENGTH + step], device), one_node(device))
+    tree, nodes = _tree_around(path, draw((LEVELS - 1) * WIDTH), device)
+    company = AttentionVerifier(target, 2, LENGTH + tree.num_nodes, exact=exact)
+    with company.running():
+        for slot, prompt in enumerate((other, text)):
+            company.prefill(slice(slot, slot + 1), torch.tensor([prompt], device=device), taps=False)
+        in_a_tree = _logits(company, tree, [len(other), len(text)])[1, nodes]
+    plain = torch.cat(steps)
+    return sum(not torch.equal(*rows) for found in (in_a_chain, in_a_tree) for rows in zip(found, plain, strict=True))
+
+
+def _logits(verifier: AttentionVerifier, trees: Trees, lengths: list[int]) -> Tensor:
+    num_keys = max(lengths) + trees.num_nodes
+    output = verifier.verify(trees, _known(lengths, trees.parents.device), num_keys, taps=False)
+    return verifier.head(output.last_hidden)
+
+
+def _known(lengths: list[int], device: torch.device) -> Lengths:
+    return Lengths(torch.tensor(lengths, device=device), tuple(lengths))
+
+
+def _tree_around(path: list[int], strangers: list[int], device: torch.device) -> tuple[Trees, list[int]]:
+    """A tree for two sequences in which every node of the path has siblings on both sides; and the path's nodes."""
+    tokens, parents, levels, nodes = [path[0]], [0], [0], [0]
+    for level in range(1, len(path)):
+        first = len(tokens)
+        tokens += strangers[(level - 1) * WIDTH : level * WIDTH]
+        parents += [nodes[-1]] * WIDTH
+        levels += [level] * WIDTH
+        nodes.append(first + WIDTH // 2)
+        tokens[nodes[-1]] = path[level]
+    token_ids, parent_of, level_of = (
+        torch.tensor([row, row], device=device) for row in (tokens, parents, levels)
+    )  # fmt: skip
+    return Trees(token_ids, parent_of, level_of, ancestors_of(parent_of, len(path) - 1)), nodes
