@@ -23,6 +23,7 @@ from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding import generate as decoding
 from fledge.decoding.default_tree import drafting
+from fledge.decoding.exact import want_exact
 from fledge.decoding.records import Generation
 from fledge.drafters.base import Drafter
 from fledge.drafters.tree import TreeShape
@@ -53,6 +54,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     tree: TreeShape | None = None,
+    exact: bool = False,
     chat_template_type: str | None = None,
     enable_thinking: bool | None = None,
 ) -> "Speculator":
@@ -61,7 +63,8 @@ def load(
     `target`: a folder, a hub name, a GGUF file, or a loaded transformers model, whose `tokenizer` must be given then;
     it is put into evaluation mode. `draft`: the folder that training wrote, the name of a drafter without weights, a
     loaded drafter, or None for plain decoding. `tree`: the shape of the draft trees, else the engine's own choice.
-    `chat_template_type` and `enable_thinking` are about chat messages, as in `fledge decode`.
+    `exact`: the same text with and without a draft, bit for bit, in bf16 too. `chat_template_type` and
+    `enable_thinking` are about chat messages, as in `fledge decode`.
     """
     if isinstance(target, (str, bytes)) or hasattr(target, "__fspath__"):
         if tokenizer is not None:
@@ -81,9 +84,9 @@ def load(
         def make_target(taps: TapLayers) -> Target:
             return target_of(target, tokenizer, taps)
 
-    return Speculator(
-        *pair_up(draft, make_target), tree=tree, chat_template_type=chat_template_type, enable_thinking=enable_thinking
-    )
+    pair = pair_up(draft, make_target)
+    want_exact(pair[0], exact)
+    return Speculator(*pair, tree=tree, chat_template_type=chat_template_type, enable_thinking=enable_thinking)
 
 
 class Speculator:

@@ -21,7 +21,7 @@ from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.accept import one_node, penalised
 from fledge.decoding.adaptive import AdaptiveBudget
 from fledge.decoding.default_tree import default_tree
-from fledge.decoding.exact import verifier_of
+from fledge.decoding.exact import is_exact, verifier_of, want_exact
 from fledge.decoding.generate import ShapePolicy, generate, uses_fixed_shapes
 from fledge.decoding.records import Generation, RoundTrace, Sampling
 from fledge.decoding.tree_profile import profile_path, read_profile
@@ -52,6 +52,7 @@ class EngineSpec:
     max_pixels: int | None = None
     min_pixels: int | None = None
     shapes: ShapePolicy = "auto"
+    exact: bool = False
     own_choice: bool = False  # of what is drafted; `tree` is then the most
     profile: str | None = None  # of the costs that adaptive drafting goes by; None: every tree as large as asked for
 
@@ -72,6 +73,7 @@ class EngineSpec:
             max_pixels=args.model.max_pixels,
             min_pixels=args.model.min_pixels,
             shapes=args.model.shapes,
+            exact=args.model.exact,
             own_choice=args.model.own_choice,
             profile=str(profile_path(args.model.draft, args.tuning.profile_path))
             if args.model.adaptive else None,
@@ -89,6 +91,7 @@ class EngineSpec:
             min_pixels=self.min_pixels,
             **self.placement(),
         )
+        want_exact(target, self.exact)
         draft = files.bind(target) if files else None
         if self.own_choice:
             _, pace = default_tree(target, draft)
@@ -185,7 +188,7 @@ class InProcessEngine:
         how far rounding moves gaps in this text. All logits under the repetition penalty, if there is one.
 
         The gaps of the last NOISE_TOKENS tokens are computed twice: all tokens in one pass, and one by one as plain
-        decoding does. `noise` is the largest move.
+        decoding does. `noise` is the largest move; 0 where sums are taken in one order.
         """
         whole = prompt.followed_by(token_ids)
         one_by_one = min(NOISE_TOKENS, len(token_ids) if prompt.model_inputs else len(whole) - 1)
@@ -196,7 +199,7 @@ class InProcessEngine:
         moved = alone.gather(-1, best.indices)
         noise = (gaps - (moved[:, 0] - moved[:, 1])).abs().max()
         behind = max((best.values[-1, 0] - together[-1, token]).item() for token in chosen or best.indices[-1].tolist())
-        return {"gap": gaps[-1].item(), "behind": behind, "noise": noise.item()}
+        return {"gap": gaps[-1].item(), "behind": behind, "noise": 0.0 if is_exact(self.target) else noise.item()}
 
     @torch.inference_mode()
     def mean_log_likelihood(self, prompt: Prompt, token_ids: list[int]) -> float:

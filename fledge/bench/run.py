@@ -258,6 +258,7 @@ def settings_of(args: BenchSettings, law: Sampling, tree: dict[str, int], placem
         "max_new_token": args.sampling.max_new_tokens,
         "adaptive": args.model.adaptive or args.model.own_choice,
         "shapes": args.model.shapes,
+        **({"exact": True} if args.model.exact else {}),
         "tree": tree,
         "placement": dataclasses.asdict(placement),
         "max_gpu_memory": args.workers.max_gpu_memory,

@@ -153,8 +153,11 @@ class BenchSettings:
         if self.model.adaptive and (self.model.mode not in ("both", "eagle") or self.tuning.tune):
             flag = "--tune" if self.tuning.tune else f"--mode {self.model.mode}"
             raise UserError(f"--adaptive adapts the trees of speculative decoding; {flag} has none to adapt. Drop one.")
-        if self.server.backend == "server" and (self.model.adaptive or self.model.shapes != "auto"):
-            flag = "--adaptive" if self.model.adaptive else "--shapes"
+        in_process = {
+            "--adaptive": self.model.adaptive, "--shapes": self.model.shapes != "auto", "--exact": self.model.exact
+        }  # fmt: skip
+        if self.server.backend == "server" and any(in_process.values()):
+            flag = next(name for name, asked in in_process.items() if asked)
             raise UserError(f"{flag} is about decoding in this process; a server decodes its own way. Drop {flag}.")
         if not self.server.concurrency:
             raise UserError("--concurrency was given without a number; it needs at least one.")

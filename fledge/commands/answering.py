@@ -47,6 +47,7 @@ class Answerer:
 
         from fledge.decoding.adaptive import AdaptiveBudget
         from fledge.decoding.default_tree import default_tree
+        from fledge.decoding.exact import want_exact
         from fledge.decoding.tree_profile import profile_path, read_profile, resolve_tree
         from fledge.drafters.registry import read_drafter
         from fledge.target.model import Target
@@ -65,6 +66,7 @@ class Answerer:
             args.target, dtype=dtype, device=args.device, tap_layers=files.tap_layers if files else None,
             min_pixels=args.min_pixels, max_pixels=args.max_pixels,
         )  # fmt: skip
+        want_exact(self.target, args.exact)
         self.draft = files.bind(self.target) if files else None
         if args.own_choice:
             self.tree, self.budget = default_tree(self.target, self.draft)
@@ -101,6 +103,7 @@ class Answerer:
     def answers(self, draft: Any, prompts: "list[Prompt]", batch_size: int, **changes: Any) -> list[Generation]:
         """Answers to several prompts of text, `batch_size` of them at a time."""
         from fledge.decoding.default_tree import default_tree
+        from fledge.decoding.exact import want_exact
         from fledge.decoding.generate import generate_batch
 
         if batch_size > 1 and self.args.own_choice:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fledge.decoding.capture import Timer
-from fledge.decoding.probe import verifier_of
+from fledge.decoding.exact import verifier_of
 from fledge.decoding.verifier import Lengths
 from fledge.drafters.base import Drafter, Emitted, TreeProposer
 from fledge.drafters.registry import proposer_of

@@ -25,30 +25,29 @@ from fledge.drafters.tree import Trees, TreeShape, ancestors_of, chains
 from fledge.target.model import Target
 from fledge.target.products import accelerate
 
-DTYPES = (torch.bfloat16, torch.float16)  # exact unless asked otherwise; in fp32 near-ties are 65536 times as rare
 LEVELS = 5  # of the self-test
 WIDTH = 8  # nodes of every level but the root's
 LENGTH = 3 * BLOCK - LEVELS + 1  # of its prompt: the last level's tail starts a block later than the root's
 
-_wanted: "weakref.WeakKeyDictionary[Target, bool]" = weakref.WeakKeyDictionary()
+_wanted: "weakref.WeakSet[Target]" = weakref.WeakSet()
 _found: "weakref.WeakKeyDictionary[Target, str]" = weakref.WeakKeyDictionary()  # what is in the way; "" for nothing
 
 
-def want_exact(target: Target, wanted: bool | None) -> None:
-    """Decode this target so that its text does not depend on drafts or company; None: where that is cheap."""
-    _wanted.pop(target, None)
-    if wanted is not None:
-        _wanted[target] = wanted
+def want_exact(target: Target, wanted: bool) -> None:
+    """Decode this target so that its text depends neither on drafts nor on company."""
+    if wanted:
+        _wanted.add(target)
+    else:
+        _wanted.discard(target)
 
 
 def is_exact(target: Target) -> bool:
-    """Whether it is decoded so. Says once why it cannot be where that was asked for."""
-    wanted = _wanted.get(target)
-    if wanted is False or (wanted is None and (target.dtype not in DTYPES or target.device.type != "cpu")):
+    """Whether it is decoded so: it is wanted, and the self-test agrees. Says once why it cannot be."""
+    if target not in _wanted:
         return False
     if target not in _found:
         _found[target] = obstacle_to_bits(target) or ""
-        if _found[target] and wanted:
+        if _found[target]:
             say(f"{target.name}: drafts may change a token where two are nearly tied, because {_found[target]}.")
     return not _found[target]
 

@@ -65,6 +65,9 @@ class DraftingSettings:
     shapes: Literal["auto", "exact", "fixed"] = "auto"
     """fixed: rounds of fixed shapes, captured into CUDA graphs on a GPU. exact: shapes as they come, every kind of
     target. auto: fixed on a GPU wherever it can be."""
+    exact: bool = False
+    """Take all sums in one order, so that the text is the same with and without a draft, alone and in a batch, bit for
+    bit, in bf16 too. On a CPU; costs time."""
 
     @property
     def own_choice(self) -> bool:

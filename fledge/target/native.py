@@ -51,11 +51,11 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
-def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+def rms_norm(states: Tensor, weight: Tensor, eps: float, most_rows: int = MOST_ROWS) -> Tensor | None:
     """(.., H) scaled to RMS 1 and by `weight` (H,); None where PyTorch should do it."""
     size = weight.shape[0]
     rows = states.numel() // size
-    if states.dtype is not weight.dtype or not 0 < rows <= MOST_ROWS or not _suits(states):
+    if states.dtype is not weight.dtype or not 0 < rows <= most_rows or not _suits(states):
         return None
     operations = library()
     assert operations is not None, "asked for by those who have found it"

@@ -31,10 +31,10 @@ def rms_norms(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def as_one_kernel(norms: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside the block these modules are `F.rms_norm` on a GPU and `native.rms_norm` on a CPU."""
+def as_one_kernel(norms: Sequence[nn.Module], most_rows: int = native.MOST_ROWS) -> Iterator[None]:
+    """Inside the block these modules are `F.rms_norm` on a GPU and `native.rms_norm` on a CPU, for so many rows."""
     for module in norms:
-        vars(module)["forward"] = _fused(module)
+        vars(module)["forward"] = _fused(module, most_rows)
     try:
         yield
     finally:
@@ -55,14 +55,14 @@ def _error(module: nn.Module) -> Tensor:
     return ((found - expected).abs() / expected.abs().clamp_min(1e-3)).max()
 
 
-def _fused(module: nn.Module):
+def _fused(module: nn.Module, most_rows: int = native.MOST_ROWS):
     weight, eps = _weight(module), float(getattr(module, "variance_epsilon", getattr(module, "eps", None)) or 0.0)
     if weight.device.type != "cpu":
         return lambda hidden: F.rms_norm(hidden, weight.shape, weight, eps)
     stock, kernel_weight = type(module).forward, weight.detach().contiguous()
 
     def forward(hidden: Tensor) -> Tensor:
-        normed = native.rms_norm(hidden, kernel_weight, eps)
+        normed = native.rms_norm(hidden, kernel_weight, eps, most_rows)
         return stock(module, hidden) if normed is None else normed
 
     return forward

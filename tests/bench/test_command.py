@@ -344,6 +344,7 @@ def test_fixed_shapes_measure_the_same_answers(run_bench, tmp_path):
         (("--adaptive", "--tune"), "--tune has none to adapt"),
         (("--adaptive", "--backend", "server"), "--adaptive is about decoding in this process"),
         (("--shapes", "fixed", "--backend", "server"), "--shapes is about decoding in this process"),
+        (("--exact", "--backend", "server"), "--exact is about decoding in this process"),
         (("--draft", "lookup", "--tune"), "--tune measures trees, and lookup proposes chains"),
     ],
 )

@@ -1,0 +1,132 @@
+"""Is the text the same with a head as without, token for token: trees, chains and batches, greedy and drawn.
+
+    python benchmarks/same_text.py MODEL HEAD QUESTIONS --log FILE [--per-set 25] [--no-exact] [--dtype bfloat16]
+
+QUESTIONS is a folder of question sets (SET/question.jsonl, EAGLE's format). The sets take turns, and an answered
+question is a line of FILE: run again, the answered ones are skipped. Answers of four questions at once are compared
+with those of each alone. --no-exact leaves the order of sums to the library. Says for every way to decode how many
+answers are plain decoding's, and its seconds beside plain decoding's. The seconds are the process's own: with
+--threads 1 they hold on a machine that others use.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fledge.decoding.exact import is_exact, want_exact
+from fledge.decoding.generate import Sampling, TreeShape, generate, generate_batch
+from fledge.drafters.registry import read_drafter
+from fledge.target.model import Target
+
+SHAPES = {"tree 60/7/10": TreeShape(60, 7, 10), "tree 8/3/3": TreeShape(8, 3, 3), "chain of 4": TreeShape(5, 3, 1)}
+LAWS = {"T = 0": Sampling(), "T = 1": Sampling(temperature=1.0, seed=7)}
+BATCH = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("head")
+    parser.add_argument("questions", type=Path)
+    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--per-set", type=int, default=25)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-exact", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    files = read_drafter(options.head)
+    target = Target.from_pretrained(
+        options.model, dtype=getattr(torch, options.dtype), device="cpu", tap_layers=files.tap_layers
+    )
+    want_exact(target, not options.no_exact)
+    head = files.bind(target.embedding_weight)
+    print(f"exact: {is_exact(target)}", flush=True)
+    known = options.log.read_text().splitlines() if options.log.exists() else []
+    rows = [json.loads(line) for line in known]
+    with options.log.open("a") as log:
+        for group in groups(options.questions, options.per_set):
+            if group[0][0] not in {row["question"] for row in rows}:
+                for row in compared(target, head, group, options.new_tokens):
+                    rows.append(row)
+                    log.write(json.dumps(row) + "\n")
+                log.flush()
+                report(rows)
+    report(rows)
+
+
+def groups(folder: Path, per_set: int) -> Iterator[list[tuple[str, str]]]:
+    """Names and texts of a batch's questions, the sets in turn."""
+    sets = {
+        path.parent.name: path.read_text().splitlines()[:per_set] for path in sorted(folder.glob("*/question.jsonl"))
+    }
+    for start in range(0, per_set, BATCH):
+        for name, lines in sets.items():
+            chosen = [json.loads(line) for line in lines[start : start + BATCH]]
+            if chosen:
+                yield [(f"{name} {row['question_id']}", row["turns"][0]) for row in chosen]
+
+
+def compared(target: Target, head, group: list[tuple[str, str]], new_tokens: int) -> Iterator[dict]:
+    """A row for each question: whether each way gave plain decoding's tokens, and its seconds."""
+    prompts = [
+        target.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)[
+            "input_ids"
+        ]
+        for _, text in group
+    ]
+    rows = [{"question": name, "same": {}, "seconds": {}} for name, _ in group]
+    for law_name, law in LAWS.items():
+        plain = []
+        for row, prompt in zip(rows, prompts, strict=True):
+            answer, row["seconds"][f"{law_name}, plain"] = timed(
+                generate, target, None, prompt, max_new_tokens=new_tokens, sampling=law
+            )
+            plain.append(answer.token_ids)
+            for name, shape in SHAPES.items():
+                way = f"{law_name}, {name}"
+                found, row["seconds"][way] = timed(
+                    generate, target, head, prompt, max_new_tokens=new_tokens, sampling=law, tree=shape
+                )
+                row["same"][way] = found.token_ids == plain[-1]
+        if law.seed is not None:  # the i-th prompt of a batch draws with the seed plus i
+            plain = [
+                generate(
+                    target, None, prompt, max_new_tokens=new_tokens, sampling=Sampling(1.0, seed=law.seed + index)
+                ).token_ids
+                for index, prompt in enumerate(prompts)
+            ]  # fmt: skip
+        for name in ("tree 8/3/3", "plain"):
+            together, seconds = timed(
+                generate_batch, target, None if name == "plain" else head, prompts, max_new_tokens=new_tokens,
+                sampling=law, tree=SHAPES["tree 8/3/3"],
+            )  # fmt: skip
+            way = f"{law_name}, {name}, {BATCH} at once"
+            for row, found, expected in zip(rows, together, plain, strict=True):
+                row["same"][way], row["seconds"][way] = found.token_ids == expected, seconds / len(rows)
+    yield from rows
+
+
+def timed(function, *args, **options):
+    """What it returns, and the process's seconds."""
+    start = time.process_time()
+    result = function(*args, **options)
+    return result, time.process_time() - start
+
+
+def report(rows: list[dict]) -> None:
+    for way in rows[0]["seconds"]:
+        seconds = sum(row["seconds"][way] for row in rows)
+        plain_s = sum(row["seconds"][f"{way.split(',')[0]}, plain"] for row in rows)
+        same = f"{sum(row['same'][way] for row in rows)} of {len(rows)}" if way in rows[0]["same"] else ""
+        print(f"{way:28} {same:12} {plain_s / seconds:.2f} x plain ({seconds / len(rows):.2f} s per answer)")
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
