@@ -9,6 +9,7 @@ pictures and the target a multimodal rope: a picture of 100 tokens then takes so
 is off by an `offset` (a negative number).
 """
 
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -122,7 +123,8 @@ class AttentionVerifier:
         """
         before = [module.rope_type for module in self._ropes]
         attention = decoding_attention(self.target.model, self.target.text_config)
-        with torch.inference_mode(), attention, as_one_kernel(self._norms), one_operation(self._rotations):
+        norms = as_one_kernel(self._norms, sys.maxsize) if self._exact else as_one_kernel(self._norms)
+        with torch.inference_mode(), attention, norms, one_operation(self._rotations):
             for module in self._ropes:
                 module.rope_type = _frozen(module.rope_type)
             try:
@@ -190,16 +192,18 @@ class AttentionVerifier:
         return {kind.name: cut(kind, lengths.device, trees, self.target.dtype) for kind in kinds}
 
     def _filled(self, trees: Trees) -> Trees:
-        """Products sum in another order for a single row (measured in bf16 with 1536 inputs), and in fp32 where the
-        number of rows is no multiple of ROWS."""
+        """Products of fewer than ROWS rows sum in another order; in fp32 those of any number that is no multiple."""
+        batch, num_nodes = trees.token_ids.shape
         if self._fills_rows:
             return filled_up(trees, ROWS)
-        return filled_up(trees, 2) if trees.token_ids.numel() == 1 else trees
+        return filled_up(trees, -(-ROWS // batch)) if batch * num_nodes < ROWS else trees
 
     def head(self, last_hidden: Tensor) -> Tensor:
         """See `Verifier`."""
+        if not self._exact:
+            return self.target.head(last_hidden)
         rows = last_hidden.flatten(0, -2)
-        missing = -len(rows) % ROWS if self._fills_rows else int(self._exact and len(rows) == 1)
+        missing = -len(rows) % ROWS if self._fills_rows or len(rows) < ROWS else 0
         if not missing:
             return self.target.head(last_hidden)
         logits = self.target.head(F.pad(rows, (0, 0, 0, missing)))[: len(rows)]

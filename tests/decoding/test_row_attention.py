@@ -11,7 +11,7 @@ from fledge.drafters.tree import Trees, ancestors_of, chains, filled_up
 PARENTS = [0, 0, 0, 1, 1, 3, 4, 4, 7]
 LEVELS = [0, 1, 1, 2, 2, 3, 3, 3, 4]
 KINDS = (FULL, Kind("sliding_attention", 7), Kind("sliding_attention", 40), Kind("chunked_attention", 24))
-LENGTHS = ((5,), (BLOCK,), (46,), (3 * BLOCK, 45), (2, 77))  # short ones, and ones whose tree goes past a block's end
+LENGTHS = ((5,), (46,), (3 * BLOCK, 45), (2, 77))  # short ones, and ones whose tree goes past a block's end
 
 
 def tree(batch: int) -> Trees:

@@ -11,14 +11,14 @@ import torch
 from tiny import HYBRIDS, NAMES, ScriptedDraft, prompt, tiny_draft, tiny_model
 
 from fledge.decoding.exact import differing_nodes, is_exact, want_exact, within_a_block
-from fledge.decoding.generate import Sampling, TreeShape, generate, generate_batch
+from fledge.decoding.generate import Sampling, TreeShape, generate, generate_batch, seeded
 from fledge.decoding.row_attention import BLOCK
 from fledge.target.model import Target
 
 ROUTED = ("qwen3_moe", "hunyuan_v1_moe", "gpt_oss", "deepseek_v3")  # how many rows an expert gets depends on the others
-NEW = 40
-SHAPES = (TreeShape(60, 7, 10), TreeShape(8, 3, 3), TreeShape(6, 4, 1))
-LAWS = (Sampling(), Sampling(temperature=1.0, seed=3))
+NEW = 24
+GREEDY, DRAWN = Sampling(), Sampling(temperature=1.0, seed=3)
+TREE, CHAIN = TreeShape(20, 4, 4), TreeShape(6, 4, 1)
 
 
 @functools.cache
@@ -30,8 +30,7 @@ def target_of(name: str, dtype: torch.dtype = torch.bfloat16) -> Target:
     return target
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, dtype", [*((name, torch.bfloat16) for name in NAMES), ("llama", torch.float16)])
 def test_logits_are_the_same_bits_in_any_company(name, dtype):
     target = target_of(name, dtype)
     assert differing_nodes(target) == 0 and is_exact(target)
@@ -48,25 +47,21 @@ def test_with_the_librarys_attention_they_are_not(name):
     assert differing_nodes(target_of(name), exact=False) > 0
 
 
-@pytest.mark.parametrize("law", LAWS, ids=["greedy", "drawn"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, law", [*((name, GREEDY) for name in NAMES), ("llama", DRAWN), ("gemma3", DRAWN)])
 def test_the_text_is_plain_decodings(name, law):
     target, texts = target_of(name), [prompt(length) for length in (20, 5, 33)]
     options = dict(max_new_tokens=NEW, eos_token_ids=())
-    seeds = [
-        Sampling(law.temperature, seed=None if law.seed is None else law.seed + index) for index in range(len(texts))
-    ]
     plain = [
-        generate(target, None, ids, sampling=one, **options).token_ids for ids, one in zip(texts, seeds, strict=True)
+        generate(target, None, ids, sampling=one, **options).token_ids
+        for ids, one in zip(texts, seeded(law, len(texts)), strict=True)
     ]
     script = ScriptedDraft(target, *(ids + answer for ids, answer in zip(texts, plain, strict=True)), wrong=3)
-    for head in (tiny_draft(target).to(torch.bfloat16), script.to(torch.bfloat16)):
-        for shape in SHAPES:
-            found = generate(target, head, texts[0], sampling=law, tree=shape, **options)
-            assert found.token_ids == plain[0], shape
-        together = generate_batch(target, head, texts, sampling=law, tree=SHAPES[1], **options)
+    for head, shape in ((tiny_draft(target), TREE), (script, TREE), (script, CHAIN)):
+        found = generate(target, head.to(torch.bfloat16), texts[0], sampling=law, tree=shape, **options)
+        assert found.token_ids == plain[0], shape
+    for head in (None, script):
+        together = generate_batch(target, head, texts, sampling=law, tree=TREE, **options)
         assert [one.token_ids for one in together] == plain
-    assert [one.token_ids for one in generate_batch(target, None, texts, sampling=law, **options)] == plain
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
