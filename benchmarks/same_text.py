@@ -45,7 +45,7 @@ def main() -> None:
         options.model, dtype=getattr(torch, options.dtype), device="cpu", tap_layers=files.tap_layers
     )
     want_exact(target, not options.no_exact)
-    head = files.bind(target.embedding_weight)
+    head = files.bind(target)
     print(f"exact: {is_exact(target)}", flush=True)
     known = options.log.read_text().splitlines() if options.log.exists() else []
     rows = [json.loads(line) for line in known]

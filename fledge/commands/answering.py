@@ -103,7 +103,6 @@ class Answerer:
     def answers(self, draft: Any, prompts: "list[Prompt]", batch_size: int, **changes: Any) -> list[Generation]:
         """Answers to several prompts of text, `batch_size` of them at a time."""
         from fledge.decoding.default_tree import default_tree
-        from fledge.decoding.exact import want_exact
         from fledge.decoding.generate import generate_batch
 
         if batch_size > 1 and self.args.own_choice:
