@@ -209,7 +209,9 @@ def test_adaptive_drafting_and_its_profile(folders, capsys, tmp_path):
     assert run(*words, "--shapes", "fixed") == 1
     assert "--adaptive decides every tree on the host" in " ".join(capsys.readouterr().err.split())
     assert run(*words, "--prompt", "w20", "w30", "--batch-size", 2) == 0
-    assert "one prompt after another: --adaptive and pictures decide" in " ".join(capsys.readouterr().err.split())
+    assert "one prompt after another: --adaptive decides for one sequence at a time" in " ".join(
+        capsys.readouterr().err.split()
+    )
     assert run("--target", target, "--prompt", "w20", "--adaptive") == 1
     assert "--adaptive adapts the draft tree" in capsys.readouterr().err
 
