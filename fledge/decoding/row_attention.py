@@ -12,8 +12,10 @@ start(t) is a multiple of BLOCK and BLOCK to 2 BLOCK - 1 positions before t. So 
 has another node in its prefix: the keys lie there as in plain decoding. The tail of a node is gathered, its ancestors
 in the order of their levels; those of a chain lie in this order anyway.
 
-The kernel must give a row the same bits however many rows are computed, filled up to a multiple of ROWS, and however
-many masked keys stand at the end: `exact.py` tries it out. Knows tensors and trees.
+A kernel also sums in another order when there are more keys, even if they are masked. So the number of keys that the
+prefix's call reads depends on start(t) alone, too, and what lies behind the prefix is masked; nodes of a round that
+differ in it take calls of their own. What is left to the kernel: a row must get the same bits however many rows are
+computed, filled up to a multiple of ROWS. `exact.py` tries it out. Knows tensors and trees.
 """
 
 from collections.abc import Callable
@@ -32,6 +34,7 @@ from fledge.drafters.tree import Trees
 BLOCK = 16
 TAIL = 2 * BLOCK
 ROWS = 4  # kernels of fewer rows sum in another order
+SIZES = (0, 64, 128, 256, 512)  # of prefixes as they are read; then multiples of the last, which is the kernel's block
 
 Part = tuple[Tensor, Tensor]  # attention over some of the keys (B, g, M, d), and its log-sum-exp (B, g, M) float32
 
@@ -41,12 +44,20 @@ def starts_of(positions: Tensor) -> Tensor:
     return ((positions // BLOCK - 1) * BLOCK).clamp_min(0)
 
 
+def read_for(starts: Tensor) -> Tensor:
+    """How many keys are read for prefixes that end there."""
+    sizes = torch.tensor(SIZES)
+    few = sizes[torch.bucketize(starts.clamp(max=SIZES[-1]), sizes)]
+    return torch.where(starts > SIZES[-1], -(-starts // SIZES[-1]) * SIZES[-1], few)
+
+
 @dataclass(frozen=True)
 class Cut:
     """How the keys of all nodes of a round are cut, for one kind of attention layer."""
 
-    prefix_rows: int
-    prefix_mask: Tensor | None  # (B, 1, N, P) additive; None: every node sees all of it
+    prefix_masks: dict[
+        int, Tensor
+    ]  # by the number of keys read: (B, 1, N, P) additive, for the nodes that read so many
     tail_rows: Tensor  # cache rows: (B, 1, T) where all nodes of a sequence share them, else (B, N, T)
     tail_mask: Tensor  # (B, 1, N, T) additive
     first: int | None = None  # of the tail's rows, where they are the same neighbours for all sequences
@@ -55,18 +66,17 @@ class Cut:
     @property
     def num_keys(self) -> int:
         """Cache rows that are read."""
-        return int(self.tail_rows.max()) + 1
+        return max([int(self.tail_rows.max()) + 1, *self.prefix_masks])
 
-    def masks(self, per_key_head: int) -> tuple[Tensor | None, Tensor]:
-        """For the rows of so many query heads that share a key head: (B, 1, M, P); and (B, 1, M, T), or (B N, 1, 1, T)
-        where every node has its own tail."""
-        given, tail = self.prefix_mask, self.tail_mask
-        prefix = None
-        if given is not None:
-            prefix = self._once(("prefix", per_key_head), lambda: _packed_mask(given, per_key_head))
+    def prefix_mask(self, size: int, per_key_head: int) -> Tensor:
+        """For the rows of so many query heads that share a key head: (B, 1, M, P)."""
+        return self._once((size, per_key_head), lambda: _packed_mask(self.prefix_masks[size], per_key_head))
+
+    def its_tail_mask(self, per_key_head: int) -> Tensor:
+        """(B, 1, M, T), or (B N, 1, 1, T) where every node has its own tail."""
         if self.own_tails:
-            return prefix, tail.view(-1, 1, 1, TAIL)
-        return prefix, self._once(("tail", per_key_head), lambda: _packed_mask(tail, per_key_head))
+            return self.tail_mask.view(-1, 1, 1, TAIL)
+        return self._once(per_key_head, lambda: _packed_mask(self.tail_mask, per_key_head))
 
     @property
     def own_tails(self) -> bool:
@@ -101,8 +111,12 @@ def cut(kind: Kind, lengths: Tensor, trees: Trees, dtype: torch.dtype) -> Cut:
     """For trees behind prefixes of these lengths (B,). Trees that branch have at most BLOCK levels."""
     positions = lengths[:, None] + trees.levels
     starts = starts_of(positions)
-    prefix = torch.arange(int(starts.max()))
-    seen = (prefix < starts[..., None]) & kind.visible(positions, prefix)
+    sizes, prefixes = read_for(starts), {}
+    for size in sizes.unique().tolist():
+        if size:
+            keys = torch.arange(size)
+            seen = (keys < starts[..., None]) & kind.visible(positions, keys) & (sizes == size)[..., None]
+            prefixes[size] = additive(seen, dtype)
     tail = starts[..., None] + torch.arange(TAIL)
     its = (tail <= positions[..., None]) & kind.visible(positions[..., None], tail).squeeze(-2)
     nodes = torch.arange(trees.num_nodes)
@@ -113,7 +127,7 @@ def cut(kind: Kind, lengths: Tensor, trees: Trees, dtype: torch.dtype) -> Cut:
         rows = torch.where(tail < lengths[:, None, None], tail, _rows_of_ancestors(tail, lengths, trees))
     same = shared and bool((starts == starts[0, 0]).all())
     return Cut(
-        prefix_rows=len(prefix), prefix_mask=None if seen.all() else additive(seen, dtype), tail_rows=rows,
+        prefix_masks=prefixes, tail_rows=rows,
         tail_mask=additive(its, dtype), first=int(starts[0, 0]) if same else None,
     )  # fmt: skip
 
@@ -135,16 +149,17 @@ def cut_attention(
 ) -> Tensor:  # fmt: skip
     """query (B, h, N, d), key and value (B, g, K, d), sinks (h,): scores of a key without a value -> (B, N, h, d)."""
     nodes, per_key_head = query.shape[2], query.shape[1] // key.shape[1]
-    prefix_mask, tail_mask = cut.masks(per_key_head)
     packed = rows = _packed(query, key.shape[1])
     if cut.own_tails:
         rows = _packed_by_node(query, key.shape[1])
-    output, total = attention_part(rows, cut.tail_of(key), cut.tail_of(value), tail_mask, scale, softcap)
+    output, total = attention_part(
+        rows, cut.tail_of(key), cut.tail_of(value), cut.its_tail_mask(per_key_head), scale, softcap
+    )
     if cut.own_tails:
         output, total = (_like_packed(part, nodes, per_key_head) for part in (output, total))
-    if cut.prefix_rows:
-        keys, values = (states[:, :, : cut.prefix_rows] for states in (key, value))
-        earlier, its_total = attention_part(packed, keys, values, prefix_mask, scale, softcap)
+    for size in cut.prefix_masks:  # nodes that read another number of keys see none of these: their share is 0
+        keys, values, mask = key[:, :, :size], value[:, :, :size], cut.prefix_mask(size, per_key_head)
+        earlier, its_total = attention_part(packed, keys, values, mask, scale, softcap)
         output = output.float()
         output = (earlier - output).mul_(_share(its_total, total).unsqueeze(-1)).add_(output)
         if sinks is not None:

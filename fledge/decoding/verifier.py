@@ -24,7 +24,7 @@ from fledge.decoding.accept import Accepted
 from fledge.decoding.attention import can_replace, decoding_attention, row_attention, stock_attention, with_cuts
 from fledge.decoding.cache import TargetCache, layout_of
 from fledge.decoding.masks import Masks, kinds_of
-from fledge.decoding.row_attention import ROWS, TAIL, Cut, cut
+from fledge.decoding.row_attention import ROWS, TAIL, Cut, cut, read_for
 from fledge.drafters.tree import Trees, filled_up
 from fledge.target.model import Target
 from fledge.target.norms import as_one_kernel, rms_norms
@@ -98,7 +98,7 @@ class AttentionVerifier:
         self._exact, self._fills_rows = exact, exact and target.dtype == torch.float32
         self.one_by_one = exact  # a prompt is other bits beside another one
         self._target = weakref.ref(target)
-        self.cache = TargetCache(layout_of(target), target.num_layers, batch, capacity + self._margin)
+        self.cache = TargetCache(layout_of(target), target.num_layers, batch, self._with_margin(capacity))
         self._offsets = torch.zeros(batch, dtype=torch.int64, device=target.device)  # rope position minus row
         self._last_position = (getattr(config, "max_position_embeddings", None) or 1 << 62) - 1
         self._masks = Masks(
@@ -133,13 +133,12 @@ class AttentionVerifier:
                 for module, rope_type in zip(self._ropes, before, strict=True):
                     module.rope_type = rope_type
 
-    @property
-    def _margin(self) -> int:
-        """Cache rows beyond those of the sequences."""
-        return TAIL if self._exact else 0
+    def _with_margin(self, capacity: int) -> int:
+        """Cache rows for sequences of so many."""
+        return int(read_for(torch.tensor(capacity))) + TAIL if self._exact else capacity
 
     def reserve(self, capacity: int) -> None:
-        self.cache.reserve(capacity + self._margin)
+        self.cache.reserve(self._with_margin(capacity))
 
     def move(self, source: int, goal: int) -> None:
         self.cache.move(source, goal)
