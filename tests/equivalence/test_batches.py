@@ -30,6 +30,7 @@ from fledge.decoding.session import Session
 from fledge.drafters.lookup.propose import PromptLookup
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
+from fledge.target import native
 from fledge.target.model import Target
 
 GREEDY = Sampling()
@@ -446,6 +447,12 @@ def test_rounds_may_be_read_late():
     assert answers(found) == [plain("llama", length) for length in lengths]
 
 
+@pytest.fixture
+def seen_operations(monkeypatch):
+    """Operations of `native.c` are calls that a recording does not see, and that no GPU makes: PyTorch does them."""
+    monkeypatch.setattr(native, "_suits", lambda states: False)
+
+
 class Recorded(TorchDispatchMode):
     """What a CUDA graph does, on a CPU: the operations of a part with the tensors they read and wrote. `replay` runs
     them again on the same memory, so that what the host decided while recording stays decided."""
@@ -491,6 +498,7 @@ def recorded_session(name: str, drafter, lengths: tuple[int, ...], **changes) ->
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("seen_operations")
 def test_recorded_rounds_are_the_real_ones(name):
     """Rounds recorded once per bucket and replayed for the rest of it, and for the next prompts, decode the same."""
     target = tiny_target(name)
@@ -511,6 +519,7 @@ def test_recorded_rounds_are_the_real_ones(name):
         module._sessions.clear()
 
 
+@pytest.mark.usefixtures("seen_operations")
 def test_buckets_are_captured_before_the_clock_runs():
     """A session that has served, then is prepared for longer prompts: its rounds are ready, and nothing has moved."""
     drafter, options = tiny_draft(tiny_target("llama")), {"eos_token_ids": ()}
@@ -522,6 +531,7 @@ def test_buckets_are_captured_before_the_clock_runs():
     assert set(again._captured._graphs) == ready
 
 
+@pytest.mark.usefixtures("seen_operations")
 def test_what_is_captured_before_the_first_request_draws(monkeypatch):
     """Rounds were captured while a new session's slots still said greedy, so on a GPU its first buckets ignored the
     temperature."""

@@ -9,7 +9,7 @@ import torch
 from emulated_device import DeviceTensor, EmulatedDevice
 from tiny import NAMES, prompt, tiny_draft, tiny_model
 
-from fledge.decoding import generate, session
+from fledge.decoding import generate, memory, session
 from fledge.decoding.capture import Timer, run_parts
 from fledge.decoding.generate import open_session
 from fledge.decoding.records import Sampling
@@ -34,6 +34,7 @@ def device(monkeypatch):
     """Nothing is captured and nothing is timed by events: the round itself is looked at."""
     monkeypatch.setattr(session, "Captured", lambda *args: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 40)
     monkeypatch.setattr(session, "Timer", lambda device: Timer(torch.device("cpu")))
     with EmulatedDevice() as emulated:
         yield emulated

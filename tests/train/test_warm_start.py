@@ -158,5 +158,5 @@ def test_a_head_with_a_window_is_continued_with_it(window, monkeypatch):
     if window > args.ttt_steps:
         assert eagle.draft_config(args, source).sliding_window == window
     else:
-        with pytest.raises(UserError, match="reaches 3 positions back, which must be more than --ttt_steps 3"):
+        with pytest.raises(UserError, match="reaches 3 positions back, which must be more than --ttt-steps 3"):
             eagle.draft_config(args, source)
