@@ -121,6 +121,37 @@ def layer_of_target(text_config: Any, *, vocab_size: int, draft_vocab_size: int 
     }
 
 
+def layer_json(config: LayerConfig, *, num_layers: int, dtype: str) -> dict[str, Any]:
+    """What config.json says of any draft's layers, in the words of transformers' Llama-like configs."""
+    rope = dict(config.rope_parameters)
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    share = rope.get("partial_rotary_factor")
+    window = {}
+    if config.sliding_window is not None:
+        window = {"sliding_window": config.sliding_window, "use_sliding_window": True}
+    return {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": config.hidden_act,
+        "rms_norm_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+        "draft_vocab_size": config.draft_vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_theta": rope.get("rope_theta"),
+        "rope_scaling": scaling if scaling.get("rope_type", "default") != "default" else None,
+        "rope_parameters": rope,
+        **({"partial_rotary_factor": share} if share is not None else {}),  # SGLang reads it here only
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        **window,
+        "dtype": dtype,
+    }
+
+
 def rope_of(text_config: Any) -> dict[str, Any]:
     """The target's rope as transformers' `rope_parameters`; of several layer types, the full-attention one."""
     rope = getattr(text_config, "rope_parameters", None)

@@ -51,6 +51,16 @@ class TreeShape:
         return min(self.depth + 1, self.total_token - 1)
 
 
+def best_scores(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and draft ids (.., k) of the best of each row of logits (.., D).
+
+    A draft that overflows still gives a well-formed tree: NaN would break the order `build_trees` relies on.
+    """
+    best = logits.topk(width, dim=-1)
+    log_probs = best.values - logits.logsumexp(dim=-1, keepdim=True)
+    return log_probs.nan_to_num_(nan=float("-inf"), neginf=float("-inf")), best.indices
+
+
 @dataclass(frozen=True)
 class Trees:
     """Node 0 is the root of each sequence, its last emitted token; parents precede children."""

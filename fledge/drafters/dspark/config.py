@@ -11,7 +11,16 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from fledge.drafters.layer_config import HINT, JSON, SIZES, LayerConfig, LayerFields, layer_of_document, layer_of_target
+from fledge.drafters.layer_config import (
+    HINT,
+    JSON,
+    SIZES,
+    LayerConfig,
+    LayerFields,
+    layer_json,
+    layer_of_document,
+    layer_of_target,
+)
 from fledge.errors import UserError, nearest
 from fledge.parsing import convert, read_json
 from fledge.ranges import Count
@@ -126,10 +135,7 @@ def read_block_overrides(path: Path) -> dict[str, Any]:
 
 def to_json(config: BlockConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
     """config.json as vLLM reads it; the z-lab layout, which SGLang reads, is part of it."""
-    rope = dict(config.rope_parameters)
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     taps = [layer - 1 for layer in config.tap_layers]
-    share = rope.get("partial_rotary_factor")
     layer_type = "full_attention" if config.sliding_window is None else "sliding_attention"
     dflash = {
         "mask_token_id": config.mask_token_id,
@@ -140,28 +146,8 @@ def to_json(config: BlockConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
     return {
         "architectures": [DSPARK if config.markov_rank else DFLASH],
         "model_type": "qwen3",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": config.hidden_act,
-        "rms_norm_eps": config.rms_norm_eps,
-        "vocab_size": config.vocab_size,
-        "draft_vocab_size": config.draft_vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_theta": rope.get("rope_theta"),
-        "rope_scaling": scaling if scaling.get("rope_type", "default") != "default" else None,
-        "rope_parameters": rope,
-        **({"partial_rotary_factor": share} if share is not None else {}),
-        "tie_word_embeddings": False,
-        "attention_bias": False,
+        **layer_json(config, num_layers=config.num_layers, dtype=dtype),
         "layer_types": [layer_type] * config.num_layers,
-        **({} if config.sliding_window is None else {
-            "sliding_window": config.sliding_window, "use_sliding_window": True,
-        }),
-        "dtype": dtype,
         "num_target_layers": config.target_layers,
         "block_size": config.block_size,
         "dflash_config": dflash,

@@ -23,7 +23,7 @@ from torch import Tensor
 from fledge.drafters.base import Budget, Emitted
 from fledge.drafters.dspark.model import BlockDraft, KeysValues
 from fledge.drafters.rope_table import RopeTable
-from fledge.drafters.tree import Trees, TreeShape, build_trees, candidate_levels
+from fledge.drafters.tree import Trees, TreeShape, best_scores, build_trees, candidate_levels
 from fledge.target.attention import grouped_sdpa
 
 # B sequences, E new tokens, k width, S slots of a block, H hidden size, K keys, C candidates, D draft vocabulary
@@ -142,12 +142,9 @@ class BlockProposer:
         logits = self._logits[:, level, None].float()  # (B, 1, D)
         if self.draft.markov_head is not None:
             logits = logits + self.draft.markov_logits(parents).float()
-        best = logits.topk(self.width, dim=-1)
-        log_probs = best.values - logits.logsumexp(dim=-1, keepdim=True)
-        # A draft that overflows still gives a well-formed tree: NaN would break the order build_trees relies on.
-        log_probs = log_probs.nan_to_num_(nan=float("-inf"), neginf=float("-inf"))
+        log_probs, draft_ids = best_scores(logits, self.width)
         shape = (*parents.shape, self.width)
-        return log_probs.expand(shape), self.draft.target_ids(best.indices).expand(shape)
+        return log_probs.expand(shape), self.draft.target_ids(draft_ids).expand(shape)
 
 
 class ContextCache:

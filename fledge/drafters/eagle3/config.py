@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fledge.drafters.eagle3.head_file import read_document
-from fledge.drafters.layer_config import SIZES, LayerConfig, layer_of_document, layer_of_target
+from fledge.drafters.layer_config import SIZES, LayerConfig, layer_json, layer_of_document, layer_of_target
 from fledge.errors import UserError, nearest
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
@@ -75,35 +75,16 @@ KNOWN_EXTRA = {
 
 def to_json(config: DraftConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
     """config.json in the EAGLE layout: what vLLM and SGLang read, with tap ids as *inputs* of decoder layers."""
-    rope = dict(config.rope_parameters)
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    share = rope.get("partial_rotary_factor")
+    windowed = config.sliding_window is not None
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
-        "hidden_size": config.hidden_size,
+        **layer_json(config, num_layers=1, dtype=dtype),
         "target_hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": 1,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": config.hidden_act,
-        "rms_norm_eps": config.rms_norm_eps,
-        "vocab_size": config.vocab_size,
-        "draft_vocab_size": config.draft_vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_theta": rope.get("rope_theta"),
-        "rope_scaling": scaling if scaling.get("rope_type", "default") != "default" else None,
-        "rope_parameters": rope,
-        **({"partial_rotary_factor": share} if share is not None else {}),  # SGLang reads it here only
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "dtype": dtype,
         "fc_norm": config.fc_norm,
         "norm_output": config.norm_output,
         **({"norm_before_residual": True} if config.norm_before_residual else {}),
-        **_window_json(config),
+        **({"layer_types": ["sliding_attention"]} if windowed else {}),
         "eagle_aux_hidden_state_layer_ids": list(config.tap_layers),
         "eagle_config": {
             "use_aux_hidden_state": True,
@@ -157,10 +138,3 @@ def config_of_fields(document: dict[str, Any], path: Path, **known: Any) -> Draf
         return DraftConfig(**{**values, **known})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def _window_json(config: DraftConfig) -> dict[str, Any]:
-    """The window as transformers' Llama-like configs say it; nothing where there is none."""
-    if config.sliding_window is None:
-        return {}
-    return {"sliding_window": config.sliding_window, "use_sliding_window": True, "layer_types": ["sliding_attention"]}

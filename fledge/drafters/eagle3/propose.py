@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fledge.drafters.base import Budget, Emitted
 from fledge.drafters.eagle3.model import DraftModel
-from fledge.drafters.tree import Trees, TreeShape, build_trees, candidate_levels
+from fledge.drafters.tree import Trees, TreeShape, best_scores, build_trees, candidate_levels
 from fledge.target.model import longrope_limit
 from fledge.target.products import accelerate
 
@@ -211,11 +211,8 @@ def beam_width(shape: TreeShape, draft_vocab_size: int) -> int:
 
 def best_children(draft: DraftModel, hidden: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Log-probabilities and target ids (.., k) of the k best next tokens, from f'' (.., H)."""
-    logits = draft.logits(hidden).float()
-    best = logits.topk(width, dim=-1)
-    log_probs = best.values - logits.logsumexp(dim=-1, keepdim=True)
-    # A head that overflows still gives a well-formed tree: NaN would break the order build_trees relies on.
-    return log_probs.nan_to_num_(nan=float("-inf"), neginf=float("-inf")), draft.target_ids(best.indices)
+    log_probs, draft_ids = best_scores(draft.logits(hidden).float(), width)
+    return log_probs, draft.target_ids(draft_ids)
 
 
 def gather_rows(states: Tensor, index: Tensor) -> Tensor:
