@@ -101,6 +101,20 @@ def test_dependence_on_the_number_of_rows_is_noticed(monkeypatch):
     assert not measured_choice([[layer]]).independent
 
 
+def test_a_difference_that_few_rows_show_is_noticed(monkeypatch):
+    """Of SmolLM2's down_proj in bf16 one row in twelve shows that single rows are summed in another order. One random
+    row was compared, and the product was called independent."""
+    layer = nn.Linear(32, 32, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    product, asked = products.onednn_product, []
+
+    def differing(inputs, weight):
+        asked.append(len(inputs))
+        return product(inputs, weight) + (asked.count(1) == 12 and len(inputs) == 1)
+
+    monkeypatch.setattr(products, "onednn_product", differing)
+    assert products.least_rows(products.packed(layer.weight), layer.weight) == 2
+
+
 def test_it_follows_its_weights(always):
     """A head that is evaluated between two steps of training decodes with its new weights."""
     block = Block()
