@@ -10,7 +10,7 @@ STAGES = (
     "export", "bench", "doctor", "commands",
 )  # fmt: skip
 RIM = {
-    "errors", "escaping", "console", "http_client", "outputs", "parsing", "provenance", "ranges",
+    "errors", "escaping", "console", "http_client", "offline", "outputs", "parsing", "provenance", "ranges",
     "redaction", "workers",
 }  # fmt: skip
 PACKAGE = Path(__file__).parent.parent / "fledge"

@@ -16,6 +16,7 @@ import tyro
 from fledge.commands.aliases import translated
 from fledge.data.gguf import model_folder
 from fledge.errors import UserError, nearest
+from fledge.offline import stop_asking_an_unknown_hub
 from fledge.parsing import read_yaml
 from fledge.ranges import check_ranges
 
@@ -83,12 +84,15 @@ def parse(args_class: type[Args], argv: Sequence[str], *, prog: str, description
 
 
 def with_model_folder(args: Args) -> Args:
-    """The settings with a --target that is a GGUF file replaced by its unpacked model folder."""
+    """The settings with a --target that is a GGUF file replaced by its unpacked model folder; one that lies nowhere on
+    this machine is the hub's, which is asked once whether it is there."""
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(args):  # type: ignore[arg-type]
         value = getattr(args, field.name, None)
         if field.name == "target" and isinstance(value, str):
             changed["target"] = model_folder(value)
+            if not Path(value).exists():
+                stop_asking_an_unknown_hub()
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             changed[field.name] = with_model_folder(value)
     changed = {name: value for name, value in changed.items() if value is not getattr(args, name)}
@@ -156,7 +160,8 @@ def _known_name(word: str, name: str, known: Sequence[str]) -> str:
     """The name of a flag, translated; `no_` may stand before it."""
     name = translated(name, known)
     if name not in known and name.removeprefix("no_") not in known:
-        raise UserError(f"unknown flag {word[:80]!r}{nearest(name[:80], known)}.")
+        spelt = [f"--{one.replace('_', '-')}" for one in known]
+        raise UserError(f"unknown flag {word[:80]!r}{nearest(word[:80].replace('_', '-'), spelt)}.")
     return name
 
 

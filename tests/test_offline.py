@@ -1,0 +1,71 @@
+"""Without the hub, a wrong name is told in seconds; it took the library half a minute of retries, and more per file."""
+
+import os
+import socket
+
+import pytest
+from huggingface_hub import constants
+
+from fledge import offline
+from fledge.cli import run_command
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    for name in [*offline.PROXIES, *map(str.upper, offline.PROXIES), "HF_ENDPOINT"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "kept")  # so that monkeypatch puts back what was there
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    offline.stop_asking_an_unknown_hub.cache_clear()
+    yield
+    offline.stop_asking_an_unknown_hub.cache_clear()
+
+
+@pytest.fixture
+def unknown(monkeypatch):
+    asked = []
+
+    def refuse(host, port):
+        asked.append(host)
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(offline.socket, "getaddrinfo", refuse)
+    return asked
+
+
+def test_a_hub_that_nobody_knows_is_not_asked(unknown, capsys):
+    offline.stop_asking_an_unknown_hub()
+    offline.stop_asking_an_unknown_hub()
+    assert os.environ["HF_HUB_OFFLINE"] == "1" and unknown == ["huggingface.co"]
+    assert capsys.readouterr().err.count("not reachable from here") == 1
+
+
+@pytest.mark.parametrize("name", ["https_proxy", "HTTPS_PROXY"])
+def test_a_proxy_may_know_it(unknown, name, monkeypatch):
+    monkeypatch.setenv(name, "http://proxy:3128")
+    offline.stop_asking_an_unknown_hub()
+    assert "HF_HUB_OFFLINE" not in os.environ and unknown == []
+
+
+def test_a_hub_that_is_there_is_asked(monkeypatch):
+    monkeypatch.setattr(offline.socket, "getaddrinfo", lambda host, port: [])
+    offline.stop_asking_an_unknown_hub()
+    assert "HF_HUB_OFFLINE" not in os.environ
+
+
+def test_the_mirror_is_looked_for_where_one_is_named(unknown, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
+    offline.stop_asking_an_unknown_hub()
+    assert unknown == ["mirror.example"]
+
+
+def test_a_command_with_a_wrong_name(unknown, capsys):
+    assert run_command("decode", ["--target", "nobody/nothing", "--prompt", "hello"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "nobody/nothing: could not be loaded" in said and "Retrying" not in said
+
+
+def test_a_folder_needs_no_hub(unknown, tmp_path):
+    assert run_command("decode", ["--target", str(tmp_path), "--prompt", "hello"]) == 1
+    assert unknown == []
