@@ -75,7 +75,7 @@ class Peer:
             self._prefilled = time.perf_counter()
             return made
 
-        self._code.initialize_tree = timed
+        self._code.initialize_tree = timed  # type: ignore[attr-defined]
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """One prompt: at least `new_tokens` tokens, the last round's surplus included."""

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 from fledge.decoding.costs import MAX_LEVELS, emitted_between, tree_proposer
-from fledge.decoding.probe import verifier_of
+from fledge.decoding.exact import verifier_of
 from fledge.decoding.verifier import Lengths
 from fledge.drafters.registry import read_drafter
 from fledge.drafters.tree import Trees, TreeShape, ancestors_of
@@ -28,10 +28,11 @@ from fledge.target.model import Target
 SIZES = (1, 4, 8, 16)
 PREFIX, WIDTH = 256, 4
 OURS = {  # what makes the difference, and what stands in for it on the other side
-    "fledge.decoding.probe.accelerate": lambda _model: None,
+    "fledge.decoding.exact.accelerate": lambda _model: None,
     "fledge.drafters.eagle3.propose.accelerate": lambda _model: None,
     "fledge.decoding.verifier.rms_norms": lambda _model: [],
     "fledge.decoding.verifier.usual_ropes": lambda _model: [],
+    "fledge.decoding.verifier.fused_layers": lambda _model, _layers: [],
 }
 
 Calls = dict[str, Callable[[], object]]

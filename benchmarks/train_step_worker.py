@@ -243,7 +243,7 @@ def specforge(args: argparse.Namespace, docs: list[dict[str, torch.Tensor]]) -> 
     eagle3.LogSoftmaxLoss = type("Reference", (), {"apply": staticmethod(losses._compute_loss)})
     dtype, low = getattr(torch, args.dtype), args.dtype == "bfloat16"
     table, t2d, d2t = head_and_vocab(args)
-    config = LlamaConfig(**llama(args), draft_vocab_size=len(d2t), norm_output=True, pretraining_tp=1)
+    config = LlamaConfig(**llama(args), draft_vocab_size=len(d2t), norm_output=True, pretraining_tp=1)  # type: ignore[call-arg]
     draft = LlamaForCausalLMEagle3(config, attention_backend="sdpa").to(dtype)
     draft.embed_tokens.weight.data.copy_(table)
     draft.t2d.copy_(t2d)

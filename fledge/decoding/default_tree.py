@@ -32,6 +32,7 @@ NONE = TreeShape(1, 0, 1)  # the root alone: plain decoding
 SIZES = (1, 2, 4, 8, 16)  # of trees; what lies between is interpolated
 PREFIX = 128  # tokens of the text behind which costs are measured
 SAMPLE = 12  # tokens that are decoded to measure the rest of a round
+ENGINE = 2  # one more when the engine computes in another way, and costs that are kept no longer hold
 
 
 class PairCosts(msgspec.Struct, frozen=True):
@@ -105,7 +106,8 @@ def _rest(run: Generation) -> float:
 def key_of(target: Target, drafter: nn.Module) -> str:
     """What costs depend on: machine, library and the shapes of both models."""
     models = [_shapes(target.model.parameters()), _shapes(drafter.parameters())]
-    return f"{provenance.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}: {models}, {SMALL}"
+    machine = f"{provenance.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{machine}, engine {ENGINE}: {models}, {SMALL}"
 
 
 def _shapes(parameters: Iterable[torch.Tensor]) -> str:

@@ -143,8 +143,9 @@ class Session:
 
     def run(self) -> None:
         """Steps until every request is answered."""
-        while not self.idle:
-            self.step()
+        with self.round.verifier.running():  # once for all of them
+            while not self.idle:
+                self.step()
 
     # -- prompts
 

@@ -26,6 +26,8 @@ from fledge.decoding.cache import TargetCache, layout_of
 from fledge.decoding.masks import Masks, kinds_of
 from fledge.decoding.row_attention import ROWS, TAIL, Cut, cut, read_for
 from fledge.drafters.tree import Trees, filled_up
+from fledge.target import native
+from fledge.target.fused import fused, fused_layers
 from fledge.target.model import Target
 from fledge.target.norms import as_one_kernel, rms_norms
 from fledge.target.record import TargetOutput
@@ -107,6 +109,8 @@ class AttentionVerifier:
         )  # fmt: skip
         self._ropes = [module for module in target.model.modules() if _is_dynamic(getattr(module, "rope_type", ""))]
         self._norms, self._rotations = rms_norms(target.model), usual_ropes(target.model)
+        self._layers = fused_layers(target.model, target.layers)
+        self._runs = False
 
     @property
     def target(self) -> Target:
@@ -116,20 +120,27 @@ class AttentionVerifier:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Our attention function, norms and rotations of one kernel, and ropes that do not look at the positions.
+        """Our attention function, layers, norms and rotations of few operations, and ropes that do not look at the
+        positions.
 
         The library looks at every batch's largest position where a rope is 'dynamic', and waits for the device to do
-        so. Frequencies change past max_position_embeddings only, where nothing is decoded.
+        so. Frequencies change past max_position_embeddings only, where nothing is decoded. Entered again, nothing.
         """
+        if self._runs:
+            yield
+            return
         before = [module.rope_type for module in self._ropes]
         attention = decoding_attention(self.target.model, self.target.text_config)
-        norms = as_one_kernel(self._norms, sys.maxsize) if self._exact else as_one_kernel(self._norms)
-        with torch.inference_mode(), attention, norms, one_operation(self._rotations):
+        most_rows = sys.maxsize if self._exact else native.MOST_ROWS
+        norms, layers = as_one_kernel(self._norms, most_rows), fused(self._layers, most_rows)
+        with torch.inference_mode(), attention, norms, one_operation(self._rotations), layers:
             for module in self._ropes:
                 module.rope_type = _frozen(module.rope_type)
+            self._runs = True
             try:
                 yield
             finally:
+                self._runs = False
                 for module, rope_type in zip(self._ropes, before, strict=True):
                     module.rope_type = rope_type
 

@@ -24,11 +24,30 @@ static inline bf16 narrow_bf16(float value) { /* to the nearest, ties to even */
 static inline float wide_f32(float value) { return value; }
 static inline float narrow_f32(float value) { return value; }
 
-/* rms_norm: rows x cols, contiguous.
+#define MOST_SIZE 1024 /* of a head that is normed */
+
+/* exp, to 2 in the last place: 2^n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2]. Compilers make vectors of it. */
+static inline float exp_f32(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.0f / 720;
+    p = p * r + 1.0f / 120, p = p * r + 1.0f / 24, p = p * r + 1.0f / 6, p = p * r + 0.5f, p = p * r + 1.0f, p = p * r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+/* All matrices are contiguous.
+   rms_norm: rows x cols; with `added`, sum = in + added and its norm. Zeros up to `filled` rows.
    rope: states (batch, heads, rows, size) with these strides, the last of them 1, to a contiguous result; cos and sin
-   (batch, rows, size), contiguous. */
+   (batch, rows, size).
+   heads: of rows of a product, each `width` numbers that begin with `heads` heads of `size`, to (batch, heads, rows, size):
+   normed per head where there is a weight, then rotated.
+   gated: silu(gate) * up, from rows of gate and up (cols each) side by side. Zeros up to `filled` rows. */
 #define KERNELS(T)                                                                                                    \
-    void rms_norm_##T(const T *in, const T *weight, T *out, long rows, long cols, float eps) {                        \
+    static inline void norm_##T(const T *in, const T *weight, T *out, long rows, long cols, float eps) {              \
         for (long row = 0; row < rows; row++, in += cols, out += cols) {                                              \
             float parts[16] = {0}, sum = 0;                                                                           \
             long c = 0;                                                                                               \
@@ -41,22 +60,50 @@ static inline float narrow_f32(float value) { return value; }
                 out[c] = narrow_##T(wide_##T(narrow_##T(wide_##T(in[c]) * scale)) * wide_##T(weight[c]));             \
         }                                                                                                             \
     }                                                                                                                 \
+    void rms_norm_##T(const T *in, const T *added, const T *weight, T *sum, T *out, long rows, long cols,             \
+                      long filled, float eps) {                                                                       \
+        for (long c = 0; added && c < rows * cols; c++) sum[c] = narrow_##T(wide_##T(in[c]) + wide_##T(added[c]));    \
+        norm_##T(added ? sum : in, weight, out, rows, cols, eps);                                                     \
+        memset(out + rows * cols, 0, (filled - rows) * cols * sizeof(T));                                             \
+    }                                                                                                                 \
+    static inline void turn_##T(const T *x, const T *cosine, const T *sine, T *out, long half) {                      \
+        for (long c = 0; c < half; c++) {                                                                             \
+            float low = wide_##T(x[c]), high = wide_##T(x[c + half]);                                                 \
+            out[c] = narrow_##T(wide_##T(narrow_##T(low * wide_##T(cosine[c]))) -                                     \
+                                wide_##T(narrow_##T(high * wide_##T(sine[c]))));                                      \
+            out[c + half] = narrow_##T(wide_##T(narrow_##T(high * wide_##T(cosine[c + half]))) +                      \
+                                       wide_##T(narrow_##T(low * wide_##T(sine[c + half]))));                         \
+        }                                                                                                             \
+    }                                                                                                                 \
     void rope_##T(const T *in, const T *cos, const T *sin, T *out, long batch, long heads, long rows, long size,      \
                   long batch_stride, long head_stride, long row_stride) {                                             \
-        long half = size / 2;                                                                                         \
         for (long b = 0; b < batch; b++)                                                                              \
             for (long h = 0; h < heads; h++)                                                                          \
                 for (long r = 0; r < rows; r++, out += size) {                                                        \
+                    long place = (b * rows + r) * size;                                                               \
                     const T *x = in + b * batch_stride + h * head_stride + r * row_stride;                            \
-                    const T *cosine = cos + (b * rows + r) * size, *sine = sin + (b * rows + r) * size;               \
-                    for (long c = 0; c < half; c++) {                                                                 \
-                        float low = wide_##T(x[c]), high = wide_##T(x[c + half]);                                     \
-                        out[c] = narrow_##T(wide_##T(narrow_##T(low * wide_##T(cosine[c]))) -                         \
-                                            wide_##T(narrow_##T(high * wide_##T(sine[c]))));                          \
-                        out[c + half] = narrow_##T(wide_##T(narrow_##T(high * wide_##T(cosine[c + half]))) +          \
-                                                   wide_##T(narrow_##T(low * wide_##T(sine[c + half]))));             \
-                    }                                                                                                 \
+                    turn_##T(x, cos + place, sin + place, out, size / 2);                                             \
                 }                                                                                                     \
+    }                                                                                                                 \
+    void heads_##T(const T *in, const T *weight, const T *cos, const T *sin, T *out, long batch, long heads,          \
+                   long rows, long size, long width, float eps) {                                                     \
+        T normed[MOST_SIZE];                                                                                          \
+        for (long b = 0; b < batch; b++)                                                                              \
+            for (long h = 0; h < heads; h++)                                                                          \
+                for (long r = 0; r < rows; r++, out += size) {                                                        \
+                    long row = b * rows + r;                                                                          \
+                    const T *x = in + row * width + h * size;                                                         \
+                    if (weight) norm_##T(x, weight, normed, 1, size, eps), x = normed;                                \
+                    turn_##T(x, cos + row * size, sin + row * size, out, size / 2);                                   \
+                }                                                                                                     \
+    }                                                                                                                 \
+    void gated_##T(const T *in, T *out, long rows, long cols, long filled) {                                          \
+        memset(out + rows * cols, 0, (filled - rows) * cols * sizeof(T));                                             \
+        for (long row = 0; row < rows; row++, in += 2 * cols, out += cols)                                            \
+            for (long c = 0; c < cols; c++) {                                                                         \
+                float gate = wide_##T(in[c]);                                                                         \
+                out[c] = narrow_##T(wide_##T(narrow_##T(gate / (1.0f + exp_f32(-gate)))) * wide_##T(in[cols + c]));   \
+            }                                                                                                         \
     }
 
 typedef float f32;

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,14 @@ SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 MOST_ROWS = 64  # with more, PyTorch's threads are worth more
-POINTER, NUMBER = ctypes.c_void_p, ctypes.c_long
+POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+ARGUMENTS: dict[str, list[Any]] = {
+    "rms_norm": [POINTER] * 5 + [NUMBER] * 3 + [REAL],
+    "rope": [POINTER] * 4 + [NUMBER] * 7,
+    "heads": [POINTER] * 5 + [NUMBER] * 5 + [REAL],
+    "gated": [POINTER] * 2 + [NUMBER] * 3,
+}
+MOST_SIZE = 1024  # of a head that is normed
 
 
 @functools.cache
@@ -45,9 +53,10 @@ def library() -> ctypes.CDLL | None:
         found = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError):
         return None
-    for name in NAMES.values():
-        getattr(found, f"rms_norm_{name}").argtypes = [POINTER] * 3 + [NUMBER] * 2 + [ctypes.c_float]
-        getattr(found, f"rope_{name}").argtypes = [POINTER] * 4 + [NUMBER] * 7
+    for operation, types in ARGUMENTS.items():
+        for name in NAMES.values():
+            getattr(found, f"{operation}_{name}").argtypes = types
+            getattr(found, f"{operation}_{name}").restype = None
     return found
 
 
@@ -57,11 +66,9 @@ def rms_norm(states: Tensor, weight: Tensor, eps: float, most_rows: int = MOST_R
     rows = states.numel() // size
     if states.dtype is not weight.dtype or not 0 < rows <= most_rows or not _suits(states):
         return None
-    operations = library()
-    assert operations is not None, "asked for by those who have found it"
     states, out = states.contiguous(), torch.empty(states.shape, dtype=states.dtype)
-    kernel = getattr(operations, f"rms_norm_{NAMES[states.dtype]}")
-    kernel(states.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, size, eps)
+    kernel = _kernel("rms_norm", NAMES[states.dtype])
+    kernel(states.data_ptr(), None, weight.data_ptr(), None, out.data_ptr(), rows, size, rows, eps)
     return out
 
 
@@ -71,13 +78,65 @@ def rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
     alike = cos.shape == sin.shape == (batch, rows, size) and cos.dtype is sin.dtype is states.dtype
     if not alike or not 0 < batch * rows <= MOST_ROWS or states.stride(3) != 1 or size % 2 or not _suits(states):
         return None
-    operations = library()
-    assert operations is not None, "asked for by those who have found it"
     cos, sin, out = cos.contiguous(), sin.contiguous(), torch.empty(states.shape, dtype=states.dtype)
-    kernel = getattr(operations, f"rope_{NAMES[states.dtype]}")
+    kernel = _kernel("rope", NAMES[states.dtype])
     pointers = (states.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
     kernel(*pointers, batch, heads, rows, size, *states.stride()[:3])
     return out
+
+
+# -- parts of a decoder layer: plain contiguous matrices, rows of zeros behind theirs up to `filled` -------------------
+
+
+def norm_rows(states: Tensor, added: Tensor | None, weight: Tensor, eps: float, filled: int) -> tuple[Tensor, Tensor]:
+    """states (R, H), and what is added to them first -> the sum, and its norm (filled, H)."""
+    rows, size = states.shape
+    normed = torch.empty(filled, size, dtype=states.dtype)
+    total, addend = (states, None) if added is None else (torch.empty_like(states), added.data_ptr())
+    _kernel("rms_norm", NAMES[states.dtype])(
+        states.data_ptr(), addend, weight.data_ptr(), total.data_ptr(), normed.data_ptr(), rows, size, filled, eps
+    )
+    return total, normed
+
+
+def heads(
+    product: Tensor, first: int, shape: tuple[int, int, int, int], cos: Tensor, sin: Tensor, norm: Tensor | None,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """Rows of a product, from its number `first` on, as normed and rotated heads of `shape` (B, h, S, d)."""
+    batch, number, rows, size = shape
+    out = torch.empty(shape, dtype=product.dtype)
+    start = product.data_ptr() + first * product.element_size()
+    _kernel("heads", NAMES[product.dtype])(
+        start, None if norm is None else norm.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
+        batch, number, rows, size, product.shape[1], eps,
+    )  # fmt: skip
+    return out
+
+
+def gated(product: Tensor, rows: int, filled: int) -> Tensor:
+    """silu(gate) * up (filled, C), of the first rows of a product that has both side by side."""
+    size = product.shape[1] // 2
+    out = torch.empty(filled, size, dtype=product.dtype)
+    _kernel("gated", NAMES[product.dtype])(product.data_ptr(), out.data_ptr(), rows, size, filled)
+    return out
+
+
+def filled_up(states: Tensor, filled: int) -> Tensor:
+    """states (R, H) with rows of zeros."""
+    if len(states) == filled:
+        return states
+    out, used = torch.empty(filled, states.shape[1], dtype=states.dtype), states.numel() * states.element_size()
+    ctypes.memmove(out.data_ptr(), states.data_ptr(), used)
+    ctypes.memset(out.data_ptr() + used, 0, out.numel() * out.element_size() - used)
+    return out
+
+
+@functools.cache
+def _kernel(operation: str, kind: str) -> Any:
+    operations = library()
+    assert operations is not None, "asked for by those who have found it"
+    return getattr(operations, f"{operation}_{kind}")
 
 
 def _suits(states: Tensor) -> bool:

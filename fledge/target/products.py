@@ -45,7 +45,7 @@ ROWS = (1, 2, 4, 8)
 COMPARED, COMPARED_BYTES = 64, 1 << 28  # rows, or bytes of weights, that are compared for each number of rows
 PACKED_FOR = 32  # rows; what oneDNN is told when it packs
 GAIN = 0.8  # of the time: rows are filled up where that is faster by so much, and F.linear is kept where it is
-TIMINGS = 5
+TIMINGS, MOST_TIMINGS = 5, 25  # as many where F.linear seems to be faster: it rarely is, and others use the machine
 NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -89,13 +89,26 @@ class Product:
         return output
 
     def _computed(self, inputs: Tensor, num_rows: int) -> Tensor:
+        self.pack()
+        assert self._packed is not None
+        return filled_product(inputs, self._packed, self._bias, self.choice.fill, num_rows)
+
+    def filled(self, num_rows: int) -> int:
+        """How many rows to compute for so many."""
+        return filled(self.choice.fill, num_rows)
+
+    def of_filled(self, inputs: Tensor) -> Tensor:
+        """inputs (R, X), filled up already, by the weights of all layers side by side: (R, C)."""
+        assert self._packed is not None, "packed by those who call this"
+        return onednn_product(inputs, self._packed, self._bias)
+
+    def pack(self) -> None:
+        """Pack the weights, again where a weight has changed."""
         weights = [layer.weight for layer in self.layers]
         now = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
         if now != self._packed_of:
             self._packed, self._packed_of = packed(joined(weights)), now
             self._bias = joined([layer.bias for layer in self.layers]) if self.layers[0].bias is not None else None
-        assert self._packed is not None
-        return filled_product(inputs, self._packed, self._bias, self.choice.fill, num_rows)
 
 
 class PackedForward:
@@ -131,6 +144,13 @@ def is_packed(layer: nn.Module) -> bool:
     return isinstance(vars(layer).get("forward"), PackedForward)
 
 
+def product_of(*layers: nn.Module) -> Product | None:
+    """The packed product that these layers are, in this order and no others; None where there is none."""
+    forwards = [vars(layer).get("forward") for layer in layers]
+    first = forwards[0]
+    return first.product if isinstance(first, PackedForward) and first.product.layers == layers else None
+
+
 def neighbours(model: nn.Module) -> Iterator[list[nn.Linear]]:
     """The linear layers that can be packed, those of the same input together."""
     taken: set[nn.Module] = set()
@@ -158,11 +178,15 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0].detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
 
 
+def filled(fill: Sequence[int], num_rows: int) -> int:
+    return fill[num_rows - 1] if num_rows <= len(fill) else num_rows
+
+
 def filled_product(
     inputs: Tensor, packed_weight: Tensor, bias: Tensor | None, fill: Sequence[int], num_rows: int
 ) -> Tensor:
     """inputs (.., X) by a packed weight (C, X), with rows of zeros where `fill` asks for more."""
-    wanted = fill[num_rows - 1] if num_rows <= len(fill) else num_rows
+    wanted = filled(fill, num_rows)
     if wanted == num_rows:
         return onednn_product(inputs.contiguous(), packed_weight, bias)
     rows = F.pad(inputs.reshape(num_rows, -1), (0, 0, 0, wanted - num_rows))
@@ -200,10 +224,15 @@ def measured_choice(groups: Sequence[Sequence[nn.Linear]]) -> ProductChoice:
     inputs = {rows: weights[0].new_ones(rows, weights[0].shape[1]) for rows in ROWS}
     calls: list[tuple[Callable[[int], None], int]] = [(ahead, rows) for rows in ROWS]
     calls += [(stock, ROWS[0]), (stock, ROWS[-1])]
-    seconds = np.array([[_seconds(call, rows) for call, rows in calls] for _ in range(TIMINGS + 1)])[1:].min(axis=0)
-    ahead_s, stock_s = seconds[: len(ROWS)], seconds[len(ROWS) :]
-    faster = GAIN * (ahead_s[0] + ahead_s[-1]) < stock_s.sum()
-    return ProductChoice(bool(faster), _best_fill(ahead_s, least or 1), least is not None)
+    seconds = np.full(len(calls), np.inf)
+    for turn in range(MOST_TIMINGS + 1):
+        now = [_seconds(call, rows) for call, rows in calls]
+        seconds = np.minimum(seconds, now) if turn else seconds  # the first turn makes things ready
+        ahead_s, stock_s = seconds[: len(ROWS)], seconds[len(ROWS) :]
+        faster = bool(GAIN * (ahead_s[0] + ahead_s[-1]) < stock_s.sum())
+        if turn >= TIMINGS and faster:
+            break
+    return ProductChoice(faster, _best_fill(ahead_s, least or 1), least is not None)
 
 
 def least_rows(packed_weight: Tensor, weight: Tensor) -> int | None:

@@ -1,0 +1,168 @@
+"""Decoder layers of few operations are the stock ones, and step aside where they would not be."""
+
+import pytest
+import torch
+from tiny import NAMES, WINDOW, prompt, tiny_model, tiny_target
+from torch import nn
+
+from fledge.decoding.verifier import AttentionVerifier, Lengths
+from fledge.drafters.tree import Trees
+from fledge.target import native, products
+from fledge.target.fused import FusedLayer, fused, fused_layers
+from fledge.target.model import Target
+from fledge.target.products import ProductChoice, accelerate
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
+
+WHOLE = {"llama", "mistral", "qwen2", "qwen3"}
+BESIDE_ITS_MLP = {"qwen3_moe"}
+PREFIX = 9
+
+
+@pytest.fixture(autouse=True)
+def always_packed(monkeypatch):
+    monkeypatch.setattr(products, "choice_for", lambda _shape, _groups: ProductChoice(True, (2, 4, 4), True))
+
+
+def target_of(name: str, dtype: torch.dtype = torch.float32) -> Target:
+    target = Target(tiny_model(name).to(dtype), tap_layers=tiny_target(name).tap_layers)
+    for parameter in target.model.parameters():
+        parameter.mul_(4 if parameter.dim() > 1 else 1)  # at their small initial values layers add next to nothing
+    accelerate(target.model, least_bytes=0)
+    return target
+
+
+def layers_of(target: Target) -> list[FusedLayer]:
+    return fused_layers(target.model, target.layers)
+
+
+@torch.inference_mode()
+def states_of(target: Target, num_nodes: int, *, fuses: bool) -> torch.Tensor:
+    """What the target says of a chain of nodes behind a prefix."""
+    verifier = AttentionVerifier(target, 1, PREFIX + num_nodes)
+    assert verifier._layers
+    verifier._layers = verifier._layers if fuses else []
+    token_ids = torch.tensor([prompt(PREFIX + num_nodes)])
+    nodes = torch.arange(num_nodes)
+    chain = Trees(token_ids[:, PREFIX:], (nodes - 1).clamp(min=0)[None], nodes[None], nodes[None, :, None] >= nodes)
+    with verifier.running():
+        verifier.prefill(slice(0, 1), token_ids[:, :PREFIX], taps=False)
+        lengths = Lengths(torch.tensor([PREFIX]), (PREFIX,))
+        return verifier.verify(chain, lengths, PREFIX + num_nodes, taps=False).last_hidden
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_are_fused_where_they_are_built_like_llamas(name):
+    """gemma2 caps its scores, granite scales what it adds, hunyuan norms behind the rope: not these layers."""
+    target = target_of(name)
+    found = layers_of(target)
+    assert len(found) == (target.num_layers if name in WHOLE | BESIDE_ITS_MLP else 0)
+    assert all(one.fuses_mlp == (name in WHOLE) for one in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(WHOLE | BESIDE_ITS_MLP))
+@pytest.mark.parametrize("num_nodes", [1, 5])
+def test_states_are_the_stock_models(name, num_nodes, dtype):
+    target = target_of(name, dtype)
+    found, expected = (states_of(target, num_nodes, fuses=fuses) for fuses in (True, False))
+    error = (found - expected).float().norm() / expected.float().norm()
+    assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_what_differs_a_little_is_not_fused():
+    """The control of the trial: any of these changes to a layer's law shows."""
+
+    def scaled(layer: nn.Module) -> None:
+        stock = type(layer).forward
+        layer.__class__ = type("Scaled", (type(layer),), {"forward": lambda *a, **k: stock(*a, **k) * 1.01})
+
+    def positional(layer: nn.Module) -> None:
+        """As Llama 4 does: queries grow with the logarithm of their position."""
+        attention, stock = layer.self_attn, type(layer.self_attn).forward
+
+        def forward(self, *args, **kwargs):
+            self.scaling = 0.25 * (1 + kwargs["position_ids"].max().log() / 100)
+            return stock(self, *args, **kwargs)
+
+        attention.__class__ = type("Positional", (type(attention),), {"forward": forward})
+
+    def other_activation(layer: nn.Module) -> None:
+        layer.mlp.act_fn = nn.GELU()
+
+    target = target_of("llama")
+    scaled(target.layers[1])
+    positional(target.layers[2])
+    other_activation(target.layers[3])
+    layers = list(target.layers)
+    found = {layers.index(one.layer): one for one in layers_of(target)}
+    assert found.keys() == set(range(target.num_layers)) - {1, 2}
+    assert not found[3].fuses_mlp and found[4].fuses_mlp
+
+
+def test_constants_of_the_attention_function_are_handed_on():
+    (one, *_) = layers_of(target_of("mistral"))
+    assert one.constants["sliding_window"] == WINDOW and one.constants["scaling"] == 16**-0.5
+
+
+def test_it_steps_aside():
+    """Many rows, gradients and other dtypes are the stock forward's, and a hook inside the layer is called."""
+    target = target_of("qwen3")
+    layers = layers_of(target)
+    token_ids = torch.tensor([prompt(native.MOST_ROWS + 1)])
+    expected = target.model(token_ids).logits
+    calls = []
+
+    def few(self, *args):
+        calls.append(args)
+        return attended(self, *args)
+
+    attended = FusedLayer._attended
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FusedLayer, "_attended", few)
+        with fused(layers):
+            torch.testing.assert_close(target.model(token_ids).logits, expected, rtol=0, atol=0)
+            with torch.inference_mode():
+                target.model(token_ids)
+                assert not calls
+                target.model(token_ids[:, :3])
+                assert len(calls) == target.num_layers
+        heard = []
+        hook = target.layers[2].mlp.gate_proj.register_forward_hook(lambda *_: heard.append(1))
+        with fused(layers), torch.inference_mode():
+            target.model(token_ids[:, :3])
+        assert heard and len(calls) == 2 * target.num_layers - 1
+        hook.remove()
+    assert not any("forward" in vars(layer) for layer in target.layers)
+
+
+def test_new_weights_are_used():
+    target = target_of("llama")
+    before = states_of(target, 1, fuses=True)
+    with torch.no_grad():
+        target.layers[0].mlp.down_proj.weight.mul_(2)
+    after, expected = (states_of(target, 1, fuses=fuses) for fuses in (True, False))
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(after, before)
+
+
+@torch.inference_mode()
+def test_parts_of_a_layer():
+    """Rows up to `filled` are zeros; sums, norms and gates are PyTorch's."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        states, added, product = (
+            torch.randn(3, size, generator=generator).to(dtype) * 5 for size in (40, 40, 2 * 33)
+        )  # fmt: skip
+        weight = torch.rand(40, generator=generator).to(dtype)
+        total, normed = native.norm_rows(states, added, weight, 1e-6, 4)
+        assert torch.equal(total, states + added) and not normed[3:].any()
+        expected = nn.functional.rms_norm(total.float(), (40,), weight.float(), 1e-6)
+        torch.testing.assert_close(normed[:3].float(), expected, rtol=tolerance, atol=tolerance)
+        gate, up = product.split(33, dim=-1)
+        gated = native.gated(product, 3, 8)
+        torch.testing.assert_close(gated[:3], nn.functional.silu(gate) * up, rtol=tolerance, atol=1e-6)
+        assert not gated[3:].any() and not native.filled_up(states, 4)[3:].any()
+        assert torch.equal(native.filled_up(states, 4)[:3], states)
+    extremes = torch.tensor([[-200.0, -88.0, -1e-30, 0.0, 88.0, 200.0, *[1.0] * 6]])
+    torch.testing.assert_close(native.gated(extremes, 1, 1), nn.functional.silu(extremes[:, :6]))
