@@ -59,9 +59,10 @@ kills: install
 
 test-engines: install
 	bash tests/engines/setup_vllm.sh
-	PYTHON=$(BIN)/python bash tests/engines/setup_sglang.sh
+	PYTHON=$(BIN)/python bash tests/engines/setup_sources.sh
 	$(BIN)/python -m pytest -q -m vllm tests/engines
-	$(BIN)/python -m pytest -q tests/export/test_engines.py tests/export/test_sglang_loader.py
+	$(BIN)/python -m pytest -q tests/export/test_engines.py tests/export/test_engine_rope.py \
+	  tests/export/test_sglang_loader.py
 
 quickstart: install
 	$(BIN)/fledge quickstart $(ARGS)

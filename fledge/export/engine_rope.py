@@ -3,7 +3,7 @@
 Engines read the same fields and compute different ropes: SGLang takes the rotated share of a head from the top level of
 config.json only and knows no `attention_factor`; both ignore a `factor` where transformers computes it from two
 lengths. So nothing is compared by field names: `as_read` says in transformers' terms what an engine computes, and
-frequencies and scale are compared as numbers. Read in vLLM 0.32.0 (layers/rotary_embedding) and SGLang 0.5.23
+frequencies and scale are compared as numbers. Read in vLLM 0.33.0 (layers/rotary_embedding) and SGLang 0.5.23
 (models/llama.py, layers/rotary_embedding/factory.py); the tests run those sources where they are at hand.
 """
 

@@ -3,7 +3,7 @@
 Both loaders skip unknown tensors and run with whatever a missing one left behind, so a wrong head serves happily at
 an acceptance of zero. The tables are compared with the engines' own sources in the tests (tests/export/test_engines.py)
 and `problems` looks for what they would swallow, from config.json and tensor names and shapes alone, before a server
-starts. Read in vLLM 0.32.0 and SGLang 0.5.23, both in their models/llama_eagle3.py.
+starts. Read in vLLM 0.33.0 and SGLang 0.5.23, both in their models/llama_eagle3.py.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fledge.drafters.eagle3.checkpoint import WEIGHTS
-from fledge.drafters.eagle3.foreign import config_of, our_name, read_config, read_weights, stated_tap_ids
+from fledge.drafters.eagle3.foreign import TAP_IDS, config_of, our_name, read_config, read_weights, stated_tap_ids
 from fledge.drafters.eagle3.head import expected_shapes
 from fledge.errors import UserError
 from fledge.export.engine_rope import rope_problem
@@ -50,7 +50,7 @@ COMMON_READS = {
     "vocab_size": "error",
 }
 VLLM = ServingEngine(
-    "vllm", "vLLM", "0.32.0", "input",
+    "vllm", "vLLM", "0.33.0", "input",
     reads={**COMMON_READS, "attention_bias": "no biases", "logit_scale": "1", "norm_before_residual":
            "the un-normed state is the residual (in the speculators layout: the normed one)"},
     skips=("t2d",),
@@ -174,15 +174,17 @@ def _rope_problems(engine: ServingEngine, document: JSON, layer: JSON) -> list[s
 
 
 def _tap_problems(engine: ServingEngine, document: JSON, target_config: Any | None, known: str | None) -> list[str]:
-    """Ids in the other engine's convention: by our own mark, else by the target's usual three."""
+    """Ids in the other engine's convention (by our own mark, else by the target's usual three), or in a wrong place."""
     stated = stated_tap_ids(document)
     if not stated:
         return []
+    usual = default_tap_layers(target_config.num_hidden_layers) if target_config is not None else stated
+    if engine.name == "vllm" and TAP_IDS not in document and stated != usual:
+        return [f"its tap ids {list(stated)} are in eagle_config only: vLLM's V2 runner would take {list(usual)}"]
     mark = str((document.get("fledge") or {}).get("tap_convention", ""))
     meaning = known or (mark.split()[0] if mark else None)
     shift = 1 if engine.tap_ids == "output" else 0
     if meaning is None and target_config is not None:
-        usual = default_tap_layers(target_config.num_hidden_layers)
         read, other = tuple(i + shift for i in stated), tuple(i + 1 - shift for i in stated)
         meaning = None if read == usual or other != usual else ("input" if shift else "output")
     if meaning is not None and meaning != engine.tap_ids:

@@ -1,7 +1,7 @@
 """How other programs name and configure an EAGLE-3 head: one row per layout, nothing else differs.
 
 fledge's own checkpoint *is* the EAGLE layout (docs/eagle3.md, 8) with tap ids as inputs of decoder layers. A layout
-says how tensor names, tap ids and config differ from it, and what its reader ignores. Read in: vLLM 0.32.0
+says how tensor names, tap ids and config differ from it, and what its reader ignores. Read in: vLLM 0.33.0
 (llama_eagle3.py, transformers_utils/configs/speculators), SGLang 0.5.23 (its models/llama_eagle3.py adds 1 to the ids
 in eagle_config: they name layer *outputs*), speculators 0.9.0, SpecForge 0.2.0, the EAGLE repository.
 """
@@ -33,10 +33,14 @@ class Layout:
     """The command that serves HEAD with TARGET."""
     reader: str = "vLLM"
     """The engine that reads it, as people call it."""
+    window_flag: str = ""
+    """The flag that tells a sliding window where config.json does not; it counts the keys before the query's own."""
 
     def command(self, config: DraftConfig) -> str:
         """What serves HEAD with TARGET."""
-        return self.serve
+        if config.sliding_window is None or not self.window_flag:
+            return self.serve
+        return f"{self.serve} {self.window_flag} {config.sliding_window - 1}"
 
     def tensor_name(self, ours: str) -> str:
         """The layout's name of one of our tensors."""
@@ -125,10 +129,11 @@ LAYOUTS = {
         Layout(
             "sglang",
             _sglang_config,
-            ignores=("norm_before_residual", "sliding_window"),
+            ignores=("norm_before_residual",),
             replaces_embedding=True,
             serve=SGLANG,
             reader="SGLang",
+            window_flag="--speculative-draft-window-size",
         ),
         Layout("speculators", _speculators_config, layer_prefix="layers.0.", serve="vllm serve HEAD"),
         Layout("eagle", _eagle_config, serve=VLLM),

@@ -74,6 +74,21 @@ def test_a_head_sglang_would_run_differently_is_not_written_for_it(head_dir, tmp
         export_head(ExportSettings(head=str(head_dir), to="sglang", output_dir=tmp_path / "sglang"))
 
 
+def test_sglang_is_told_a_window_by_its_flag(head_dir, tmp_path, capsys):
+    """Heads with a sliding window were refused for SGLang, whose config.json has no field for it; its launch flag counts
+    the keys before the query's own."""
+    config = dataclasses.replace(from_json(head_dir / "config.json"), sliding_window=512)
+    (head_dir / "config.json").write_text(json.dumps(to_json(config)))
+    export_head(ExportSettings(head=str(head_dir), to="sglang", output_dir=tmp_path / "out"))
+    flag = "--speculative-draft-window-size 511"
+    assert flag in capsys.readouterr().out and flag in (tmp_path / "out" / "README.md").read_text()
+    convert_head(ConvertSettings(head=str(tmp_path / "out"), output_dir=tmp_path / "back"))
+    assert from_json(tmp_path / "back" / "config.json").sliding_window == 512
+    plain = dataclasses.replace(config, sliding_window=None)
+    assert LAYOUTS["sglang"].command(plain) == LAYOUTS["sglang"].serve
+    assert LAYOUTS["vllm"].command(config) == LAYOUTS["vllm"].serve  # vLLM reads config.json
+
+
 def test_expected_shapes_are_the_models():
     draft = tiny_draft(tiny_target("qwen3"), eagle31=True)
     assert expected_shapes(draft.config) == {k: tuple(v.shape) for k, v in draft_tensors(draft, torch.float32).items()}

@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +74,45 @@ def test_every_field_it_cannot_do_without_is_in_our_export(name, tmp_path):
     assert set(ENGINES[name].reads) - optional <= document.keys()
 
 
+# -- vLLM's two model runners ------------------------------------------------------------------------------------------
+
+RUNNERS = {
+    "V1": ("v1/worker/gpu_model_runner.py", "_get_eagle3_aux_layers_from_config"),
+    "V2": ("v1/worker/gpu/spec_decode/eagle/eagle3_utils.py", "get_eagle3_aux_layers_from_config"),
+}
+
+
+def taps_read_by(runner, source, document):
+    """The tap layers that a runner of vLLM finds in a head's config.json, by its own function; None: its default."""
+    path, name = RUNNERS[runner]
+    function = next(n for n in ast.walk(ast.parse(source(path))) if isinstance(n, ast.FunctionDef) and n.name == name)
+    function.returns = function.args.args[0].annotation = None
+    scope = {}
+    exec(compile(ast.Module([function], []), path, "exec"), scope)
+    of_draft = SimpleNamespace(draft_model_config=SimpleNamespace(hf_config=SimpleNamespace(**document)))
+    return scope[name](SimpleNamespace(speculative_config=of_draft) if runner == "V1" else of_draft)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_both_runners_of_vllm_find_our_taps(exported, vllm_source, runner):
+    """The V2 runner, the default on GPUs, passes over ids that stand in eagle_config only (SpecForge, ModelOpt)."""
+    document = read_config(exported / "vllm")
+    taps = tuple(document["eagle_config"]["eagle_aux_hidden_state_layer_ids"])
+    assert taps_read_by(runner, vllm_source, document) == taps
+    del document["eagle_aux_hidden_state_layer_ids"]
+    assert taps_read_by(runner, vllm_source, document) == (taps if runner == "V1" else None)
+
+
+def test_ids_in_one_place_are_fine_where_they_are_the_usual_ones(exported):
+    document = read_config(exported / "vllm")
+    del document["eagle_aux_hidden_state_layer_ids"]
+    text_config = tiny_target("llama").text_config
+    assert problems(VLLM, document, file_shapes(exported / "vllm"), text_config) == []
+    document["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}
+    (problem,) = problems(VLLM, document, file_shapes(exported / "vllm"), text_config)
+    assert "eagle_config only: vLLM's V2 runner would take" in problem
+
+
 # -- heads that would be swallowed -------------------------------------------------------------------------------------
 
 
@@ -102,6 +142,8 @@ SICK = {
     "outputs by mark": (VLLM, "sglang", {}, "name layer outputs, vLLM reads them as inputs"),
     "inputs by mark": (SGLANG, "vllm", {}, "name layer inputs, SGLang reads them as outputs"),
     "outputs by the usual three": (VLLM, "sglang", {"fledge": None}, "name layer outputs"),
+    "tap ids in one place": (VLLM, "vllm", {"eagle_aux_hidden_state_layer_ids": None,
+                             "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}}, "vLLM's V2 runner would"),
     "speculators for SGLang": (SGLANG, "speculators", {}, "not read by SGLang"),
     "speculators model_type": (VLLM, "speculators", {"model_type": "llama"}, "breaks the loading"),
     "speculators verifier": (VLLM, "speculators", {"speculators_config": {"proposal_methods": []}}, "verifier's name"),

@@ -6,7 +6,7 @@ origin does not settle it, the target's depth does: both ways of writing the usu
 to be said by the user; nothing is guessed.
 
 Read in: EAGLE (SafeAILab), AngelSlim (llama_eagle3.py), SpecForge 0.2.0, speculators 0.9.0, ModelOpt 0.47.0
-(hf_spec_export.py, unified_export_megatron.py), vLLM 0.32.0 and SGLang 0.5.23 for what they serve.
+(hf_spec_export.py, unified_export_megatron.py), vLLM 0.33.0 and SGLang 0.5.23 for what they serve.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,6 +28,7 @@ from fledge.errors import UserError
 from fledge.parsing import read_json
 from fledge.target.record import default_tap_layers
 
+TAP_IDS = "eagle_aux_hidden_state_layer_ids"
 EAGLE_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3LLamaforCausalLM")
 
 
@@ -165,8 +166,7 @@ def tap_layers_of(
 
 def stated_tap_ids(document: JSON) -> tuple[int, ...]:
     """The ids a config states, in its own convention."""
-    name = "eagle_aux_hidden_state_layer_ids"
-    return tuple(document.get(name) or _eagle_config(document).get(name) or ())
+    return tuple(document.get(TAP_IDS) or _eagle_config(document).get(TAP_IDS) or ())
 
 
 def complete_vocab(tensors: dict[str, Tensor], config: DraftConfig) -> dict[str, Tensor]:
