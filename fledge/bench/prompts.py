@@ -1,9 +1,9 @@
 """The questions a benchmark asks: named sets, our own `quick` set, or a file.
 
-A question file has one JSON object per line in EAGLE's format (`question_id`, `category`, `turns`, maybe `reference`);
-rows with `messages`, `conversations` or `prompt` are read too, their user turns being the questions. A turn with
-pictures is a list of parts (text and image, as in OpenAI messages); paths count from the file's folder. Named sets come
-from `--bench-dir` (or FLEDGE_BENCH_DIR) as `<name>/question.jsonl`, else from `hub.py`. Knows no tokens and no pixels.
+A question is a row in EAGLE's format (`question_id`, `category`, `turns`, maybe `reference`), or a row of any format
+that training reads: its user turns are then asked, its answers left out. A turn with pictures is a list of parts (text
+and image, as in OpenAI messages); paths count from the file's folder. Named sets come from `--bench-dir` (or
+FLEDGE_BENCH_DIR) as `<name>/question.jsonl`, else from `hub.py`. Knows no tokens and no pixels.
 """
 
 import dataclasses
@@ -15,12 +15,21 @@ from typing import Any
 import msgspec
 
 from fledge.bench.questions import BENCH_DIR_VARIABLE, NAMED_SETS, PICTURE_SETS, Question, Turn
+from fledge.console import warn
+from fledge.data.conversations import parse_row
 from fledge.data.image_urls import IMAGE_TYPES, anchored
 from fledge.data.images import with_row_images
 from fledge.data.rejects import Reject
+from fledge.data.rows import Row, read_rows, suffix_of
+from fledge.data.trees import paths_of_trees
 from fledge.errors import UserError, nearest
-from fledge.parsing import convert, read_json_lines
+from fledge.parsing import convert
 
+PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"  # SPEED-Bench's, for texts of other licences
+SPEC_BENCH_DIALOGUE = (  # the categories of its task of several turns, which it takes from MT-bench
+    "writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities",
+)  # fmt: skip
+ASKING_ROLES = ("system", "user", "human")
 QUICK_FILE = Path(__file__).with_name("quick.jsonl")
 
 
@@ -31,12 +40,9 @@ class CodeCheck(msgspec.Struct):
 
 
 class QuestionRow(msgspec.Struct):
-    """The fields of a row that are read, of whichever spelling; parts of a turn are looked at one by one."""
+    """The fields of a question; parts of a turn are looked at one by one."""
 
     turns: str | list[Any] | None = None
-    prompt: Any = None
-    messages: list[dict[str, Any]] | None = None
-    conversations: list[dict[str, Any]] | None = None
     system: str | None = None
     question_id: str | int | msgspec.UnsetType = msgspec.UNSET
     id: str | int | msgspec.UnsetType = msgspec.UNSET
@@ -78,68 +84,102 @@ def dataset_label(name: str) -> str:
     if name in NAMED_SETS or name == "quick":
         return name
     path = Path(name)
-    return path.resolve().parent.name if path.name == "question.jsonl" else path.stem
+    return path.resolve().parent.name if path.name == "question.jsonl" else path.name.removesuffix(suffix_of(path))
 
 
 def read_question_file(path: Path, dataset: str) -> list[Question]:
-    """Every question of a jsonl file; a bad line is an error that names it."""
+    """Every question of a data file or a folder of them; a bad row is an error that names it."""
     questions: list[Question] = []
-    seen: dict[str, int] = {}
-    for where, row in read_json_lines(path, dict[str, Any], hint="Repair or remove the line."):
-        number = int(where.rpartition(":")[2])
-        question = question_from_row(row, dataset, default_id=str(number - 1), where=where, folder=path.parent)
+    seen: dict[str, str] = {}
+    for row in paths_of_trees(read_rows(str(path))):
+        folder = path if path.is_dir() else path.parent
+        question = question_from_row(row, dataset, default_id=str(len(questions)), folder=folder)
         if question.id in seen:
             raise UserError(
-                f"{where}: question id {question.id!r} was already used on line {seen[question.id]}. "
+                f"{row.where}: question id {question.id!r} was already used at {seen[question.id]}. "
                 f"Results are kept by id: give every question its own."
             )
-        seen[question.id] = number
+        seen[question.id] = row.where
         questions.append(question)
     if not questions:
         raise UserError(f"{path}: no questions in it. It needs one JSON object with `turns` per line.")
-    return questions
+    return _spec_bench_tasks(_without_placeholders(questions, path))
 
 
-def question_from_row(row: Any, dataset: str, *, default_id: str, where: str, folder: Path | None = None) -> Question:
-    """One parsed JSON row to a Question. Relative paths of pictures count from `folder`."""
-    convert(row, QuestionRow, where, hint="Repair or remove the line.")
-    system, turns = _turns(row)
+def question_from_row(row: Row, dataset: str, *, default_id: str, folder: Path | None = None) -> Question:
+    """One row of data to a Question. Relative paths of pictures count from `folder`."""
+    if row.value is None:
+        raise UserError(f"{row.where}: {row.error}. Repair or remove the line.")
+    fields = row.value
+    convert(fields, QuestionRow, row.where, hint="Repair or remove the line.")
     try:
-        messages = with_row_images([{"role": "user", "content": turn} for turn in turns], row)
+        system, messages = _asked(row)
         turns = [_checked(message, folder) for message in messages]
     except Reject as reject:
-        raise UserError(f"{where}: {reject.detail}. Repair or remove the line.") from None
+        raise UserError(f"{row.where}: {reject.detail}. Repair or remove the line.") from None
     if not turns or not all(turns):
         raise UserError(
-            f"{where}: found the keys {sorted(row)}, needed a non-empty `turns` (a list of strings), `messages`, "
-            f"`conversations` or `prompt` with the text of a user."
+            f"{row.where}: found the keys {sorted(fields)}, needed a non-empty `turns` (a list of strings), or a row "
+            f"that `fledge train` reads, with the text of a user."
         )
-    reference = row.get("reference") or ()
+    reference = fields.get("reference") or ()
     reference = (reference,) if isinstance(reference, str) else reference
     return Question(
         dataset=dataset,
-        id=str(row.get("question_id", row.get("id", default_id))),
-        category=str(row.get("category") or ""),
+        id=str(fields.get("question_id", fields.get("id", default_id))),
+        category=str(fields.get("category") or ""),
         turns=tuple(turns),
         system=system,
         reference=tuple(str(item) for item in reference),
-        code_check=row.get("code_check"),
+        code_check=fields.get("code_check"),
     )
 
 
-def _turns(row: dict[str, Any]) -> tuple[str | None, list[Any]]:
-    """System prompt and user turns of a row, whichever of the usual spellings it has."""
-    if "turns" in row:
-        turns = row["turns"]
-        return row.get("system"), [turns] if isinstance(turns, str) else list(turns or [])
-    if isinstance(row.get("prompt"), str):
-        return row.get("system"), [row["prompt"]]
-    messages = row.get("messages") or row.get("conversations") or []
-    said = [
-        (message.get("role", message.get("from")), message.get("content", message.get("value"))) for message in messages
+def _asked(row: Row) -> tuple[str | None, list[dict[str, Any]]]:
+    """System prompt and user messages of a row: from `turns`, else from whatever training finds in it."""
+    fields = row.value or {}
+    if "turns" in fields:
+        turns = fields["turns"]
+        texts = [turns] if isinstance(turns, str) else list(turns or [])
+        return fields.get("system"), with_row_images([{"role": "user", "content": text} for text in texts], fields)
+    if (messages := fields.get("messages")) and isinstance(messages, list) and _only_asks(messages):
+        texts = [message["content"] for message in messages if message["role"] != "system"]  # one after the other
+        system = next((message["content"] for message in messages if message["role"] == "system"), None)
+        return system, with_row_images([{"role": "user", "content": text} for text in texts], fields)
+    conversation = parse_row(row)
+    if conversation.tools or any(message["role"] == "tool" for message in conversation.messages):
+        raise Reject("tools", "it has tools, which a benchmark does not offer")
+    system = next((message["content"] for message in conversation.messages if message["role"] == "system"), None)
+    return system, [message for message in conversation.messages if message["role"] == "user"]
+
+
+def _only_asks(messages: list[Any]) -> bool:
+    """Whether these are questions to be asked one after the other, the answers being the model's to give."""
+    return all(
+        isinstance(message, dict) and message.get("role") in ASKING_ROLES and isinstance(message.get("content"), str)
+        for message in messages
+    )
+
+
+def _without_placeholders(questions: list[Question], source: object) -> list[Question]:
+    """SPEED-Bench ships without the texts of some of its sources; their questions cannot be asked."""
+    whole = [one for one in questions if not any(turn_text(turn).startswith(PLACEHOLDER) for turn in one.turns)]
+    if missing := len(questions) - len(whole):
+        fill = "SPEED-Bench's own prepare_data.py (NVIDIA Model-Optimizer, examples/specdec_bench) fills them in"
+        if not whole:
+            raise UserError(f"{source}: all {missing} questions are placeholders without a text. {fill}.")
+        warn(f"{source}: {missing} of {len(questions)} questions are placeholders and left out; {fill}.")
+    return whole
+
+
+def _spec_bench_tasks(questions: list[Question]) -> list[Question]:
+    """Spec-Bench counts six tasks: MT-bench's categories are one of them."""
+    if questions[0].dataset != "spec_bench":
+        return questions
+    return [
+        dataclasses.replace(question, category="mt_bench") if question.category in SPEC_BENCH_DIALOGUE else question
+        for question in questions
     ]
-    system = next((text for role, text in said if role == "system"), None)
-    return system, [text for role, text in said if role in ("user", "human")]
 
 
 def _checked(message: dict[str, Any], folder: Path | None) -> Turn:
@@ -162,11 +202,11 @@ def _all_questions(name: str, bench_dir: Path | None) -> list[Question]:
         return read_question_file(QUICK_FILE, "quick")
     if name not in NAMED_SETS:
         path = Path(name)
-        if path.is_file():
+        if path.exists():
             return read_question_file(path, dataset_label(name))
         raise UserError(
-            f"--bench-name {name!r} is neither a file nor a known set{nearest(name, (*NAMED_SETS, 'quick'))}. "
-            f"Known: {', '.join(NAMED_SETS)}, quick."
+            f"--bench-name {name!r} is neither a file nor a folder nor a known set"
+            f"{nearest(name, (*NAMED_SETS, 'quick'))}. Known: {', '.join(NAMED_SETS)}, quick."
         )
     folder = bench_dir or (Path(os.environ[BENCH_DIR_VARIABLE]) if os.environ.get(BENCH_DIR_VARIABLE) else None)
     if folder:
@@ -181,7 +221,7 @@ def _all_questions(name: str, bench_dir: Path | None) -> list[Question]:
             )
     from fledge.bench.hub import load_from_hub
 
-    return load_from_hub(name)
+    return _without_placeholders(load_from_hub(name), name)
 
 
 def _with_code_checks(questions: Sequence[Question]) -> list[Question]:

@@ -160,6 +160,14 @@ def table_row(name: str, figures: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def category_rows(name: str, figures: dict[str, Any]) -> list[list[str]]:
+    """One line per category of a data set: data set, category, questions, tau, speed-up."""
+    return [
+        [name, category, str(one["questions"]), number(one["tau"]), interval_text(one["speedup"])]
+        for category, one in (figures.get("categories") or {}).items()
+    ]
+
+
 def both(seconds: Iterable[float | None]) -> str:
     """Plain / speculative times in milliseconds."""
     return " / ".join(number(value, 1, 1000) for value in seconds)
@@ -191,6 +199,7 @@ def render(template: str, document: Document, samples: list[dict[str, Any]]) -> 
         document=document, head=headline(document), sets=document["sets"], header=HEADER, samples=samples,
         table=[table_row(name, figures) for name, figures in document["sets"].items()],
         drawn={name: Markup(drawing) for name, drawing in drawings(document).items()},
+        categories=[row for name, figures in document["sets"].items() for row in category_rows(name, figures)],
         named=[name for name, figures in document["sets"].items() if name != "all" and figures.get("acceptance")],
         to_json=lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str),
     )  # fmt: skip

@@ -26,7 +26,7 @@ from fledge.bench.questions import Question
 from fledge.bench.report import write_report
 from fledge.bench.rows import Results, Row, open_results, row_key
 from fledge.bench.settings import SIDES, BenchSettings
-from fledge.bench.stats import speedup
+from fledge.bench.stats import by_category, speedup
 from fledge.console import progress, say, warn
 from fledge.data.image_urls import with_data_urls
 from fledge.data.rejects import Reject
@@ -246,7 +246,11 @@ async def measure_level(client: Client, url: str, request: ServerRequest, level:
         question.id: [dataclasses.asdict(answer) for answer in done[question.id]]
         for question in level.questions if question.id in done
     }  # fmt: skip
-    return {**level.key_fields(), "wall_s": wall_s, "metrics": change, "answers": answers, "failed": failed}
+    categories = {question.id: question.category for question in level.questions}
+    return {
+        **level.key_fields(), "wall_s": wall_s, "metrics": change, "answers": answers, "categories": categories,
+        "failed": failed,
+    }  # fmt: skip
 
 
 async def converse(
@@ -298,6 +302,7 @@ def level_figures(rows: Sequence[Row], *, seed: int, greedy: bool) -> dict[str, 
     figures["quality"] = {}
     if len(sides) == 2 and as_local_rows(rows):
         figures["speedup"] = speedup(as_local_rows(rows), seed=seed)
+        figures["categories"] = by_category(as_local_rows(rows), seed=seed)
         plain, eagle = (figures[side]["throughput_tokens_per_s"] for side in sides)
         figures["throughput_ratio"] = eagle / plain
         figures["quality"] = compare_texts(rows) if greedy else {}
@@ -339,6 +344,7 @@ def as_local_rows(rows: Sequence[Row]) -> list[Row]:
             pairs = zip(turns, eagle[question], strict=True)
             made.append({
                 "dataset": rows[0]["dataset"], "question_id": question, "repeat": repeat,
+                "category": rows[0].get("categories", {}).get(question, ""),
                 "turns": [{"baseline": one, "eagle": other} for one, other in pairs],
             })  # fmt: skip
     return made

@@ -41,8 +41,9 @@ class QuestionSettings:
     """What is asked."""
 
     bench_name: tuple[str, ...] = ("mt_bench",)
-    """One or several of mt_bench, humaneval, gsm8k, alpaca, qa, sum, math500, quick, or a path to a jsonl file; for
-    vision-language targets also textvqa, mmmu, mmstar."""
+    """One or several of mt_bench, humaneval, gsm8k, alpaca, qa, sum, math500, spec_bench, speed_bench (also _1k, _2k,
+    _8k, _16k, _32k), quick, or a path to data in any format that training reads; for vision-language targets also
+    textvqa, mmmu, mmstar."""
     bench_dir: Path | None = None
     """Folder with <name>/question.jsonl. None: the variable FLEDGE_BENCH_DIR, else the hub."""
     question_begin: Natural | None = None

@@ -20,9 +20,14 @@ POSITION_BINS = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 def summarise(rows: Sequence[Row], *, seed: int = 0) -> dict[str, Any]:
     """Figures per data set and, when there are several, of all together."""
-    names = list(dict.fromkeys(row["dataset"] for row in rows))
-    summary = {name: summarise_set([row for row in rows if row["dataset"] == name], seed=seed) for name in names}
-    if len(names) > 1:
+    by_set = {
+        name: [row for row in rows if row["dataset"] == name] for name in dict.fromkeys(r["dataset"] for r in rows)
+    }
+    summary = {
+        name: {**summarise_set(mine, seed=seed), "categories": by_category(mine, seed=seed)}
+        for name, mine in by_set.items()
+    }
+    if len(by_set) > 1:
         summary["all"] = summarise_set(rows, seed=seed)
     return summary
 
@@ -46,6 +51,25 @@ def summarise_set(rows: Sequence[Row], *, seed: int = 0) -> dict[str, Any]:
             figures["model"] = speed_model(figures)
     figures["quality"] = quality(rows, sides, seed=seed)
     return figures
+
+
+def by_category(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
+    """tau and speed-up of every category of the questions; none where all are of one."""
+    names = sorted({row.get("category") or "" for row in rows})
+    if len(names) < 2:
+        return {}
+    grouped = {name: [row for row in rows if (row.get("category") or "") == name] for name in names}
+    return {name or "none": _category(mine, seed) for name, mine in grouped.items()}
+
+
+def _category(rows: Sequence[Row], seed: int) -> dict[str, Any]:
+    sides = rows[0]["turns"][0].keys()
+    drafted = "eagle" in sides and any(turn["eagle"].get("accepted") for row in rows for turn in row["turns"])
+    return {
+        "questions": len({(row["dataset"], row["question_id"]) for row in rows}),
+        "tau": tau(records(rows, "eagle")) if drafted else None,
+        "speedup": speedup(rows, seed=seed) if {"baseline", "eagle"} <= sides else None,
+    }
 
 
 def records(rows: Sequence[Row], side: str) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import msgspec
 from fledge.parsing import convert, read_python_json
 from fledge.ranges import Finite, Natural, NotNegative
 
-HINT = "BenchSummary the benchmark's command again to rewrite it."
+HINT = "Run the benchmark's command again to rewrite it."
 
 
 class Interval(msgspec.Struct):
@@ -46,6 +46,14 @@ class Quality(msgspec.Struct):
     log_likelihood_difference: Interval | None = None
 
 
+class Category(msgspec.Struct):
+    """The questions of one category of a set."""
+
+    questions: Natural
+    tau: NotNegative | None
+    speedup: Ratio | None
+
+
 class Figures(msgspec.Struct):
     """One data set."""
 
@@ -55,6 +63,7 @@ class Figures(msgspec.Struct):
     quality: Quality | None = None
     baseline: Side | None = None
     eagle: Side | None = None
+    categories: dict[str, Category] | None = None
 
 
 class Hardware(msgspec.Struct):

@@ -3,6 +3,8 @@
 import gzip
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -14,7 +16,7 @@ from fledge.bench.prompts import (
     read_question_file,
     turn_text,
 )
-from fledge.bench.questions import NAMED_SETS
+from fledge.bench.questions import NAMED_SETS, SPEED_BENCH
 from fledge.data.image_urls import read_image
 from fledge.data.images import decode
 from fledge.errors import UserError
@@ -89,10 +91,11 @@ HUB_ROWS = {
     "mmmu": {"id": "validation_Art_7", "question": "Is <image 1> left of <image 2>?", "options": "['yes', 'no']",
              "image_1": DOT, "image_2": DOT, "image_3": None, "answer": "B"},
     "mmstar": {"question": "What? A: this B: that", "image": DOT, "answer": "A", "category": "math"},
+    **{name: {"turns": ["hi", "and?"], "category": "qa"} for name in SPEED_BENCH},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMED_SETS)
+@pytest.mark.parametrize("name", HUB_ROWS)
 def test_hub_sets_become_80_questions_always_the_same(name, monkeypatch):
     import datasets
 
@@ -101,7 +104,7 @@ def test_hub_sets_become_80_questions_always_the_same(name, monkeypatch):
     monkeypatch.setattr(hub, "human_eval_problems", list)
     monkeypatch.setattr(datasets, "load_dataset", lambda path, config, split: rows)
     questions = load_questions(name)
-    assert len(questions) == 80 and len({question.id for question in questions}) == 80
+    assert len(questions) == len({question.id for question in questions}) == (200 if name in SPEED_BENCH else 80)
     assert questions == load_questions(name)
     assert all(turn for question in questions for turn in question.turns)
     if name == "humaneval":
@@ -176,13 +179,73 @@ def test_human_eval_package_serves_humaneval_and_its_tests(tmp_path, monkeypatch
         {"prompt": "hi"},
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}]},
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "no"}]},
+        {"instruction": "hi", "output": "no"},
+        {"question": "hi", "response": "no"},
+        {"text": "### Human: hi### Assistant: no"},
+        {"data": ["hi", "no"]},
+        {"message_id": "1", "role": "prompter", "text": "hi", "parent_id": None, "message_tree_id": "1"},
     ],
 )
-def test_a_file_may_use_any_usual_spelling(tmp_path, row):
+def test_a_file_may_have_any_format_that_training_reads(tmp_path, row):
+    """Only four spellings of jsonl were read: a data file of training had to be rewritten to be benchmarked."""
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(row) + "\n\n")
     (question,) = load_questions(str(path))
     assert question.turns == ("hi",) and question.dataset == "mine"
+
+
+def test_a_file_may_be_of_any_kind_that_training_reads(tmp_path):
+    rows = [{"prompt": "one", "id": "a"}, {"prompt": "two", "id": "b"}]
+    (tmp_path / "array.json").write_text(json.dumps(rows))
+    with gzip.open(tmp_path / "packed.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    table = pyarrow.table({"messages": [[{"role": "user", "content": "one"}], [{"role": "user", "content": "two"}]]})
+    pyarrow.parquet.write_table(table, tmp_path / "table.parquet")
+    for name, label in (("array.json", "array"), ("packed.jsonl.gz", "packed"), ("table.parquet", "table")):
+        questions = load_questions(str(tmp_path / name))
+        assert [question.turns for question in questions] == [("one",), ("two",)]
+        assert {question.dataset for question in questions} == {label}
+    for name in ("array.json", "packed.jsonl.gz"):
+        (tmp_path / name).unlink()
+    assert len(load_questions(str(tmp_path))) == 2  # a folder
+    (tmp_path / "notes.txt").write_text("one")
+    with pytest.raises(UserError, match="unknown file type"):
+        load_questions(str(tmp_path / "notes.txt"))
+
+
+def test_questions_without_answers_between_them_are_turns(tmp_path):
+    """SPEED-Bench's prepared files hold a dialogue as user messages alone; training would join them to one."""
+    path = tmp_path / "qualitative.jsonl"
+    messages = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
+    path.write_text(json.dumps({"messages": messages, "category": "writing"}) + "\n")
+    (question,) = load_questions(str(path))
+    assert question.turns == ("one", "two") and question.category == "writing"
+
+
+def test_placeholders_of_speed_bench_are_left_out(tmp_path, capsys):
+    path = tmp_path / "qualitative.jsonl"
+    masked = {"turns": ["FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH"]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in ({"turns": ["hi"]}, masked)))
+    assert [question.turns for question in load_questions(str(path))] == [("hi",)]
+    assert "1 of 2 questions are placeholders" in "".join(capsys.readouterr())
+    path.write_text(json.dumps(masked) + "\n")
+    with pytest.raises(UserError, match="all 1 questions are placeholders.*prepare_data.py"):
+        load_questions(str(path))
+
+
+def test_spec_bench_has_six_tasks(tmp_path, monkeypatch):
+    """Its first 80 questions carry MT-bench's eight categories, which it counts as one task."""
+    path = tmp_path / "spec_bench" / "question.jsonl"
+    path.parent.mkdir()
+    categories = ["writing", "humanities", "translation", "summarization", "qa", "math_reasoning", "rag"]
+    rows = [{"question_id": i, "category": name, "turns": ["hi"]} for i, name in enumerate(categories)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = {"mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag"}
+    assert {question.category for question in load_questions("spec_bench", bench_dir=tmp_path)} == tasks
+    assert {question.category for question in load_questions(str(path))} == tasks
+    other = tmp_path / "other" / "question.jsonl"
+    path.parent.rename(other.parent)
+    assert "writing" in {question.category for question in load_questions(str(other))}  # negative control
 
 
 def test_system_prompt_is_kept(tmp_path):
@@ -197,10 +260,11 @@ def test_system_prompt_is_kept(tmp_path):
     [
         ('{"turns": ["a"]}\n{"turns": ', ":2: not valid JSON"),
         ('{"question_id": 1, "turns": ["a"]}\n{"question_id": 1, "turns": ["b"]}', ":2: question id '1' was already"),
-        ('{"question": "a"}', "needed a non-empty `turns`"),
+        ('{"title": "a"}', "bad.jsonl:1: a row needs a list named .*columns of other names"),
         ('{"turns": [""]}', "needed a non-empty `turns`"),
         ('{"question_id": null, "turns": ["a"]}', "bad.jsonl:1: Expected .*got `null`"),
-        ("[1]", "Expected `object`, got `array`"),
+        ('{"prompt": "a", "completion": "b"}\n[1]', "bad.jsonl:2: a row is a JSON object, found list"),
+        ('{"prompt": "a", "tools": [{"type": "function", "function": {"name": "f"}}]}', "has tools, which a benchmark"),
         ("\n", "no questions"),
     ],
 )

@@ -44,6 +44,15 @@ def test_page_and_markdown_show_the_summarys_figures(folder):
         assert f"{figures['eagle']['tokens_per_s']:.1f}" in text
 
 
+def test_categories_are_shown_where_there_are_several(make_args, fake_run):
+    folder = fake_run(make_args(question_end=8))
+    figures = json.loads((folder / "summary.json").read_text())["sets"]["quick"]["categories"]
+    assert len(figures) > 1
+    for name in ("report.html", "report.md"):
+        assert all(category in (folder / name).read_text() for category in figures)
+    assert "## By category" in (folder / "report.md").read_text()
+
+
 def luminance(colour):
     channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]

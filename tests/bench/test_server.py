@@ -54,6 +54,21 @@ def test_two_servers_side_by_side(start, server_args):
     assert "Many users at once" in page and "TPOT" in page
 
 
+def test_speed_ups_by_category(start, server_args, tmp_path):
+    """Of the answers' clocks; the server counts drafts for all requests together, so it tells no tau by category."""
+    path = tmp_path / "mine.jsonl"
+    rows = [
+        {"question_id": i, "category": name, "turns": [f"question {i}"]} for i, name in enumerate(("qa", "rag", "qa"))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain, eagle = StreamingServer(has_head=False), StreamingServer(has_head=True)
+    args = server_args(start(plain), start(eagle), bench_name=(str(path),))
+    bench(args)
+    found = summary(args)["sets"]["mine, 1 in flight"]["categories"]
+    assert {name: (one["questions"], one["tau"]) for name, one in found.items()} == {"qa": (2, None), "rag": (1, None)}
+    assert all(one["speedup"]["value"] > 1.2 for one in found.values())
+
+
 def test_requests_carry_the_settings_and_the_models_own_answers(start, server_args, monkeypatch):
     plain = StreamingServer(has_head=False)
     args = server_args(start(plain), None, mode="baseline", temperature=0.5, top_p=0.9, sample_top_k=7,

@@ -41,6 +41,23 @@ def drifting_rows(*, factor=1.0, questions=80, noise=0.08, seed=3):
     return rows
 
 
+def test_categories_have_figures_of_their_own():
+    """Pooled, the good drafts of code hid the bad ones of prose; Spec-Bench and SPEED-Bench report by task."""
+    rows = [
+        row(number, record(11, 2.0), record(11, 1.0 if number % 2 else 2.0, accepted=accepted, depth=4))
+        for number, accepted in enumerate([[1] * 5, [4] * 2, [1] * 5, [4] * 2])
+    ]
+    for number, one in enumerate(rows):
+        one["category"] = "code" if number % 2 else "prose"
+    found = summarise(rows)["d"]["categories"]
+    assert {name: one["tau"] for name, one in found.items()} == {"code": 5.0, "prose": 2.0}
+    assert {name: one["speedup"]["value"] for name, one in found.items()} == {"code": 2.0, "prose": 1.0}
+    assert [one["questions"] for one in found.values()] == [2, 2]
+    for one in rows:  # of one category, or of none: nothing to tell apart
+        one["category"] = ""
+    assert summarise(rows)["d"]["categories"] == {}
+
+
 # -- the known biases of eagle3-facts 7, by name ----------------------------------------------------------------------
 
 

@@ -75,7 +75,7 @@ def test_a_head_sglang_would_run_differently_is_not_written_for_it(head_dir, tmp
 
 
 def test_sglang_is_told_a_window_by_its_flag(head_dir, tmp_path, capsys):
-    """Heads with a sliding window were refused for SGLang, whose config.json has no field for it; its launch flag counts
+    """Heads with a sliding window were refused for SGLang, which reads it from its command line only; that flag counts
     the keys before the query's own."""
     config = dataclasses.replace(from_json(head_dir / "config.json"), sliding_window=512)
     (head_dir / "config.json").write_text(json.dumps(to_json(config)))

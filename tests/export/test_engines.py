@@ -142,8 +142,6 @@ SICK = {
     "outputs by mark": (VLLM, "sglang", {}, "name layer outputs, vLLM reads them as inputs"),
     "inputs by mark": (SGLANG, "vllm", {}, "name layer inputs, SGLang reads them as outputs"),
     "outputs by the usual three": (VLLM, "sglang", {"fledge": None}, "name layer outputs"),
-    "tap ids in one place": (VLLM, "vllm", {"eagle_aux_hidden_state_layer_ids": None,
-                             "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}}, "vLLM's V2 runner would"),
     "speculators for SGLang": (SGLANG, "speculators", {}, "not read by SGLang"),
     "speculators model_type": (VLLM, "speculators", {"model_type": "llama"}, "breaks the loading"),
     "speculators verifier": (VLLM, "speculators", {"speculators_config": {"proposal_methods": []}}, "verifier's name"),
