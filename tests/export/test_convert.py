@@ -81,7 +81,7 @@ def test_sglang_is_told_a_window_by_its_flag(head_dir, tmp_path, capsys):
     (head_dir / "config.json").write_text(json.dumps(to_json(config)))
     export_head(ExportSettings(head=str(head_dir), to="sglang", output_dir=tmp_path / "out"))
     flag = "--speculative-draft-window-size 511"
-    assert flag in capsys.readouterr().out and flag in (tmp_path / "out" / "README.md").read_text()
+    assert flag in "".join(capsys.readouterr()) and flag in (tmp_path / "out" / "README.md").read_text()
     convert_head(ConvertSettings(head=str(tmp_path / "out"), output_dir=tmp_path / "back"))
     assert from_json(tmp_path / "back" / "config.json").sliding_window == 512
     plain = dataclasses.replace(config, sliding_window=None)
