@@ -1,12 +1,13 @@
 """Other trainers' heads, one row each: the same tiny head as that trainer would have written it."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_draft, tiny_target
 
 from fledge.drafters.eagle3.checkpoint import WEIGHTS, draft_tensors
@@ -130,6 +131,49 @@ def test_other_networks_are_refused_with_their_name(tmp_path, case):
     name, changes, message = REFUSED[case]
     with pytest.raises(UserError, match=f"{HEADS[name][0]}.*{message}"):
         read_any(write(tmp_path, name, **changes), num_target_layers=LAYERS)
+
+
+def rewrite(folder: Path, changes: dict[str, torch.Tensor | None]) -> Path:
+    """The head with some of its tensors replaced, or left out where None."""
+    tensors = {
+        name: tensor for name, tensor in {**load_file(folder / WEIGHTS), **changes}.items() if tensor is not None
+    }
+    save_file(tensors, folder / WEIGHTS)
+    return folder
+
+
+def test_an_eagle_1_or_2_head_is_told_what_it_is(tmp_path):
+    """Its config reads like an EAGLE-3 head's with a bias and no taps: the error was about those."""
+    folder = write(tmp_path, "angelslim", architectures=["LlamaForCausalLM"], bias=True)
+    of_eagle3 = ("hidden_norm", "input_layernorm")
+    absent = {name: None for name in load_file(folder / WEIGHTS) if any(part in name for part in of_eagle3)}
+    rewrite(folder, {**absent, "fc.weight": torch.zeros(64, 128), "lm_head.weight": None, "norm.weight": None})
+    with pytest.raises(UserError, match="an EAGLE-1 or EAGLE-2 head .*train an EAGLE-3 head"):
+        read_any(folder, num_target_layers=LAYERS)
+
+
+def test_two_taps_are_no_eagle_2(tmp_path):
+    """Negative control: an EAGLE-3 head of two taps has an fc of the same shape."""
+    one = ours()
+    config = dataclasses.replace(one.config, tap_layers=(2, 5))
+    head = Head(config, {**one.tensors, "fc.weight": one.tensors["fc.weight"][:, :128].contiguous()})
+    ids = {"eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [1, 4]}}
+    folder = write(tmp_path, "specforge", head=head, **ids)
+    assert read_any(folder, num_target_layers=LAYERS, tap_convention="output").config.tap_layers == (2, 5)
+
+
+@pytest.mark.parametrize("stated", [{"target_hidden_size": 96}, {}])
+def test_a_draft_of_another_width_is_named(tmp_path, stated):
+    """By its config, or by fc alone."""
+    folder = write(tmp_path, "angelslim", **stated)
+    rewrite(folder, {"fc.weight": torch.zeros(64, 3 * 96)})
+    with pytest.raises(UserError, match="a draft of hidden size 64 for a target of 96"):
+        read_any(folder, num_target_layers=LAYERS)
+
+
+def test_another_activation_is_named(tmp_path):
+    with pytest.raises(UserError, match="hidden_act='gelu'; the head's MLP is SwiGLU"):
+        read_any(write(tmp_path, "angelslim", hidden_act="gelu"), num_target_layers=LAYERS)
 
 
 def test_an_absent_residual_flag_means_what_vllm_takes_it_for(tmp_path):

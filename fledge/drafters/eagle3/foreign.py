@@ -9,7 +9,7 @@ Read in: EAGLE (SafeAILab), AngelSlim (llama_eagle3.py), SpecForge 0.2.0, specul
 (hf_spec_export.py, unified_export_megatron.py), vLLM 0.33.0 and SGLang 0.5.23 for what they serve.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,10 +102,12 @@ def read_any(
     document = read_config(folder)
     origin = origin_of(document)
     layer = {**document, **(document.get("transformer_layer_config") or {})}
+    tensors = {our_name(name): tensor for name, tensor in read_weights(folder).items()}
+    _refuse_other_generations(tensors, layer, folder)
     _refuse_inexpressible(origin, layer, document, folder)
     taps = tap_layers_of(document, origin, num_target_layers, tap_convention, folder)
     config = config_of(document, taps, num_target_layers, folder)
-    tensors = {our_name(name): tensor for name, tensor in read_weights(folder).items()}
+    _refuse_other_widths(tensors, layer, config, folder)
     kept = {name: tensor for name, tensor in tensors.items() if name not in DROPPED}
     head = Head(config, complete_vocab(kept, config))
     if check:
@@ -238,6 +240,29 @@ def _refuse_inexpressible(origin: Origin, layer: JSON, document: JSON, folder: P
         raise UserError(
             f"{folder} ({origin.name}): {field}={value!r}, which is {meaning}. fledge's head is one Llama layer of the "
             f"EAGLE-3 paper; this head cannot be expressed in it."
+        )
+
+
+def _refuse_other_generations(tensors: Mapping[str, Tensor], layer: JSON, folder: Path) -> None:
+    """EAGLE and EAGLE-2 heads look alike at first: one layer, `fc`, often the same architecture's name."""
+    fc, size = tensors.get("fc.weight"), layer.get("hidden_size")
+    if fc is not None and size and fc.shape[-1] == 2 * size and "midlayer.hidden_norm.weight" not in tensors:
+        raise UserError(
+            f"{folder}: an EAGLE-1 or EAGLE-2 head (its fc joins the token's embedding with the target's last state "
+            f"alone; EAGLE-3 reads several layers). fledge has no such head: use it where it was made, or train an "
+            f"EAGLE-3 head with `fledge train`."
+        )
+
+
+def _refuse_other_widths(tensors: Mapping[str, Tensor], layer: JSON, config: DraftConfig, folder: Path) -> None:
+    """A draft narrower or wider than its target; files state the target's width, or fc shows it."""
+    fc, taps = tensors.get("fc.weight"), len(config.tap_layers)
+    seen = fc.shape[-1] // taps if fc is not None and fc.ndim == 2 and fc.shape[-1] % taps == 0 else None
+    width = layer.get("target_hidden_size") or seen
+    if width not in (None, config.hidden_size):
+        raise UserError(
+            f"{folder}: a draft of hidden size {config.hidden_size} for a target of {width}. fledge's heads are as "
+            f"wide as their target, so this head cannot be expressed; vLLM serves it as it is."
         )
 
 
