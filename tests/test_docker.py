@@ -4,6 +4,7 @@ No image is built here. What a build would stumble over is tried by itself: the 
 wheel of the whole package, and the requirements that pip gets are the pinned ones.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
+HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
 
 
 def instructions(text: str, name: str) -> list[str]:

@@ -3,7 +3,8 @@
 fledge's own checkpoint *is* the EAGLE layout (docs/eagle3.md, 8) with tap ids as inputs of decoder layers. A layout
 says how tensor names, tap ids and config differ from it, and what its reader ignores. Read in: vLLM 0.33.0
 (llama_eagle3.py, transformers_utils/configs/speculators), SGLang 0.5.23 (its models/llama_eagle3.py adds 1 to the ids
-in eagle_config: they name layer *outputs*), speculators 0.9.0, SpecForge 0.2.0, the EAGLE repository.
+in eagle_config: they name layer *outputs*), speculators 0.9.0, SpecForge 0.2.0, the EAGLE repository, llama.cpp b11434
+(conversion/llama.py, src/models/eagle3.cpp).
 """
 
 from collections.abc import Callable
@@ -35,6 +36,8 @@ class Layout:
     """The engine that reads it, as people call it."""
     window_flag: str = ""
     """The flag that tells a sliding window where config.json does not; it counts the keys before the query's own."""
+    also_lost: Callable[[DraftConfig], list[str]] = lambda config: []
+    """What else of a config its reader passes over, in words."""
 
     def command(self, config: DraftConfig) -> str:
         """What serves HEAD with TARGET."""
@@ -48,7 +51,7 @@ class Layout:
 
     def refuse(self, head: Head) -> None:
         """An error when the layout's reader would run another network than the head was trained as."""
-        lost = [field for field in self.ignores if getattr(head.config, field)]
+        lost = [field for field in self.ignores if getattr(head.config, field)] + self.also_lost(head.config)
         if self.replaces_embedding and EMBEDDING in head.tensors:
             lost.append(f"an embedding of its own ({EMBEDDING})")
         if lost:
@@ -112,6 +115,17 @@ def _speculators_config(config: DraftConfig, dtype: str, target: str) -> JSON:
     }
 
 
+def _lost_in_llama_cpp(config: DraftConfig) -> list[str]:
+    """Its converter writes whole heads rotated in one of three ways, and its network reads three taps."""
+    rope, taps = config.rope_parameters, len(config.tap_layers)
+    kind, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor")
+    return [
+        *([f"{taps} taps (three are read)"] if taps != 3 else []),
+        *([f"a {kind!r} rope"] if kind not in ("default", "linear", "llama3") else []),
+        *([f"a partial_rotary_factor of {share}"] if share not in (None, 1.0) else []),
+    ]
+
+
 VLLM = (  # without "method" vLLM 0.32 crashes
     "vllm serve TARGET --speculative-config "
     """'{"method": "eagle3", "model": "HEAD", "num_speculative_tokens": 3}'"""
@@ -120,6 +134,10 @@ SGLANG = (
     "python3 -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 "
     "--speculative-draft-model-path HEAD --speculative-num-steps 5 --speculative-eagle-topk 8 "
     "--speculative-num-draft-tokens 32"
+)
+LLAMA_CPP = (  # run in llama.cpp's folder; the target's own GGUF file is made by the same converter
+    "python convert_hf_to_gguf.py HEAD --target-model-dir TARGET --outtype bf16 --outfile draft.gguf && "
+    "llama-server -m target.gguf -md draft.gguf --spec-type draft-eagle3 --spec-draft-n-max 3"
 )
 
 LAYOUTS = {
@@ -137,5 +155,13 @@ LAYOUTS = {
         ),
         Layout("speculators", _speculators_config, layer_prefix="layers.0.", serve="vllm serve HEAD"),
         Layout("eagle", _eagle_config, serve=VLLM),
+        Layout(
+            "llama.cpp",
+            _eagle_config,
+            ignores=("fc_norm", "norm_output", "sliding_window"),
+            serve=LLAMA_CPP,
+            reader="llama.cpp",
+            also_lost=_lost_in_llama_cpp,
+        ),
     )
 }

@@ -27,7 +27,7 @@ class ExportSettings(OutputSettings):
 
     head: str
     """The head's folder."""
-    to: Literal["vllm", "sglang", "speculators", "eagle"]
+    to: Literal["vllm", "sglang", "speculators", "eagle", "llama.cpp"]
     """Who will read it."""
     target: str = ""
     """The target's name as it will be served; written into the speculators config, the model card and its commands."""

@@ -70,6 +70,7 @@ def test_nothing_is_made_up(tmp_path):
     ("vllm", '"model": "out-vllm"', "--speculative-draft-model-path out-vllm-sglang"),
     ("sglang", "--speculative-draft-model-path out-sglang", '"model": "out-sglang-vllm"'),
     ("speculators", "vllm serve out-speculators", "--speculative-draft-model-path out-speculators-sglang"),
+    ("llama.cpp", "out-llama.cpp --target-model-dir org/Tiny-1B", '"model": "out-llama.cpp-vllm"'),
 ])  # fmt: skip
 def test_commands_belong_to_the_layout(head, to, here, other):
     blocks = re.findall(r"```bash\n(.*?)\n```", card(head, to, target="org/Tiny-1B"), re.S)
