@@ -15,13 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 EXTRAS = PROJECT["optional-dependencies"]
 FOLDERS = ("fledge", "benchmarks", "tests", "tools", "scripts")
 NAMES = {"PIL": "pillow", "yaml": "pyyaml"}  # import names that are not the distribution's
-ELSEWHERE = {
-    "vllm",
-    "sglang",
-    "specforge",
-    "speculators",
-    "lm_eval",
-}  # run in environments of their own, with their own torch
+ELSEWHERE = {"vllm", "sglang", "specforge", "speculators", "lm_eval"}  # run in environments of their own
 OURS = [path.relative_to(ROOT) for folder in (*FOLDERS, "configs") for path in (ROOT / folder).rglob("*.py")]
 OWN = {part for path in OURS for part in path.with_suffix("").parts}
 NO_BOUND = {"pyarrow", "pillow", "filelock", "packaging", "types-pyyaml"}  # majors that drop old Pythons and platforms
