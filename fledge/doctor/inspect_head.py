@@ -193,7 +193,8 @@ def _show_engines(seen: Examination, text_config: Any | None) -> None:
     document, shapes = read_config(seen.folder), file_shapes(seen.folder)
     for engine in ENGINES.values():
         found = problems(engine, document, shapes, text_config)
-        verdict = f"would not draft: {'; '.join(found)}" if found else "reads these files"
+        needed = "".join(f"; start it with {option}" for option in LAYOUTS[engine.name].options(seen.head.config))
+        verdict = f"would not draft: {'; '.join(found)}" if found else f"reads these files{needed}"
         say(f"{engine.title} {engine.version}: {verdict}")
 
 

@@ -41,9 +41,12 @@ class Layout:
 
     def command(self, config: DraftConfig) -> str:
         """What serves HEAD with TARGET."""
-        if config.sliding_window is None or not self.window_flag:
-            return self.serve
-        return f"{self.serve} {self.window_flag} {config.sliding_window - 1}"
+        return " ".join([self.serve, *self.options(config)])
+
+    def options(self, config: DraftConfig) -> list[str]:
+        """What this head needs on that command line."""
+        windowed = config.sliding_window is not None and self.window_flag
+        return [f"{self.window_flag} {config.sliding_window - 1}"] if windowed else []
 
     def tensor_name(self, ours: str) -> str:
         """The layout's name of one of our tensors."""
