@@ -113,3 +113,12 @@ def test_the_engines_that_would_draft_with_it(head_dir, tmp_path, capsys):
         printed = " ".join(capsys.readouterr().err.split())
         assert re.search(rf"{reads} [\d.]+: reads these files", printed)
         assert re.search(rf"{refuses} [\d.]+: would not draft: its tap ids", printed)
+
+
+def test_the_window_that_sglang_does_not_read_is_told(head_dir, target_dir, tmp_path, capsys):
+    change_config(head_dir, sliding_window=512, layer_types=["sliding_attention"])
+    assert run_command("export", [str(head_dir), "--to", "sglang", "--output-dir", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    inspect(tmp_path / "out", target_dir, "--no-measure")
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "reads these files; start it with --speculative-draft-window-size 511" in printed
