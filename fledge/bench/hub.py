@@ -115,11 +115,7 @@ HUB_SETS: dict[str, HubSet] = {
     "textvqa": HubSet("lmms-lab/textvqa", None, "validation", _textvqa),
     "mmmu": HubSet("lmms-lab/MMMU", None, "validation", _mmmu),
     "mmstar": HubSet("Lin-Chen/MMStar", None, "val", _mmstar),
-    **{
-        name: HubSet("nvidia/SPEED-Bench", name.replace("speed_bench", "throughput"), "test", _speed_bench, None)
-        for name in SPEED_BENCH
-    },
-    "speed_bench": HubSet("nvidia/SPEED-Bench", "qualitative", "test", _speed_bench, None),
+    **{name: HubSet("nvidia/SPEED-Bench", part, "test", _speed_bench, None) for name, part in SPEED_BENCH.items()},
 }  # fmt: skip
 NOT_ON_HUB = {"spec_bench": "https://raw.githubusercontent.com/hemingkx/Spec-Bench/main/data/spec_bench/question.jsonl"}
 

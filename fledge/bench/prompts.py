@@ -142,20 +142,20 @@ def _asked(row: Row) -> tuple[str | None, list[dict[str, Any]]]:
         turns = fields["turns"]
         texts = [turns] if isinstance(turns, str) else list(turns or [])
         return fields.get("system"), with_row_images([{"role": "user", "content": text} for text in texts], fields)
-    if (messages := fields.get("messages")) and isinstance(messages, list) and _only_asks(messages):
-        texts = [message["content"] for message in messages if message["role"] != "system"]  # one after the other
-        system = next((message["content"] for message in messages if message["role"] == "system"), None)
-        return system, with_row_images([{"role": "user", "content": text} for text in texts], fields)
     conversation = parse_row(row)
     if conversation.tools or any(message["role"] == "tool" for message in conversation.messages):
         raise Reject("tools", "it has tools, which a benchmark does not offer")
+    if _only_asks(messages := fields.get("messages")):  # training would join them to one
+        texts = [message["content"] for message in messages if message["role"] != "system"]
+        asked = with_row_images([{"role": "user", "content": text} for text in texts], fields)
+        return next((one["content"] for one in conversation.messages if one["role"] == "system"), None), asked
     system = next((message["content"] for message in conversation.messages if message["role"] == "system"), None)
     return system, [message for message in conversation.messages if message["role"] == "user"]
 
 
-def _only_asks(messages: list[Any]) -> bool:
+def _only_asks(messages: Any) -> bool:
     """Whether these are questions to be asked one after the other, the answers being the model's to give."""
-    return all(
+    return isinstance(messages, list) and all(
         isinstance(message, dict) and message.get("role") in ASKING_ROLES and isinstance(message.get("content"), str)
         for message in messages
     )

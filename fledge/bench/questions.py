@@ -4,7 +4,10 @@ import dataclasses
 from typing import Any
 
 PICTURE_SETS = ("textvqa", "mmmu", "mmstar")
-SPEED_BENCH = ("speed_bench", *(f"speed_bench_{length}" for length in ("1k", "2k", "8k", "16k", "32k")))
+SPEED_BENCH = {  # and its part of that name
+    "speed_bench": "qualitative",
+    **{f"speed_bench_{length}": f"throughput_{length}" for length in ("1k", "2k", "8k", "16k", "32k")},
+}
 NAMED_SETS = (
     "mt_bench", "humaneval", "gsm8k", "alpaca", "qa", "sum", "math500", "spec_bench", *SPEED_BENCH, *PICTURE_SETS,
 )  # fmt: skip

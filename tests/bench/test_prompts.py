@@ -217,9 +217,9 @@ def test_questions_without_answers_between_them_are_turns(tmp_path):
     """SPEED-Bench's prepared files hold a dialogue as user messages alone; training would join them to one."""
     path = tmp_path / "qualitative.jsonl"
     messages = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
-    path.write_text(json.dumps({"messages": messages, "category": "writing"}) + "\n")
+    path.write_text(json.dumps({"messages": messages, "category": "writing", "system": "be brief"}) + "\n")
     (question,) = load_questions(str(path))
-    assert question.turns == ("one", "two") and question.category == "writing"
+    assert question.turns == ("one", "two") and question.category == "writing" and question.system == "be brief"
 
 
 def test_placeholders_of_speed_bench_are_left_out(tmp_path, capsys):
@@ -265,6 +265,7 @@ def test_system_prompt_is_kept(tmp_path):
         ('{"question_id": null, "turns": ["a"]}', "bad.jsonl:1: Expected .*got `null`"),
         ('{"prompt": "a", "completion": "b"}\n[1]', "bad.jsonl:2: a row is a JSON object, found list"),
         ('{"prompt": "a", "tools": [{"type": "function", "function": {"name": "f"}}]}', "has tools, which a benchmark"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}', "has tools, which a benchmark"),
         ("\n", "no questions"),
     ],
 )
