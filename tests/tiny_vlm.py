@@ -75,6 +75,12 @@ IDEFICS = (
 )
 IDEFICS_TOKENS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>",
                   *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2)))  # fmt: skip
+QWEN3_5: dict[str, Any] = {
+    "head_dim": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"] * 2, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5, "mrope_section": [4, 2, 2],
+        "mrope_interleaved": True}}  # fmt: skip
+QWEN3_5_VISION = {**QWEN_VISION, "num_position_embeddings": 64}
 VLMS: dict[str, Row] = {
     "qwen2_5_vl": Row(
         "Qwen2_5_VLConfig", "Qwen2_5_VLProcessor", QWEN_PROCESSOR, QWEN_TOKENS, QWEN_MARK,
@@ -90,6 +96,12 @@ VLMS: dict[str, Row] = {
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "rope_parameters": {
             "rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True}},
         {**QWEN_VISION, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}, _qwen),
+    "qwen3_5": Row(
+        "Qwen3_5Config", "Qwen3VLProcessor", QWEN_PROCESSOR, QWEN_TOKENS, QWEN_MARK, QWEN3_5, QWEN3_5_VISION, _qwen),
+    "qwen3_5_moe": Row(
+        "Qwen3_5MoeConfig", "Qwen3VLProcessor", QWEN_PROCESSOR, QWEN_TOKENS, QWEN_MARK,
+        {**QWEN3_5, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+         "shared_expert_intermediate_size": 32}, QWEN3_5_VISION, _qwen),
     "hunyuan_vl": Row(
         "HunYuanVLConfig", "HunYuanVLProcessor",
         ("hunyuan_vl", "HunYuanVLImageProcessorPil", {"patch_size": 4, "merge_size": 2, **AREA}),
@@ -135,7 +147,8 @@ VLMS: dict[str, Row] = {
         _id("image_token_id", "<image>", scale_factor=2), None, {"image_seq_len": 4}, True),
 }  # fmt: skip
 NAMES = tuple(VLMS)
-MULTIMODAL_ROPE = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "hunyuan_vl")
+HYBRIDS = ("qwen3_5", "qwen3_5_moe")  # layers with a running state: chains only
+MULTIMODAL_ROPE = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", *HYBRIDS, "hunyuan_vl")
 
 
 def template_of(row: Row) -> str:

@@ -81,15 +81,9 @@ class RunningStateVerifier:
         self, slots: slice, prompts: Tensor, *, taps: bool, positions: Tensor | None = None,
         model_inputs: ModelInputs | None = None,
     ) -> TargetOutput:  # fmt: skip
-        if positions is not None or model_inputs:
-            raise UserError(
-                f"{self.target.name}: pictures in the prompt are not supported for targets that are decoded with the "
-                f"library's cache (their layers keep a running state, or our cache does not fit them). Ask with text "
-                f"alone."
-            )
         assert len(prompts) == 1, "prompts of running states are read one by one"
         state = self._states[slots.start] = RunningState(_new_cache(self.target))
-        return state.read(self.target, prompts[0], taps)
+        return state.read(self.target, prompts[0], taps, positions, model_inputs)
 
     def verify(self, trees: Trees, lengths: Lengths, num_keys: int, *, taps: bool) -> TargetOutput:
         nodes = torch.arange(trees.num_nodes, device=trees.parents.device)
@@ -119,14 +113,20 @@ class RunningState:
     def __init__(self, cache: Any) -> None:
         self._cache = cache
         self._length = 0  # tokens the state holds
+        self._offset = 0  # rope position minus row: pictures of many tokens take few positions
         self._waiting: list[int] = []
         self._chain: list[int] = []  # of the round under way
         self._before: list[dict[str, Any]] = []
 
-    def read(self, target: Target, token_ids: Tensor, taps: bool) -> TargetOutput:
-        """Tokens (S,) enter the state for good."""
-        output = self._forward(target, token_ids, taps)
+    def read(
+        self, target: Target, token_ids: Tensor, taps: bool, positions: Tensor | None = None,
+        model_inputs: ModelInputs | None = None,
+    ) -> TargetOutput:  # fmt: skip
+        """Tokens (S,) enter the state for good; `positions` (S,) or (R, S) where they are not simply the rows."""
+        output = self._forward(target, token_ids, taps, positions, model_inputs)
         self._length += len(token_ids)
+        if positions is not None:
+            self._offset = int(positions[..., -1].max()) + 1 - self._length
         return output
 
     def verify(self, target: Target, chain: Tensor, taps: bool) -> TargetOutput:
@@ -152,9 +152,17 @@ class RunningState:
             self._waiting += self._chain[:count]
         self._chain = []
 
-    def _forward(self, target: Target, token_ids: Tensor, taps: bool) -> TargetOutput:
-        position_ids = torch.arange(self._length, self._length + len(token_ids), device=token_ids.device)
-        return target.forward(token_ids[None], position_ids=position_ids[None], past_key_values=self._cache, taps=taps)
+    def _forward(
+        self, target: Target, token_ids: Tensor, taps: bool, positions: Tensor | None = None,
+        model_inputs: ModelInputs | None = None,
+    ) -> TargetOutput:  # fmt: skip
+        if positions is None:
+            first = self._length + self._offset
+            positions = torch.arange(first, first + len(token_ids), device=token_ids.device)
+        beside: dict[str, Any] = dict(model_inputs or {})
+        return target.forward(
+            token_ids[None], position_ids=positions[..., None, :], past_key_values=self._cache, taps=taps, **beside
+        )
 
     def _copied(self) -> list[dict[str, Any]]:
         """What a forward will change: running states are copied, keys and values are never written in place."""

@@ -5,7 +5,7 @@ dimensions among them. How it divides them differs by family, and the angle of a
 rope has there, so a layout is no more than *which axis each dimension follows*. For R = 3, head_dim = 16:
 
     chunked       (Qwen2-VL, Qwen2.5-VL)   sections [2, 3, 3]      t t h h h w w w | t t h h h w w w
-    interleaved   (Qwen3-VL)               sections [4, 2, 2]      t h w t h w t t | t h w t h w t t
+    interleaved   (Qwen3-VL, Qwen3.5)      sections [4, 2, 2]      t h w t h w t t | t h w t h w t t
     across        (HunYuan-VL)  R = 4      sections [2, 2, 2, 2]   p p p p w w w w | h h h h i i i i
 
 Knows configs and positions; tested against transformers' own rotary module of each family.
@@ -27,6 +27,7 @@ Layout = Literal["chunked", "interleaved", "across"]
 LAYOUTS: dict[str, Layout] = {
     "qwen2_vl_text": "chunked", "qwen2_5_vl_text": "chunked",
     "qwen3_vl_text": "interleaved", "qwen3_vl_moe_text": "interleaved",
+    "qwen3_5_text": "interleaved", "qwen3_5_moe_text": "interleaved", "qwen4_exp_text": "interleaved",
     "hunyuan_vl_text": "across",
 }  # fmt: skip
 
