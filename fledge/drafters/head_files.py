@@ -11,11 +11,11 @@ from fledge.drafters.bound_head import BoundHead
 from fledge.drafters.layer_config import LayerConfig
 from fledge.errors import UserError, naming
 from fledge.outputs import staged, write_json
+from fledge.target.quantised import FLOATS
 
 WEIGHTS = "model.safetensors"
 EMBEDDING = "embed_tokens.weight"
 """(V, H) token embedding of the few heads that trained one of their own; others read the target's."""
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def save_draft(

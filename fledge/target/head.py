@@ -23,6 +23,7 @@ from fledge.errors import UserError, nearest
 from fledge.parsing import parse_json
 from fledge.target.linear import head_linear
 from fledge.target.model import Target, auto_class
+from fledge.target.quantised import stored_matrix
 from fledge.target.quirks import LogitQuirks, logit_quirks
 
 # V target vocab, H hidden
@@ -70,7 +71,7 @@ class TargetHead:
         """The ends of a loaded target; shares its tensors."""
         head = target.model.get_output_embeddings()
         parameters = target.model.named_parameters(remove_duplicate=False)
-        keys = tuple(name for name, parameter in parameters if parameter is head.weight)
+        keys = tuple(name for name, parameter in parameters if parameter is getattr(head, "weight", None))
         return cls(
             embedding=target.embedding_weight, weight=target.head_weight, bias=getattr(head, "bias", None),
             quirks=target.quirks, keys=keys,
@@ -206,7 +207,7 @@ class _Reader:
                 f"with --lm_head_key."
             )
         with opened(self._files[key]) as file:
-            tensor = file.get_tensor(key)
+            tensor = stored_matrix(file, key, self._name)
         return tensor.to(self._dtype) if self._dtype is not None else tensor
 
     def _renamed(self, name: str) -> str | None:

@@ -5,6 +5,7 @@ hooks on the decoder's layers. Knows no architecture by name: what transformers 
 `fledge.target.quirks`. Pictures exist up to its forward: behind it they are hidden states and positions.
 """
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from transformers import masking_utils
 from fledge.data.vision import Vision, has_vision, load_vision
 from fledge.errors import UserError, refuse_missing_folder
 from fledge.target.linear import head_logits
+from fledge.target.quantised import FLOATS, embedding_matrix, head_matrix, method_of, not_loadable, plain_weight
 from fledge.target.quirks import logit_quirks
 from fledge.target.record import TapChoice, TargetOutput, chosen_taps
 
@@ -85,25 +87,32 @@ class Target:
             raise UserError(f"{name_or_path}: no config.json there. Give a transformers model folder or a hub name.")
         spread = {"device_map": device_map, "max_memory": max_memory, "tp_plan": tp_plan}
         options = {key: value for key, value in spread.items() if value is not None}
+        method = None
         try:
             config = AutoConfig.from_pretrained(name_or_path, revision=revision)
             vision = load_vision(
                 name_or_path, config, min_pixels=min_pixels, max_pixels=max_pixels, revision=revision
             )  # fmt: skip
             tokenizer = vision.tokenizer if vision else AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+            method = method_of(config)
+            placed = device_map or tp_plan
+            if method and not placed:  # quantised layers are made where they stay
+                options["device_map"] = placed = {"": device or default_device()}
             loaded: Any = auto_class(config).from_pretrained(
                 name_or_path, revision=revision, dtype=dtype, output_loading_info=True, **options
             )
         except UserError:
             raise
         except Exception as error:  # the library raises a dozen types here: truncated files, unknown names, no network
-            reason = str(error).strip().splitlines()
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+            if method:
+                raise not_loadable(name_or_path, method, reason) from error
             raise UserError(
-                f"{name_or_path}: could not be loaded as a causal LM or image-text model ({type(error).__name__}: "
-                f"{reason[0] if reason else 'no message'}). Check the path or hub name and that its files are complete."
+                f"{name_or_path}: could not be loaded as a causal LM or image-text model ({reason}). Check the path or "
+                f"hub name and that its files are complete."
             ) from error
         model, loading = loaded
-        if not spread["device_map"] and not spread["tp_plan"]:
+        if not placed:
             model = model.to(device or default_device())
         _refuse_bad_weights(model, loading["missing_keys"], name_or_path)
         return cls(model, tokenizer, vision=vision, tap_layers=tap_layers, name=name_or_path, revision=revision)
@@ -127,12 +136,23 @@ class Target:
     @property
     def embedding_weight(self) -> Tensor:
         """(V, H) input embedding, before any scaling the model applies to its output."""
-        return self.model.get_input_embeddings().weight
+        weight = plain_weight(self.model.get_input_embeddings())
+        return self._dequantised_embedding if weight is None else weight
 
     @property
     def head_weight(self) -> Tensor:
         """(V, H) output embedding."""
-        return self.model.get_output_embeddings().weight
+        weight = plain_weight(self.model.get_output_embeddings())
+        return self._dequantised_head if weight is None else weight
+
+    @functools.cached_property
+    def _dequantised_embedding(self) -> Tensor:
+        device = next(self.model.parameters()).device
+        return embedding_matrix(self.model.get_input_embeddings(), self.text_config.vocab_size, device)
+
+    @functools.cached_property
+    def _dequantised_head(self) -> Tensor:
+        return head_matrix(self.model.get_output_embeddings(), self.hidden_size, self.dtype, self.device)
 
     @property
     def vocab_size(self) -> int:
@@ -322,8 +342,6 @@ def _refuse_bad_weights(model: nn.Module, missing: Sequence[str], name: str) -> 
             f"{name}: {len(missing)} weights are missing from its files (first {sorted(missing)[0]}) and would be "
             f"random. Get a complete checkpoint."
         )
-    bad = [
-        key for key, tensor in model.named_parameters() if tensor.is_floating_point() and not tensor.isfinite().all()
-    ]
+    bad = [key for key, tensor in model.named_parameters() if tensor.dtype in FLOATS and not tensor.isfinite().all()]
     if bad:
         raise UserError(f"{name}: {len(bad)} weights contain NaN or infinity, first {bad[0]}. Get a sound checkpoint.")
