@@ -14,6 +14,7 @@ from fledge.drafters.eagle3.config import DraftConfig
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.eagle3.ttt import align, unroll
 from fledge.drafters.loss import LossSettings
+from fledge.drafters.sequence_share import Share
 from fledge.errors import UserError
 from fledge.target.record import TargetRecord
 from fledge.train.memory import num_parameters, step_memory
@@ -27,7 +28,7 @@ CONFIG = DraftConfig(
 )  # fmt: skip
 
 
-def held_bytes(*, bf16: bool, recompute: bool) -> int:
+def held_bytes(*, bf16: bool, recompute: bool = False, share: Share | None = None) -> int:
     """What autograd keeps between forward and backward of the unrolled draft, each storage once."""
     torch.manual_seed(0)
     draft = DraftModel(CONFIG, torch.randn(300, 96))
@@ -47,7 +48,8 @@ def held_bytes(*, bf16: bool, recompute: bool) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            states = torch.stack(unroll(draft, batch, align(batch, STEPS), STEPS, recompute=recompute))
+            alignment = align(batch, STEPS, share=share)
+            states = torch.stack(unroll(draft, batch, alignment, STEPS, recompute=recompute))
     return sum(sizes.values()) + states.nbytes
 
 
@@ -56,6 +58,13 @@ def test_activations_are_what_autograd_keeps(bf16):
     planned = step_memory(CONFIG, rows=ROWS, ttt_steps=STEPS, bf16=bf16, device_type="cpu").activations
     assert planned == pytest.approx(held_bytes(bf16=bf16, recompute=False), rel=0.15)
     assert planned != pytest.approx(held_bytes(bf16=bf16, recompute=True), rel=0.15)  # control: another way to train
+
+
+def test_activations_of_a_sequence_that_two_processes_share():
+    """Every process has its rows' part, and the step-0 keys and values of all rows."""
+    planned = step_memory(CONFIG, rows=ROWS, active_rows=ROWS // 2, ttt_steps=STEPS, bf16=False, device_type="cpu")
+    assert planned.activations == pytest.approx(held_bytes(bf16=False, share=Share(0, 2)), rel=0.15)
+    assert planned.activations < 0.7 * held_bytes(bf16=False)
 
 
 def test_parameters_are_counted_by_part():

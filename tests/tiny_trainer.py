@@ -4,9 +4,10 @@
 
 Several pairs are run one after the other in forks, so that imports are paid once; how each ended is printed. As a
 script it resumes what lies in OUTPUT_DIR, trains, and leaves `rank-N.pt` with the last weights and the losses.
-Keys: samples (how many), untrainable (one more, which teaches nothing), die_at (step), die_rank, die_after_s: that rank
-kills itself so long after that step, in its first life only; file_bytes: no file may grow beyond; survival: of depths
-at random; the rest are TrainerArguments.
+Keys: samples (how many), longest (tokens of one, not reached), untrainable (one more, which teaches nothing), die_at
+(step), die_rank, die_after_s: that rank kills itself so long after that step, in its first life only; file_bytes: no
+file may grow beyond; survival: of depths at random; sequence_parallel: processes of a sequence; the rest are
+TrainerArguments.
 """
 
 import json
@@ -30,16 +31,17 @@ from fledge.train.arguments import TrainerArguments
 from fledge.train.module import TTTModule
 from fledge.train.resume import begin, find_checkpoint
 from fledge.train.run import leave
+from fledge.train.shared_batches import share_of_process
 from fledge.train.trainer import DraftTrainer
 
 STEPS = 3
 
 
-def samples(num: int, *, seed: int = 0) -> list[Sample]:
+def samples(num: int, *, longest: int = 20, seed: int = 0) -> list[Sample]:
     generator = torch.Generator().manual_seed(seed)
     made = []
     for index in range(num):
-        length = int(torch.randint(8, 20, (1,), generator=generator))
+        length = int(torch.randint(8, longest, (1,), generator=generator))
         ids = torch.randint(4, 128, (length,), generator=generator)
         mask = torch.arange(length) >= length // 2
         made.append(Sample(f"s{index}", ids, mask))
@@ -54,6 +56,7 @@ def make_trainer(
     eval_data=None,
     survival=1.0,
     run="",
+    sequence_parallel=1,
     **overrides,
 ) -> DraftTrainer:
     target = tiny_target("qwen3")
@@ -69,7 +72,7 @@ def make_trainer(
     args = TrainerArguments(**settings)
     module = TTTModule(
         draft, target.head, STEPS, LossSettings(average=average), TargetHead.of(target).rows, survival=survival,
-        seed=args.seed,
+        seed=args.seed, share=share_of_process(args, sequence_parallel),
     )  # fmt: skip
     return DraftTrainer(
         module, args, to_record=LiveSource(target).record, train_dataset=data, eval_dataset=eval_data,
@@ -102,7 +105,7 @@ def main(folder: Path, settings: dict) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ.get("RANK", 0))
     first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    data = samples(settings.pop("samples"))
+    data = samples(settings.pop("samples"), longest=settings.pop("longest", 20))
     if settings.pop("untrainable", False):
         data.append(Sample("empty", torch.arange(4, 12), torch.arange(8) == 7))
     die_at, die_rank, after_s = settings.pop("die_at", 0), settings.pop("die_rank", 0), settings.pop("die_after_s", 0.0)

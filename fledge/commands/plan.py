@@ -17,7 +17,7 @@ from fledge.data.settings import TemplateSettings
 from fledge.errors import UserError, nearest
 from fledge.ranges import Count, Natural, Positive
 from fledge.storage.settings import StorageSettings
-from fledge.target.settings import TargetSettings
+from fledge.target.settings import PrefillSettings, TargetSettings
 from fledge.train.settings import UnrollSettings
 
 GIB = 2**30
@@ -34,7 +34,7 @@ ROOM = 0.94  # share of a GPU's memory that can be used: the rest is lost betwee
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanArgs(TargetSettings, TemplateSettings, UnrollSettings, StorageSettings):
+class PlanArgs(TargetSettings, PrefillSettings, TemplateSettings, UnrollSettings, StorageSettings):
     """What is planned."""
 
     target: str
@@ -71,8 +71,8 @@ class PlanArgs(TargetSettings, TemplateSettings, UnrollSettings, StorageSettings
 
 MAIN = (
     "target", "data", "num_tokens", "hardware", "num_gpus_total", "model_max_length", "per_device_train_batch_size",
-    "num_train_epochs", "ttt_steps", "depth_survival", "draft_vocab_size", "draft_type", "chat_template_type",
-    "tap_storage", "last_storage", "activation_checkpointing", "bf16", "gpu_memory_gb", "tflops",
+    "num_train_epochs", "ttt_steps", "depth_survival", "sequence_parallel", "draft_vocab_size", "draft_type",
+    "chat_template_type", "tap_storage", "last_storage", "activation_checkpointing", "bf16", "gpu_memory_gb", "tflops",
 )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def estimate(args: PlanArgs) -> dict[str, Any]:
     share = work.supervised / max(work.tokens, 1)
 
     def memory(rows: int) -> Any:
-        active = min(rows, round(rows * share) + args.ttt_steps)
+        active = min(rows, round(rows * share) + args.ttt_steps) // args.sequence_parallel
         return step_memory(
             draft, rows=rows, active_rows=active, ttt_steps=args.ttt_steps, bf16=args.bf16,
             recompute=args.activation_checkpointing, state_bytes=target.bytes_per_number, device_type=device_type,
@@ -134,7 +134,7 @@ def estimate(args: PlanArgs) -> dict[str, Any]:
         step, ends = memory(rows), target.ends * target.bytes_per_number
         shared = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
         online = target.parameters * target.bytes_per_number
-        forward = length * target.bytes_per_number * (6 * text.hidden_size + 3 * draft.intermediate_size)
+        forward = target.bytes_per_number * forward_numbers(text, draft, length, args.prefill_chunk)
         runtime = RUNTIME_BYTES if device_type == "cuda" else 0
         return {
             "offline": {**shared, "target": ends, "target's forward": 0, "runtime": runtime,
@@ -145,7 +145,8 @@ def estimate(args: PlanArgs) -> dict[str, Any]:
 
     rows = args.per_device_train_batch_size * args.model_max_length
     needed = sides(rows, args.model_max_length)
-    steps = math.ceil(work.conversations / args.per_device_train_batch_size / args.num_gpus_total)
+    groups = max(1, args.num_gpus_total // args.sequence_parallel)
+    steps = math.ceil(work.conversations / args.per_device_train_batch_size / groups)
     per_row = flop_per_step(
         draft, rows=round(mean), active_rows=min(round(mean), round(mean * share) + args.ttt_steps),
         taught=round(mean * share), ttt_steps=args.ttt_steps, survival=args.depth_survival,
@@ -169,6 +170,18 @@ def estimate(args: PlanArgs) -> dict[str, Any]:
     }  # fmt: skip
     in_gib = {side: {part: value / GIB for part, value in parts.items()} for side, parts in needed.items()}
     return {"memory_gib": in_gib, "run": run, "warnings": warnings(in_gib, device_memory, args, longest)}
+
+
+def forward_numbers(text: Any, draft: Any, length: int, prefill_chunk: int) -> int:
+    """Numbers that a forward pass of the target keeps at a time; read in parts, keys and values of the whole text."""
+    from fledge.drafters.layer_config import attention_shape
+
+    part = min(prefill_chunk or length, length)
+    cached = 0
+    if part < length:
+        _, kv_heads, head_dim = attention_shape(text)
+        cached = 2 * text.num_hidden_layers * kv_heads * head_dim * length
+    return part * (6 * text.hidden_size + 3 * draft.intermediate_size) + cached
 
 
 def warnings(memory: dict[str, dict[str, float]], device_gib: float, args: PlanArgs, longest: dict) -> list[str]:

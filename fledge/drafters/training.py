@@ -15,6 +15,8 @@ class DraftModule(nn.Module):
     """Draft tokens that the metrics count apart."""
     average: str
     """How losses are averaged: by `sequence` or by `token`."""
+    processes_per_sequence: int = 1
+    """Processes that are given the same batches and divide their rows."""
 
     def forward(self, batch: Batch, anchor: Tensor | None = None, *, draw: int | None = None) -> LossOutput:
         """Summed loss and metric sums of one batch; empty batches give a zero that still reaches every parameter.

@@ -78,9 +78,11 @@ def extract_share(args: ExtractSettings, ranks: Ranks) -> Manifest | None:
 def extract_in_parts(args: ExtractSettings, ranks: Ranks) -> Manifest | None:
     """One target over all ranks: the first writes the whole store."""
     tensor_parallel.check_world(ranks.world, str(args.tp_plan))
-    if args.target_backend != "hf" or args.num_workers > 1 or args.device_map or args.batch_tokens:
+    other = args.num_workers > 1 or args.device_map or args.batch_tokens or args.prefill_chunk
+    if args.target_backend != "hf" or other:
         raise UserError(
-            "--tp-plan is for --target-backend hf under torchrun, without --num-workers, --device-map, --batch-tokens."
+            "--tp-plan is for --target-backend hf under torchrun, without --num-workers, --device-map, --batch-tokens, "
+            "--prefill-chunk."
         )
     target = load_target(args)
     if not ranks.first:
@@ -205,15 +207,18 @@ def open_target(args: ExtractSettings) -> OpenTarget:
     """Load the target (hf), or its ends and a client of the server (vllm)."""
     allow_image_urls(args.allow_image_urls)
     if args.target_backend == "vllm":
-        if args.batch_tokens:
-            raise UserError("--batch-tokens is for --target-backend hf; a server makes its own batches.")
+        if args.batch_tokens or args.prefill_chunk:
+            name = "--batch-tokens" if args.batch_tokens else "--prefill-chunk"
+            raise UserError(f"{name} is for --target-backend hf; a server makes its own batches.")
         return open_served(args)
     if args.batch_tokens < 0:
         raise UserError(f"--batch-tokens {args.batch_tokens}: give a number of tokens, or 0 for one sample per pass.")
     if args.server:
         raise UserError("--server is for --target-backend vllm; the hf backend runs the target in this process.")
     target = load_target(args)
-    producer = BatchedSource(target, args.batch_tokens) if args.batch_tokens else LiveSource(target)
+    chunk = args.prefill_chunk
+    alone = LiveSource(target, prefill_chunk=chunk)
+    producer = BatchedSource(target, args.batch_tokens, prefill_chunk=chunk) if args.batch_tokens else alone
     return open_loaded(args, target, TargetHead.of(target), producer)
 
 

@@ -7,13 +7,13 @@ from fledge.outputs import OutputSettings
 from fledge.ranges import Count, Natural, Positive
 from fledge.servers.settings import BackendSettings
 from fledge.storage.settings import StorageSettings
-from fledge.target.settings import DtypeSettings, TapSettings, TargetSettings
+from fledge.target.settings import DtypeSettings, PrefillSettings, TapSettings, TargetSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractSettings(
     TargetSettings, DtypeSettings, TapSettings, OutputSettings, SampleSettings, LimitSettings, BackendSettings,
-    StorageSettings,
+    StorageSettings, PrefillSettings,
 ):  # fmt: skip
     """The states."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fledge.data.tokenize import Sample
+from fledge.target.long_texts import read_text
 from fledge.target.model import Target, longrope_limit
 from fledge.target.record import TargetRecord, TeacherSummary
 
@@ -21,9 +22,12 @@ WINDOW_BATCHES = 4  # samples of so many batches are looked at together, so that
 class LiveSource:
     """Records made on demand."""
 
-    def __init__(self, target: Target, head: Callable[[Tensor], Tensor] | None = None) -> None:
-        """`head`: the target's, where the target's own holds only a part of it."""
-        self.target, self.head = target, head or target.head
+    def __init__(
+        self, target: Target, head: Callable[[Tensor], Tensor] | None = None, *, prefill_chunk: int = 0
+    ) -> None:  # fmt: skip
+        """`head`: the target's, where the target's own holds only a part of it. Texts longer than `prefill_chunk`
+        tokens are read in parts (0: none)."""
+        self.target, self.head, self.prefill_chunk = target, head or target.head, prefill_chunk
 
     def records(self, samples: Iterable[Sample]) -> Iterator[TargetRecord]:
         """One record per sample, in order."""
@@ -40,7 +44,7 @@ class LiveSource:
         else:
             assert not sample.images, f"{sample.id}: its pixels were not loaded (TokenizedData.loaded)"
             position_ids = torch.arange(len(input_ids), device=device)
-            output = self.target.forward(input_ids[None])
+            output = read_text(self.target, input_ids, self.prefill_chunk)
         assert output.tap_hidden is not None
         last_hidden, loss_mask = output.last_hidden[0].clone(), sample.loss_mask
         return TargetRecord(
@@ -61,9 +65,9 @@ class BatchedSource:
     record differs from the one-by-one record by rounding alone. Samples with images go alone.
     """
 
-    def __init__(self, target: Target, batch_tokens: int) -> None:
+    def __init__(self, target: Target, batch_tokens: int, *, prefill_chunk: int = 0) -> None:
         """`batch_tokens`: most tokens of a pass, padding included; a longer sample goes alone."""
-        self._alone, self.batch_tokens = LiveSource(target), batch_tokens
+        self._alone, self.batch_tokens = LiveSource(target, prefill_chunk=prefill_chunk), batch_tokens
 
     def records(self, samples: Iterable[Sample]) -> Iterator[TargetRecord]:
         """One record per sample, in order."""

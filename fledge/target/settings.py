@@ -17,6 +17,15 @@ class DtypeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrefillSettings:
+    """How the target reads a text."""
+
+    prefill_chunk: Natural = 0
+    """Most tokens of a forward pass of the target; longer texts are read in parts behind a cache, in less memory, with
+    states that are the same to rounding. 0: at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeviceSettings(DtypeSettings):
     """Where the target runs in this process."""
 

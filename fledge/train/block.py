@@ -33,6 +33,11 @@ class BlockKind:
     draft_type: DraftType
 
     def check(self, args: DraftSettings) -> None:
+        if args.sequence_parallel > 1:
+            raise UserError(
+                f"--sequence-parallel {args.sequence_parallel}: only EAGLE-3 heads are trained so. A {self.draft_type} "
+                f"draft takes --num-anchors blocks of a sequence, whatever its length; leave it out."
+            )
         if args.draft_config:
             read_block_overrides(Path(args.draft_config))
         if args.init_from:

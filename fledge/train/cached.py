@@ -118,4 +118,5 @@ def target_for_extraction(args: TrainSettings, template: ChatTemplate, folder: P
         target.name, target.revision, target.text_config, head, target.tap_layers, template,
         dtype=str(target.dtype).removeprefix("torch."), **kept,
     )  # fmt: skip
-    return OpenTarget(template, identity, head, LiveSource(target), target.device.type == "cuda")
+    source = LiveSource(target, prefill_chunk=args.inputs.prefill_chunk)
+    return OpenTarget(template, identity, head, source, target.device.type == "cuda")

@@ -16,6 +16,7 @@ from fledge.target.record import TargetRecord
 from fledge.train.arguments import TrainSettings
 from fledge.train.module import TTTModule
 from fledge.train.settings import DraftSettings
+from fledge.train.shared_batches import share_of_process
 from fledge.train.sources import Source
 from fledge.train.vocabulary import draft_vocabulary
 from fledge.train.warm_start import architecture_of, continue_from
@@ -55,6 +56,7 @@ class EagleKind:
         return TTTModule(
             draft, source.teacher_head, args.draft.ttt_steps, args.loss_settings(), source.teacher_rows,
             survival=args.draft.depth_survival, seed=args.trainer.seed,
+            share=share_of_process(args.trainer, args.draft.sequence_parallel),
         )  # fmt: skip
 
 

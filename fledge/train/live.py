@@ -27,7 +27,7 @@ def live_source(args: TrainSettings) -> Source:
     return Source(
         train=train_data,
         eval=held_out,
-        to_record=LiveSource(target).record,
+        to_record=LiveSource(target, prefill_chunk=inputs.prefill_chunk).record,
         counts=counts,
         always=always,
         text_config=target.text_config,

@@ -14,6 +14,7 @@ from fledge.drafters.depth import RandomDepth
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.eagle3.ttt import align, unroll
 from fledge.drafters.loss import LossOutput, LossSettings, Teacher, ttt_loss
+from fledge.drafters.sequence_share import Share
 from fledge.drafters.training import DraftModule
 from fledge.errors import UserError
 
@@ -27,18 +28,20 @@ class TTTModule(DraftModule):
 
     def __init__(
         self, draft: DraftModel, teacher_head: Callable[[Tensor], Tensor], ttt_steps: int, settings: LossSettings,
-        teacher_rows: HeadRows | None = None, *, survival: float = 1.0, seed: int = 0,
+        teacher_rows: HeadRows | None = None, *, survival: float = 1.0, seed: int = 0, share: Share | None = None,
     ) -> None:  # fmt: skip
         """`teacher_rows`: the same head for some ids only (`TargetHead.rows`), which batches with a summary use.
 
-        With `survival` below 1, rows are unrolled to depths drawn at random (`fledge.drafters.depth`).
+        With `survival` below 1, rows are unrolled to depths drawn at random (`fledge.drafters.depth`). With `share`,
+        the rows of a sequence are divided among processes.
         """
         super().__init__()
         self.draft, self.ttt_steps, self.settings = draft, ttt_steps, settings
         self.teacher_head = teacher_head
         smaller = draft.config.draft_vocab_size < draft.config.vocab_size
         self.draft_head = teacher_rows(self._draft_ids()) if teacher_rows is not None and smaller else None
-        self.survival, self.seed = survival, seed
+        self.survival, self.seed, self.share = survival, seed, share
+        self.processes_per_sequence = 1 if share is None else share.count
         self.recompute = False
         self.num_steps, self.average = ttt_steps, settings.average
 
@@ -50,7 +53,7 @@ class TTTModule(DraftModule):
         depths at random; None: full depth.
         """
         depth = None if draw is None or self.survival == 1 else RandomDepth(self.survival, (self.seed, draw))
-        alignment = align(batch, self.ttt_steps, depth)
+        alignment = align(batch, self.ttt_steps, depth, self.share)
         states = unroll(self.draft, batch, alignment, self.ttt_steps, recompute=self.recompute)
         teacher = Teacher(
             last_hidden=batch.last_hidden, head=self.teacher_head, draft_head=self.draft_head, summary=batch.summary

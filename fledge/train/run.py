@@ -31,6 +31,7 @@ from fledge.train.evaluate import DecodingCallback, decoding_evaluation
 from fledge.train.kinds import KINDS
 from fledge.train.resume import begin, check_same_run, check_start, find_checkpoint
 from fledge.train.settings import DraftSettings
+from fledge.train.shared_batches import share_of_process
 from fledge.train.sources import Source
 from fledge.train.trainer import DraftTrainer
 
@@ -49,7 +50,7 @@ def train(args: TrainSettings) -> None:
     check_start(output_dir, wanted, args.trainer.overwrite)
     if (checkpoint := find_checkpoint(output_dir, wanted)) is not None:
         check_resumable(Path(checkpoint))
-    check_paths(args)
+    check_flags(args)
     set_seed(args.trainer.seed)
     source = open_source(args)
     draft = make_draft(args.draft, source, args.trainer.seed)
@@ -73,11 +74,12 @@ def train(args: TrainSettings) -> None:
     leave(args.trainer.device)
 
 
-def check_paths(args: TrainSettings) -> None:
-    """Look at what the flags name before a target is loaded, which may take minutes."""
+def check_flags(args: TrainSettings) -> None:
+    """Look at what the flags name and ask before a target is loaded, which may take minutes."""
     for path in (*args.inputs.data, *args.inputs.eval_data):
         check_source(path)
     KINDS[args.draft.draft_type].check(args.draft)
+    share_of_process(args.trainer, args.draft.sequence_parallel)
 
 
 @contextmanager

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Literal
 from fledge.data.settings import LimitSettings, SampleSettings
 from fledge.ranges import Count, Natural, PartialShare, PositiveShare
 from fledge.servers.settings import BackendSettings
-from fledge.target.settings import DtypeSettings, TapSettings
+from fledge.target.settings import DtypeSettings, PrefillSettings, TapSettings
 
 if TYPE_CHECKING:
     from fledge.target.record import TapChoice
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputSettings(SampleSettings, LimitSettings, BackendSettings, DtypeSettings):
+class InputSettings(SampleSettings, LimitSettings, BackendSettings, DtypeSettings, PrefillSettings):
     """Where the training data comes from."""
 
     target: str | None = None
@@ -47,6 +47,8 @@ class UnrollSettings:
     depth_survival: PositiveShare = 0.8  # dev/log, "Our recipe beside the common one, 40 questions a set"
     """Share of the positions that go on from one TTT step to the next, drawn at random. Their loss counts so much more,
     so that the expected gradient is that of all. 1: all, to full depth."""
+    sequence_parallel: Count = 1
+    """Processes that divide the rows of each sequence among them, for sequences that are too long for one GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

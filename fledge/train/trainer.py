@@ -31,6 +31,7 @@ from fledge.train.arguments import TrainerArguments
 from fledge.train.metrics import FiniteLosses, MetricSums, taught_positions
 from fledge.train.muon import MuonWithAuxiliary, split_parameters
 from fledge.train.resume import TRAIN, delete_old, is_complete
+from fledge.train.shared_batches import SharedOrder
 
 
 def as_list(items: Sequence[Any]) -> list[Any]:
@@ -59,7 +60,7 @@ class DraftTrainer(Trainer):
         )  # fmt: skip
         self.to_record, self.save_dtype, self.run = to_record, save_dtype, run
         self.model_accepts_loss_kwargs = True  # the loss is already divided for accumulation
-        self.per_token = module.average == "token"
+        self.per_token, self.copies = module.average == "token", module.processes_per_sequence
         self.window, self.finite = MetricSums(module.num_steps, args.device), FiniteLosses(args.device)
         self._window_start, self._window_tokens = time.monotonic(), 0
         if self.is_deepspeed_enabled:
@@ -108,11 +109,23 @@ class DraftTrainer(Trainer):
                 f"the same command again: it resumes from the last checkpoint in {self.args.output_dir}."
             ) from error
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The Trainer's, unless processes share sequences."""
+        if self.copies == 1:
+            return super()._get_train_sampler(train_dataset)
+        data: Any = train_dataset or self.train_dataset
+        return SharedOrder(len(data), self.copies, self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if self.copies == 1:
+            return super()._get_eval_sampler(eval_dataset)
+        return SharedOrder(len(eval_dataset), self.copies, None)
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Sequences (or taught tokens) of the whole optimisation step, over all ranks."""
         counts = [taught_positions(item.loss_mask) for batch in batch_samples for item in batch]
         number = sum(counts) if self.per_token else sum(count > 0 for count in counts)
-        return self.accelerator.reduce(torch.full((), number, device=device), reduction="sum")
+        return self.accelerator.reduce(torch.full((), number, device=device), reduction="sum") // self.copies
 
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -173,7 +186,8 @@ class DraftTrainer(Trainer):
             self.refuse_infinite()
             logs.update(self.window.summary(self.accelerator.reduce(self.window.sums.clone(), reduction="sum")))
             seconds = time.monotonic() - self._window_start
-            logs["tokens_per_s"] = self._window_tokens * self.accelerator.num_processes / max(seconds, 1e-9)
+            ranks = self.accelerator.num_processes // self.copies
+            logs["tokens_per_s"] = self._window_tokens * ranks / max(seconds, 1e-9)
             self.window.reset()
             self._window_start, self._window_tokens = time.monotonic(), 0
         super().log(logs, start_time)
@@ -201,7 +215,8 @@ class DraftTrainer(Trainer):
             )  # fmt: skip
         module.train()
         reduced = self.accelerator.reduce(torch.cat((sums.sums, totals)), reduction="sum")
-        found = {**sums.summary(reduced[:-2]), "loss": (reduced[-2] / reduced[-1].clamp_min(1)).item()}
+        number = (reduced[-1] / self.copies).clamp_min(1)
+        found = {**sums.summary(reduced[:-2]), "loss": (reduced[-2] / number).item()}
         found["runtime_s"] = time.monotonic() - start
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items() if math.isfinite(value)}
         self.log(dict(metrics))

@@ -83,6 +83,22 @@ def test_two_processes_draw_the_depths_of_one(one_process, tmp_path):
     assert distance(one["weights"], outcome(one_process / "one")["weights"]) > 1e-3  # control: other depths
 
 
+def test_two_processes_of_one_sequence_take_the_steps_of_one(tmp_path):
+    """--sequence-parallel 2. Every step takes all samples, so that the orders of the runs do not matter."""
+    changes = {
+        "samples": 3, "longest": 200, "gradient_accumulation_steps": 3, "max_steps": 5, "survival": 0.7,
+        "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+    }  # fmt: skip
+    one, two, other = (tmp_path / name for name in ("one", "two", "other"))
+    launch([SCRIPT, one, settings(**changes), other, settings(**{**changes, "samples": 2})])
+    launch([SCRIPT, two, settings(sequence_parallel=2, **changes)], ranks=2)
+    first, second, alone = outcome(two, 0), outcome(two, 1), outcome(one)
+    assert distance(first["weights"], second["weights"]) == 0.0
+    assert distance(first["weights"], alone["weights"]) < 2e-5
+    torch.testing.assert_close(first["losses"], alone["losses"], rtol=1e-5, atol=1e-5)
+    assert distance(outcome(other)["weights"], alone["weights"]) > 1e-3  # control: a sample less
+
+
 def test_two_processes_take_the_same_steps_with_muon(one_process, tmp_path):
     """Every rank orthogonalises for itself: the same bits. Muon rounds to bf16, so one process is near, not equal."""
     launch([SCRIPT, tmp_path, settings(per_device_train_batch_size=1, matrix_optim="muon")], ranks=2)

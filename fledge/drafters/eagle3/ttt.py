@@ -25,16 +25,20 @@ from torch.utils.checkpoint import checkpoint
 from fledge.drafters.alignment import Alignment, Pairs
 from fledge.drafters.batch import Batch, sent
 from fledge.drafters.cpu_kernels import linear, spare_rows
-from fledge.drafters.depth import RandomDepth, num_rows, unrolled
+from fledge.drafters.depth import RandomDepth, num_rows, pieces_of, unrolled
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.eagle3.ttt_attention import ttt_attention
 from fledge.drafters.runs import query_places, runs_of
+from fledge.drafters.sequence_share import Piece, Share
 
 # N rows of all documents, P teacher positions, S active rows, R of them trained, K TTT steps, M pairs, H hidden
 
 
-def align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = None) -> Alignment:
+def align(
+    batch: Batch, ttt_steps: int, depth: RandomDepth | None = None, share: Share | None = None
+) -> Alignment:  # fmt: skip
     """Apply the shift: teacher positions, active rows and the map between them. Without `depth`, all rows go all steps.
+    With `share`, rows are unrolled and trained by this process or another one; averages are over all of them.
 
     Everything is worked out on the host, which knows the mask, and sent: rows, runs and pairs decide how much there is
     to compute, and nobody waits for the device to say so.
@@ -54,15 +58,18 @@ def align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = None) -> Ali
     inside = wanted >= first_row[positions]
     active = torch.zeros_like(in_mask)
     active[wanted[inside]] = True
-    whole, spare = runs_of(active, batch.lengths), spare_rows(batch, int(active.sum()))
+    whole = runs_of(active, batch.lengths)
+    pieces: list[Piece]
     if depth is None:
-        runs, share = (whole + spare,) * ttt_steps, [1.0] * ttt_steps
-        num_trained = torch.full((ttt_steps,), len(row))
+        parts = whole if share is None else [piece for run in whole for piece in pieces_of(run)]
+        pieces, odds = [(part, ttt_steps) for part in parts], [1.0] * ttt_steps
     else:
         sample_ids = dict(zip((stops - lengths).tolist(), batch.sample_ids, strict=True))
-        pieces = [*depth.pieces(whole, sample_ids, ttt_steps), *((run, 1) for run in spare)]
-        runs, share = unrolled(pieces, ttt_steps), depth.expected(ttt_steps)
-        num_trained = torch.tensor(num_rows(pieces, ttt_steps))
+        pieces, odds = depth.pieces(whole, sample_ids, ttt_steps), depth.expected(ttt_steps)
+    if share is not None:
+        pieces = share.of(pieces)
+    num_trained = torch.tensor(num_rows(pieces, ttt_steps))
+    runs = unrolled([*pieces, *((run, 1) for run in spare_rows(batch, int(num_trained[0])))], ttt_steps)
 
     rows = torch.cat([torch.arange(run.start, run.stop) for run in runs[0]] or [row[:0]])
     index_of = torch.full_like(row, -1)
@@ -77,7 +84,7 @@ def align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = None) -> Ali
         rows=sent(rows, device),
         row_index=sent(row_index, device),
         supervised=sent(inside, device),
-        share=sent(torch.tensor(share), device),
+        share=sent(torch.tensor(odds), device),
         runs=runs,
         last_row=sent(last_row[rows], device),
         places=query_places(rows, batch.lengths, device) if device.type == "cuda" else None,
