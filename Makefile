@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= auto
 SHELL := /bin/bash
 
-.PHONY: help install constraints check fix test fuzz kills test-engines quickstart reference docs clean
+.PHONY: help install constraints check fix test sweep fuzz kills test-engines quickstart reference docs clean
 
 help:
 	@echo "make quickstart    install, then the whole path on a small real model (ten minutes, two cores, no GPU)"
 	@echo "make reference     install, then the benchmark of the head in heads/ on a few prompts (a minute or two)"
 	@echo "make test          install, then the CPU test suite"
+	@echo "make sweep         every architecture of docs/targets.md: train, decode, export (python tests/sweep.py writes it)"
 	@echo "make fuzz          generated input for every reader, flag and server reply: 5,000 cases, counted by area"
 	@echo "make kills         regenerate, extract, train, bench and export, each killed 25 times at random moments"
 	@echo "make test-engines  the tests against a real vLLM server (its own virtual environment) and SGLang's loader"
@@ -49,6 +50,9 @@ fix: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+sweep: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --maxprocesses 8 -m sweep tests/test_sweep.py
 
 fuzz: install
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz $(ARGS)

@@ -1,21 +1,18 @@
 """More tiny targets than `tiny.py` has, and what decoding can do with each: the specification of the self-test.
 
-These run through one short test each. `docs/targets.md` is written from both tables (`python tests/odd_targets.py`).
+These run through one short test each, and through the sweep (`sweep.py`).
 """
 
 import functools
-from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
-from tiny import COMMON, HYBRIDS, SLIDING_AND_FULL, TARGETS, VOCAB, WINDOW
+from tiny import COMMON, SLIDING_AND_FULL, TARGETS, VOCAB, WINDOW
 
 from fledge.decoding.probe import Ability, probe
 from fledge.errors import UserError
 from fledge.target.model import Target
 
-PAGE = Path(__file__).parent.parent / "docs" / "targets.md"
 ROPE_LIMIT = 32
 LONGROPE: dict[str, Any] = {
     "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0 + n for n in range(8)],
@@ -79,9 +76,13 @@ ODD: dict[str, tuple[str, dict[str, Any], str]] = {
 @functools.cache
 def odd_target(name: str) -> Target:
     """The target of the row, made once."""
+    return target_of_row(name, *ODD[name][:2])
+
+
+def target_of_row(name: str, config_class: str, differs: dict[str, Any]) -> Target:
+    """A fresh target."""
     import transformers
 
-    config_class, differs, _ = ODD[name]
     config = getattr(transformers, config_class)(**{**COMMON, **differs})
     torch.manual_seed(0)
     model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -91,34 +92,22 @@ def odd_target(name: str) -> Target:
     return Target(model, tap_layers=(1, 2, 3), name=f"tiny-{name}")
 
 
+def librarys_answer(target: Target, ids: list[int], new: int) -> list[int]:
+    """What `generate` of transformers answers."""
+    asked = torch.tensor([ids])
+    theirs = target.model.generate(
+        asked, attention_mask=torch.ones_like(asked), max_new_tokens=new, do_sample=False, eos_token_id=None
+    )
+    return theirs[0, len(ids) :].tolist()
+
+
 @functools.cache
 def found(target: Target) -> tuple[str, str]:
     """What the self-test says: the most that can be drafted, and why it is not more."""
     try:
         ability: Ability = probe(target)
     except UserError as error:
-        return "refused", str(error).split("because ")[1].split(". Try")[0]
+        return "refused", str(error).split("because ")[1].split(". Serve")[0]
     if ability.rope_limit:
         return ability.most, "read again where its longrope changes, as `generate` does"
     return ability.most, ability.reason
-
-
-def page() -> str:
-    """docs/targets.md."""
-    head = (
-        "# Targets\n\nWhat decoding can do with each architecture of the tests, as the self-test finds it on a tiny "
-        "random model before the first\nanswer (`fledge/decoding/probe.py`). *trees*: everything. *chains*: drafts "
-        "without branches (`--top-k 1`). *plain*: the\nlibrary's own decoding, without drafts. *refused*: an error. "
-        "A target that can do less than was asked for says why, in one line.\n`python tests/odd_targets.py` writes "
-        "this page.\n\n| architecture | decodes with | why not more |\n|---|---|---|\n"
-    )
-    targets = {name: tiny.tiny_target(name) for name in (*TARGETS, *HYBRIDS)}
-    targets |= {name: odd_target(name) for name in ODD}
-    rows = {name: found(target) for name, target in targets.items()}
-    order = ["trees", "chains", "plain", "refused"]
-    lines = sorted(rows.items(), key=lambda row: (order.index(row[1][0]), row[0]))
-    return head + "".join(f"| {name} | {most} | {why.replace('|', chr(92) + '|')} |\n" for name, (most, why) in lines)
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")

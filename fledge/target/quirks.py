@@ -30,7 +30,8 @@ class LogitQuirks:
 
 
 def _soft_cap(config: Any) -> LogitQuirks:
-    return LogitQuirks(soft_cap=getattr(config, "final_logit_softcapping", None))
+    names = ("final_logit_softcapping", "logits_soft_cap")
+    return LogitQuirks(soft_cap=next((value for name in names if (value := getattr(config, name, None))), None))
 
 
 def _multiplied(config: Any) -> LogitQuirks:
@@ -44,9 +45,12 @@ def _divided(config: Any) -> LogitQuirks:
 # model_type of the text config -> quirks
 LOGIT_QUIRKS: dict[str, Callable[[Any], LogitQuirks]] = {
     "gemma2": _soft_cap, "gemma3": _soft_cap, "gemma3_text": _soft_cap, "gemma3n_text": _soft_cap,
-    "gemma4_text": _soft_cap, "vaultgemma": _soft_cap,
+    "gemma4_text": _soft_cap, "gemma4_unified_text": _soft_cap, "vaultgemma": _soft_cap, "nanochat": _soft_cap,
+    "recurrent_gemma": _soft_cap,
     "cohere": _multiplied, "cohere2": _multiplied, "cohere2_moe": _multiplied,
     "granite": _divided, "granitemoe": _divided, "granitemoeshared": _divided, "granitemoehybrid": _divided,
+    "granite_swa": _divided, "granitemoe_swa": _divided, "minicpm3": _divided,
+    "hyperclovax": lambda config: LogitQuirks(scale=config.logits_scaling),
     "falcon_h1": lambda config: LogitQuirks(scale=config.lm_head_multiplier),
 }  # fmt: skip
 

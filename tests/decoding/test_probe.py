@@ -3,8 +3,7 @@
 import copy
 
 import pytest
-import torch
-from odd_targets import ODD, PAGE, ROPE_LIMIT, found, odd_target, page
+from odd_targets import ODD, ROPE_LIMIT, found, librarys_answer, odd_target
 from tiny import ScriptedDraft, prompt, tiny_model
 
 from fledge.decoding import probe as module
@@ -22,14 +21,6 @@ LONG = [name for name in ODD if name.endswith("longrope")]
 
 def fresh(name: str = "llama") -> Target:
     return Target(tiny_model(name), tap_layers=(1, 2, 3), name=f"fresh-{name}")
-
-
-def librarys_answer(target: Target, ids: list[int], new: int) -> list[int]:
-    asked = torch.tensor([ids])
-    theirs = target.model.generate(
-        asked, attention_mask=torch.ones_like(asked), max_new_tokens=new, do_sample=False, eos_token_id=None
-    )
-    return theirs[0, len(ids) :].tolist()
 
 
 def answer(target: Target, drafter, ids: list[int], new: int = 13) -> list[int]:
@@ -65,13 +56,6 @@ def test_the_answer_is_the_librarys_or_an_error(name, monkeypatch):
     assert len(lines) == len(words[expected]) and all(
         word in line for word, line in zip(words[expected], lines, strict=True)
     )
-
-
-def test_the_page_says_what_is_found():
-    def ways(text: str) -> list[list[str]]:
-        return [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| ")]
-
-    assert ways(PAGE.read_text(encoding="utf-8")) == ways(page()), "run `python tests/odd_targets.py`"
 
 
 # -- longrope ----------------------------------------------------------------------------------------------------------
