@@ -80,6 +80,25 @@ def qwen_vl(fields: dict[str, Any], *, interleaved: bool) -> dict[str, Any]:
     return {**fields, "max_position_embeddings": 128000, "rope_parameters": axes}
 
 
+def qwen3_5(
+    hidden: int, layers: int, heads: int, kv: int, value_heads: int, *, tied: bool, **mlp: int
+) -> dict[str, Any]:
+    """The language model of Qwen3.5, 3.6 and 3.8: three gated delta nets for each full attention."""
+    axes = rope(1e7, partial_rotary_factor=0.25, mrope_section=[11, 11, 10], mrope_interleaved=True)
+    return {
+        "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv,
+        "head_dim": 256, "vocab_size": 248320, "max_position_embeddings": 262144, "tie_word_embeddings": tied,
+        "rms_norm_eps": 1e-6, "rope_parameters": axes, "layer_types": QWEN3_5_BLOCK * (layers // 4),
+        "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+        "linear_num_value_heads": value_heads, "linear_conv_kernel_dim": 4, **mlp,
+    }  # fmt: skip
+
+
+def experts(count: int, per_token: int, width: int) -> dict[str, int]:
+    return {"num_experts": count, "num_experts_per_tok": per_token, "moe_intermediate_size": width,
+            "shared_expert_intermediate_size": width}  # fmt: skip
+
+
 def hunyuan(hidden: int, mlp: int, layers: int, heads: int, kv: int, vocab: int, **more: Any) -> dict[str, Any]:
     stretched = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}
     return sizes(
@@ -124,6 +143,12 @@ def gpt_oss(layers: int, experts: int) -> dict[str, Any]:
 
 GEMMA_SOURCE = f"{LITGPT}; vocabulary of 262208 rows: transformers' default and {SPECFORGE}"
 QWEN3_VL = "the checkpoint's config.json as quoted in public code"
+QWEN3_5 = f"{QWEN3_VL}; sizes: scripts/models of THUDM/slime"
+QWEN3_5_BLOCK = ["linear_attention"] * 3 + ["full_attention"]
+MTP_TAU = (
+    "3.36 published for the EAGLE-3 head AQ-MedAI/Qwen3.5-397B-A17B-eagle3 (mean of MT-Bench,\n"
+    "GSM8K, MATH-500, HumanEval; SGLang, batch 1), where the target's own MTP has 3.53"
+)
 
 TARGETS: dict[str, Row] = {
     "smollm2-135m": Row(
@@ -154,6 +179,33 @@ TARGETS: dict[str, Row] = {
         hub="Qwen/Qwen3-235B-A22B", config_class="Qwen3MoeConfig", params_b=235, active_b=22, source=LITGPT,
         fields=qwen3(4096, 12288, 94, 64, 4, tied=False, moe_intermediate_size=1536, num_experts=128,
                      num_experts_per_tok=8)),
+    # ---- Qwen3.5, 3.6 and 3.8: gated delta nets, chains only -------------------------------------------------------
+    "qwen3.5-0.8b": Row(hub="Qwen/Qwen3.5-0.8B", config_class="Qwen3_5Config", params_b=0.75, vision=True, context=4096,
+                        fields=qwen3_5(1024, 24, 8, 2, 16, tied=True, intermediate_size=3584), source=QWEN3_5),
+    "qwen3.5-4b": Row(hub="Qwen/Qwen3.5-4B", config_class="Qwen3_5Config", params_b=4.21, vision=True, context=4096,
+                      fields=qwen3_5(2560, 32, 16, 4, 32, tied=True, intermediate_size=9216), source=QWEN3_VL),
+    "qwen3.5-9b": Row(hub="Qwen/Qwen3.5-9B", config_class="Qwen3_5Config", params_b=8.95, vision=True, context=4096,
+                      fields=qwen3_5(4096, 32, 16, 4, 32, tied=False, intermediate_size=12288), source=QWEN3_VL),
+    "qwen3.5-27b": Row(hub="Qwen/Qwen3.5-27B", config_class="Qwen3_5Config", params_b=26.9, vision=True, context=4096,
+                       fields=qwen3_5(5120, 64, 24, 4, 48, tied=False, intermediate_size=17408), source=QWEN3_5),
+    "qwen3.6-27b": Row(hub="Qwen/Qwen3.6-27B", config_class="Qwen3_5Config", params_b=26.9, vision=True, context=4096,
+                       fields=qwen3_5(5120, 64, 24, 4, 48, tied=False, intermediate_size=17408), source=QWEN3_VL,
+                       tau="2.2 published for the EAGLE-3 head Ex0bit/Qwen3.6-27B-PRISM-EAGLE3 (chain, SGLang 0.5.12)"),
+    "qwen3.8-27b": Row(hub="Qwen/Qwen3.8-27B", config_class="Qwen3_5Config", params_b=26.9, vision=True, context=4096,
+                       fields=qwen3_5(5120, 64, 24, 4, 48, tied=False, intermediate_size=17408), source=QWEN3_VL),
+    "qwen3.5-35b-a3b": Row(
+        hub="Qwen/Qwen3.5-35B-A3B", config_class="Qwen3_5MoeConfig", params_b=34.7, active_b=3.0, vision=True,
+        context=4096, fields=qwen3_5(2048, 40, 16, 2, 32, tied=False, **experts(256, 8, 512)), source=QWEN3_5),
+    "qwen3.6-35b-a3b": Row(
+        hub="Qwen/Qwen3.6-35B-A3B", config_class="Qwen3_5MoeConfig", params_b=34.7, active_b=3.0, vision=True,
+        context=4096, fields=qwen3_5(2048, 40, 16, 2, 32, tied=False, **experts(256, 8, 512)), source=QWEN3_5),
+    "qwen3.5-122b-a10b": Row(
+        hub="Qwen/Qwen3.5-122B-A10B", config_class="Qwen3_5MoeConfig", params_b=122.1, active_b=10.0, vision=True,
+        context=4096, fields=qwen3_5(3072, 48, 32, 2, 64, tied=False, **experts(256, 8, 1024)), source=QWEN3_VL),
+    "qwen3.5-397b-a17b": Row(
+        hub="Qwen/Qwen3.5-397B-A17B", config_class="Qwen3_5MoeConfig", params_b=396.3, active_b=17.0, vision=True,
+        context=4096, fields=qwen3_5(4096, 60, 32, 2, 64, tied=False, **experts(512, 10, 1024)), source=QWEN3_5,
+        tau=MTP_TAU),
     # ---- Qwen2.5 -----------------------------------------------------------------------------------------------------
     "qwen2.5-0.5b": Row(hub="Qwen/Qwen2.5-0.5B-Instruct", config_class="Qwen2Config", params_b=0.494, source=LITGPT,
                         fields=qwen2(896, 4864, 24, 14, 2, 151936, 32768, 1e-6, tied=True)),

@@ -39,7 +39,8 @@ TINY = {
     "HunYuanMoEV1Config": ("text", "hunyuan_v1_moe"), "GptOssConfig": ("text", "gpt_oss"),
     "Gemma3TextConfig": ("text", "gemma3"), "Gemma3Config": ("vision", "gemma3"),
     "Qwen2_5_VLConfig": ("vision", "qwen2_5_vl"), "Qwen3VLConfig": ("vision", "qwen3_vl"),
-    "Qwen3VLMoeConfig": ("vision", "qwen3_vl_moe"), "HunYuanVLConfig": ("vision", "hunyuan_vl"),
+    "Qwen3VLMoeConfig": ("vision", "qwen3_vl_moe"), "Qwen3_5Config": ("vision", "qwen3_5"),
+    "Qwen3_5MoeConfig": ("vision", "qwen3_5_moe"), "HunYuanVLConfig": ("vision", "hunyuan_vl"),
 }  # fmt: skip
 
 
