@@ -5,6 +5,7 @@ knows nothing of rows, files or statistics.
 """
 
 import dataclasses
+import math
 import resource
 import sys
 from collections.abc import Sequence
@@ -123,6 +124,20 @@ def refused_path(one: RoundTrace) -> list[int]:
     return path
 
 
+def promised(one: RoundTrace) -> list[float]:
+    """By level, the chance that one of its nodes is kept, as the drafter gives it; empty where it gives none, or where
+    the answer's end cut the round."""
+    if one.scores is None or one.bonus is None:
+        return []
+    levels = [0]
+    for parent in one.parents[1:]:
+        levels.append(levels[parent] + 1)
+    chances = [0.0] * max(levels)
+    for level, score in zip(levels[1:], one.scores[1:], strict=True):
+        chances[level - 1] += math.exp(score)
+    return chances
+
+
 class InProcessEngine:
     """See `fledge.bench.measure.BenchEngine`."""
 
@@ -162,18 +177,21 @@ class InProcessEngine:
         return answer_text(self.target.tokenizer, token_ids, self.spec.sampling.stop)
 
     def coloured_rounds(self, generation: Generation) -> list[dict[str, Any]]:
-        """A traced generation as text pieces: per round the drafts kept, the first path refused there, the bonus."""
-        said, rounds = (
-            generation.token_ids[:1],
-            [{"kept": [], "refused": "", "bonus": self.text(generation.token_ids[:1])}],
-        )
+        """A traced generation as text pieces: per round the drafts kept, the first path refused there, the bonus, and
+        beside them what was promised."""
+        said = generation.token_ids[:1]
+        first = {"kept": [], "refused": "", "bonus": self.text(said), "promised": []}
+        rounds: list[dict[str, Any]] = [first]
         for one in generation.rounds or []:
             kept = [one.token_ids[node] for node in one.accepted[1:]]
             pieces = self._pieces(said, kept)
             said = said + kept
             refused = "".join(self._pieces(said, refused_path(one)))
             bonus = [] if one.bonus is None else [one.bonus]
-            rounds.append({"kept": pieces, "refused": refused, "bonus": "".join(self._pieces(said, bonus))})
+            rounds.append({
+                "kept": pieces, "refused": refused, "bonus": "".join(self._pieces(said, bonus)),
+                "promised": promised(one),
+            })  # fmt: skip
             said = said + bonus
         return rounds
 

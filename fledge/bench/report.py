@@ -264,6 +264,13 @@ def _acceptance_drawings(sets: dict[str, Any], head: dict[str, Any]) -> dict[str
             [str(length) for length in range(len(shares))], shares, [f"{share:.0%}" for share in shares],
             axis="draft tokens kept in one round", description="rounds by accepted length",
         )  # fmt: skip
+    if calibration := pooled.get("calibration"):
+        lines = {"promised": "predicted", "kept": "accepted"}
+        drawn["calibration"] = charts.lines(
+            [charts.Line(name, [one[key] for one in calibration]) for name, key in lines.items()],
+            [str(position + 1) for position in range(len(calibration))], axis="position of the draft token",
+            percent=True, description="chance promised and share kept",
+        )  # fmt: skip
     if pooled.get("along_output"):
         starts = sorted({one["from"] for figures in own.values() for one in figures["along_output"]})
         series = []

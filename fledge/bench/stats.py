@@ -173,6 +173,7 @@ def acceptance(rows: Sequence[Row]) -> dict[str, Any]:
         ],
         "length_histogram": [sum(kept == length for kept in lengths) for length in range(depth + 1)],
         "along_output": tau_along_output(some),
+        "calibration": calibration(rows),
     }
 
 
@@ -192,6 +193,21 @@ def tau_along_output(some: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for index, (start, end) in enumerate(zip(POSITION_BINS, ends, strict=True))
         if rounds[index]
     ]
+
+
+def calibration(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """By position, over the traced rounds that drafted as far: the mean chance that the drafter gave its drafts to be
+    kept up to there, and the share of rounds that kept them."""
+    rounds = [one for row in rows for turn in row["turns"] for one in turn.get("sample", ()) if one.get("promised")]
+    found = []
+    for position in range(max((len(one["promised"]) for one in rounds), default=0)):
+        drafted = [one for one in rounds if len(one["promised"]) > position]
+        found.append({
+            "rounds": len(drafted),
+            "predicted": float(np.mean([one["promised"][position] for one in drafted])),
+            "accepted": float(np.mean([len(one["kept"]) > position for one in drafted])),
+        })  # fmt: skip
+    return found
 
 
 def speed_model(figures: dict[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class RoundTrace:
     parents: list[int]
     accepted: list[int]  # nodes kept, root first, in order; cut at EOS or the length limit
     bonus: int | None  # the target's own token after the last kept node; None when the cut fell before it
+    scores: list[float] | None = None  # of the nodes; None where the drafter gives none
 
 
 @dataclass(frozen=True)

@@ -296,7 +296,7 @@ class Session:
         whole = emitted == count
         return RoundTrace(
             trees.token_ids[slot].tolist(), trees.parents[slot].tolist(), path[: emitted + (not whole)],
-            bonus if whole else None,
+            bonus if whole else None, None if trees.scores is None else trees.scores[slot].tolist(),
         )  # fmt: skip
 
     # -- slots

@@ -66,11 +66,11 @@ class Budget(Protocol):
     """Decides round by round how much drafting pays (`fledge.decoding.adaptive`). One sequence at a time."""
 
     def deeper(self, beam_scores: Tensor) -> bool:
-        """After a level whose best nodes have these log-probabilities (k,): is another level worth its time?"""
+        """After a level whose best nodes have these log-chances (k,): is another level worth its time?"""
         ...
 
     def num_nodes(self, scores: Tensor, at_most: int) -> int:
-        """How many candidates with these log-probabilities (C,) to verify, the best first."""
+        """How many candidates with these log-chances (C,) to verify, the best first."""
         ...
 
 

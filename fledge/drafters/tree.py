@@ -69,6 +69,7 @@ class Trees:
     parents: Tensor  # (B, N) int64; the root is its own parent
     levels: Tensor  # (B, N) int64; 0 for the root
     ancestors: Tensor  # (B, N, N) bool; row: node; True for its ancestors and itself
+    scores: Tensor | None = None  # (B, N) log of the chance the drafter gives each node; None: it gives none
 
     @property
     def num_nodes(self) -> int:
@@ -106,7 +107,7 @@ def filled_up(trees: Trees, multiple: int) -> Trees:
         torch.cat((trees.parents, last + steps), dim=1),
         torch.cat((trees.levels, trees.levels[:, -1:] + 1 + steps), dim=1),
         torch.cat((F.pad(trees.ancestors, (0, missing)), torch.cat((its_line, own), dim=2)), dim=1),
-    )
+    )  # what is only verified needs no scores
 
 
 def candidate_levels(width: int, num_levels: int) -> Tensor:
@@ -138,6 +139,7 @@ def build_trees(
         parents=node_parents,
         levels=torch.cat((zero, levels[chosen]), dim=1),
         ancestors=ancestors_of(node_parents, num_levels),
+        scores=torch.cat((torch.zeros_like(scores[:, :1]), scores.gather(1, chosen)), dim=1),
     )
 
 

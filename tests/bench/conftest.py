@@ -98,7 +98,8 @@ class FakeEngine:
         return (EOS,)
 
     def coloured_rounds(self, generation):
-        return [{"kept": ["<b>", " kept"], "refused": " refused & gone", "bonus": " bonus"}]
+        kept = {"kept": ["<b>", " kept"], "refused": " refused & gone", "bonus": " bonus"}
+        return [{**kept, "promised": [0.75, 0.25, 0.125]}, {**kept, "kept": [], "promised": [0.5]}]
 
     def peak_memory_bytes(self):
         return 1_000_000

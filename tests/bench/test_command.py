@@ -1,6 +1,8 @@
 """A tiny target with an untrained head: the documented command line, and every flag that decoding sees."""
 
+import dataclasses
 import json
+import math
 import runpy
 import shutil
 import subprocess
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fledge.bench.engine import EngineSpec, InProcessEngine, refused_path
+from fledge.bench.engine import EngineSpec, InProcessEngine, promised, refused_path
 from fledge.bench.rows import read_rows
 from fledge.bench.run import bench
 from fledge.bench.settings import BenchSettings
@@ -148,7 +150,10 @@ def test_greedy_outputs_are_identical_and_the_costs_add_up(run_bench):
     assert figures["quality"]["identical"] == figures["quality"]["compared"] == 4
     assert 1 <= figures["acceptance"]["tau"] <= 7
     assert figures["speedup"]["value"] == pytest.approx(figures["model"]["predicted"], rel=1e-6)
-    assert all(set(one) == {"kept", "refused", "bonus"} for one in rows[0]["turns"][0]["sample"])
+    sample = rows[0]["turns"][0]["sample"]
+    assert all(set(one) == {"kept", "refused", "bonus", "promised"} for one in sample)
+    chances = [chance for one in sample for chance in one["promised"]]
+    assert chances and all(0 < chance < 1.0001 for chance in chances)
 
 
 def test_coloured_rounds_spell_the_answer(engine):
@@ -162,11 +167,20 @@ def test_coloured_rounds_spell_the_answer(engine):
     ]
     made = Generation(ids, [1, 0, 4], 2, "length", 0.0, 0.0, {}, 3, rounds)
     assert engine.coloured_rounds(made) == [
-        {"kept": [], "refused": "", "bonus": "h"},
-        {"kept": [""], "refused": "\ufffd?", "bonus": "é"},
-        {"kept": [], "refused": "??", "bonus": ","},
-        {"kept": [" ", "y", "o", "u"], "refused": "", "bonus": "!"},
+        {"kept": [], "refused": "", "bonus": "h", "promised": []},
+        {"kept": [""], "refused": "\ufffd?", "bonus": "é", "promised": []},
+        {"kept": [], "refused": "??", "bonus": ",", "promised": []},
+        {"kept": [" ", "y", "o", "u"], "refused": "", "bonus": "!", "promised": []},
     ]
+
+
+def test_a_round_promises_what_its_scores_say():
+    """root -> a b; a -> c: by level the sum of the chances. A round that was cut promised more than it could keep."""
+    scores = [0.0, math.log(0.5), math.log(0.25), math.log(0.125)]
+    one = RoundTrace([1, 10, 20, 30], [0, 0, 0, 1], accepted=[0], bonus=9, scores=scores)
+    assert promised(one) == pytest.approx([0.75, 0.125])
+    assert promised(dataclasses.replace(one, bonus=None)) == []
+    assert promised(dataclasses.replace(one, scores=None)) == []
 
 
 def test_tree_flags_change_the_tree(run_bench, tmp_path):

@@ -24,11 +24,11 @@ def test_the_page_shows_every_part(folder):
     page = (folder / "report.html").read_text()
     parts = (
         "Results per data set", "Speed-up", "Where the time goes", "From τ to the speed-up", "Draft tokens kept",
-        "Acceptance by position", "given the one before", "τ along the answer", "Are the answers as good",
-        "What drafting looks like", "How it was measured",
+        "Acceptance by position", "given the one before", "τ along the answer", "Promised and kept",
+        "Are the answers as good", "What drafting looks like", "How it was measured",
     )  # fmt: skip
     assert [part for part in parts if part not in page] == []
-    assert page.count("<svg") == 7
+    assert page.count("<svg") == 8
 
 
 def test_samples_are_escaped_and_coloured(folder):

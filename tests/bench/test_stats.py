@@ -114,6 +114,20 @@ def test_bias_every_turn_counts():
 # -- definitions ------------------------------------------------------------------------------------------------------
 
 
+def test_promises_are_compared_with_what_was_kept():
+    """By position, over the rounds that drafted as far; rounds without a promise do not count."""
+    rounds = [
+        {"kept": [], "promised": []}, {"kept": ["a", "b"], "promised": [0.75, 0.5]},
+        {"kept": [], "promised": [0.25, 0.25]}, {"kept": ["a"], "promised": [0.5]},
+    ]  # fmt: skip
+    one = row(0, record(7, 1.0), record(7, 1.0, accepted=[2, 2], depth=3))
+    assert acceptance([one])["calibration"] == []
+    one["turns"][0]["sample"] = rounds
+    assert acceptance([one])["calibration"] == [
+        {"rounds": 3, "predicted": 0.5, "accepted": 2 / 3}, {"rounds": 2, "predicted": 0.375, "accepted": 0.5},
+    ]  # fmt: skip
+
+
 def test_tau_micro_pools_rounds_and_macro_averages_questions():
     rows = [
         row(0, record(7, 1.0), record(7, 1.0, accepted=[2, 2], depth=3)),  # 6 / 2

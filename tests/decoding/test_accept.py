@@ -142,7 +142,8 @@ def trees_of(token_ids: list[int], parents: list[int]) -> Trees:
 
 
 def stacked(trees: list[Trees]) -> Trees:
-    return Trees(*(torch.cat([getattr(one, name) for one in trees]) for name in vars(trees[0])))
+    names = ("token_ids", "parents", "levels", "ancestors")
+    return Trees(*(torch.cat([getattr(one, name) for one in trees]) for name in names))
 
 
 # root 9 -> a b; a -> c d; c -> e        nodes: root a b c d e

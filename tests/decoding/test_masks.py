@@ -87,7 +87,8 @@ def test_trees_of_a_batch_are_each_alone(kind):
     batch = Trees(torch.zeros_like(parents), parents, levels, ancestors_of(parents, 3))
     found = masks(kind).trees(lengths, batch, 12, whole=False)
     for row, length in enumerate(lengths.tolist()):
-        one = Trees(*(getattr(batch, name)[row : row + 1] for name in vars(batch)))
+        names = ("token_ids", "parents", "levels", "ancestors")
+        one = Trees(*(getattr(batch, name)[row : row + 1] for name in names))
         alone = masks(kind).trees(lengths[row : row + 1], one, length + 4, whole=True)
         assert seen(found[row : row + 1]) == [[*line, *[0] * (8 - length)] for line in seen(alone)]
     assert found.shape == (2, 1, 4, 12)

@@ -4,6 +4,7 @@ A product tree is DFlash's (no Markov head), a conditional one DSpark's.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,7 @@ from block_reference import block_states, draft_logits, tiny_block
 from tiny import NAMES, prompt, tiny_model, tiny_target
 
 from fledge.decoding.accept import distribution
+from fledge.decoding.adaptive import AdaptiveBudget
 from fledge.decoding.generate import Sampling, generate, generate_batch
 from fledge.drafters.base import Emitted
 from fledge.drafters.dspark.model import BlockDraft
@@ -74,7 +76,7 @@ def paths(parents: list[int], tokens: list[int]) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("draft_type, overrides", KINDS)
 def test_scores_are_those_of_all_paths(draft_type, overrides):
-    """Brute force: the log-probability of every path over four draft tokens, three levels deep, from the definition.
+    """Brute force: the log-chance of every path over four draft tokens, three levels deep, from the definition.
 
     Every candidate has the score of its path, and the candidates are the best children of the best nodes."""
     target, ids = tiny_target("llama"), prompt(12)
@@ -90,7 +92,9 @@ def test_scores_are_those_of_all_paths(draft_type, overrides):
         for path in itertools.product(range(4), repeat=length):
             before, total = [ids[-1], *(vocab[token] for token in path)], 0.0
             for number, token in enumerate(path):
-                total += draft_logits(draft, states, number, before[number]).log_softmax(-1)[token].item()
+                q = draft_logits(draft, states, number, before[number]).softmax(-1)
+                trust = confidence_of(draft, states, number, before[number])
+                total += math.log(q[token] * min(1.0, trust / q.max().item()))
             expected[tuple(before[1:])] = total
     found = dict(zip(map(tuple, paths(parents.tolist(), tokens.tolist())), scores.tolist(), strict=True))
     assert len(found) == len(candidate_levels(4, 3)) == 36
@@ -98,6 +102,36 @@ def test_scores_are_those_of_all_paths(draft_type, overrides):
         assert score == pytest.approx(expected[path], abs=1e-4)
     best = sorted((path for path in expected if len(path) == 2), key=expected.__getitem__)[-4:]
     assert {path[:2] for path in found if len(path) == 3} == set(best)
+
+
+def confidence_of(draft: BlockDraft, states: torch.Tensor, number: int, before: int) -> float:
+    """What the confidence head says of a slot's draft behind the token `before`; 1 without such a head."""
+    if draft.confidence_head is None:
+        return 1.0
+    embedding = draft.markov_head.markov_w1.weight[before]
+    return draft.confidence_head.proj(torch.cat((states[number + draft.config.first_slot], embedding))).sigmoid().item()
+
+
+@pytest.mark.parametrize("shape", [CHAIN, TREE])
+def test_a_budget_verifies_what_the_confidence_head_believes_in(shape):
+    """Sure of every slot, the head has all of a block verified; sure of none, one draft. The text is the target's."""
+    target, ids = tiny_target("llama"), prompt(12)
+    draft = tiny_block(target, "dspark", draft_vocab_size=4)
+    draft.confidence_head.proj.weight.data.zero_()
+    draft.norm.weight.data.mul_(8)  # sure of its tokens: what is left is what the confidence head says
+    plain = generate(target, None, ids, max_new_tokens=16, eos_token_ids=()).token_ids
+    sizes = []
+    for bias in (9.0, -9.0):
+        draft.confidence_head.proj.bias.data.fill_(bias)
+        costs = {"verify_s": {nodes: 1 + 0.01 * nodes for nodes in range(1, 17)}, "overhead_s": 0.0}
+        budget = AdaptiveBudget(plain_s=1.0, draft_s={level: 1e-3 * level for level in range(1, 9)}, **costs)
+        proposer = committed(target, draft, ids, shape, 5)
+        emitted = Emitted(torch.tensor([ids[-1:]]), torch.tensor([1]), None, torch.tensor([11]))
+        assert budget.drafts()
+        sizes.append(proposer.propose(emitted, shape.levels, 30, budget).num_nodes)
+        found = generate(target, draft, ids, tree=shape, max_new_tokens=16, eos_token_ids=(), budget=budget)
+        assert found.token_ids == plain
+    assert sizes[0] > 5 and sizes[1] == 2
 
 
 def test_conditional_branches_differ_and_product_branches_do_not():

@@ -200,5 +200,8 @@ class BlockDraft(BoundHead):
     def confidence(self, normed: Tensor, before: Tensor) -> Tensor:
         """Logits of acceptance (..) of the drafts of these states (.., H) behind the tokens `before` (..)."""
         assert self.confidence_head is not None
-        states = normed if self.markov_head is None else torch.cat((normed, self.markov_states(before)), dim=-1)
+        states = normed
+        if self.markov_head is not None:
+            embeddings = self.markov_states(before)
+            states = torch.cat((normed.expand(*embeddings.shape[:-1], -1), embeddings), dim=-1)
         return self.confidence_head.proj(states)[..., 0]

@@ -10,7 +10,10 @@ target states of positions 0 .. L-1. The root's own states do not exist yet. One
 Each slot gives a distribution of the token at its place. Without a Markov head the slots do not know of each other's
 choices, and the tree is their product: the children of every node of a level are the same tokens. With one, log-odds
 by the parent's token are added, so nodes of one level have different children. A node's score is the sum of the
-log-probabilities along its path; the best `width` nodes of a level get children (as EAGLE-2 has it).
+log-chances along its path; the best `width` nodes of a level get children (as EAGLE-2 has it). The chance of a child is
+the draft's probability q. A confidence head says how likely the draft of a slot is to be accepted, c; where it trusts
+the likeliest child less than the draft does, all children have less of a chance: q min(1, c / max q). In a chain that
+is min(q, c), and its products along the block are DSpark's survival. A budget stops where these chances do not pay.
 
 No shape depends on what was drafted or accepted unless a budget cuts levels or nodes.
 """
@@ -18,6 +21,7 @@ No shape depends on what was drafted or accepted unless a budget cuts levels or 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.drafters.base import Budget, Emitted
@@ -48,7 +52,8 @@ class BlockProposer:
         self._levels = levels.to(weight.device)
         self._ids = torch.arange(self.width, device=weight.device)
         self._blocked = torch.finfo(weight.dtype).min
-        self._logits: Tensor | None = None  # (B, levels, D) of the slots, before the Markov head
+        self._states: Tensor | None = None  # (B, levels, H) of the slots that draft
+        self._logits: Tensor | None = None  # (B, levels, D) of them, before the Markov head
         self._roots: Tensor | None = None  # (B, 1)
 
     def reserve(self, capacity: int) -> None:
@@ -76,7 +81,8 @@ class BlockProposer:
         self._roots = emitted.roots
         normed = self._forward(emitted.roots[:, 0], lengths, num_keys)
         first = self.draft.config.first_slot
-        self._logits = self.draft.logits(normed[:, first : first + self.num_levels])
+        self._states = normed[:, first : first + self.num_levels]
+        self._logits = self.draft.logits(self._states)
 
     def _forward(self, anchors: Tensor, lengths: Tensor, num_keys: int) -> Tensor:
         """Normed states (B, S, H) of the blocks that begin with `anchors` (B,) at positions `lengths` (B,)."""
@@ -120,15 +126,15 @@ class BlockProposer:
         """Scores, target ids and parents (B, C) of all drafts, level by level; parent -1 is the root."""
         assert self._roots is not None, "follow comes before propose"
         batch, width = len(lengths), self.width
-        log_probs, tokens = self._children(0, self._roots)  # (B, 1, k)
-        beam_scores, beam_tokens, beam_ids = log_probs[:, 0], tokens[:, 0], self._ids.expand(batch, -1)
+        chances, tokens = self._children(0, self._roots)  # (B, 1, k)
+        beam_scores, beam_tokens, beam_ids = chances[:, 0], tokens[:, 0], self._ids.expand(batch, -1)
         scores, all_tokens, parents = [beam_scores], [beam_tokens], [torch.full_like(beam_ids, -1)]
         num_candidates = width
         for level in range(1, min(num_levels, self.num_levels)):
             if budget is not None and not budget.deeper(beam_scores[0]):
                 break
-            log_probs, tokens = self._children(level, beam_tokens)  # (B, k, k)
-            scores.append((beam_scores[..., None] + log_probs).flatten(1))
+            chances, tokens = self._children(level, beam_tokens)  # (B, k, k)
+            scores.append((beam_scores[..., None] + chances).flatten(1))
             all_tokens.append(tokens.flatten(1))
             parents.append(beam_ids.repeat_interleave(width, dim=1))
             beam_scores, best = scores[-1].topk(width, dim=-1)
@@ -137,12 +143,16 @@ class BlockProposer:
         return torch.cat(scores, dim=1), torch.cat(all_tokens, dim=1), torch.cat(parents, dim=1)
 
     def _children(self, level: int, parents: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and target ids (B, n, k) of the best tokens of a level behind each parent token (B, n)."""
-        assert self._logits is not None
+        """Log-chances and target ids (B, n, k) of the best tokens of a level behind each parent token (B, n)."""
+        assert self._states is not None and self._logits is not None
         logits = self._logits[:, level, None].float()  # (B, 1, D)
         if self.draft.markov_head is not None:
             logits = logits + self.draft.markov_logits(parents).float()
         log_probs, draft_ids = best_scores(logits, self.width)
+        if self.draft.confidence_head is not None:
+            trust = F.logsigmoid(self.draft.confidence(self._states[:, level, None], parents).float())
+            log_probs = log_probs + (trust[..., None] - log_probs[..., :1]).clamp_max(0)
+            log_probs = log_probs.nan_to_num_(nan=float("-inf"), neginf=float("-inf"))
         shape = (*parents.shape, self.width)
         return log_probs.expand(shape), self.draft.target_ids(draft_ids).expand(shape)
 
