@@ -70,19 +70,43 @@ def header(name: str, row: Row) -> list[str]:
     lines += ["", f"Expected tau: {figure}" + (f"\nin docs{origin}." if origin else ".")]
     if row.tau and "AngelSlim" in row.tau:
         lines += ["A chain of a length that page does not state: not comparable with a tree's tau."]
-    return lines
+    return [*lines, "", *as_block_draft(name, row)]
 
 
-def costs(row: Row) -> list[str]:
+def as_block_draft(name: str, row: Row) -> list[str]:
+    """The flags that make a DSpark draft of the same recipe, and what changes by them."""
+    lines = ["As a block draft (docs/block-drafters.md), every token of the vocabulary proposed:", "",
+             f"  fledge train --config configs/{name}.yaml --draft-type dspark --draft-vocab-size 0 \\",
+             f"      --output-dir outputs/{name}-dspark{'' if offline(row) else ' --data DATA'}"]  # fmt: skip
+    if row.missing:
+        return lines
+    document = planned(row, "dspark", 0)
+    run, memory = document["run"], document["memory_gib"]
+    online = "" if offline(row) else f"{memory['online']['peak']:.1f} GiB online, "
+    hours = "" if offline(row) else f"{run['hours_online']:.1f} online, "
+    return [
+        *lines, "",
+        f"  memory    {online}{memory['offline']['peak']:.1f} GiB from stored states, blocks of 7, 512 of a sample",
+        f"  hours     {hours}{run['hours_offline']:.1f} from stored states",
+        f"  draft     {run['draft_parameters'] / 1e6:.0f} M trained parameters",
+    ]  # fmt: skip
+
+
+def planned(row: Row, draft_type: str, draft_vocab_size: int) -> dict[str, Any]:
     """What `fledge plan` says: arithmetic, not measurements."""
     with tempfile.TemporaryDirectory() as folder:
         full_config(row).save_pretrained(folder)
-        document = estimate(
+        return estimate(
             PlanArgs(
-                target=folder, num_tokens=TOKENS, hardware="h200", num_train_epochs=EPOCHS,
-                model_max_length=row.context, ttt_steps=TTT_STEPS, draft_vocab_size=DRAFT_VOCAB,
+                target=folder, num_tokens=TOKENS, hardware="h200", num_train_epochs=EPOCHS, draft_type=draft_type,
+                model_max_length=row.context, ttt_steps=TTT_STEPS, draft_vocab_size=draft_vocab_size,
             )
         )  # fmt: skip
+
+
+def costs(row: Row) -> list[str]:
+    """What training an EAGLE-3 head takes."""
+    document = planned(row, "eagle3", DRAFT_VOCAB)
     run, memory = document["run"], document["memory_gib"]
     weights = memory["online"]["target"]
     need = f"{smallest(memory['offline']['peak'])} to train from stored states"

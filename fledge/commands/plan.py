@@ -10,7 +10,7 @@ import json
 import math
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fledge.console import say, show_table, warn
 from fledge.data.settings import TemplateSettings
@@ -18,7 +18,10 @@ from fledge.errors import UserError, nearest
 from fledge.ranges import Count, Natural, Positive
 from fledge.storage.settings import StorageSettings
 from fledge.target.settings import PrefillSettings, TargetSettings
-from fledge.train.settings import UnrollSettings
+from fledge.train.settings import BlockSettings, UnrollSettings
+
+if TYPE_CHECKING:
+    from fledge.train.costs import StepCosts
 
 GIB = 2**30
 # name -> memory in GiB, dense bf16 TFLOP/s as the makers state them
@@ -34,7 +37,7 @@ ROOM = 0.94  # share of a GPU's memory that can be used: the rest is lost betwee
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanArgs(TargetSettings, PrefillSettings, TemplateSettings, UnrollSettings, StorageSettings):
+class PlanArgs(TargetSettings, PrefillSettings, TemplateSettings, UnrollSettings, BlockSettings, StorageSettings):
     """What is planned."""
 
     target: str
@@ -53,8 +56,8 @@ class PlanArgs(TargetSettings, PrefillSettings, TemplateSettings, UnrollSettings
     """Sequences per device and step."""
     num_train_epochs: Positive = 10
     """Passes over the data."""
-    draft_vocab_size: Natural = 32_000
-    """Target tokens the draft may propose. 0: all."""
+    draft_vocab_size: Natural | None = None
+    """Target tokens the draft may propose. 0: all. None: 32000; all, of a block draft."""
     activation_checkpointing: bool = False
     """Compute TTT steps again in the backward."""
     bf16: bool = True
@@ -104,37 +107,22 @@ def estimate(args: PlanArgs) -> dict[str, Any]:
     """Everything `fledge plan` prints, as one document."""
     from transformers import AutoConfig
 
-    from fledge.drafters.eagle3.config import derive
-    from fledge.target.record import default_tap_layers
-    from fledge.train.memory import flop_per_step, num_parameters, step_memory
-
-    if not args.draft_type.startswith("eagle"):
-        raise UserError(f"--draft-type {args.draft_type}: only EAGLE-3 heads can be planned so far.")
     device_memory, tflops, device_type = hardware(args)
     config = AutoConfig.from_pretrained(args.target)
     text = config.get_text_config()
-    target = target_size(config)
-    draft = derive(
-        text, vocab_size=text.vocab_size, tap_layers=default_tap_layers(text.num_hidden_layers),
-        draft_vocab_size=args.draft_vocab_size or text.vocab_size, eagle31=args.draft_type == "eagle3.1",
-    )  # fmt: skip
+    target, costs = target_size(config), costs_of(args, text)
     work = count(args)
     mean = work.tokens / max(work.conversations, 1)
     share = work.supervised / max(work.tokens, 1)
 
-    def memory(rows: int) -> Any:
-        active = min(rows, round(rows * share) + args.ttt_steps) // args.sequence_parallel
-        return step_memory(
-            draft, rows=rows, active_rows=active, ttt_steps=args.ttt_steps, bf16=args.bf16,
-            recompute=args.activation_checkpointing, state_bytes=target.bytes_per_number, device_type=device_type,
-            survival=args.depth_survival,
-        )  # fmt: skip
-
-    def sides(rows: int, length: int) -> dict[str, dict[str, float]]:
-        step, ends = memory(rows), target.ends * target.bytes_per_number
+    def sides(sequences: int, length: int) -> dict[str, dict[str, float]]:
+        step = costs.memory(
+            sequences, length, share, bf16=args.bf16, state_bytes=target.bytes_per_number, device_type=device_type
+        )
+        ends = target.ends * target.bytes_per_number
         shared = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
         online = target.parameters * target.bytes_per_number
-        forward = target.bytes_per_number * forward_numbers(text, draft, length, args.prefill_chunk)
+        forward = target.bytes_per_number * forward_numbers(text, costs.config, length, args.prefill_chunk)
         runtime = RUNTIME_BYTES if device_type == "cuda" else 0
         return {
             "offline": {**shared, "target": ends, "target's forward": 0, "runtime": runtime,
@@ -143,26 +131,21 @@ def estimate(args: PlanArgs) -> dict[str, Any]:
                        "peak": step.peak + online + runtime + forward},
         }  # fmt: skip
 
-    rows = args.per_device_train_batch_size * args.model_max_length
-    needed = sides(rows, args.model_max_length)
+    needed = sides(args.per_device_train_batch_size, args.model_max_length)
     groups = max(1, args.num_gpus_total // args.sequence_parallel)
     steps = math.ceil(work.conversations / args.per_device_train_batch_size / groups)
-    per_row = flop_per_step(
-        draft, rows=round(mean), active_rows=min(round(mean), round(mean * share) + args.ttt_steps),
-        taught=round(mean * share), ttt_steps=args.ttt_steps, survival=args.depth_survival,
-    )  # fmt: skip
-    train_flop = per_row * work.conversations * args.num_train_epochs
+    train_flop = costs.flop(round(mean), share) * work.conversations * args.num_train_epochs
     target_flop = 2.0 * target.active * work.tokens
     speed = tflops * 1e12 * args.num_gpus_total * 3600
     train_h, target_h = train_flop / speed / TRAIN_EFFICIENCY, target_flop / speed / TARGET_EFFICIENCY
     longest = {
-        side: longest_that_fits(lambda length, side=side: sides(length, length)[side]["peak"], device_memory * GIB)
+        side: longest_that_fits(lambda length, side=side: sides(1, length)[side]["peak"], device_memory * GIB)
         for side in ("offline", "online")
     }  # fmt: skip
     run = {
         "conversations": work.conversations, "tokens": work.tokens, "supervised_tokens": work.supervised,
-        "target_parameters": target.parameters, "draft_parameters": sum(num_parameters(draft).values()),
-        "steps_per_epoch": steps, "store_gib": round(store_bytes(args, target, draft, work) / GIB, 2),
+        "target_parameters": target.parameters, "draft_parameters": costs.parameters, "steps_per_epoch": steps,
+        "store_gib": round(store_bytes(args, target, costs.config, work) / GIB, 2),
         "train_flop": f"{train_flop:.2e}", "target_flop_per_epoch": f"{target_flop:.2e}",
         "hours_offline": round(train_h + target_h, 2),
         "hours_online": round(train_h + target_h * args.num_train_epochs, 2),
@@ -184,14 +167,46 @@ def forward_numbers(text: Any, draft: Any, length: int, prefill_chunk: int) -> i
     return part * (6 * text.hidden_size + 3 * draft.intermediate_size) + cached
 
 
+def costs_of(args: PlanArgs, text: Any) -> "StepCosts":
+    """The costs of the draft that `fledge train` derives for this target."""
+    from fledge.drafters.dspark.config import derive_block, usual_block_taps
+    from fledge.drafters.eagle3.config import derive
+    from fledge.target.record import default_tap_layers
+    from fledge.train.costs import BlockCosts, EagleCosts
+    from fledge.train.eagle import DEFAULT_DRAFT_VOCAB
+
+    layers, wanted = text.num_hidden_layers, args.draft_vocab_size
+    if args.draft_type == "dflash" or args.draft_type == "dspark":
+        if args.activation_checkpointing:
+            raise UserError(f"--activation-checkpointing: a {args.draft_type} draft has no steps to compute again.")
+        if args.sequence_parallel > 1:
+            raise UserError(
+                f"--sequence-parallel: a {args.draft_type} draft's sequences are not divided. Leave it out."
+            )
+        given = {"num_layers": args.draft_layers, "block_size": args.block_size}
+        block = derive_block(
+            text, args.draft_type, vocab_size=text.vocab_size, tap_layers=usual_block_taps(layers), mask_token_id=0,
+            draft_vocab_size=wanted, overrides={name: value for name, value in given.items() if value is not None},
+        )  # fmt: skip
+        return BlockCosts(block, args.num_anchors)
+    size = DEFAULT_DRAFT_VOCAB if wanted is None else wanted or text.vocab_size
+    draft = derive(
+        text, vocab_size=text.vocab_size, tap_layers=default_tap_layers(layers), draft_vocab_size=size,
+        eagle31=args.draft_type == "eagle3.1",
+    )  # fmt: skip
+    return EagleCosts(draft, args.ttt_steps, args.depth_survival, args.activation_checkpointing, args.sequence_parallel)
+
+
 def warnings(memory: dict[str, dict[str, float]], device_gib: float, args: PlanArgs, longest: dict) -> list[str]:
     """What does not fit, and what to do."""
     found = []
     for side in ("offline", "online"):
         if memory[side]["peak"] > ROOM * device_gib:
+            is_block = args.draft_type in ("dflash", "dspark")
+            leaner = f"lower --num_anchors {args.num_anchors}" if is_block else "set --activation_checkpointing"
             what = (
                 f"lower --per_device_train_batch_size {args.per_device_train_batch_size} or --model_max_length "
-                f"{args.model_max_length}, or set --activation_checkpointing"
+                f"{args.model_max_length}, or {leaner}"
                 if longest[side]
                 else "even one short sequence does not fit: shard the draft (FSDP, ZeRO), and the target over GPUs"
             )

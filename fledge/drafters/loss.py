@@ -200,14 +200,21 @@ class _Sums:
         self.losses, self.overlaps = torch.zeros(num_pairs, device=device), torch.zeros(num_pairs, device=device)
         self.hits = torch.zeros(num_pairs, dtype=torch.bool, device=device)
         self.covered = torch.zeros((), dtype=torch.int64, device=device)
-        self.buffers: dict[str, Tensor] = {}
+        self.scratch = Scratch(device)
 
-    def scratch(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Scratch memory that all chunks share: fresh pages cost as much as what is written to them."""
+
+class Scratch:
+    """Memory that all chunks share: fresh pages cost as much as what is written to them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._buffers = device, dict[str, Tensor]()
+
+    def __call__(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+        """The buffer of this name, which holds anything."""
         size = math.prod(shape)
-        if name not in self.buffers or self.buffers[name].numel() < size:
-            self.buffers[name] = torch.empty(size, dtype=dtype, device=self.states.device)
-        return self.buffers[name][:size].view(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = torch.empty(size, dtype=dtype, device=self._device)
+        return self._buffers[name][:size].view(shape)
 
 
 def _add_chunk(

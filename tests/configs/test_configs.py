@@ -155,16 +155,21 @@ def test_an_unknown_key_of_a_recipe_is_refused(tmp_path):
         parse_args(TrainArgs, ["--config", str(path)], prog="fledge train", description="")
 
 
+def tiny(config_class: str, folder: Path) -> Path:
+    """A tiny target of this architecture, saved."""
+    sort, row = TINY[config_class]
+    layers: dict = {"num_hidden_layers": 8}
+    if row in ("gemma3", "gpt_oss"):
+        layers["layer_types"] = ["sliding_attention", "full_attention"] * 4
+    return (save_target if sort == "text" else save_vlm)(folder, row, **layers)
+
+
 @pytest.mark.parametrize(("config_class", "stored"), KINDS, ids=[f"{c}-{'stored' if s else 'live'}" for c, s in KINDS])
 def test_the_recipe_trains_a_tiny_target(config_class, stored, tmp_path, capsys, monkeypatch):
     """As it stands but for the target, the paths, one step and a vocabulary of 64."""
     monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path / "cache"))
     name = next(name for name in TARGETS if kind(name) == (config_class, stored))
-    sort, row = TINY[config_class]
-    layers: dict = {"num_hidden_layers": 8}
-    if row in ("gemma3", "gpt_oss"):
-        layers["layer_types"] = ["sliding_attention", "full_attention"] * 4
-    target = (save_target if sort == "text" else save_vlm)(tmp_path / "target", row, **layers)
+    target = tiny(config_class, tmp_path / "target")
     data = write_conversations(tmp_path / "data.jsonl", 60 if not stored else 4)
     flags = ["--output_dir", str(tmp_path / "head"), "--max_steps", "1", "--draft_vocab_size", "64",
              "--eval_strategy", "no", "--per_device_train_batch_size", "2", "--bf16", "False"]  # fmt: skip
@@ -177,3 +182,34 @@ def test_the_recipe_trains_a_tiny_target(config_class, stored, tmp_path, capsys,
     head = json.loads((tmp_path / "head" / "config.json").read_text())
     assert head["draft_vocab_size"] == 64 and (tmp_path / "head" / "model.safetensors").is_file()
     assert json.loads((tmp_path / "head" / "train_config.json").read_text())["ttt_steps"] == 7
+
+
+def block_flags(name: str) -> list[str]:
+    """The flags that the header of a recipe gives for a block draft, behind those of the recipe itself."""
+    lines = [line.removeprefix("#").strip() for line in (CONFIGS / f"{name}.yaml").read_text().splitlines()]
+    start = next(number for number, line in enumerate(lines) if "--draft-type dspark" in line)
+    words = f"{lines[start].removesuffix(chr(92))} {lines[start + 1]}".split()
+    assert words[:4] == ["fledge", "train", "--config", f"configs/{name}.yaml"]
+    return words[4:]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_block_flags_of_a_recipe_are_accepted(name):
+    args = parsed(name, *block_flags(name))
+    assert (args.draft.draft_type, args.draft.draft_vocab_size) == ("dspark", 0)
+    assert args.trainer.output_dir == f"outputs/{name}-dspark"
+    assert ("DATA" in args.inputs.data) is not make.offline(TARGETS[name])
+
+
+@pytest.mark.parametrize("name", ["qwen3-8b", "qwen2.5-vl-7b"])
+def test_a_recipe_trains_a_block_draft(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path / "cache"))
+    target = tiny(TARGETS[name].config_class, tmp_path / "target")
+    data = write_conversations(tmp_path / "data.jsonl", 60)
+    train(parsed(
+        name, *block_flags(name), "--target", str(target), "--data", str(data), "--output-dir", str(tmp_path / "draft"),
+        "--max_steps", "1", "--eval_strategy", "no", "--per_device_train_batch_size", "2", "--bf16", "False",
+        "--num-anchors", "4",
+    ))  # fmt: skip
+    head = json.loads((tmp_path / "draft" / "config.json").read_text())
+    assert head["architectures"] == ["Qwen3DSparkModel"] and head["draft_vocab_size"] == head["vocab_size"]

@@ -154,7 +154,7 @@ def slow_loss(draft: BlockDraft, batch: Batch, settings: BlockLossSettings) -> T
 @pytest.mark.parametrize("position_weights", ["fixed", "dynamic"])
 @pytest.mark.parametrize("overrides", KINDS[:3])
 def test_loss_and_gradients_are_the_formulas(overrides, kind, position_weights, monkeypatch):
-    monkeypatch.setattr("fledge.drafters.dspark.loss.pairs_per_chunk", lambda *sizes, **flags: 10)
+    monkeypatch.setattr("fledge.drafters.dspark.loss.pairs_of_chunk", lambda *sizes, **flags: 10)
     average = "token" if kind == "kl" else "sequence"
     settings = BlockLossSettings(kind=kind, position_weights=position_weights, average=average)
     draft, batch = make_block_draft(**overrides), pack(RECORDS["packed"] + RECORDS["two turns"])

@@ -24,9 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.drafters.batch import sent
-from fledge.drafters.cpu_kernels import is_argmax, pad_index, product
+from fledge.drafters.cpu_kernels import MULTIPLE, is_argmax, pad_index, product
 from fledge.drafters.dspark.blocks import Blocks
-from fledge.drafters.loss import Average, LossOutput, PositionWeights, Teacher, TeacherChunk, pairs_per_chunk
+from fledge.drafters.loss import (
+    CHUNK_BYTES,
+    WEIGHT_ROWS,
+    Average,
+    LossOutput,
+    PositionWeights,
+    Scratch,
+    Teacher,
+    TeacherChunk,
+)
 from fledge.drafters.position_weights import CONFIDENCE_FLOOR, dynamic_weights
 
 # b blocks, K drafts of a block, M supervised pairs of a block and a draft, m of a chunk, C teacher positions of a chunk
@@ -35,6 +44,8 @@ from fledge.drafters.position_weights import CONFIDENCE_FLOOR, dynamic_weights
 BlockLossKind = Literal["ce", "ce+tv", "kl"]
 MIX = {"ce": (1.0, 0.0), "ce+tv": (0.1, 0.9), "kl": (1.0, 0.0)}  # of CE and TV
 DECAY = 4.0  # drafts until a fixed weight has fallen to 1 / e
+LEAST_PAIRS = {"cpu": 128, "cuda": 512}  # of a chunk
+TINY = 1e-30  # the least mass to divide by; a pair with less of it does not count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,24 +155,16 @@ class _FusedBlockLoss(torch.autograd.Function):
         ctx: Any, states: Tensor, embeddings: Tensor | None, markov: Tensor | None, heads: BlockHeads,
         teacher: Teacher, pairs: BlockPairs, settings: BlockLossSettings, wants_grad: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        device, num_pairs = states.device, len(states)
-        made = _Results(
-            total=torch.zeros((), device=device),
-            losses=torch.zeros(num_pairs, device=device),
-            hits=torch.zeros(num_pairs, dtype=torch.bool, device=device),
-            overlaps=torch.zeros(num_pairs, device=device),
-            covered=torch.zeros(num_pairs, dtype=torch.bool, device=device),
-            grad_states=torch.zeros_like(states) if wants_grad else None,
-            grad_embeddings=torch.zeros_like(embeddings) if wants_grad and embeddings is not None else None,
-            grad_markov=torch.zeros_like(markov, dtype=torch.float32) if wants_grad and markov is not None else None,
-        )
-        for blocks, part in _chunks(pairs, len(heads.draft_ids), len(heads.t2d), device.type, teacher.is_short):
-            _add_chunk(made, part, blocks, states, embeddings, heads, teacher, pairs, settings)
-        ctx.grads = (made.grad_states, made.grad_embeddings, made.grad_markov)
+        sums = _Sums(states, embeddings, markov, heads, wants_grad)
+        sizes = len(heads.draft_ids), len(heads.t2d)
+        most = pairs_of_chunk(*sizes, states.dtype.itemsize, states.device.type, short=teacher.is_short)
+        for blocks, part in _chunks(pairs, most):
+            _add_chunk(sums, part, blocks, heads, teacher, pairs, settings)
+        ctx.grads = (sums.grad_states, sums.grad_embeddings, sums.grad_markov)
         ctx.markov_dtype = None if markov is None else markov.dtype
-        outputs = (made.losses, made.hits, made.overlaps, made.covered)
+        outputs = (sums.losses, sums.hits, sums.overlaps, sums.covered)
         ctx.mark_non_differentiable(*outputs)
-        return made.total, *outputs
+        return sums.total, *outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -169,24 +172,8 @@ class _FusedBlockLoss(torch.autograd.Function):
         return of_states, of_embeddings, None if of_markov is None else of_markov.to(ctx.markov_dtype), *[None] * 5
 
 
-class _Results(NamedTuple):
-    """What a pass over the chunks fills in."""
-
-    total: Tensor
-    losses: Tensor
-    hits: Tensor
-    overlaps: Tensor
-    covered: Tensor
-    grad_states: Tensor | None
-    grad_embeddings: Tensor | None
-    grad_markov: Tensor | None
-
-
-def _chunks(
-    pairs: BlockPairs, draft_vocab: int, vocab: int, device_type: str, short: bool
-) -> list[tuple[slice, slice]]:  # fmt: skip
-    """(blocks, their pairs) of every chunk: whole blocks, as many as memory allows."""
-    most = pairs_per_chunk(4 * draft_vocab, vocab, device_type, steps=1, short=short)  # about four matrices of a pair
+def _chunks(pairs: BlockPairs, most: int) -> list[tuple[slice, slice]]:
+    """(blocks, their pairs) of every chunk: whole blocks with `most` pairs together, or one block."""
     ends = pairs.ends
     found, block = [], 0
     while block < pairs.num_blocks:
@@ -199,46 +186,118 @@ def _chunks(
     return found
 
 
+def pairs_of_chunk(draft_vocab: int, vocab: int, element: int, device_type: str, *, short: bool) -> int:
+    """Pairs whose matrices fit CHUNK_BYTES, but so many at least that reading the head for their products pays."""
+    size = bytes_of_pair(draft_vocab, vocab, element, short=short)
+    fitting = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // size
+    return max(fitting // MULTIPLE * MULTIPLE, LEAST_PAIRS.get(device_type, LEAST_PAIRS["cuda"]))
+
+
+def bytes_of_pair(draft_vocab: int, vocab: int, element: int, *, short: bool) -> int:
+    """What a pair of a chunk takes: four rows over the draft vocabulary, and two or three of its position."""
+    return element * (6 * draft_vocab + (0 if short or draft_vocab == vocab else vocab))
+
+
+class _Sums:
+    """What a pass over the chunks reads and adds up."""
+
+    def __init__(
+        self, states: Tensor, embeddings: Tensor | None, markov: Tensor | None, heads: BlockHeads, wants_grad: bool
+    ) -> None:
+        dtype, device, num_pairs = states.dtype, states.device, len(states)
+        self.states, self.embeddings = states, embeddings
+        self.weight, self.markov = heads.weight.to(dtype), None if markov is None else markov.to(dtype)
+        self.wants_grad = wants_grad
+        self.total = torch.zeros((), device=device)
+        self.losses, self.overlaps = torch.zeros(num_pairs, device=device), torch.zeros(num_pairs, device=device)
+        self.hits, self.covered = torch.zeros((2, num_pairs), dtype=torch.bool, device=device)
+        self.grad_states = torch.zeros_like(states) if wants_grad else None
+        self.grad_embeddings = torch.zeros_like(embeddings) if wants_grad and embeddings is not None else None
+        self.grad_markov = None
+        if wants_grad and markov is not None:
+            self.grad_markov = torch.zeros_like(markov, dtype=torch.float32)
+        self.scratch = Scratch(device)
+
+    def rows(self, name: str, num_rows: int) -> Tensor:
+        """Scratch memory (R, D)."""
+        return self.scratch(name, num_rows, len(self.weight), dtype=self.states.dtype)
+
+    def dot(self, left: Tensor, right: Tensor) -> Tensor:
+        """Products of rows (R, D) and (R, D), added up in fp32: (R,)."""
+        return torch.mul(left, right, out=self.rows("products", len(left))).sum(-1, dtype=torch.float32)
+
+    def logits(self, part: slice) -> Tensor:
+        """(m', D) of a chunk's pairs, in rows that the next chunk overwrites."""
+        states = _padded(self.states[part])
+        z = torch.mm(states, self.weight.T, out=self.rows("logits", len(states)))
+        if self.embeddings is not None and self.markov is not None:
+            z.addmm_(_padded(self.embeddings[part]), self.markov.T)
+        return z
+
+    def add_grads(self, part: slice, grad: Tensor) -> None:
+        """The gradient of a chunk's logits (m', D), multiplied out."""
+        num_pairs = part.stop - part.start
+        assert self.grad_states is not None
+        self.grad_states[part] = product(grad, self.weight.T)[:num_pairs]
+        if self.grad_embeddings is None or self.grad_markov is None:
+            return
+        assert self.embeddings is not None and self.markov is not None
+        self.grad_embeddings[part] = product(grad, self.markov.T)[:num_pairs]
+        before = _padded(self.embeddings[part])
+        for total, columns in zip(self.grad_markov.split(WEIGHT_ROWS), grad.split(WEIGHT_ROWS, dim=1), strict=True):
+            made = self.scratch("markov", *total.shape, dtype=grad.dtype)
+            total += torch.mm(columns.T, before, out=made)
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """(m, ..) -> (m', ..): zeros behind, up to the next multiple."""
+    return F.pad(rows, (*(0, 0) * (rows.dim() - 1), 0, -len(rows) % MULTIPLE))
+
+
 def _add_chunk(
-    made: _Results, part: slice, blocks: slice, states: Tensor, embeddings: Tensor | None, heads: BlockHeads,
-    teacher: Teacher, pairs: BlockPairs, settings: BlockLossSettings,
+    sums: _Sums, part: slice, blocks: slice, heads: BlockHeads, teacher: Teacher, pairs: BlockPairs,
+    settings: BlockLossSettings,
 ) -> None:  # fmt: skip
-    """Loss and gradient of a chunk's m pairs."""
-    positions, own = (sent(one, states.device) for one in pairs.position[part].unique(return_inverse=True))
-    taught = teacher.read(pad_index(positions), heads.draft_ids, heads.t2d)
-    weight = heads.weight.to(states.dtype)
-    logits = product(states[part], weight)
-    if embeddings is not None and heads.markov is not None:
-        logits = logits + product(embeddings[part], heads.markov.to(states.dtype))
-    logits = logits.float()  # (m, D)
-    covered, choice = taught.covered[own], taught.argmax[own]
-    highest = logits.amax(-1)
-    log_q = torch.log_softmax(logits, -1)
-    q, p = log_q.exp(), taught.probs[own]
-    kept = torch.minimum(p * taught.mass[own, None], q)
-    overlap = kept.sum(-1)
-    cross_entropy = -(p * log_q).sum(-1)
-    made.hits[part] = is_argmax(logits, highest, choice) & covered
-    made.losses[part], made.overlaps[part], made.covered[part] = cross_entropy * covered, overlap, covered
-    chosen = q.gather(1, choice.clamp(max=q.shape[-1] - 1)[:, None])[:, 0] * covered
-    weights = pairs.weights(part, blocks, settings, chosen) * covered
+    """Loss and gradient of a chunk's m pairs, in a few matrices (m', D) that every chunk overwrites.
+
+    P is the target's distribution over all tokens at the draft's, `mass` what it has there, p = P / mass. With b = 1
+    where q <= P and S = sum q b:
+
+        sum min(P, q) = S + sum P (1 - b)           gradient of the loss = w (ce (q - p) + tv q (S - b))
+    """
     of_ce, of_tv = MIX[settings.kind]
+    num_pairs = part.stop - part.start
+    positions, own = (sent(one, sums.states.device) for one in pairs.position[part].unique(return_inverse=True))
+    taught = teacher.read(pad_index(positions), heads.draft_ids, heads.t2d)
+    whole = taught.write_probs(sums.rows("positions", len(taught.logits)))
+    mass = torch.ones(len(own), device=own.device)
+    if len(heads.draft_ids) < len(heads.t2d):
+        whole.mul_(taught.mass[:, None])
+        mass = taught.mass[own].clamp_min(TINY)
+    z = sums.logits(part)
+    p = torch.index_select(whole, 0, pad_index(own), out=sums.rows("teacher", len(z)))
+    highest, covered, choice = z[:num_pairs].amax(-1), taught.covered[own], taught.argmax[own]
+    sums.hits[part] = is_argmax(z[:num_pairs], highest, choice) & covered
+    agreed = sums.dot(p[:num_pairs], z[:num_pairs]) / mass
+    q = torch.softmax(z, -1, out=z)
+    cross_entropy = highest.float() - q[:num_pairs].amax(-1).float().log() - agreed
+    smaller = torch.le(q, p, out=sums.rows("smaller", len(z)))
+    kept = sums.dot(q[:num_pairs], smaller[:num_pairs])
+    overlap = kept + mass - sums.dot(p[:num_pairs], smaller[:num_pairs])
+    sums.losses[part], sums.overlaps[part], sums.covered[part] = cross_entropy * covered, overlap, covered
+    chosen = q[:num_pairs].gather(1, choice.clamp(max=q.shape[-1] - 1)[:, None])[:, 0].float() * covered
+    weights = pairs.weights(part, blocks, settings, chosen) * covered
     value = of_ce * cross_entropy + of_tv * (1 - overlap)
     if settings.kind == "kl":
         value = value - _entropy(taught)[own]
-    made.total.add_((value * weights).sum())
-    if made.grad_states is None:
+    sums.total += (value * weights).sum()
+    if not sums.wants_grad:
         return
-    grad = of_ce * (q - p)
-    if of_tv:  # q (S - 1) where q is the smaller one and q S elsewhere; S: what q has where it is the smaller one
-        smaller = (kept == q) * q
-        grad += of_tv * (q * smaller.sum(-1, keepdim=True) - smaller)
-    grad = (grad * weights[:, None]).to(states.dtype)
-    made.grad_states[part] = product(grad, weight.T)
-    if made.grad_embeddings is not None and made.grad_markov is not None and embeddings is not None:
-        assert heads.markov is not None
-        made.grad_embeddings[part] = product(grad, heads.markov.to(states.dtype).T)
-        made.grad_markov.add_((grad.T @ embeddings[part]).float())
+    of_q, of_b, of_p = (
+        _padded(one)[:, None].to(q.dtype) for one in (weights * (of_ce + of_tv * kept), weights * of_tv, weights / mass)
+    )
+    q.mul_(torch.sub(of_q, smaller.mul_(of_b), out=smaller) if of_tv else of_q)
+    sums.add_grads(part, q.addcmul_(p, of_p, value=-of_ce))
 
 
 def _entropy(taught: TeacherChunk) -> Tensor:

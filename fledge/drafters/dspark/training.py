@@ -96,9 +96,11 @@ def block_states(draft: BlockDraft, batch: Batch, blocks: Blocks) -> Tensor:
     slots = torch.arange(config.block_size, device=device)
     positions = (batch.position_ids[..., rows, None] + slots).flatten(-2)
     cos, sin = (part.unflatten(0, (len(rows), config.block_size)) for part in draft.rope(positions))
-    keys_values = draft.context_keys(draft.context(batch.tap_hidden), draft.rope(batch.position_ids))
+    context = draft.context(batch.tap_hidden)
+    keys_values = draft.context_keys(context, draft.rope(batch.position_ids))
+    inputs = draft.block_inputs(batch.input_ids[rows]).to(context.dtype)  # fp32 ones would stay so in every layer
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         return block_attention(q, k, v, *keys_values[layer], chunks, config.causal)
 
-    return draft.forward_block(draft.block_inputs(batch.input_ids[rows]), (cos, sin), attend)
+    return draft.forward_block(inputs, (cos, sin), attend)
