@@ -309,7 +309,7 @@ def run_once(args: argparse.Namespace, mark: Path, key: dict[str, Any], **more: 
 @contextlib.contextmanager
 def servers(args: argparse.Namespace) -> Iterator[str]:
     """Both servers up; vLLM's version."""
-    check_draft(str(args.out), args.target)
+    check_draft(str(args.out), args.target, args.chain)
     os.environ.setdefault(CPU_CACHE, "1")  # GiB: one request in flight
     both = []
     for index, draft in enumerate((None, str(args.out.resolve()))):

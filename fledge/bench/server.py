@@ -139,7 +139,7 @@ def served(args: BenchSettings, sides: set[str]) -> Iterator[dict[str, str]]:
     from fledge.servers.processes import ServerSettings, plan, running, visible_gpus
 
     if side == "eagle" and args.model.draft:
-        check_draft(args.model.draft, args.model.target)
+        check_draft(args.model.draft, args.model.target, args.server.num_speculative_tokens)
     serve = ServerSettings(
         target=args.model.target, num_servers=1,
         tensor_parallel_size=args.workers.num_gpus_per_model, base_port=START_PORT,

@@ -38,7 +38,7 @@ def serve(args: ServeArgs) -> None:
     if args.draft:
         from fledge.export.servable import check_draft
 
-        check_draft(args.draft, args.target)
+        check_draft(args.draft, args.target, args.num_speculative_tokens)
         if not gpus:
             warn(
                 "vLLM's CPU build (0.32.0) answers nonsense above temperature 0 as soon as it drafts, with any head: "

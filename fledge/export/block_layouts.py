@@ -41,6 +41,12 @@ class BlockLayout:
         )  # fmt: skip
 
     def refuse(self, head: BlockHead) -> None:
+        if head.config.sample_from_anchor and not head.config.markov_rank:
+            raise UserError(
+                f"the draft has no Markov head and drafts from its anchor, and {self.reader} reads the slots of a "
+                f"DFlash draft at their own places: every token would be one place off. Train it with a Markov head or "
+                f"with sample_from_anchor false."
+            )
         if self.whole_vocab and not head.config.full_vocab:
             raise UserError(
                 f"the draft proposes {head.config.draft_vocab_size} of {head.config.vocab_size} tokens, and the reader "

@@ -25,6 +25,7 @@ import psutil
 from fledge.console import progress, say, show_table
 from fledge.errors import UserError
 from fledge.http_client import Limits, ServerError, get
+from fledge.parsing import read_json
 from fledge.ranges import Count, Port
 from fledge.servers.settings import SpeculationSettings
 from fledge.target.settings import TargetSettings
@@ -39,6 +40,10 @@ CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
 CPU_CACHE_MOST_GIB = 16
 CPU_CORES = "VLLM_CPU_OMP_THREADS_BIND"
 GPU_NAME = re.compile(r"(GPU|MIG)-[\w/-]+$")
+# What a draft's config.json calls itself -> vLLM's method
+BLOCK_METHODS = {
+    "DFlashDraftModel": "dflash", "dflash": "dflash", "Qwen3DSparkModel": "dspark", "dspark": "dspark",
+}  # fmt: skip
 FEW_CORES = 4  # of a server: too few to keep one for its scheduler, as vLLM does
 
 
@@ -182,8 +187,17 @@ def _command(settings: ServerSettings, port: int) -> tuple[str, ...]:
 
 
 def speculative_config(draft: str, num_speculative_tokens: int) -> str:
-    """vLLM's JSON for an EAGLE-3 head; without the method vLLM 0.32 crashes."""
-    return json.dumps({"method": "eagle3", "model": draft, "num_speculative_tokens": num_speculative_tokens})
+    """vLLM's JSON for a head; without the method vLLM 0.32 crashes."""
+    method = speculative_method(Path(draft))
+    return json.dumps({"method": method, "model": draft, "num_speculative_tokens": num_speculative_tokens})
+
+
+def speculative_method(draft: Path) -> str:
+    """vLLM's name of what drafts, by the folder's config.json: EAGLE-3 unless it says a block draft."""
+    path = draft / "config.json"
+    document = read_json(path, dict[str, Any]) if path.is_file() else {}
+    names = {*(document.get("architectures") or ()), document.get("speculators_model_type")}
+    return next((method for name, method in BLOCK_METHODS.items() if name in names), "eagle3")
 
 
 def visible_gpus(chosen: str | None) -> list[str]:

@@ -1,7 +1,7 @@
 """Tests against real engines run only when asked for (`make test-engines`, or `-m vllm`): each starts a server.
 
 The heads they serve are trained here, on the real target's own answers, and kept in pytest's cache: a fresh machine
-pays for them once. FLEDGE_TEST_HEAD and FLEDGE_TEST_HEAD_31 name finished heads to use instead.
+pays for them once. FLEDGE_TEST_HEAD, FLEDGE_TEST_HEAD_31 and FLEDGE_TEST_BLOCK name finished ones to use instead.
 """
 
 import os
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-HEAD_VARIABLES = {"eagle3": "FLEDGE_TEST_HEAD", "eagle3.1": "FLEDGE_TEST_HEAD_31"}
+HEAD_VARIABLES = {"eagle3": "FLEDGE_TEST_HEAD", "eagle3.1": "FLEDGE_TEST_HEAD_31", "dflash": "FLEDGE_TEST_BLOCK"}
+UNROLLED = ("--ttt_steps", "3", "--num_train_epochs", "4")
+BLOCKS = ("--draft_layers", "2", "--block_size", "8", "--num_anchors", "32", "--num_train_epochs", "12")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -35,10 +37,16 @@ def vllm_program() -> str:
 def trained_heads(request, smollm2_dir) -> dict[str, Path]:
     """An EAGLE-3 and an EAGLE-3.1 head for the real target, by --draft_type; two minutes each, once."""
     cache = Path(request.config.cache.mkdir("engine-heads"))
-    return {kind: _head(kind, cache, str(smollm2_dir)) for kind in HEAD_VARIABLES}
+    return {kind: _head(kind, cache, str(smollm2_dir), UNROLLED) for kind in ("eagle3", "eagle3.1")}
 
 
-def _head(kind: str, cache: Path, target: str) -> Path:
+@pytest.fixture(scope="session")
+def trained_block(request, smollm2_dir) -> Path:
+    """A DFlash draft of blocks of eight for the real target; a few minutes, once."""
+    return _head("dflash", Path(request.config.cache.mkdir("engine-heads")), str(smollm2_dir), BLOCKS)
+
+
+def _head(kind: str, cache: Path, target: str, flags: tuple[str, ...]) -> Path:
     if given := os.environ.get(HEAD_VARIABLES[kind]):
         return Path(given)
     folder, answers = cache / kind, cache / "answers"
@@ -46,10 +54,10 @@ def _head(kind: str, cache: Path, target: str) -> Path:
         _answer(cache / "prompts.jsonl", answers, target)
         _fledge(
             "train", "--target_model_name_or_path", target, "--train_data_path", str(answers),
-            "--train_hidden_path", str(cache / "states"), "--output_dir", str(folder), "--draft_type", kind,
-            "--draft_vocab_size", "4096", "--model_max_length", "192", "--ttt_steps", "3", "--num_train_epochs", "4",
-            "--per_device_train_batch_size", "2", "--logging_steps", "20", "--save_strategy", "no",
-            "--disable_tqdm", "True",
+            "--train_hidden_path", str(cache / ("states-dflash" if kind == "dflash" else "states")),
+            "--output_dir", str(folder), "--draft_type", kind, *flags,
+            "--draft_vocab_size", "4096", "--model_max_length", "192", "--per_device_train_batch_size", "2",
+            "--logging_steps", "20", "--save_strategy", "no", "--disable_tqdm", "True",
         )  # fmt: skip
     return folder
 

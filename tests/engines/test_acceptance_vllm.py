@@ -1,105 +1,21 @@
-"""Heads in a real vLLM server, judged against our own decoding: texts, and acceptance by position from /metrics.
+"""Heads in a real vLLM server, judged against our own decoding: texts, and acceptance by position (vllm_chains.py)."""
 
-Everything runs in fp32 and at temperature 0, so the two sides should agree draft by draft; what remains is the last
-bits of two kernels. The server is `fledge serve --draft HEAD`, as a user would start it.
-
-One convention differs and is evened out here: vLLM counts every accepted draft token, our records stop at the length
-limit. `chain` therefore decodes past the limit and keeps the rounds that begin before it.
-"""
-
-import contextlib
 import dataclasses
 import json
-import math
-import os
 import shutil
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import torch
+from vllm_chains import NEAR_TIE, Reference, complete, deviation, same_rounds, served, serving
 
-from fledge.bench.client import acceptance_of, metrics_between, parse_metrics
-from fledge.bench.prompts import load_questions
-from fledge.data.tokenize import ChatTemplate
-from fledge.decoding.generate import generate
-from fledge.decoding.records import Sampling
-from fledge.drafters.eagle3.checkpoint import load_draft
 from fledge.drafters.eagle3.config import from_json, to_json
-from fledge.drafters.tree import TreeShape
 from fledge.export.convert import export_head
 from fledge.export.settings import ExportSettings
-from fledge.target.model import Target
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
-PORT = 8191
-NUM_PROMPTS, NEW_TOKENS = 12, 48
-NEAR_TIE = 1e-3  # logits closer than this are a matter of kernels
 CASES = [
     ("eagle3", "vllm", 1), ("eagle3", "vllm", 3), ("eagle3", "vllm", 5), ("eagle3", "speculators", 3),
     ("eagle3.1", "vllm", 1), ("eagle3.1", "vllm", 3), ("eagle3.1", "vllm", 5), ("eagle3.1", "speculators", 3),
 ]  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """How many rounds kept at least so many draft tokens; reached[0] counts the rounds."""
-
-    reached: list[int]
-
-    def at(self, position: int) -> float:
-        return self.reached[position + 1] / self.reached[0]
-
-
-class Reference:
-    """Our side: the target in fp32, its greedy answers, and chains of any head."""
-
-    def __init__(self, target_dir: Path) -> None:
-        self.dir = target_dir
-        self.target = Target.from_pretrained(str(target_dir), dtype=torch.float32, device="cpu")
-        template = ChatTemplate(self.target.tokenizer, eos_token_ids=self.target.eos_token_ids)
-        questions = load_questions("quick", end=NUM_PROMPTS)
-        self.prompts = [template.prompt_ids([{"role": "user", "content": q.turns[0]}]) for q in questions]
-        self.answers = [self.plain(prompt) for prompt in self.prompts]
-
-    def plain(self, prompt: list[int]) -> list[int]:
-        return generate(self.target, None, prompt, max_new_tokens=NEW_TOKENS, sampling=Sampling(), eos_token_ids=()
-        ).token_ids  # fmt: skip
-
-    def chain(self, head: Path, length: int) -> Counts:
-        """Rounds of a chain of `length` drafts that begin within the limit."""
-        return chain(self.target, self.prompts, head, length)
-
-    @torch.inference_mode()
-    def gap(self, prompt: list[int], answer: list[int], other: list[int]) -> float:
-        """How far apart the two tokens were, in logits, where two answers part."""
-        place = next(i for i, (a, b) in enumerate(zip(answer, other, strict=True)) if a != b)
-        ids = torch.tensor([prompt + answer[:place]])
-        logits = self.target.head(self.target.forward(ids, taps=False).last_hidden[0, -1])
-        return abs(float(logits[answer[place]] - logits[other[place]]))
-
-
-def chain(target: Target, prompts: list[list[int]], head: Path, length: int) -> Counts:
-    assert from_json(head / "config.json").tap_layers == target.tap_layers
-    draft = load_draft(head, target.embedding_weight)
-    tree = TreeShape(total_token=length + 1, depth=length - 1, top_k=1)
-    reached = [0] * (length + 1)
-    for prompt in prompts:
-        found = generate(
-            target, draft, prompt, tree=tree, max_new_tokens=NEW_TOKENS + length + 1, sampling=Sampling(),
-            eos_token_ids=(),
-        )  # fmt: skip
-        emitted = 1  # the prefill's token
-        for accepted in found.accepted:
-            if emitted < NEW_TOKENS:
-                for count in range(accepted + 1):
-                    reached[count] += 1
-            emitted += accepted + 1
-    return Counts(reached)
 
 
 @pytest.fixture(scope="module")
@@ -114,52 +30,6 @@ def plain_answers(vllm_program, reference, tmp_path_factory) -> list[list[int]]:
         return [complete(url, prompt) for prompt in reference.prompts]
 
 
-@contextlib.contextmanager
-def serving(program: str, target: Path, folder: Path, *flags: str) -> Iterator[str]:
-    """`fledge serve` as a program of its own, answering within the block, stopped after it."""
-    command = [
-        sys.executable, "-m", "fledge", "serve", "--model-name-or-path", str(target), "--vllm", program,
-        "--base-port", str(PORT), "--num-servers", "1", "--max-model-len", "512", "--log-dir", str(folder),
-        *flags, "--", "--dtype", "float32", "--enforce-eager",
-        "--no-enable-prefix-caching", "--served-model-name", "target",
-    ]  # fmt: skip
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    log = folder / "fledge.log"
-    with open(log, "wb") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, cwd=folder)
-    try:
-        while "Ctrl-C" not in log.read_text():
-            assert process.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{PORT}"
-    finally:
-        process.terminate()  # as Ctrl-C does; a background job may be deaf to the latter
-        status = process.wait(120)
-    assert status == 0, log.read_text()[-3000:]
-
-
-def complete(url: str, prompt: list[int]) -> list[int]:
-    body = {"model": "target", "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True,
-            "return_token_ids": True}  # fmt: skip
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=300) as response:
-        return json.load(response)["choices"][0]["token_ids"]
-
-
-def scrape(url: str) -> dict[str, float]:
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
-        return parse_metrics(response.read().decode())
-
-
-def deviation(ours: Counts, theirs: Counts, position: int) -> float:
-    """The difference of two shares in standard errors of one sample of this size."""
-    p, n = ours.at(position), ours.reached[0]
-    share = (ours.reached[position + 1] + theirs.reached[position + 1] + 1) / (n + theirs.reached[0] + 2)
-    return abs(theirs.at(position) - p) / math.sqrt(share * (1 - share) / n)
-
-
 @pytest.mark.parametrize(("kind", "layout", "length"), CASES, ids=lambda value: str(value))
 def test_vllm_drafts_as_we_do(
     kind, layout, length, vllm_program, trained_heads, reference, plain_answers, tmp_path, capsys
@@ -168,34 +38,14 @@ def test_vllm_drafts_as_we_do(
     export_head(
         ExportSettings(head=str(trained_heads[kind]), to=layout, output_dir=exported, target=str(reference.dir))
     )
-    flags = ("--draft", str(exported), "--num-speculative-tokens", str(length))
-    with serving(vllm_program, reference.dir, tmp_path, *flags) as url:
-        before = scrape(url)
-        answers = [complete(url, prompt) for prompt in reference.prompts]
-        measured = acceptance_of(metrics_between(before, scrape(url)))
-    assert measured is not None, "the server drafted nothing"
-
+    answers, theirs = served(vllm_program, exported, length, reference, tmp_path)
     for prompt, answer, plain, ours in zip(
         reference.prompts, answers, plain_answers, reference.answers, strict=True
     ):  # lossless: with the head, without it, and in our own decoding
         assert answer == plain or reference.gap(prompt, plain, answer) < NEAR_TIE
         assert ours == plain or reference.gap(prompt, plain, ours) < NEAR_TIE
-
-    rounds = measured["rounds"]
-    theirs = Counts([rounds, *(round(share * rounds) for share in measured["by_position"])])
-    mine = reference.chain(trained_heads[kind], length)
     with capsys.disabled():
-        print(f"\n{kind}, {layout} layout, chain of {length}; {NUM_PROMPTS} prompts x {NEW_TOKENS} tokens, T = 0, fp32")
-        print(f"  rounds       ours {mine.reached[0]:5d}   vLLM {rounds:5d}")
-        for position in range(length):
-            print(
-                f"  position {position + 1}   ours {mine.at(position):.4f}  vLLM {theirs.at(position):.4f}"
-                f"   {deviation(mine, theirs, position):.2f} standard errors"
-            )
-    assert len(theirs.reached) == len(mine.reached)
-    assert mine.at(0) > 0.1, "a head this weak would compare nothing"
-    assert abs(rounds - mine.reached[0]) <= 0.03 * mine.reached[0]
-    assert all(deviation(mine, theirs, position) < 2 for position in range(length))
+        same_rounds(reference.chain(trained_heads[kind], length), theirs, f"{kind}, {layout} layout, chain of {length}")
 
 
 def test_the_comparison_sees_another_network(trained_heads, reference, tmp_path, capsys):

@@ -1,12 +1,12 @@
 """What the engines read, against their own sources; and every head they would swallow, named before they see it."""
 
-import ast
 import copy
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from engine_fields import fields_read
 from safetensors.torch import load_file, save_file
 from tiny import tiny_draft, tiny_target
 
@@ -18,25 +18,8 @@ from fledge.export.convert import export_head
 from fledge.export.engines import ENGINES, SGLANG, VLLM, check_servable, file_shapes, problems
 from fledge.export.settings import ExportSettings
 
+LLAMA = '"llama_eagle3", "Eagle3LlamaForCausalLM"'
 LOADERS = {"vllm": "model_executor/models/llama_eagle3.py", "sglang": "srt/models/llama_eagle3.py"}
-
-
-def fields_read(source: str) -> set[str]:
-    """Config fields a model file reads: config.x, self.config.x and getattr(config, "x")."""
-
-    def is_config(node: ast.expr) -> bool:
-        if isinstance(node, ast.Attribute):
-            return node.attr == "config" and isinstance(node.value, ast.Name) and node.value.id == "self"
-        return isinstance(node, ast.Name) and node.id in ("config", "config_")
-
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute) and is_config(node.value) and isinstance(node.ctx, ast.Load):
-            found.add(node.attr)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
-            if is_config(node.args[0]) and isinstance(node.args[1], ast.Constant):
-                found.add(str(node.args[1].value))
-    return found
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -59,7 +42,8 @@ def test_registered_architectures(request, name):
         if name == "sglang":
             assert f"class {architecture}(" in source(LOADERS[name])
         else:
-            line = f'"{architecture}": ("llama_eagle3", "Eagle3LlamaForCausalLM")'
+            loader = '"qwen3_eagle3", "Eagle3Qwen3ForCausalLM"' if "Qwen3For" in architecture else LLAMA
+            line = f'"{architecture}": ({loader})'
             assert line in source("model_executor/models/registry.py")
     assert to_json(tiny_draft(tiny_target("llama")).config)["architectures"][0] in ENGINES[name].architectures
 
