@@ -142,4 +142,6 @@ def _norm_findings(config: DraftConfig) -> list[Finding]:
                              "EAGLE-3.1 has both, EAGLE-3 neither", "if measured"))  # fmt: skip
     if config.norm_before_residual:
         found.append(Finding("warning", "norms", "norm_before_residual is set", "SGLang ignores it: another network"))
+    if config.qk_norm:
+        found.append(Finding("warning", "norms", "queries and keys are normed", "SGLang ignores it: another network"))
     return found

@@ -55,7 +55,7 @@ VLLM = ServingEngine(
            "the un-normed state is the residual (in the speculators layout: the normed one)"},
     skips=("t2d",),
     architectures=("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Qwen2_5vlForCausalLM",
-                   "Eagle3Qwen3vlForCausalLM", "Eagle3MiniMaxM2ForCausalLM"),
+                   "Eagle3Qwen3vlForCausalLM", "Eagle3MiniMaxM2ForCausalLM", "Eagle3Qwen3ForCausalLM"),
 )  # fmt: skip
 SGLANG = ServingEngine(
     "sglang", "SGLang", "0.5.23", "output",
@@ -113,7 +113,7 @@ def _plain_problems(engine: ServingEngine, document: JSON) -> list[str]:
     architecture = (document.get("architectures") or ["none"])[0]
     found = []
     if architecture not in engine.architectures:
-        found.append(f"architecture {architecture} is not one it reads as an EAGLE-3 head of a Llama layer")
+        found.append(f"architecture {architecture} is not one it reads as an EAGLE-3 head")
     if not document.get("model_type"):
         found.append("config.json has no model_type, so it cannot be loaded")
     if document.get("tie_word_embeddings"):

@@ -150,7 +150,7 @@ LAYOUTS = {
         Layout(
             "sglang",
             _sglang_config,
-            ignores=("norm_before_residual",),
+            ignores=("norm_before_residual", "qk_norm"),
             replaces_embedding=True,
             serve=SGLANG,
             reader="SGLang",
@@ -161,7 +161,7 @@ LAYOUTS = {
         Layout(
             "llama.cpp",
             _eagle_config,
-            ignores=("fc_norm", "norm_output", "sliding_window"),
+            ignores=("fc_norm", "norm_output", "qk_norm", "sliding_window"),
             serve=LLAMA_CPP,
             reader="llama.cpp",
             also_lost=_lost_in_llama_cpp,

@@ -34,7 +34,7 @@ class StepMemory:
 def num_parameters(config: DraftConfig) -> dict[str, int]:
     """Trained weights of a draft by part."""
     size, heads = config.hidden_size, config.num_attention_heads + 2 * config.num_key_value_heads
-    norms = size * (4 + (len(config.tap_layers) if config.fc_norm else 0))
+    norms = size * (4 + (len(config.tap_layers) if config.fc_norm else 0)) + 2 * config.head_dim * config.qk_norm
     return {
         "fc": len(config.tap_layers) * size * size,
         "attention": 2 * size * heads * config.head_dim + config.num_attention_heads * config.head_dim * size,
@@ -51,6 +51,8 @@ def kept_elements(config: DraftConfig, *, recompute: bool = False) -> int:
     if recompute:
         return 2 * size + keys  # the step's output and its normed state; keys and values, which later steps read
     queries = 2 * config.num_attention_heads * head_dim  # queries and what they attended
+    if config.qk_norm:  # and both before their norm
+        queries += (config.num_attention_heads + config.num_key_value_heads) * head_dim
     return 6 * size + queries + keys + 2 * config.intermediate_size
 
 

@@ -25,7 +25,7 @@ from fledge.drafters.layer_config import SIZES
 from fledge.errors import UserError
 from fledge.target.record import TargetRecord
 
-FLAGS = ("fc_norm", "norm_output", "norm_before_residual", "sliding_window")
+FLAGS = ("fc_norm", "norm_output", "norm_before_residual", "qk_norm", "sliding_window")
 LIFTED = ("fc_norm", "norm_output")  # what EAGLE-3.1 adds
 HEAD = "lm_head.weight"
 WRITES = ("fc.weight", "midlayer.self_attn.o_proj.weight", "midlayer.mlp.down_proj.weight")  # to the residual

@@ -122,7 +122,7 @@ REFUSED = {
     ),
     "modelopt parallel": ("modelopt", {"eagle_config": {**MODELOPT, "parallel_draft_step": 4}}, "parallel draft"),
     "speculators peagle": ("speculators", {"speculators_model_type": "peagle"}, "another kind of speculator"),
-    "speculators qwen3": ("speculators", {"transformer_layer_config": {"model_type": "qwen3"}}, "not Llama's"),
+    "speculators gemma": ("speculators", {"transformer_layer_config": {"model_type": "gemma"}}, "neither Llama's nor"),
 }
 
 

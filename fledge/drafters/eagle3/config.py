@@ -14,7 +14,8 @@ from fledge.drafters.layer_config import SIZES, LayerConfig, layer_json, layer_o
 from fledge.errors import UserError, nearest
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-READ_ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM")  # EAGLE / SpecForge, AngelSlim
+QWEN3 = "Eagle3Qwen3ForCausalLM"  # vLLM's head of a Qwen3 layer: Llama's with queries and keys normed by head
+READ_ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM", QWEN3)  # EAGLE / SpecForge, AngelSlim, vLLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class DraftConfig(LayerConfig):
     """EAGLE-3.1: the state fed back to the next step is taken after the final norm"""
     norm_before_residual: bool = False
     """the residual is the normed feature (many heads of speculators; vLLM honours it, SGLang does not)"""
+    qk_norm: bool = False
+    """Qwen3's layer: queries and keys are normed by head before they turn (vLLM reads such heads, SGLang does not)"""
 
 
 def derive(
@@ -56,7 +59,7 @@ def read_overrides(path: Path) -> dict[str, Any]:
         if key not in fields | KNOWN_EXTRA:
             raise UserError(f"{path}: unknown key {key!r}{nearest(key, fields | KNOWN_EXTRA)}.")
     overrides = {key: document[key] for key in SIZES if document.get(key) is not None}
-    for flag in ("fc_norm", "norm_output", "norm_before_residual"):
+    for flag in ("fc_norm", "norm_output", "norm_before_residual", "qk_norm"):
         if flag in document:
             overrides[flag] = bool(document[flag])
     return overrides
@@ -77,8 +80,8 @@ def to_json(config: DraftConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
     """config.json in the EAGLE layout: what vLLM and SGLang read, with tap ids as *inputs* of decoder layers."""
     windowed = config.sliding_window is not None
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "llama",
+        "architectures": [QWEN3 if config.qk_norm else ARCHITECTURE],
+        "model_type": "qwen3" if config.qk_norm else "llama",
         **layer_json(config, num_layers=1, dtype=dtype),
         "target_hidden_size": config.hidden_size,
         "fc_norm": config.fc_norm,
@@ -133,6 +136,7 @@ def config_of_fields(document: dict[str, Any], path: Path, **known: Any) -> Draf
         "fc_norm": bool(document.get("fc_norm")),
         "norm_output": bool(document.get("norm_output")),
         "norm_before_residual": bool(document.get("norm_before_residual")),
+        "qk_norm": QWEN3 in (document.get("architectures") or ()),
     }
     try:
         return DraftConfig(**{**values, **known})

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fledge.console import say, warn
-from fledge.drafters.eagle3.config import DraftConfig, config_of_fields
+from fledge.drafters.eagle3.config import QWEN3, DraftConfig, config_of_fields
 from fledge.drafters.eagle3.head import WEIGHTS, Head, check_head, read_tensors
 from fledge.drafters.eagle3.head_file import read_document
 from fledge.drafters.layer_config import JSON
@@ -30,6 +30,7 @@ from fledge.target.record import default_tap_layers
 
 TAP_IDS = "eagle_aux_hidden_state_layer_ids"
 EAGLE_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3LLamaforCausalLM")
+SPECULATORS_LAYERS = {"llama": False, "qwen3": True, None: False}  # model_type -> whether queries and keys are normed
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ ORIGINS = (
     Origin("fledge", lambda document: isinstance(document.get("fledge"), dict), "auto"),
     Origin("speculators", lambda document: "speculators_model_type" in document, "input", must_be=(
         ("speculators_model_type", ("eagle3",), "another kind of speculator"),
-        ("model_type", ("llama", None), "a draft layer that is not Llama's"),
+        ("model_type", tuple(SPECULATORS_LAYERS), "a draft layer that is neither Llama's nor Qwen3's"),
     )),
     Origin("ModelOpt", lambda document: "next_layer_regular" in _eagle_config(document), "output", must_be=(
         ("use_aux_hidden_state", (True,), "an EAGLE-1 head"),
@@ -238,8 +239,8 @@ def _refuse_inexpressible(origin: Origin, layer: JSON, document: JSON, folder: P
         if isinstance(value, (bool, int, str, type(None))) and value in allowed:
             continue
         raise UserError(
-            f"{folder} ({origin.name}): {field}={value!r}, which is {meaning}. fledge's head is one Llama layer of the "
-            f"EAGLE-3 paper; this head cannot be expressed in it."
+            f"{folder} ({origin.name}): {field}={value!r}, which is {meaning}. fledge's head is one layer of Llama "
+            f"or Qwen3 as in the EAGLE-3 paper; this head cannot be expressed in it."
         )
 
 
@@ -278,6 +279,8 @@ def config_of(document: JSON, taps: Sequence[int], num_layers: int | None, folde
         layer, folder / "config.json", tap_layers=tuple(taps),
         fc_norm=bool(document.get("fc_norm") or document.get("use_aux_norm")),
         norm_before_residual=bool(before_residual),
+        qk_norm=QWEN3 in (document.get("architectures") or ())
+        or "speculators_model_type" in document and SPECULATORS_LAYERS.get(layer.get("model_type"), False),
         target_layers=(document.get("fledge") or {}).get("target_layers") or num_layers,
     )  # fmt: skip
 

@@ -65,6 +65,8 @@ def expected_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     }
     if config.fc_norm:
         shapes |= {f"fc_norm.{tap}.weight": (size,) for tap in range(taps)}
+    if config.qk_norm:
+        shapes |= {f"midlayer.self_attn.{name}_norm.weight": (config.head_dim,) for name in "qk"}
     if not config.full_vocab:
         shapes |= {"d2t": (config.draft_vocab_size,), "t2d": (config.vocab_size,)}
     return shapes

@@ -36,6 +36,7 @@ class HeadFields(LayerFields):
     use_aux_norm: bool | None = None
     norm_output: bool | None = None
     norm_before_residual: bool | None = None
+    qk_norm: bool | None = None
     eagle_aux_hidden_state_layer_ids: TapIds | None = None
     eagle_config: EagleConfig | None = None
     transformer_layer_config: LayerFields | None = None

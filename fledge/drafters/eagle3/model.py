@@ -44,6 +44,16 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(2 * size, config.num_key_value_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(2 * size, config.num_key_value_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * head_dim, size, bias=False)
+        self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+
+    def turned(
+        self, q: Tensor, k: Tensor, query_rope: tuple[Tensor, Tensor], rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Queries (.., h, d) and keys (.., g, d), normed where the head does so, at their positions."""
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, *query_rope), rotate(k, *rope)
 
 
 class MidLayer(nn.Module):
@@ -132,7 +142,7 @@ class DraftModel(BoundHead):
         q = layer.self_attn.q_proj(query_inputs).unflatten(-1, (-1, head_dim))
         k = layer.self_attn.k_proj(inputs).unflatten(-1, (-1, head_dim))
         v = layer.self_attn.v_proj(inputs).unflatten(-1, (-1, head_dim))
-        return rotate(q, *query_rope), rotate(k, cos, sin), v
+        return *layer.self_attn.turned(q, k, query_rope, rope), v
 
     def split_projection(self) -> tuple[Tensor, Tensor]:
         """q, k and v as one projection of token embeddings and one of states: twice ((h + 2g) * d, H).
@@ -163,7 +173,8 @@ class DraftModel(BoundHead):
             query_rope = (cos[queries], sin[queries])
         k, v = kv.unflatten(-1, (-1, head_dim)).chunk(2, dim=-2)
         # v as a copy: a view would keep the whole projection alive until the backward
-        return rotate(q.unflatten(-1, (-1, head_dim)), *query_rope), rotate(k, cos, sin), v.contiguous()
+        q = q.unflatten(-1, (-1, head_dim))
+        return *self.midlayer.self_attn.turned(q, k, query_rope, rope), v.contiguous()
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Residual, output projection and MLP: f (.., H) and attention output (.., h, d) -> f'' (.., H)."""
