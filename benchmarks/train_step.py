@@ -3,11 +3,13 @@
     python benchmarks/train_step.py --specforge PYTHON --speculators PYTHON --out benchmarks/train_step_2core-cpu_202611
     python benchmarks/train_step.py --case conversations --model SMOLLM2_DIR --data answers.jsonl --specforge PYTHON ...
     python benchmarks/train_step.py --case cuda --shape qwen3-8b --sequence 2048 --peak-tflops 790
+    python benchmarks/train_step.py --draft-type dspark --case 512-bf16 --specforge PYTHON --speculators PYTHON
 
-Each trainer runs in a process of its own with the Python given for it (train_step_worker.py says how each is set up); a
-peer without one is left out, with a note. Rounds are taken in turns (ours, a peer, the next peer, ours again ...), so
-that a busy machine slows all alike; medians over rounds count. Memory is the growth of the process's peak from before
-the first step. `--clock cpu` counts the processes' CPU time instead of the wall's: for machines that are not idle.
+Each trainer runs in a process of its own with the Python given for it (train_step_worker.py says how each is set up,
+train_block_worker.py for block drafts); a peer without one is left out, with a note. Rounds are taken in turns (ours, a
+peer, the next peer, ours again ...), so that a busy machine slows all alike; medians over rounds count. Memory is the
+growth of the process's peak from before the first step. `--clock cpu` counts the processes' CPU time instead of the
+wall's: for machines that are not idle.
 """
 
 import argparse
@@ -21,7 +23,11 @@ from pathlib import Path
 
 from fledge import provenance
 
-WORKER = Path(__file__).with_name("train_step_worker.py")
+WORKERS = {
+    "eagle3": Path(__file__).with_name("train_step_worker.py"),
+    "dflash": Path(__file__).with_name("train_block_worker.py"),
+    "dspark": Path(__file__).with_name("train_block_worker.py"),
+}
 CASES = {  # tokens of one document with every row supervised, dtype
     "512-fp32": (512, "float32"),
     "512-bf16": (512, "bfloat16"),
@@ -32,6 +38,8 @@ CASES = {  # tokens of one document with every row supervised, dtype
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=[*CASES, "conversations", "cuda"], default=list(CASES))
+    parser.add_argument("--draft-type", choices=WORKERS, default="eagle3")
+    parser.add_argument("--anchors", type=int, default=128, help="of a document, in block drafts")
     parser.add_argument("--specforge", help="Python of an environment with specforge 0.2")
     parser.add_argument("--speculators", help="Python of an environment with speculators 0.9")
     parser.add_argument("--model", help="target folder, for its tokenizer (conversations)")
@@ -50,13 +58,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in args.case:
             results[name] = run_case(name, args, Path(folder))
-            print(table({name: results[name]}, args.clock), flush=True)
+            print(table({name: results[name]}, args), flush=True)
     if args.out:
         config = {key: str(value) for key, value in vars(args).items() if key not in ("specforge", "speculators")}
         config |= {key: Path(str(getattr(args, key))).name for key in ("model", "data", "out")}
-        command = f"python benchmarks/train_step.py --case {' '.join(args.case)} --clock {args.clock}"
+        command = " ".join(("python benchmarks/train_step.py --draft-type", args.draft_type, "--case", *args.case))
+        command += f" --clock {args.clock}"
         provenance.write(args.out.with_suffix(".json"), config, command=command, results=results)
-        args.out.with_suffix(".md").write_text(table(results, args.clock), encoding="utf-8")
+        args.out.with_suffix(".md").write_text(table(results, args), encoding="utf-8")
 
 
 def run_case(name: str, args: argparse.Namespace, folder: Path) -> dict[str, dict]:
@@ -65,14 +74,17 @@ def run_case(name: str, args: argparse.Namespace, folder: Path) -> dict[str, dic
     path = folder / f"{name}.json"
     documents = conversations(args) if name == "conversations" else [synthetic(name, args)]
     path.write_text(json.dumps(documents))
-    trainers = {"fledge": sys.executable, "fledge-depths": sys.executable}
+    trainers = {"fledge": sys.executable}
+    unrolled = args.draft_type == "eagle3"
+    if unrolled:
+        trainers["fledge-depths"] = sys.executable
     if device == "cpu":
         for peer in ("specforge", "speculators"):
             if getattr(args, peer):
                 trainers[peer] = getattr(args, peer)
             else:
                 print(f"{peer} is left out: no --{peer} PYTHON")
-        if args.specforge and name != "conversations":
+        if unrolled and args.specforge and name != "conversations":
             trainers["specforge-compact"] = args.specforge
     runs: dict[str, list[dict]] = {trainer: [] for trainer in trainers}
     for _ in range(args.rounds):
@@ -91,16 +103,18 @@ def run_case(name: str, args: argparse.Namespace, folder: Path) -> dict[str, dic
             "wall_s": [statistics.median(one["seconds"]) for one in rounds],
             "cpu_s": [statistics.median(one["cpu_seconds"]) for one in rounds],
         }  # fmt: skip
-        if args.peak_tflops and device == "cuda":
+        if args.peak_tflops and device == "cuda" and unrolled:
             summary[trainer]["share_of_peak"] = tokens * rounds[0]["flop_per_token"] / median / args.peak_tflops / 1e12
     return summary
 
 
 def worker(python: str, trainer: str, path: Path, dtype: str, device: str, args: argparse.Namespace) -> dict:
     command = [
-        python, str(WORKER), trainer, "--documents", str(path), "--dtype", dtype, "--device", device,
+        python, str(WORKERS[args.draft_type]), trainer, "--documents", str(path), "--dtype", dtype, "--device", device,
         "--shape", args.shape, "--threads", str(args.threads), "--steps", str(args.steps),
     ]  # fmt: skip
+    if args.draft_type != "eagle3":
+        command += ["--draft-type", args.draft_type, "--anchors", str(args.anchors)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{trainer} failed:\n{done.stderr[-3000:]}")
@@ -125,9 +139,10 @@ def conversations(args: argparse.Namespace) -> list[dict]:
     return [{"ids": sample.input_ids.tolist(), "mask": sample.loss_mask.int().tolist()} for sample in chosen]
 
 
-def table(results: dict[str, dict[str, dict]], clock: str) -> str:
+def table(results: dict[str, dict[str, dict]], args: argparse.Namespace) -> str:
     """Per case one row for each trainer, and fledge against the better peer."""
-    lines = ["# One optimisation step, TTT 7", "", f"Medians over rounds in turns; {clock} time.", ""]
+    draft = "TTT 7" if args.draft_type == "eagle3" else f"{args.draft_type}, {args.anchors} anchors of a document"
+    lines = [f"# One optimisation step, {draft}", "", f"Medians over rounds in turns; {args.clock} time.", ""]
     for name, trainers in results.items():
         columns = "| trainer | s | tok/s | supervised tok/s | memory growth, MiB |"
         lines += [f"## {name}", "", columns, "|---|---|---|---|---|"]

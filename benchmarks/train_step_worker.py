@@ -58,7 +58,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     step = TRAINERS[args.trainer](args, documents(args))
-    print(json.dumps(run(step, args)))
+    print(json.dumps({**run(step, args), "flop_per_token": flop_per_token(args)}))
 
 
 def run(step: Callable[[], float | torch.Tensor], args: argparse.Namespace) -> dict:
@@ -77,7 +77,7 @@ def run(step: Callable[[], float | torch.Tensor], args: argparse.Namespace) -> d
     assert all(loss == loss for loss in losses), f"{losses=}"
     return {
         "first_s": seconds[0], "seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:], "losses": losses,
-        "start_mib": start / 2**20, "growth_mib": grown / 2**20, "flop_per_token": flop_per_token(args),
+        "start_mib": start / 2**20, "growth_mib": grown / 2**20,
     }  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def _status(field: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def documents(args: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
+def documents(args: argparse.Namespace, num_taps: int = 3) -> list[dict[str, torch.Tensor]]:
     """Token ids and masks from the file, states at random."""
     size, dtype = SHAPES[args.shape][0], getattr(torch, args.dtype)
     made = []
@@ -109,7 +109,7 @@ def documents(args: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
         ids = torch.tensor(document["ids"])
         made.append({
             "ids": ids, "mask": torch.tensor(document["mask"], dtype=torch.bool),
-            "taps": torch.randn(len(ids), 3, size).to(dtype), "last": torch.randn(len(ids), size).to(dtype),
+            "taps": torch.randn(len(ids), num_taps, size).to(dtype), "last": torch.randn(len(ids), size).to(dtype),
         })  # fmt: skip
     return made
 
