@@ -229,10 +229,12 @@ class _Sums:
     def logits(self, part: slice) -> Tensor:
         """(m', D) of a chunk's pairs, in rows that the next chunk overwrites."""
         states = _padded(self.states[part])
+        before = None if self.embeddings is None else _padded(self.embeddings[part])
+        if states.dtype == torch.float32:  # the faster one, which has no place to write to
+            z = product(states, self.weight)
+            return z if before is None or self.markov is None else z.add_(product(before, self.markov))
         z = torch.mm(states, self.weight.T, out=self.rows("logits", len(states)))
-        if self.embeddings is not None and self.markov is not None:
-            z.addmm_(_padded(self.embeddings[part]), self.markov.T)
-        return z
+        return z if before is None or self.markov is None else z.addmm_(before, self.markov.T)
 
     def add_grads(self, part: slice, grad: Tensor) -> None:
         """The gradient of a chunk's logits (m', D), multiplied out."""
