@@ -155,7 +155,7 @@ class _FusedBlockLoss(torch.autograd.Function):
         ctx: Any, states: Tensor, embeddings: Tensor | None, markov: Tensor | None, heads: BlockHeads,
         teacher: Teacher, pairs: BlockPairs, settings: BlockLossSettings, wants_grad: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        sums = _Sums(states, embeddings, markov, heads, wants_grad)
+        sums = _BlockSums(states, embeddings, markov, heads, wants_grad)
         sizes = len(heads.draft_ids), len(heads.t2d)
         most = pairs_of_chunk(*sizes, states.dtype.itemsize, states.device.type, short=teacher.is_short)
         for blocks, part in _chunks(pairs, most):
@@ -198,7 +198,7 @@ def bytes_of_pair(draft_vocab: int, vocab: int, element: int, *, short: bool) ->
     return element * (6 * draft_vocab + (0 if short or draft_vocab == vocab else vocab))
 
 
-class _Sums:
+class _BlockSums:
     """What a pass over the chunks reads and adds up."""
 
     def __init__(
@@ -257,7 +257,7 @@ def _padded(rows: Tensor) -> Tensor:
 
 
 def _add_chunk(
-    sums: _Sums, part: slice, blocks: slice, heads: BlockHeads, teacher: Teacher, pairs: BlockPairs,
+    sums: _BlockSums, part: slice, blocks: slice, heads: BlockHeads, teacher: Teacher, pairs: BlockPairs,
     settings: BlockLossSettings,
 ) -> None:  # fmt: skip
     """Loss and gradient of a chunk's m pairs, in a few matrices (m', D) that every chunk overwrites.
