@@ -65,6 +65,8 @@ COMMANDS: dict[str, Command] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 it worked, 1 an error, 2 wrong flags, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if not console.is_interactive:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, which fill a log with their redrawings
     if not words or words[0] in ("-h", "--help", "help"):
         show(usage())
         sys.exit(0 if words else 2)

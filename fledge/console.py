@@ -4,6 +4,8 @@ stdout stays free for results that programs read. Where stderr is no terminal (a
 one plain line every ten seconds, so that logs stay readable and never look dead. Secrets are taken out of every line.
 """
 
+import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +39,12 @@ def show_error(message: str) -> None:
     console.print(f"error: {one_line(redact(message))}", style="bold red", markup=False)
 
 
+def print_document(document: Any) -> None:
+    """A document for a program, as JSON on stdout; a person at a terminal has been told in words."""
+    if not sys.stdout.isatty():
+        print(json.dumps(document))
+
+
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A small table; the first column is left-aligned, the others right."""
     table = Table(title=Text(printable(title)), title_justify="left", title_style="bold")
@@ -51,6 +59,14 @@ class ProgressBar(Protocol):
     """What a loop needs of its progress display."""
 
     def advance(self, steps: int = 1, note: str | None = None) -> None: ...
+
+
+class _NoBar:
+    def advance(self, steps: int = 1, note: str | None = None) -> None:
+        pass
+
+
+NO_BAR: ProgressBar = _NoBar()
 
 
 class _RichBar:
@@ -83,15 +99,30 @@ class _PlainBar:
         return f"({now - self._start:.0f} s, {(now - self._start) / fresh * (self._total - self._done):.0f} s left)"
 
 
+_shown: list[Progress] = []  # what is on the terminal
+
+
 @contextmanager
 def progress(title: str, total: int | None, done: int = 0) -> Iterator[ProgressBar]:
-    """A progress bar over `total` steps (None: unknown), `done` of which a resumed run already has."""
-    if not console.is_terminal:
+    """A progress bar over `total` steps (None: unknown), `done` of which a resumed run already has. Inside another one
+    it is drawn below it, for as long as it lasts."""
+    if not console.is_interactive:
         yield _PlainBar(title, total, done)
+        return
+    if _shown:
+        task = _shown[-1].add_task(title, total=total, completed=done, note="")
+        try:
+            yield _RichBar(_shown[-1], task)
+        finally:
+            _shown[-1].remove_task(task)
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=console) as bars:
-        yield _RichBar(bars, bars.add_task(title, total=total, completed=done, note=""))
+        _shown.append(bars)
+        try:
+            yield _RichBar(bars, bars.add_task(title, total=total, completed=done, note=""))
+        finally:
+            _shown.pop()

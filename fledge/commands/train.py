@@ -48,9 +48,11 @@ class TrainerHelp:
     eval_strategy: str = "no"
     """When the loss on held-out data is computed: no, epoch, or steps (every --eval_steps)."""
     report_to: str = "none"
-    """wandb, tensorboard, trackio, ... or none."""
+    """wandb, tensorboard, trackio, ... (several: a,b), or none."""
     run_name: str | None = None
     """Name of the run in them."""
+    verbose: bool = False
+    """Print the draft's config, and every metric at each log step."""
     deepspeed: str | None = None
     """A DeepSpeed config."""
     seed: Seed = 42
@@ -68,7 +70,8 @@ MAIN = (
     "target", "data", "states", "output_dir", "overwrite", "eval_fraction", "eval_data", "chat_template_type",
     "model_max_length", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "draft_vocab_size", "draft_type", "init_from", "ttt_steps", "depth_survival", "save_strategy",
-    "eval_strategy", "eval_decode_steps", "report_to", "run_name", "deepspeed", "seed",
+    "eval_strategy", "eval_decode_steps", "report_to", "run_name", "verbose", "deepspeed",
+    "seed",
 )  # fmt: skip
 # Flags of earlier versions: the value that asks for what is done anyway, and why there is no other.
 REMOVED = {

@@ -4,7 +4,6 @@ Lays the samples out in shards, then fills what is missing, one sample per forwa
 it stopped; started with more data it adds to the store. Knows where records come from only as a `Producer`.
 """
 
-import json
 import os
 import threading
 from collections import deque
@@ -18,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from fledge import provenance
-from fledge.console import ProgressBar, progress, say, show_table, warn
+from fledge.console import ProgressBar, print_document, progress, say, show_table, warn
 from fledge.data.dataset import TokenizedData
 from fledge.data.image_urls import allow_image_urls
 from fledge.data.tokenize import ChatTemplate, Sample
@@ -65,7 +64,7 @@ def extract(args: ExtractSettings) -> None:
     if not manifest.complete:
         missing = manifest.planned_records - manifest.records
         warn(f"{missing} planned records are not there yet; the run that makes them is still to finish.")
-    print(json.dumps({"output_dir": str(args.output_dir), "complete": manifest.complete, **counts}))
+    print_document({"output_dir": str(args.output_dir), "complete": manifest.complete, **counts})
 
 
 def extract_share(args: ExtractSettings, ranks: Ranks) -> Manifest | None:

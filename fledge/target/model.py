@@ -81,7 +81,9 @@ class Target:
     ) -> "Target":
         """Load a model folder or hub name. `device_map` / `tp_plan` spread targets larger than one GPU."""
         from transformers import AutoConfig, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # one step for each tensor
         refuse_missing_folder(name_or_path)
         if Path(name_or_path).exists() and not (Path(name_or_path) / "config.json").is_file():
             raise UserError(f"{name_or_path}: no config.json there. Give a transformers model folder or a hub name.")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
+from fledge.console import say
 from fledge.drafters.loss import LossSettings
 from fledge.errors import UserError, nearest
 from fledge.ranges import Count, Natural, NotNegative, PartialShare, Positive, Seed, Share, Whole
@@ -55,8 +56,9 @@ class TrainerArguments(TrainingArguments):
     max_grad_norm: NotNegative = _flag(0.5, "Gradient clipping.")
     bf16: bool = _flag(True, "bfloat16 mixed precision with fp32 master weights.")
     logging_steps: NotNegative = _flag(10, "Steps between log lines.")
+    verbose: bool = _flag(False, "Print the draft's config, and every metric at each log step.")
     save_total_limit: Natural | None = _flag(2, "Checkpoints kept for resuming.")
-    report_to: str | None = _flag("none", "wandb, tensorboard, trackio, ... or none.")
+    report_to: str | None = _flag("none", "wandb, tensorboard, trackio, ... (several: a,b), or none.")
     activation_checkpointing: bool | None = field(
         default=None,
         metadata={
@@ -80,6 +82,8 @@ class TrainerArguments(TrainingArguments):
             self.use_cpu = True
         if self.warmup_steps is None:
             self.warmup_steps = self.warmup_ratio or 0.0  # below 1, the library reads it as a share
+        if self.report_to and "," in self.report_to:
+            self.report_to = [name.strip() for name in self.report_to.split(",")]  # type: ignore[assignment]
         if self.activation_checkpointing and not hasattr(TrainingArguments, "activation_checkpointing"):
             self.gradient_checkpointing = True  # the name before transformers had this one
         super().__post_init__()
@@ -105,7 +109,8 @@ class TrainSettings:
 
 
 def check_report_to(trainer: TrainerArguments) -> None:
-    """Refuse a tracker that is unknown or not installed: the Trainer would, after the target was loaded."""
+    """Refuse a tracker that is unknown or not installed: the Trainer would, after the target was loaded. A name that no
+    tracker is given is told."""
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     for name in trainer.report_to or ():
@@ -119,3 +124,5 @@ def check_report_to(trainer: TrainerArguments) -> None:
                 f"--report_to {name}: it cannot be used here ({' '.join(str(error).split())}). Install it, or give "
                 f"--report_to none."
             ) from None
+    if trainer.run_name and not trainer.report_to:
+        say(f"--run_name {trainer.run_name} names the run in a tracker, and none is asked for (--report_to)")

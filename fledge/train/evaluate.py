@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from fledge.console import say, warn
+from fledge.console import NO_BAR, ProgressBar, say, warn
 from fledge.data.samples import Prompt
 from fledge.decoding.generate import generate
 from fledge.drafters.bound_head import BoundHead
@@ -49,7 +49,7 @@ class DecodingEvaluation:
     def __init__(self, target: Target, prompts: Sequence[Prompt], tree: TreeShape, max_new_tokens: int) -> None:
         self.target, self.prompts, self.tree, self.max_new_tokens = target, list(prompts), tree, max_new_tokens
 
-    def run(self, draft: BoundHead, step: int) -> Decoded:
+    def run(self, draft: BoundHead, step: int, bar: ProgressBar = NO_BAR) -> Decoded:
         """Tau of this head: the same prompts, tree and limit every time."""
         start, tokens, forwards = time.monotonic(), 0, 0
         for prompt in self.prompts:
@@ -58,6 +58,7 @@ class DecodingEvaluation:
                 model_inputs=prompt.model_inputs,
             )  # fmt: skip
             tokens, forwards = tokens + len(made.token_ids) - 1, forwards + made.num_forwards
+            bar.advance()
         return Decoded(step, tokens / max(forwards, 1), tokens, time.monotonic() - start)
 
 
@@ -121,7 +122,9 @@ class DecodingCallback(TrainerCallback):
         weights = self.trainer.gathered_weights()  # every rank takes part in gathering
         if self.trainer.is_world_process_zero():
             draft = copy_for_decoding(self.trainer.draft, weights, self.evaluation.target)
-            found = self.evaluation.run(draft, step)
+            with self.trainer.shown.bar("decoding", len(self.evaluation.prompts)) as bar:
+                found = self.evaluation.run(draft, step, bar)
+            self.trainer.not_training(found.seconds)
             self.keep(found, weights)
             wanted = self.trainer.control.should_log  # logging here would count as the step's own log
             self.trainer.log({"decode_tau": found.tau, "decode_tokens": found.tokens, "decode_s": found.seconds})

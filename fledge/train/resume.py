@@ -35,8 +35,10 @@ FREE = {
     "ddp_timeout", "dataloader_prefetch_factor", "dataloader_persistent_workers", "eval_on_start",
     "eval_decode_steps", "eval_decode_prompts",
     "eval_decode_load_best", "activation_checkpointing", "gradient_checkpointing",
-    "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "overwrite",
+    "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "overwrite", "verbose",
 }  # fmt: skip
+
+DERIVED = {"tap_layers", "draft_layers", "block_size", "dtype"}  # earlier versions wrote them as they were given
 
 
 class SavedState(msgspec.Struct):
@@ -159,7 +161,8 @@ def check_same_run(output_dir: Path, resolved: dict[str, Any], resuming: bool) -
         before = read_json(path, dict[str, Any], hint="Start over with --resume_from_checkpoint False --overwrite.")
         plain = json.loads(json.dumps(redacted(resolved), default=str))
         for key, value in plain.items():
-            if key not in FREE and key in before and before[key] != value:
+            derived = key in DERIVED and before.get(key) in (None, [], "auto")
+            if key not in FREE and key in before and before[key] != value and not derived:
                 raise UserError(
                     f"{output_dir}: the run there has {key}={before[key]!r}, this one {value!r}. Continue with its "
                     f"settings, choose another --output_dir, or delete that run with --resume_from_checkpoint False "

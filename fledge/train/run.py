@@ -3,12 +3,13 @@
 Puts the stages together: source -> draft vocabulary -> draft -> Trainer -> final head with provenance.
 """
 
-import json
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -19,18 +20,19 @@ from fledge.console import say, show_table
 from fledge.data.image_urls import allow_image_urls
 from fledge.data.rows import check_source
 from fledge.drafters.bound_head import BoundHead
+from fledge.drafters.dspark.config import BlockConfig
 from fledge.drafters.layer_config import LayerConfig
 from fledge.errors import UserError
 from fledge.storage.angelslim import ckpt_files
 from fledge.storage.states.manifest import MANIFEST
 from fledge.target.model import Target
 from fledge.target.record import TargetRecord
-from fledge.train.arguments import TrainerArguments, TrainSettings
+from fledge.target.settings import Dtype
+from fledge.train.arguments import TrainSettings
 from fledge.train.continuation import check_resumable, check_same_inputs
 from fledge.train.evaluate import DecodingCallback, decoding_evaluation
 from fledge.train.kinds import KINDS
 from fledge.train.resume import begin, check_same_run, check_start, find_checkpoint
-from fledge.train.settings import DraftSettings
 from fledge.train.shared_batches import share_of_process
 from fledge.train.sources import Source
 from fledge.train.trainer import DraftTrainer
@@ -53,8 +55,8 @@ def train(args: TrainSettings) -> None:
     check_flags(args)
     set_seed(args.trainer.seed)
     source = open_source(args)
-    draft = make_draft(args.draft, source, args.trainer.seed)
-    _resolve(args, draft.config)
+    draft = make_draft(args, source)
+    _resolve(args, draft.config, source)
     module = KINDS[args.draft.draft_type].module(draft, args, source)
     evaluation = decoding_evaluation(args.evaluation, source, lambda: target_for_evaluation(args, source))
     with run_folder(args, source) as (run, checkpoint):
@@ -154,34 +156,45 @@ def target_for_evaluation(args: TrainSettings, source: Source) -> Target:
     return target
 
 
-def make_draft(args: DraftSettings, source: Source, seed: int) -> BoundHead:
+def make_draft(args: TrainSettings, source: Source) -> BoundHead:
     """The draft of the flags, in fp32."""
-    torch.manual_seed(seed)
+    torch.manual_seed(args.trainer.seed)
 
     def first() -> list[TargetRecord]:
         return [source.to_record(source.train[index]) for index in range(min(STARTING_SAMPLES, len(source.train)))]
 
-    draft = KINDS[args.draft_type].make(args, source, first)
-    fields = draft.document(args.save_dtype).items()
-    show_table("draft head", ["field", "value"], [[key, value] for key, value in fields if value is not None])
+    draft = KINDS[args.draft.draft_type].make(args.draft, source, first)
+    if args.trainer.verbose:
+        fields = draft.document(args.draft.save_dtype).items()
+        show_table("draft head", ["field", "value"], [[key, value] for key, value in fields if value is not None])
     num_parameters = sum(p.numel() for p in draft.parameters() if p.requires_grad)
-    say(f"{num_parameters / 1e6:.1f} M trained parameters; taps are inputs of layers {list(draft.config.tap_layers)}")
+    say(
+        f"{args.draft.draft_type} draft: {num_parameters / 1e6:.1f} M trained parameters; its taps are the inputs of "
+        f"layers {', '.join(map(str, draft.config.tap_layers))}"
+    )
     return draft.to(source.device, torch.float32)
 
 
-def _resolve(args: TrainSettings, config: LayerConfig) -> None:
-    trainer: TrainerArguments = args.trainer
+def _resolve(args: TrainSettings, config: LayerConfig, source: Source) -> None:
+    """Put what was derived in the place of what was not given: a flag that equals it may be given or left out."""
+    trainer = args.trainer
     if trainer.learning_rate is None:
         trainer.learning_rate = KINDS[args.draft.draft_type].learning_rate(config.hidden_size)
         say(f"learning rate {trainer.learning_rate:.1e} (by the hidden size {config.hidden_size}, at most 1e-3)")
-    args.draft = replace(args.draft, draft_vocab_size=config.draft_vocab_size)
+    derived: dict[str, Any] = {"draft_vocab_size": config.draft_vocab_size, "tap_layers": tuple(config.tap_layers)}
+    if isinstance(config, BlockConfig):
+        derived |= {"draft_layers": config.num_layers, "block_size": config.block_size}
+    args.draft = replace(args.draft, **derived)
+    for dtype in get_args(Dtype):
+        if source.target is not None and str(source.target.dtype) == f"torch.{dtype}":
+            args.inputs = replace(args.inputs, dtype=dtype)
 
 
 def finish(trainer: DraftTrainer, args: TrainSettings, source: Source, metrics: dict[str, float]) -> None:
-    """Final evaluation, provenance beside the head, and one line that says where everything is."""
+    """Final evaluation, provenance beside the head, and the command that measures it."""
     output_dir = Path(str(args.trainer.output_dir))
     if trainer.eval_dataset is not None:
-        metrics = {**metrics, **trainer.evaluate()}
+        metrics = {**metrics, **(trainer.evaluated or trainer.evaluate())}
     if not trainer.is_world_process_zero():
         return
     trainer.save_state()
@@ -189,10 +202,16 @@ def finish(trainer: DraftTrainer, args: TrainSettings, source: Source, metrics: 
         output_dir / "provenance.json", args.resolved(), target=source.target_name, steps=trainer.state.global_step,
         metrics=metrics,
     )  # fmt: skip
-    shown = {key: value for key, value in metrics.items() if key.startswith("eval_")} or metrics
-    show_table("result", ["metric", "value"], [[key, f"{value:.4g}"] for key, value in shown.items()])
-    say(f"head: {output_dir}  (steps {trainer.state.global_step}; `fledge bench --draft {output_dir}` measures it)")
-    print(json.dumps({"output_dir": str(output_dir), **metrics}))
+    say(f"the head is in {output_dir}; this measures it:")
+    say(measuring(args, args.inputs.target or source.target_name))
+
+
+def measuring(args: TrainSettings, target: str) -> str:
+    """The command that measures the head, as a shell takes it."""
+    words = ["--target", target, "--draft", str(args.trainer.output_dir), "--bench-name", "quick"]
+    if args.inputs.chat_template_type:
+        words += ["--chat-template-type", args.inputs.chat_template_type]
+    return f"fledge bench {shlex.join(words)}"
 
 
 def leave(device: torch.device) -> None:

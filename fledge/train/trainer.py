@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import Trainer, TrainerState
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from fledge.drafters.batch import Batch, pack
@@ -32,6 +34,7 @@ from fledge.train.metrics import FiniteLosses, MetricSums, taught_positions
 from fledge.train.muon import MuonWithAuxiliary, split_parameters
 from fledge.train.resume import TRAIN, delete_old, is_complete
 from fledge.train.shared_batches import SharedOrder
+from fledge.train.shown import ShownProgress
 
 
 def as_list(items: Sequence[Any]) -> list[Any]:
@@ -60,6 +63,14 @@ class DraftTrainer(Trainer):
         )  # fmt: skip
         self.to_record, self.save_dtype, self.run = to_record, save_dtype, run
         self.model_accepts_loss_kwargs = True  # the loss is already divided for accumulation
+        for printing in (ProgressCallback, PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
+            self.remove_callback(printing)
+        self.shown = ShownProgress(verbose=args.verbose)
+        self.add_callback(self.shown)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None and args.run_name:
+                callback.logging_dir = str(Path(str(args.output_dir)) / "runs" / args.run_name)
+        self.evaluated: dict[str, float] | None = None  # what the last evaluation found, if of the weights of now
         self.per_token, self.copies = module.average == "token", module.processes_per_sequence
         self.window, self.finite = MetricSums(module.num_steps, args.device), FiniteLosses(args.device)
         self._window_start, self._window_tokens = time.monotonic(), 0
@@ -90,7 +101,10 @@ class DraftTrainer(Trainer):
                 self._load_from_checkpoint(str(resume_from_checkpoint))
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
-        done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.shown.close()
         self.refuse_infinite()
         return done
 
@@ -140,6 +154,7 @@ class DraftTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        self.evaluated = None
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.finite.add(loss, self.state.global_step + 1)
         if loss.device.type == "cpu":
@@ -204,24 +219,32 @@ class DraftTrainer(Trainer):
         module.eval()
         sums = MetricSums(self.window.num_steps, self.args.device)
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, sequences or tokens
-        for items in loader:
-            with self.accelerator.autocast():
-                output = module(self._prepare_inputs(items))
-            sums.add(output)
-            counts = [taught_positions(item.loss_mask) for item in items]
-            totals += torch.tensor(
-                [output.loss.item(), sum(counts) if self.per_token else sum(count > 0 for count in counts)],
-                dtype=torch.float64, device=self.args.device,
-            )  # fmt: skip
+        with self.shown.bar("evaluation", len(loader)) as bar:
+            for items in loader:
+                with self.accelerator.autocast():
+                    output = module(self._prepare_inputs(items))
+                sums.add(output)
+                counts = [taught_positions(item.loss_mask) for item in items]
+                totals += torch.tensor(
+                    [output.loss.item(), sum(counts) if self.per_token else sum(count > 0 for count in counts)],
+                    dtype=torch.float64, device=self.args.device,
+                )  # fmt: skip
+                bar.advance()
         module.train()
         reduced = self.accelerator.reduce(torch.cat((sums.sums, totals)), reduction="sum")
         number = (reduced[-1] / self.copies).clamp_min(1)
         found = {**sums.summary(reduced[:-2]), "loss": (reduced[-2] / number).item()}
         found["runtime_s"] = time.monotonic() - start
+        self.not_training(found["runtime_s"])
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items() if math.isfinite(value)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.evaluated = metrics
         return metrics
+
+    def not_training(self, seconds: float) -> None:
+        """Leave time since the last log step, that of an evaluation, out of `tokens_per_s`."""
+        self._window_start += seconds
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -287,6 +310,7 @@ class DraftTrainer(Trainer):
 
     def load_head(self, folder: Path) -> None:
         """Take the weights of a saved head or checkpoint (not while the model is sharded)."""
+        self.evaluated = None
         load_weights(self.draft, folder)
 
 

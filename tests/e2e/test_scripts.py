@@ -48,7 +48,7 @@ def test_hidden_states_then_offline_training(work):
         LM_HEAD_KEY="lm_head.weight", EVAL_HIDDEN_PATH="store", MODEL_MAX_LENGTH="128", NUM_WORKERS="1",
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr[-3000:]
-    assert json.loads(trained.stdout.splitlines()[-1])["eval_tau"] >= 1
+    assert json.loads((work / "offline" / "provenance.json").read_text())["metrics"]["eval_tau"] >= 1
     assert (work / "offline" / "model.safetensors").is_file()
     config = json.loads((work / "offline" / "train_config.json").read_text())
     assert config["run_name"] == "tiny" and config["model_max_length"] == 128

@@ -96,7 +96,7 @@ def test_the_best_head_is_kept_and_becomes_the_final_one(work, tmp_path, monkeyp
     """Scripted taus with the peak in the middle: best/ holds step 4 of 8, through a stop and a resume."""
     taus = {2: 1.1, 4: 1.6, 6: 1.4, 8: 1.2}
     monkeypatch.setattr(
-        evaluate.DecodingEvaluation, "run", lambda self, draft, step: evaluate.Decoded(step, taus[step], 10, 0.1)
+        evaluate.DecodingEvaluation, "run", lambda self, draft, step, bar: evaluate.Decoded(step, taus[step], 10, 0.1)
     )
     run.train(arguments(work, tmp_path, *decoding(), steps=4))
     best = read_best(tmp_path)
