@@ -29,12 +29,18 @@ class Command:
     help: str
     loads_target: bool = True
     """False: its --target is a name only."""
+    kept: str = ""
+    """What Ctrl-C leaves, where there is something and the command does not say it itself."""
 
 
 COMMANDS: dict[str, Command] = {
     "serve": Command("fledge.commands.serve", "ServeArgs", "serve", "start vLLM servers, one per GPU group"),
     "regenerate": Command(
-        "fledge.commands.regenerate", "RegenerateArgs", "regenerate", "let the target answer every conversation again"
+        "fledge.commands.regenerate",
+        "RegenerateArgs",
+        "regenerate",
+        "let the target answer every conversation again",
+        kept="finished answers are kept and the same command continues; answers under way are asked again",
     ),
     "decode": Command("fledge.commands.decode", "DecodeArgs", "decode", "answer a prompt with a draft head"),
     "chat": Command("fledge.commands.chat", "AnswerArgs", "chat", "talk to the target with a draft head"),
@@ -43,7 +49,13 @@ COMMANDS: dict[str, Command] = {
         "fledge.commands.report", "ReportArgs", "report", "draw a benchmark report again, or compare several"
     ),
     "plan": Command("fledge.commands.plan", "PlanArgs", "plan", "what a training run will need: memory, disk, hours"),
-    "extract": Command("fledge.commands.extract", "ExtractArgs", "extract", "store the target's hidden states"),
+    "extract": Command(
+        "fledge.commands.extract",
+        "ExtractArgs",
+        "extract",
+        "store the target's hidden states",
+        kept="finished shards are kept and the same command continues; the shard under way is made again",
+    ),
     "train": Command("fledge.commands.train", "TrainArgs", "train", "train a draft head, online or from stored states"),
     "export": Command(
         "fledge.commands.export",
@@ -56,8 +68,13 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command(
         "fledge.commands.inspect", "InspectArgs", "inspect", "look into data, stored hidden states or a head"
     ),
+    "doctor": Command("fledge.commands.doctor", "DoctorArgs", "doctor", "check this machine: packages, GPU, disk, hub"),
     "quickstart": Command(
-        "fledge.commands.quickstart", "QuickstartArgs", "quickstart", "the whole path on a small real model"
+        "fledge.commands.quickstart",
+        "QuickstartArgs",
+        "quickstart",
+        "the whole path on a small real model",
+        kept="finished steps are kept and the same command continues",
     ),
 }
 
@@ -103,7 +120,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         show_error(message)
         return status
     except KeyboardInterrupt:
-        console.print("interrupted", style="bold red")
+        console.print("interrupted" + (f": {command.kept}" if command.kept else ""), style="bold red")
         return 130
     return 0
 

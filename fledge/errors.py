@@ -53,7 +53,7 @@ def naming(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
         else:
             raise
         if needed_bytes is not None:
-            found.add_note(f"{needed_bytes / 2**20:.1f} MiB are needed")
+            found.add_note(f"{gib(needed_bytes)} are needed")
         raise found from (None if found is error else error)
 
 
@@ -63,7 +63,7 @@ def explained(error: OSError) -> str:
         return str(error)
     path, problem, advice = Path(os.fsdecode(error.filename)), (error.strerror or "").lower(), ""
     if error.errno in FULL:
-        free = f"{free_bytes(path) / 2**20:.1f} MiB free"
+        free = f"{gib(free_bytes(path))} free"
         problem = f"cannot be written, {problem} ({', '.join([*getattr(error, '__notes__', ()), free])})"
         advice = " Make room or choose a folder on another disk, and run the same command again."
     elif error.errno in (errno.EACCES, errno.EPERM):
@@ -71,6 +71,15 @@ def explained(error: OSError) -> str:
     elif error.errno == errno.EROFS:
         advice = " Choose a folder on another file system."
     return f"{path}: {problem}.{advice}"
+
+
+def gib(size: float) -> str:
+    """A size for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} TiB"
 
 
 def free_bytes(path: Path) -> int:

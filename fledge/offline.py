@@ -14,17 +14,25 @@ PROXIES = ("https_proxy", "http_proxy", "all_proxy")
 PATIENCE_S = 3.0  # for an answer about the hub's name; no answer in time says nothing
 
 
+def hub_host() -> str | None:
+    """The host that is asked for models; None where a proxy knows it, or HF_HUB_OFFLINE says whether it is asked."""
+    proxied = any(os.environ.get(name) or os.environ.get(name.upper()) for name in PROXIES)
+    if proxied or "HF_HUB_OFFLINE" in os.environ:
+        return None
+    return urlsplit(os.environ.get("HF_ENDPOINT") or HUB).hostname
+
+
 @functools.cache
 def stop_asking_an_unknown_hub() -> None:
-    """Tell the hub's library to read its cache only, where the hub's name cannot be resolved and no proxy could."""
-    proxied = any(os.environ.get(name) or os.environ.get(name.upper()) for name in PROXIES)
-    host = urlsplit(os.environ.get("HF_ENDPOINT") or HUB).hostname
-    if proxied or host is None or "HF_HUB_OFFLINE" in os.environ or is_known(host):
+    """Tell the hub's libraries to read their caches only, where its name cannot be resolved and no proxy could."""
+    host = hub_host()
+    if host is None or is_known(host):
         return
     say(f"{host} is not reachable from here: models and data sets are read from folders and from the hub's cache")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    if (constants := sys.modules.get("huggingface_hub.constants")) is not None:
-        constants.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+    for name in ("huggingface_hub.constants", "datasets.config"):  # which have read the variable
+        if (module := sys.modules.get(name)) is not None:
+            module.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 
 
 def is_known(host: str) -> bool:

@@ -299,9 +299,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(path: Path, temporary: Path) -> Iterator[BinaryIO]:
+def writing(path: Path, temporary: Path, needed_bytes: int | None = None) -> Iterator[BinaryIO]:
     """Write under a temporary name, sync, rename, sync the folder: after a crash the old or the new file is there."""
-    with naming(path), open(temporary, "wb") as file:
+    with naming(path, needed_bytes), open(temporary, "wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -312,8 +312,9 @@ def writing(path: Path, temporary: Path) -> Iterator[BinaryIO]:
 def write_file(path: Path, content: bytes | str, tag: str = "") -> None:
     """Write a file whole. Processes that may write the same file at once give a `tag` each."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path, path.with_name(f"{path.name}{tag}.tmp")) as file:
-        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+    content = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    with writing(path, path.with_name(f"{path.name}{tag}.tmp"), len(content)) as file:
+        file.write(content)
 
 
 def file_sha256(path: Path) -> str:

@@ -1,5 +1,6 @@
 """The command line's edge: which errors are one line, with which status, and which keep their traceback."""
 
+import dataclasses
 import io
 import re
 import sys
@@ -19,7 +20,6 @@ from fledge.errors import UserError
 @pytest.fixture
 def command(monkeypatch):
     """Runs a function as a command whose flags are `--number N`."""
-    import dataclasses
 
     @dataclasses.dataclass
     class Args:
@@ -71,8 +71,30 @@ def test_wrong_flags_exit_with_2(words, capfd):
 
 def test_flags_that_the_parser_refuses_exit_with_2(capfd):
     with pytest.raises(SystemExit) as end:
-        run_command("plan", ["--num-gpus", "many"])
+        run_command("plan", ["--target", "T", "--num-gpus", "many"])
     assert end.value.code == 2
+
+
+@pytest.mark.parametrize(("words", "needed"), [
+    (["bench"], "--target is needed: the target: "), (["inspect"], "PATH is needed: data "),
+    (["export", "head"], "--output-dir is needed: where "),
+])  # fmt: skip
+def test_what_must_be_given_is_one_line(words, needed, capfd):
+    """It was a box of twelve lines."""
+    assert run_command(words[0], words[1:]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith(f"error: {needed}") and said.count("\n") == 1
+
+
+def test_ctrl_c_says_what_is_kept(command, capfd, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    assert command(interrupted) == 130 and capfd.readouterr().err == "interrupted\n"
+    monkeypatch.setitem(cli.COMMANDS, "a", dataclasses.replace(cli.COMMANDS["a"], kept="all of it"))
+    assert run_command("a", []) == 130 and capfd.readouterr().err == "interrupted: all of it\n"
+    kept = {name for name, one in cli.COMMANDS.items() if one.kept}
+    assert kept == {"a", "regenerate", "extract", "quickstart"}  # train and bench count what they have
 
 
 BROKEN_RECIPES = {

@@ -3,6 +3,7 @@
 import os
 import socket
 
+import datasets.config
 import pytest
 from huggingface_hub import constants
 
@@ -64,6 +65,31 @@ def test_a_command_with_a_wrong_name(unknown, capsys):
     assert run_command("decode", ["--target", "nobody/nothing", "--prompt", "hello"]) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert "nobody/nothing: could not be loaded" in said and "Retrying" not in said
+
+
+@pytest.mark.parametrize("words", [
+    ["inspect", "nobody/data", "--target", "TARGET"], ["train", "--target", "TARGET", "--data", "nobody/data"],
+    ["regenerate", "--data", "nobody/data", "--target", "TARGET", "--engine", "transformers"],
+])  # fmt: skip
+def test_a_data_set_of_the_hub(words, unknown, tiny_model_dir, tmp_path, monkeypatch, capfd):
+    """Half a minute of retries for each."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    words = [str(tiny_model_dir) if word == "TARGET" else word for word in words]
+    output = [] if words[0] == "inspect" else ["--output-dir", str(tmp_path / "out")]
+    assert run_command(words[0], [*words[1:], *output]) == 1
+    said = " ".join(capfd.readouterr().err.split())
+    assert "nobody/data: neither a file or folder here nor a data set" in said and "Retrying" not in said
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("nobody/nothing", "nobody/nothing: no folder here, and its config.json cannot be had from the hub"),
+    ("/no/such/folder", "/no/such/folder: no such folder"),
+])  # fmt: skip
+def test_servers_of_a_wrong_model_are_not_started(name, said, unknown, capsys):
+    """vLLM's traceback of sixty lines was shown joined into one."""
+    assert run_command("serve", ["--target", name, "--vllm", "/bin/true"]) == 1
+    assert said in capsys.readouterr().err
+    assert run_command("serve", ["--target", name, "--vllm", "/bin/true", "--print"]) == 0  # for another machine
 
 
 def test_a_folder_needs_no_hub(unknown, tmp_path):

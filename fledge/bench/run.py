@@ -192,7 +192,7 @@ def measure_missing(args: BenchSettings, spec: Loader, placement: Placement, job
                 results.append(row)
                 bar.advance(note=note_of(row))
     except KeyboardInterrupt:
-        say(f"interrupted: {len(results)} finished rows are in {results.path}; the same command continues.")
+        say(f"{len(results)} finished rows are in {results.path}; the same command continues.")
         raise
 
 

@@ -64,7 +64,7 @@ class Answerer:
         dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
         self.target = Target.from_pretrained(
             args.target, dtype=dtype, device=args.device, tap_layers=files.tap_layers if files else None,
-            min_pixels=args.min_pixels, max_pixels=args.max_pixels,
+            min_pixels=args.min_pixels, max_pixels=args.max_pixels, chat_template=args.chat_template_type,
         )  # fmt: skip
         want_exact(self.target, args.exact)
         self.draft = files.bind(self.target) if files else None

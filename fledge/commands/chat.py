@@ -3,6 +3,7 @@
 Lines from a pipe are turns as well. Ctrl-C stops an answer, a second one (or Ctrl-D) ends the conversation.
 """
 
+import re
 import sys
 from typing import Any
 
@@ -12,7 +13,8 @@ from fledge.errors import UserError
 
 __all__ = ["MAIN", "AnswerArgs", "chat"]
 
-HELP = "/reset begins a new conversation, /exit or Ctrl-D ends; Ctrl-C stops an answer."
+COMMAND = re.compile(r"/[a-z]+")  # a message may begin with a slash and go on: /etc/hosts, "/s means"
+HELP = "/help says this, /reset begins a new conversation, /exit or Ctrl-D ends; Ctrl-C stops an answer."
 
 
 def chat(args: AnswerArgs) -> None:
@@ -26,6 +28,12 @@ def chat(args: AnswerArgs) -> None:
         if text == "/reset":
             messages = list(start)
             say("a new conversation")
+            continue
+        if text == "/help":
+            say(HELP)
+            continue
+        if COMMAND.fullmatch(text):
+            say(f"{text}: no such command. {HELP}")
             continue
         asked = [*messages, {"role": "user", "content": text}]
         try:

@@ -34,7 +34,7 @@ def short_help(prog: str, about: str, args_class: type, main: Sequence[str]) -> 
     """What is needed first. `main` names the flags in order; without it every flag is shown."""
     flags = {flag.name: flag for flag in flags_of(args_class) if not flag.hidden}
     chosen = [flags[name] for name in main] if main else list(flags.values())
-    lines = [line for flag in chosen for line in _entry(flag, _first_sentence(text_of(flag)))]
+    lines = [line for flag in chosen for line in _entry(flag, first_sentence(text_of(flag)))]
     left = len(flags) - len(chosen)
     more = f"{left} more flags: {prog} --help-all. " if left else ""
     return "\n".join([*_head(prog, about, chosen), *lines, "", more + RECIPE])
@@ -45,7 +45,7 @@ def full_help(prog: str, about: str, args_class: type, others: Sequence[type] = 
     flags = [flag for one in (args_class, *others) for flag in flags_of(one) if not flag.hidden]
     lines: list[str] = []
     for owner in dict.fromkeys(flag.group for flag in flags):
-        lines += ["", f"{_first_sentence(inspect.getdoc(owner) or owner.__name__)}"]
+        lines += ["", f"{first_sentence(inspect.getdoc(owner) or owner.__name__)}"]
         lines += [line for flag in flags if flag.group is owner for line in _entry(flag, text_of(flag))]
     return "\n".join([*_head(prog, about, flags), *lines[1:], "", RECIPE])
 
@@ -116,7 +116,8 @@ def value_of(kind: Any) -> str:
     return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
 
 
-def _first_sentence(text: str) -> str:
+def first_sentence(text: str) -> str:
+    """The text up to its first full stop."""
     sentence, found, _ = " ".join(text.split()).partition(". ")
     return sentence + ("." if found else "")
 

@@ -75,12 +75,26 @@ def flags_of(args_class: type) -> Iterator[Flag]:
 
 def parse(args_class: type[Args], argv: Sequence[str], *, prog: str, description: str = "") -> Args:
     """Flags (and `--config recipe.yaml`) to an instance of `args_class`."""
+    words = words_of(args_class, argv)
+    refuse_missing(args_class, words, prog)
     args = tyro.cli(
-        args_class, args=words_of(args_class, argv), prog=prog, description=description,
+        args_class, args=words, prog=prog, description=description,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
     )  # fmt: skip
     check_ranges(args)
     return args
+
+
+def refuse_missing(args_class: type, words: Sequence[str], prog: str) -> None:
+    """Name the first flag that must be given and is not, with what it is."""
+    from fledge.commands.help import first_sentence, text_of
+
+    for flag in flags_of(args_class):
+        name = flag.name.upper() if flag.positional else f"--{flag.name.replace('_', '-')}"
+        given = words if flag.positional else [word for word in words if word.partition("=")[0] == name]
+        if flag.default is dataclasses.MISSING and not given:
+            what = first_sentence(text_of(flag))
+            raise UserError(f"{name} is needed: {what[0].lower()}{what[1:]} `{prog} --help` lists the flags.")
 
 
 def with_model_folder(args: Args) -> Args:

@@ -6,13 +6,12 @@ FLOP over an assumed share of the hardware's peak, and say so.
 """
 
 import dataclasses
-import json
 import math
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fledge.console import say, show_table, warn
+from fledge.console import duration, print_document, say, show_table, warn
 from fledge.data.settings import TemplateSettings
 from fledge.errors import UserError, nearest
 from fledge.ranges import Count, Natural, Positive
@@ -26,9 +25,12 @@ if TYPE_CHECKING:
 GIB = 2**30
 # name -> memory in GiB, dense bf16 TFLOP/s as the makers state them
 HARDWARE = {
-    "h200": (141e9 / GIB, 989.0), "h100": (80e9 / GIB, 989.0), "a100-80": (80e9 / GIB, 312.0),
-    "a100-40": (40e9 / GIB, 312.0), "l40s": (48e9 / GIB, 362.0), "rtx4090": (24e9 / GIB, 165.0),
-    "mi300x": (192e9 / GIB, 1307.0),
+    "gb200": (186e9 / GIB, 2500.0), "b300": (288e9 / GIB, 2250.0), "b200": (180e9 / GIB, 2250.0),
+    "h200": (141e9 / GIB, 989.0), "h100": (80e9 / GIB, 989.0), "h800": (80e9 / GIB, 989.0),
+    "h20": (96e9 / GIB, 148.0), "a100-80": (80e9 / GIB, 312.0), "a100-40": (40e9 / GIB, 312.0),
+    "a800": (80e9 / GIB, 312.0), "l40s": (48e9 / GIB, 362.0), "l20": (48e9 / GIB, 119.5), "a10": (24e9 / GIB, 125.0),
+    "rtx3090": (24e9 / GIB, 71.0), "rtx4090": (24e9 / GIB, 165.0), "rtx5090": (32e9 / GIB, 209.5),
+    "mi300x": (192e9 / GIB, 1307.0), "mi325x": (256e9 / GIB, 1307.0), "mi355x": (288e9 / GIB, 2500.0),
 }  # fmt: skip
 RUNTIME_BYTES = int(0.7 * GIB)  # CUDA context, library workspaces
 SUPERVISED_SHARE = 0.7  # of the tokens, where only their number is known
@@ -63,7 +65,8 @@ class PlanArgs(TargetSettings, PrefillSettings, TemplateSettings, UnrollSettings
     bf16: bool = True
     """bfloat16 mixed precision with fp32 master weights."""
     hardware: str | None = None
-    """h200, h100, a100-80, a100-40, l40s, rtx4090, mi300x, or cpu. None: --gpu-memory-gb and --tflops."""
+    """h200, h100, h20, b200, a100-80, l40s, rtx4090, mi300x, cpu ...; a wrong name lists all. None: --gpu-memory-gb and
+    --tflops."""
     gpu_memory_gb: Positive | None = None
     """Memory of a GPU in GiB."""
     tflops: Positive | None = None
@@ -94,13 +97,32 @@ def plan(args: PlanArgs) -> None:
     document = estimate(args)
     memory = document["memory_gib"]
     show_table("memory of one process, GiB", ["part", "offline", "online"], [
-        [part, f"{memory['offline'].get(part, 0):.2f}", f"{memory['online'].get(part, 0):.2f}"]
-        for part in memory["online"]
+        [part, *(_gib(memory[side][part]) for side in ("offline", "online"))] for part in memory["online"]
+        if any(memory[side][part] for side in memory)
     ])  # fmt: skip
-    show_table("run", ["", "value"], [[key.replace("_", " "), value] for key, value in document["run"].items()])
+    show_table("run", ["", "value"], run_rows(document["run"]))
     for message in document["warnings"]:
         warn(message)
-    print(json.dumps(document))
+    print_document(document)
+
+
+def _gib(value: float) -> str:
+    return "-" if not value else f"{value:.2f}" if value >= 0.01 else "< 0.01"
+
+
+def run_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
+    """The run's figures in the words of people."""
+    return [
+        *((name.replace("_", " "), f"{run[name]:,}") for name in ("conversations", "tokens", "supervised_tokens")),
+        *((f"{who} parameters", f"{run[f'{who}_parameters']:,}") for who in ("target", "draft")),
+        ("steps per epoch", f"{run['steps_per_epoch']:,}"),
+        ("hidden states on disk (offline)", f"{_gib(run['store_gib'])} GiB"),
+        *((f"time {side}", duration(3600 * run[f"hours_{side}"])) for side in ("offline", "online")),
+        *(
+            (f"longest sequence {side}", f"{longest:,} tokens" if longest else "none fits")
+            for side in ("offline", "online") for longest in [run[f"longest_sequence_{side}"]]
+        ),
+    ]  # fmt: skip
 
 
 def estimate(args: PlanArgs) -> dict[str, Any]:
@@ -147,8 +169,8 @@ def estimate(args: PlanArgs) -> dict[str, Any]:
         "target_parameters": target.parameters, "draft_parameters": costs.parameters, "steps_per_epoch": steps,
         "store_gib": round(store_bytes(args, target, costs.config, work) / GIB, 2),
         "train_flop": f"{train_flop:.2e}", "target_flop_per_epoch": f"{target_flop:.2e}",
-        "hours_offline": round(train_h + target_h, 2),
-        "hours_online": round(train_h + target_h * args.num_train_epochs, 2),
+        "hours_offline": round(train_h + target_h, 4),
+        "hours_online": round(train_h + target_h * args.num_train_epochs, 4),
         "longest_sequence_offline": longest["offline"], "longest_sequence_online": longest["online"],
     }  # fmt: skip
     in_gib = {side: {part: value / GIB for part, value in parts.items()} for side, parts in needed.items()}
@@ -217,17 +239,21 @@ def warnings(memory: dict[str, dict[str, float]], device_gib: float, args: PlanA
 def hardware(args: PlanArgs) -> tuple[float, float, str]:
     """Memory in GiB, peak in TFLOP/s and kind of the device."""
     memory, tflops, kind = args.gpu_memory_gb, args.tflops, "cuda"
-    if args.hardware == "cpu":
+    name = (args.hardware or "").lower().replace("_", "-")
+    if name == "cpu":
         kind = "cpu"
-    elif args.hardware is not None:
-        if args.hardware not in HARDWARE:
-            known = nearest(args.hardware, HARDWARE)
-            raise UserError(f"--hardware {args.hardware!r} is unknown{known}. Known: {', '.join(HARDWARE)}, cpu.")
-        memory, tflops = memory or HARDWARE[args.hardware][0], tflops or HARDWARE[args.hardware][1]
+    elif name:
+        if name not in HARDWARE:
+            raise UserError(
+                f"--hardware {args.hardware!r} is unknown{nearest(name, HARDWARE)}. Known: {', '.join(HARDWARE)}, cpu. "
+                f"For another give --gpu-memory-gb and --tflops."
+            )
+        memory, tflops = memory or HARDWARE[name][0], tflops or HARDWARE[name][1]
     if memory is None or tflops is None:
+        given = f"with --hardware {name}" if name else "where no --hardware is named"
         raise UserError(
-            f"--gpu-memory-gb and --tflops are needed with --hardware {args.hardware}: memory and dense bf16 peak of "
-            f"one device. Or name one of {', '.join(HARDWARE)}."
+            f"--gpu-memory-gb and --tflops are needed {given}: memory and dense bf16 peak of one device. Or name one "
+            f"of {', '.join(HARDWARE)}."
         )
     return memory, tflops, kind
 

@@ -4,14 +4,17 @@ vLLM loads a wrong head without a word and drafts nothing with it, or crashes a 
 can be seen in the head's files is refused before a server starts.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from fledge.commands import parser
 from fledge.console import warn
+from fledge.errors import UserError, refuse_missing_folder
 from fledge.servers.processes import ServerSettings, keep_running, plan, visible_gpus
 
 
@@ -49,4 +52,22 @@ def serve(args: ServeArgs) -> None:
         for server in servers:
             print(server.shell_line())
         return
+    refuse_missing_model(args.target)
     keep_running(args, servers)
+
+
+def refuse_missing_model(name: str) -> None:
+    """vLLM ends with a long traceback in its log where there is no such model."""
+    refuse_missing_folder(name)
+    if Path(name).exists() or "VLLM_USE_MODELSCOPE" in os.environ or ":" in name:
+        return
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        hf_hub_download(name, "config.json")
+    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        raise UserError(
+            f"{name}: no folder here, and its config.json cannot be had from the hub ({type(error).__name__}). Check "
+            f"the path or the name, and the login where the model is gated."
+        ) from None

@@ -6,6 +6,7 @@ answers without importing that library, so the Trainer's most used arguments are
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from importlib.metadata import PackageNotFoundError
 from typing import TYPE_CHECKING
 
 from fledge.commands.parser import flags_of, parse, words_of
@@ -98,6 +99,9 @@ def parse_args(_args_class: type, argv: Sequence[str], *, prog: str, description
     args = parse(TrainArgs, ours, prog=prog, description=description)
     try:
         (trainer,) = HfArgumentParser(TrainerArguments, prog=prog, allow_abbrev=False).parse_args_into_dataclasses(rest)  # type: ignore[arg-type]
+    except PackageNotFoundError as error:  # DeepSpeed, say
+        found = str(error.name).partition(" and is required")[0]
+        raise UserError(f"{found}. Install it, or leave its flag out.") from None
     except (ValueError, ImportError) as error:  # ImportError: what a flag asks for is not installed
         raise UserError(f"{error} (see `{prog} --help-all`)") from None
     check_ranges(trainer, separator="_")

@@ -13,6 +13,7 @@ from pathlib import Path
 from fledge.console import say
 from fledge.data.row_files import SUFFIXES, Row, file_rows, open_parquet, row, suffix_of
 from fledge.errors import UserError
+from fledge.offline import stop_asking_an_unknown_hub
 
 __all__ = ["ANSWER_MARK", "Row", "check_source", "content_hash", "count_rows", "data_files", "is_local", "read_rows"]
 
@@ -142,6 +143,7 @@ def _saved_dataset_rows(path: Path) -> Iterator[Row]:
 def _hub_rows(name: str, split: str) -> Iterator[Row]:
     """Stream a hub data set, `org/name` or `org/name:configuration`."""
     repository, _, configuration = name.partition(":")
+    stop_asking_an_unknown_hub()
     import datasets
 
     try:

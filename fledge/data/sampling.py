@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from fledge.errors import UserError
+from fledge.offline import stop_asking_an_unknown_hub
 from fledge.parsing import read_json
 
 
@@ -175,6 +176,7 @@ def _from_hub(name: str, download: bool) -> Path | None:
     try:
         found = try_to_load_from_cache(name, "generation_config.json")
         if found is None and download:
+            stop_asking_an_unknown_hub()
             found = hf_hub_download(name, "generation_config.json")
     except HFValidationError:  # not a name the hub knows: a path on the server's machine, say
         return None

@@ -38,21 +38,27 @@ ALIASES = {
     "qwen": "qwen2", "qwen2_5": "qwen2", "qwen2.5": "qwen2", "llama": "llama3", "llama_3": "llama3", "gemma2": "gemma",
     "gemma3": "gemma", "harmony": "gpt_oss", "gptoss": "gpt_oss", "deepseek_v3": "deepseek", "hunyuan_v1": "hunyuan",
     "hunyuan_7b": "hunyuan", "hunyuan_dense": "hunyuan", "hunyuan_moe": "hunyuan",
-    "qwen2_vl": "qwen2_5_vl", "qwen2.5_vl": "qwen2_5_vl",
+    "qwen2_vl": "qwen2_5_vl", "qwen2.5_vl": "qwen2_5_vl", "qwen2_audio": "qwen2", "hunyuan_vl": "own",
 }  # fmt: skip
+OWN = "own"  # the tokenizer's or processor's
 
 
-def read_template(name: str, tokenizer: Any) -> str:
-    """The text of a named template that fits this tokenizer."""
-    key = name.lower().replace("-", "_")
+def template_name(name: str | None) -> str:
+    """A name in its one spelling; empty is the tokenizer's own template, an unknown name an error."""
+    key = (name or OWN).lower().replace("-", "_")
     key = ALIASES.get(key, key)
-    if key not in TEMPLATES:
+    if key != OWN and key not in TEMPLATES:
         raise UserError(
             f"chat template {name!r} is unknown{nearest(key, TEMPLATES)}. Known: {', '.join(TEMPLATES)}; "
             f"leave it empty for the tokenizer's own template."
         )
+    return key
+
+
+def read_template(name: str, tokenizer: Any) -> str:
+    """The text of a named template that fits this tokenizer."""
     missing: list[str] = []
-    for file, control in TEMPLATES[key]:
+    for file, control in TEMPLATES[template_name(name)]:
         missing = [token for token in control if not is_one_token(tokenizer, token)]
         if not missing:
             return (files("fledge.data") / "templates" / f"{file}.jinja").read_text(encoding="utf-8")

@@ -34,7 +34,7 @@ from fledge.data.samples import (
     sample_from_token_ids,
 )
 from fledge.data.spans import Ends, Messages, Rendering, Unmaskable, trained_answers
-from fledge.data.templates import read_template
+from fledge.data.templates import OWN, read_template, template_name
 from fledge.data.traces import Untraced, refuse_untraced
 from fledge.data.vision import Vision, load_vision
 from fledge.data.vocab import vocab_size_of
@@ -63,8 +63,8 @@ class ChatTemplate:
             )
         self.tokenizer = tokenizer
         self.vision = vision
-        self.name = name or "own"
-        self.text = read_template(name, tokenizer) if name else own_template(tokenizer, vision)
+        self.name = template_name(name)
+        self.text = own_template(tokenizer, vision) if self.name == OWN else read_template(self.name, tokenizer)
         self.last_turn_only, self.untraced = last_turn_only, untraced
         self.renderer = Renderer(tokenizer, self.text, self.name, enable_thinking=enable_thinking, vision=vision)
         self.fingerprint = self._fingerprint()

@@ -7,8 +7,7 @@ import torch
 
 from fledge.decoding.cache import layout_of
 from fledge.decoding.probe import ability_of
-from fledge.errors import UserError
-from fledge.storage.states.writer import gib
+from fledge.errors import UserError, gib
 from fledge.target.model import Target
 from fledge.target.products import free_memory
 

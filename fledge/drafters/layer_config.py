@@ -5,18 +5,36 @@ epsilon, max_position_embeddings.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
 from fledge.drafters.rope import check_rope, with_layout, without_axes
 from fledge.errors import UserError
+from fledge.parsing import read_json
 from fledge.ranges import Count, Positive
 
 JSON = dict[str, Any]
 HINT = "A head is a folder with config.json and its weights."
+SIZES_HINT = "A draft config is a JSON file with sizes of the draft, such as those in configs/draft."
 ACTIVATIONS = ("silu", "swish")
 SIZES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "draft_vocab_size")
+
+
+def refuse_other_target(path: Path, text_config: Any) -> None:
+    """A draft config file names its target's sizes, which are taken from the target: they must be the same."""
+    document = read_json(path, JSON, hint=SIZES_HINT)
+    found = {
+        "hidden_size": document.get("target_hidden_size") or document.get("hidden_size"),
+        "vocab_size": document.get("vocab_size"),
+    }
+    for name, value in found.items():
+        if value is not None and value != getattr(text_config, name):
+            raise UserError(
+                f"{path}: was made for another target: its {name} is {value}, this target's "
+                f"{getattr(text_config, name)}. Give the file of this target, or none: the sizes are then derived."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

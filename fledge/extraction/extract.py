@@ -21,7 +21,7 @@ from fledge.console import ProgressBar, print_document, progress, say, show_tabl
 from fledge.data.dataset import TokenizedData
 from fledge.data.image_urls import allow_image_urls
 from fledge.data.tokenize import ChatTemplate, Sample
-from fledge.errors import UserError
+from fledge.errors import UserError, gib
 from fledge.extraction.settings import ExtractSettings
 from fledge.http_client import base_url
 from fledge.outputs import check
@@ -29,7 +29,7 @@ from fledge.servers.hidden_states import EngineTarget
 from fledge.storage.states.describe import describe_states
 from fledge.storage.states.manifest import Identity, Manifest
 from fledge.storage.states.shard import ShardBuffer
-from fledge.storage.states.writer import STORE, Ranks, StoreWriter, gib
+from fledge.storage.states.writer import STORE, Ranks, StoreWriter
 from fledge.target import tensor_parallel
 from fledge.target.head import TargetEnds, TargetHead
 from fledge.target.live import BatchedSource, LiveSource
@@ -225,7 +225,7 @@ def load_target(args: ExtractSettings) -> Target:
     return Target.from_pretrained(
         args.target, dtype=args.dtype, device=device_of_rank(), device_map=args.device_map, tp_plan=args.tp_plan,
         tap_layers=args.tap_layers or None,
-        min_pixels=args.min_pixels, max_pixels=args.max_pixels,
+        min_pixels=args.min_pixels, max_pixels=args.max_pixels, chat_template=args.chat_template_type,
     )  # fmt: skip
 
 

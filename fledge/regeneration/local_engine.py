@@ -125,7 +125,9 @@ class LocalEngine:
 
     def _load(self) -> Session:
         dtype = self._dtype if self._dtype == "auto" else getattr(torch, self._dtype)
-        target = Target.from_pretrained(self.model, dtype=dtype, device=self._device, tap_layers=())
+        target = Target.from_pretrained(
+            self.model, dtype=dtype, device=self._device, tap_layers=(), chat_template=self._template_name
+        )
         self.template = ChatTemplate(
             target.tokenizer, self._template_name, eos_token_ids=target.eos_token_ids, vision=target.vision
         )  # fmt: skip

@@ -23,7 +23,7 @@ from typing import IO, Any
 import psutil
 
 from fledge.console import progress, say, show_table
-from fledge.errors import UserError
+from fledge.errors import UserError, naming
 from fledge.http_client import Limits, ServerError, get
 from fledge.parsing import read_json
 from fledge.ranges import Count, Port
@@ -239,9 +239,9 @@ def running(
         try:
             for server in servers:
                 server.log.parent.mkdir(parents=True, exist_ok=True)
-                logs.append(open(server.log, "ab"))
-                logs[-1].write(f"{LOG_HEADING}{time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
-                logs[-1].flush()
+                with naming(server.log):
+                    logs.append(open(server.log, "ab", buffering=0))
+                    logs[-1].write(f"{LOG_HEADING}{time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
                 processes.append(
                     subprocess.Popen(
                         server.command, stdin=subprocess.DEVNULL, stdout=logs[-1], stderr=subprocess.STDOUT,

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fledge.errors import UserError, nearest
+from fledge.offline import stop_asking_an_unknown_hub
 from fledge.parsing import parse_json
 from fledge.target.linear import head_linear
 from fledge.target.model import Target, auto_class
@@ -227,6 +228,7 @@ def _tensor_files(name_or_path: str, revision: str | None) -> dict[str, Path]:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
+        stop_asking_an_unknown_hub()
         try:
             folder = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=["*.safetensors"]))
         except Exception as error:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
+from fledge.data.templates import OWN, read_template, template_name
 from fledge.data.vision import Vision, has_vision, load_vision
 from fledge.errors import UserError, refuse_missing_folder
 from fledge.target.linear import head_logits
@@ -78,8 +79,10 @@ class Target:
         tp_plan: str | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        chat_template: str | None = None,
     ) -> "Target":
-        """Load a model folder or hub name. `device_map` / `tp_plan` spread targets larger than one GPU."""
+        """Load a model folder or hub name. `device_map` / `tp_plan` spread targets larger than one GPU. A named
+        `chat_template` must fit the tokenizer: that is looked at before the weights are read."""
         from transformers import AutoConfig, AutoTokenizer
         from transformers.utils import logging
 
@@ -96,6 +99,8 @@ class Target:
                 name_or_path, config, min_pixels=min_pixels, max_pixels=max_pixels, revision=revision
             )  # fmt: skip
             tokenizer = vision.tokenizer if vision else AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+            if template_name(chat_template) != OWN:
+                read_template(str(chat_template), tokenizer)
             method = method_of(config)
             placed = device_map or tp_plan
             if method and not placed:  # quantised layers are made where they stay

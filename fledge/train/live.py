@@ -18,6 +18,7 @@ def live_source(args: TrainSettings) -> Source:
     target = Target.from_pretrained(
         inputs.target, dtype=args.inputs.dtype, device=args.trainer.device,
         tap_layers=args.draft.taps(), min_pixels=inputs.min_pixels, max_pixels=inputs.max_pixels,
+        chat_template=inputs.chat_template_type,
     )  # fmt: skip
     template = ChatTemplate(
         target.tokenizer, inputs.chat_template_type or None, eos_token_ids=target.eos_token_ids, vision=target.vision,

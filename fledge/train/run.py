@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
-from transformers import set_seed
+from transformers import AutoConfig, set_seed
 
 from fledge import provenance
 from fledge.console import say, show_table
@@ -21,7 +21,7 @@ from fledge.data.image_urls import allow_image_urls
 from fledge.data.rows import check_source
 from fledge.drafters.bound_head import BoundHead
 from fledge.drafters.dspark.config import BlockConfig
-from fledge.drafters.layer_config import LayerConfig
+from fledge.drafters.layer_config import LayerConfig, refuse_other_target
 from fledge.errors import UserError
 from fledge.storage.angelslim import ckpt_files
 from fledge.storage.states.manifest import MANIFEST
@@ -68,12 +68,28 @@ def train(args: TrainSettings) -> None:
         decoding = DecodingCallback(trainer, evaluation, steps) if evaluation is not None else None
         if decoding is not None:
             trainer.add_callback(decoding)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+        except KeyboardInterrupt:
+            if trainer.is_world_process_zero():
+                say(what_is_kept(output_dir, trainer.state.global_step))
+            raise
         trainer.save_model()
         if decoding is not None and args.evaluation.eval_decode_load_best:
             decoding.make_best_final()
         finish(trainer, args, source, result.metrics)
     leave(args.trainer.device)
+
+
+def what_is_kept(output_dir: Path, step: int) -> str:
+    """Where a run that was stopped at this step goes on."""
+    newest = find_checkpoint(output_dir, "auto")
+    if newest is None:
+        return (
+            f"no checkpoint was written yet (--save_steps): the {step} steps are lost, and the same command starts anew"
+        )
+    saved = int(Path(newest).name.removeprefix("checkpoint-"))
+    return f"the same command continues from {newest}; {step - saved} of {step} steps are lost"
 
 
 def check_flags(args: TrainSettings) -> None:
@@ -82,6 +98,9 @@ def check_flags(args: TrainSettings) -> None:
         check_source(path)
     KINDS[args.draft.draft_type].check(args.draft)
     share_of_process(args.trainer, args.draft.sequence_parallel)
+    folder = Path(args.inputs.target or "")
+    if args.draft.draft_config and (folder / "config.json").is_file():
+        refuse_other_target(Path(args.draft.draft_config), AutoConfig.from_pretrained(folder).get_text_config())
 
 
 @contextmanager
@@ -163,6 +182,8 @@ def make_draft(args: TrainSettings, source: Source) -> BoundHead:
     def first() -> list[TargetRecord]:
         return [source.to_record(source.train[index]) for index in range(min(STARTING_SAMPLES, len(source.train)))]
 
+    if args.draft.draft_config:  # again: the target may be one of the hub, or known to the stored states only
+        refuse_other_target(Path(args.draft.draft_config), source.text_config)
     draft = KINDS[args.draft.draft_type].make(args.draft, source, first)
     if args.trainer.verbose:
         fields = draft.document(args.draft.save_dtype).items()

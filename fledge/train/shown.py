@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from fledge.console import NO_BAR, ProgressBar, console, progress, say
+from fledge.console import NO_BAR, ProgressBar, console, duration, progress, say
 
 POSITIONS_SHOWN = 8
 
@@ -70,10 +70,3 @@ def figures(logs: dict[str, Any], prefix: str = "") -> str:
     if f"{prefix}tau" in logs:
         found += [f"tau {logs[f'{prefix}tau']:.2f}", f"right {' '.join(shares)}{more} %"]
     return "  ".join(found)
-
-
-def duration(seconds: float) -> str:
-    """As people say it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fledge.console import say, warn
+from fledge.data.templates import template_name
 from fledge.data.vocab import control_ids
 from fledge.errors import UserError
 from fledge.storage.states.describe import plain_config, read_text_config
@@ -105,7 +106,7 @@ def check_flags(args: TrainSettings, identity: Identity, folder: Path) -> None:
     """What the command line says about the target must be what the states were made with."""
     inputs, draft = args.inputs, args.draft
     found = target_differs(inputs.target, identity) if inputs.target else []
-    if inputs.chat_template_type and inputs.chat_template_type != identity.template:
+    if inputs.chat_template_type and template_name(inputs.chat_template_type) != template_name(identity.template):
         found.append(f"chat template {identity.template!r}, not {inputs.chat_template_type!r}")
     if inputs.train_last_turn_only and not identity.last_turn_only:
         found.append("all turns supervised, not the last alone (--train_last_turn_only)")

@@ -26,7 +26,7 @@ from fledge.drafters.head_files import save_draft
 from fledge.drafters.loss import LossOutput
 from fledge.drafters.registry import load_weights
 from fledge.drafters.training import DraftModule
-from fledge.errors import UserError
+from fledge.errors import UserError, free_bytes, gib
 from fledge.outputs import delete, mark, replacing
 from fledge.target.record import TargetRecord
 from fledge.train.arguments import TrainerArguments
@@ -266,12 +266,20 @@ class DraftTrainer(Trainer):
                 raise
             if self.args.should_save:
                 delete([folder])
+            sizes = f"{gib(self.checkpoint_bytes())} are needed, {gib(free_bytes(folder))} free"
             raise UserError(
                 f"{folder}: the checkpoint could not be written ({' '.join(str(error).split())[:200]}); what was "
-                f"there of it is removed. Earlier checkpoints are intact: make room and run the same command again."
+                f"there of it is removed. Earlier checkpoints are intact: make room ({sizes}) and run the same command "
+                f"again."
             ) from error
         finally:
             self.args.save_total_limit = limit
+
+    def checkpoint_bytes(self) -> int:
+        """About the size of a checkpoint: this process's weights in fp32 and what its optimizer keeps."""
+        weights = sum(4 * parameter.numel() for parameter in self.draft.parameters() if parameter.requires_grad)
+        states = getattr(self.optimizer, "state", {}).values()
+        return weights + sum(kept.nbytes for state in states for kept in state.values() if isinstance(kept, Tensor))
 
     def save_state(self) -> None:
         """The Trainer's, whole or not at all."""

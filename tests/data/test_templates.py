@@ -1,8 +1,11 @@
 """Named templates: each renders its family's public format, and none is used on a tokenizer it does not fit."""
 
+import shutil
+
 import pytest
 
-from fledge.data.templates import ALIASES, TEMPLATES, read_template
+from fledge.cli import run_command
+from fledge.data.templates import ALIASES, OWN, TEMPLATES, read_template, template_name
 from fledge.data.tokenize import ChatTemplate
 from fledge.errors import UserError
 
@@ -48,10 +51,33 @@ def test_a_name_overrides_the_tokenizers_own(make_tokenizer, talk):
     assert own.fingerprint != chatml.fingerprint and (own.name, chatml.name) == ("own", "chatml")
 
 
-@pytest.mark.parametrize("name", ["Qwen2.5", "SmolLM2", "QWEN", *ALIASES])
+@pytest.mark.parametrize("name", ["Qwen2.5", "SmolLM2", "QWEN", *(ALIASES.keys() - {"hunyuan_vl"})])
 def test_spellings(make_tokenizer, name):
     every = [token for files in TEMPLATES.values() for _, control in files for token in control]
     assert read_template(name, make_tokenizer(sorted(set(every)), None, eos=None))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2.5", "qwen3_vl", "hunyuan", "hunyuan-7b", "hunyuan_7b", "hunyuan_vl",
+                                  "qwen2_audio"])  # fmt: skip
+def test_every_name_of_angelslim_is_known(name):
+    assert template_name(name) in {*TEMPLATES, OWN}
+
+
+def test_a_name_that_means_the_models_own(make_tokenizer, talk):
+    template = ChatTemplate(make_tokenizer(template="own {{ messages[0].content }}"), "hunyuan_vl")
+    assert template.render(talk("a")) == "own a" and template.name == template_name(None) == "own"
+
+
+def test_a_wrong_name_is_told_before_the_target_is_loaded(tiny_model_dir, tmp_path, capsys):
+    """The weights were read first, and they may take minutes."""
+    shutil.copytree(tiny_model_dir, tmp_path / "target", ignore=shutil.ignore_patterns("*.safetensors"))
+    words = ["--target", str(tmp_path / "target"), "--prompt", "a", "--chat-template-type"]
+    assert run_command("decode", [*words, "quen3"]) == 2
+    assert "did you mean 'qwen3'" in capsys.readouterr().err
+    assert run_command("decode", [*words, "llama3"]) == 1
+    assert "'llama3' does not fit this tokenizer" in capsys.readouterr().err
+    assert run_command("decode", [*words, "chatml"]) == 1  # control: what fits goes on to the weights, and has none
+    assert "could not be loaded" in capsys.readouterr().err
 
 
 def test_an_unknown_name_names_the_nearest(make_tokenizer):

@@ -235,6 +235,16 @@ def test_chat_keeps_the_conversation(folders, capsys, monkeypatch):
     assert asked == [["system", "user"], ["system", "user", "assistant", "user"], ["system", "user"]]
 
 
+def test_chat_helps(folders, capsys, monkeypatch):
+    """`/help` was a message to the model."""
+    target, head = folders
+    monkeypatch.setattr("sys.stdin", io.StringIO("/help\n/hepl\n/etc/hosts\n"))
+    assert run("--target", target, "--draft", head, "--max-new-tokens", 4, command="chat") == 0
+    said = capsys.readouterr().err
+    assert said.count("/reset begins a new conversation") == 3  # the greeting, /help and /hepl
+    assert "/hepl: no such command" in said and said.count("tok/s") == 1  # /etc/hosts is a message
+
+
 def test_chat_survives_what_one_turn_does_wrong(folders, capsys, monkeypatch):
     target, head = folders
     monkeypatch.setattr("sys.stdin", io.StringIO(" ".join(["w20"] * 600) + "\nw20\n"))

@@ -241,6 +241,7 @@ def test_the_script_stops_its_servers_on_a_signal(fake_vllm, port, tmp_path, sig
         "VLLM": fake_vllm, "NUM_SERVERS": "2", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
+    (tmp_path / "target").mkdir()
     script = REPOSITORY / "scripts" / "speculative" / "run_vllm_server.sh"
     process = subprocess.Popen(
         ["bash", str(script), "--some-vllm-flag"], env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path,

@@ -52,6 +52,23 @@ def test_a_flag_is_not_cut_short(tmp_path):
         parse("--output_dir", str(tmp_path), "--ttt_step", "5")
 
 
+@pytest.mark.parametrize(("words", "said"), [
+    (("--report_to", "wand"), "wand: unknown .did you mean 'wandb'"),
+    (("--report_to", "tensorboard,wand"), "wand: unknown .did you mean 'wandb'"),
+    (("--report_to", "flyte"), "flyte: it cannot be used here"),
+    (("--deepspeed", "none.json"), "'deepspeed.*' distribution was not found. Install it, or leave its flag out"),
+])  # fmt: skip
+def test_what_is_not_installed_is_one_line(words, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        parse("--output_dir", str(tmp_path), *words)
+
+
+def test_several_trackers(tmp_path):
+    assert parse("--output_dir", str(tmp_path), "--report_to", "tensorboard").trainer.report_to == ["tensorboard"]
+    again = parse("--output_dir", str(tmp_path), "--report_to", "tensorboard, tensorboard").trainer
+    assert again.report_to == ["tensorboard", "tensorboard"]
+
+
 def test_pickled_arguments_hold_no_token(tmp_path):
     """With --push_to_hub the library pickles them into `training_args.bin`, which it uploads."""
     trainer = parse("--output_dir", str(tmp_path), "--hub_token", "hunter2-hunter2", "--seed", "3").trainer

@@ -8,8 +8,8 @@ from saved_target import write_conversations
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fledge.cli import run_command
-from fledge.console import console, progress
-from fledge.train.shown import duration, figures
+from fledge.console import console, duration, progress
+from fledge.train.shown import ShownProgress, figures
 
 SHORT = (
     "--max_steps", "4", "--logging_steps", "2", "--ttt_steps", "3", "--save_strategy", "no", "--eval_strategy", "steps",
@@ -101,3 +101,31 @@ def test_a_flag_that_equals_the_default_may_be_left_out(words, tmp_path, capsys)
     assert "resuming from" in capsys.readouterr().err
     assert run_command("train", [*words, "--tap_layers", "1", "2", "3"]) == 1  # another is another run
     assert "the run there has tap_layers=[2, 4, 5], this one [1, 2, 3]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("save_steps", "kept"), [
+    (2, "the same command continues from {folder}/checkpoint-2; 1 of 3 steps are lost"),
+    (9, "no checkpoint was written yet (--save_steps): the 3 steps are lost, and the same command starts anew"),
+])  # fmt: skip
+def test_ctrl_c_says_what_continues_and_what_is_lost(words, save_steps, kept, tmp_path, monkeypatch, capsys):
+    def press(self, args, state, control, **_):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShownProgress, "on_step_end", press)
+    assert run_command("train", [*words, "--save_strategy", "steps", "--save_steps", str(save_steps)]) == 130
+    assert capsys.readouterr().err.splitlines()[-2:] == [kept.format(folder=tmp_path / "a head"), "interrupted"]
+
+
+def test_a_draft_config_of_another_target_is_refused(words, tiny_model_dir, tmp_path, capsys):
+    """Its sizes were ignored or used, by turns, and nothing was said."""
+    sizes = {"hidden_size": 64, "vocab_size": 258, "num_attention_heads": 4}
+    (tmp_path / "other.json").write_text(json.dumps({**sizes, "hidden_size": 2560}))
+    (tmp_path / "mine.json").write_text(json.dumps(sizes))
+    for name, said in (
+        ("other.json", "its hidden_size is 2560, this target's 64"),
+        ("none.json", "no such file. A draft"),
+    ):
+        assert run_command("train", [*words, "--draft_model_config_path", str(tmp_path / name)]) == 1
+        assert said in capsys.readouterr().err
+    assert run_command("train", [*words, "--draft_model_config_path", str(tmp_path / "mine.json")]) == 0

@@ -15,6 +15,7 @@ from fledge.drafters.layer_config import (
     HINT,
     JSON,
     SIZES,
+    SIZES_HINT,
     LayerConfig,
     LayerFields,
     layer_json,
@@ -121,7 +122,7 @@ CHOICES = {
 
 def read_block_overrides(path: Path) -> dict[str, Any]:
     """What a draft config file chooses; what the target decides is not taken."""
-    document = read_json(path, JSON, hint=HINT)
+    document = read_json(path, JSON, hint=SIZES_HINT)
     convert(document, BlockFields, str(path))
     convert(document, DflashFields, str(path))
     known = {*CHOICES, *BlockFields.__struct_fields__, *DflashFields.__struct_fields__, "model_type", "fledge"}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fledge.drafters.eagle3.head_file import read_document
-from fledge.drafters.layer_config import SIZES, LayerConfig, layer_json, layer_of_document, layer_of_target
+from fledge.drafters.layer_config import SIZES, SIZES_HINT, LayerConfig, layer_json, layer_of_document, layer_of_target
 from fledge.errors import UserError, nearest
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
@@ -53,7 +53,7 @@ def derive(
 
 def read_overrides(path: Path) -> dict[str, Any]:
     """The sizes a draft config file (ours, AngelSlim's, SpecForge's) sets; what the target decides is not taken."""
-    document = read_document(path)
+    document = read_document(path, SIZES_HINT)
     fields = {field.name for field in dataclasses.fields(DraftConfig)}
     for key in document:
         if key not in fields | KNOWN_EXTRA:

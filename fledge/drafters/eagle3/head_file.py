@@ -44,8 +44,8 @@ class HeadFields(LayerFields):
     fledge: OurMark | None = None
 
 
-def read_document(path: Path) -> JSON:
+def read_document(path: Path, hint: str = HINT) -> JSON:
     """config.json as it stands, its fields checked."""
-    document = read_json(path, JSON, hint=HINT)
+    document = read_json(path, JSON, hint=hint)
     convert(document, HeadFields, str(path))
     return document

@@ -7,9 +7,9 @@ import numpy as np
 
 from fledge.console import say, show_table, warn
 from fledge.data.vocab import control_ids, coverage
+from fledge.errors import gib
 from fledge.outputs import write_figures
 from fledge.storage.states.reader import HiddenStore
-from fledge.storage.states.writer import gib
 
 COVERAGE_SIZES = (8_192, 16_384, 32_000)
 QUANTILES = (0.05, 0.5, 0.95)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fledge.console import say
 from fledge.data.tokenize import Sample
-from fledge.errors import FULL, UserError, free_bytes
+from fledge.errors import FULL, UserError, free_bytes, gib
 from fledge.outputs import (
     Claim,
     Output,
@@ -251,12 +251,3 @@ def full_disk_is_an_error(folder: Path) -> Iterator[None]:
             f"{folder}: the disk (or its quota) is full. {kept} finished shards are kept; free space and run the same "
             f"command again to go on from there."
         ) from error
-
-
-def gib(size: float) -> str:
-    """A size for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} TiB"
