@@ -98,9 +98,9 @@ def check_flags(args: TrainSettings) -> None:
         check_source(path)
     KINDS[args.draft.draft_type].check(args.draft)
     share_of_process(args.trainer, args.draft.sequence_parallel)
-    folder = Path(args.inputs.target or "")
-    if args.draft.draft_config and (folder / "config.json").is_file():
-        refuse_other_target(Path(args.draft.draft_config), AutoConfig.from_pretrained(folder).get_text_config())
+    target = args.inputs.target
+    if args.draft.draft_config and target and (Path(target) / "config.json").is_file():
+        refuse_other_target(Path(args.draft.draft_config), AutoConfig.from_pretrained(target).get_text_config())
 
 
 @contextmanager

@@ -17,8 +17,8 @@ POSITIONS_SHOWN = 8
 class ShownProgress(TrainerCallback):
     """The bar and the lines of the process that saves; other processes show nothing."""
 
-    def __init__(self, *, verbose: bool = False) -> None:
-        self.verbose, self.on = verbose, False
+    def __init__(self, *, on: bool, verbose: bool = False) -> None:
+        self.on, self.verbose = on, verbose
         self._open = ExitStack()
         self._bar: ProgressBar = NO_BAR
         self._start, self._first_step = time.monotonic(), 0
@@ -33,7 +33,6 @@ class ShownProgress(TrainerCallback):
         self._bar = NO_BAR
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.on = state.is_world_process_zero
         self._start, self._first_step = time.monotonic(), state.global_step
         if self.on and console.is_interactive:  # elsewhere the lines of the log steps are enough
             self._bar = self._open.enter_context(progress("training", state.max_steps, state.global_step))

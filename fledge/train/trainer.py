@@ -65,7 +65,7 @@ class DraftTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is already divided for accumulation
         for printing in (ProgressCallback, PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(printing)
-        self.shown = ShownProgress(verbose=args.verbose)
+        self.shown = ShownProgress(on=self.is_world_process_zero(), verbose=args.verbose)
         self.add_callback(self.shown)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None and args.run_name:
