@@ -17,7 +17,8 @@ def fresh(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "kept")  # so that monkeypatch puts back what was there
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for module in (constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
     offline.stop_asking_an_unknown_hub.cache_clear()
     yield
     offline.stop_asking_an_unknown_hub.cache_clear()
@@ -71,9 +72,8 @@ def test_a_command_with_a_wrong_name(unknown, capsys):
     ["inspect", "nobody/data", "--target", "TARGET"], ["train", "--target", "TARGET", "--data", "nobody/data"],
     ["regenerate", "--data", "nobody/data", "--target", "TARGET", "--engine", "transformers"],
 ])  # fmt: skip
-def test_a_data_set_of_the_hub(words, unknown, tiny_model_dir, tmp_path, monkeypatch, capfd):
+def test_a_data_set_of_the_hub(words, unknown, tiny_model_dir, tmp_path, capfd):
     """Half a minute of retries for each."""
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     words = [str(tiny_model_dir) if word == "TARGET" else word for word in words]
     output = [] if words[0] == "inspect" else ["--output-dir", str(tmp_path / "out")]
     assert run_command(words[0], [*words[1:], *output]) == 1
