@@ -15,6 +15,7 @@ import tyro
 
 from fledge.commands.aliases import translated
 from fledge.data.gguf import model_folder
+from fledge.data.templates import template_name
 from fledge.errors import UserError, nearest
 from fledge.offline import stop_asking_an_unknown_hub
 from fledge.parsing import read_yaml
@@ -82,7 +83,18 @@ def parse(args_class: type[Args], argv: Sequence[str], *, prog: str, description
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
     )  # fmt: skip
     check_ranges(args)
+    check_template(args)
     return args
+
+
+def check_template(args: Any) -> None:
+    """An unknown chat template is told before anything is loaded."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name, None)
+        if field.name == "chat_template_type":
+            template_name(value)
+        elif dataclasses.is_dataclass(value):
+            check_template(value)
 
 
 def refuse_missing(args_class: type, words: Sequence[str], prog: str) -> None:

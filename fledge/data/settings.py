@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fledge.data.conversations import DataFormat, RepeatedIds
-from fledge.data.templates import template_name
 from fledge.data.traces import Untraced
 from fledge.ranges import Count, Share
 
@@ -33,9 +32,6 @@ class TemplateSettings:
 
     chat_template_type: str | None = None
     """Named chat template instead of the tokenizer's own (qwen3, hunyuan, llama3, gemma, gpt_oss, chatml ...)."""
-
-    def __post_init__(self) -> None:
-        template_name(self.chat_template_type)  # an unknown one is told before anything is loaded
 
 
 @dataclass(frozen=True, kw_only=True)
