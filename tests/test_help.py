@@ -13,8 +13,9 @@ import pytest
 
 from fledge.cli import COMMANDS, run_command
 from fledge.commands.aliases import ALIASES, translated
+from fledge.commands.flags import Flag, flags_of, text_of
 from fledge.commands.help import value_of
-from fledge.commands.parser import Flag, flags_of, parse, words_of
+from fledge.commands.parser import parse, words_of
 from fledge.errors import UserError
 
 LONGEST = 60  # lines: a screen and a half
@@ -93,8 +94,6 @@ def test_what_train_says_of_the_trainer_is_true():
 
 
 def test_every_flag_has_a_text():
-    from fledge.commands.help import text_of
-
     flags = [flag for name in COMMANDS for flag in flags_of(args_class(name)) if not flag.hidden]
     assert [flag.name for flag in flags if not text_of(flag)] == []
 

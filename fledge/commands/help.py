@@ -3,19 +3,16 @@
 Both are read off the command's dataclass and the docstrings of its fields, without importing what the command runs.
 """
 
-import ast
 import dataclasses
 import inspect
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from fledge.commands.parser import Flag, flags_of
+from fledge.commands.flags import Flag, first_sentence, flags_of, text_of
 
 RECIPE = "--config FILE reads flags from a YAML file."
 WIDEST = 120
@@ -48,25 +45,6 @@ def full_help(prog: str, about: str, args_class: type, others: Sequence[type] = 
         lines += ["", f"{first_sentence(inspect.getdoc(owner) or owner.__name__)}"]
         lines += [line for flag in flags if flag.group is owner for line in _entry(flag, text_of(flag))]
     return "\n".join([*_head(prog, about, flags), *lines[1:], "", RECIPE])
-
-
-def text_of(flag: Flag) -> str:
-    """What a flag does: the docstring below its field, or the help that a library's field carries."""
-    for owner in flag.owner.__mro__:
-        if dataclasses.is_dataclass(owner) and flag.name in (found := _docstrings(owner)):
-            return found[flag.name]
-    return " ".join(str(flag.field.metadata.get("help", "")).split())
-
-
-@cache
-def _docstrings(owner: type) -> dict[str, str]:
-    body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
-    return {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
-    }  # fmt: skip
 
 
 def _head(prog: str, about: str, flags: Sequence[Flag]) -> list[str]:
@@ -114,12 +92,6 @@ def value_of(kind: Any) -> str:
     if inner:  # Annotated
         return value_of(inner[0])
     return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
-
-
-def first_sentence(text: str) -> str:
-    """The text up to its first full stop."""
-    sentence, found, _ = " ".join(text.split()).partition(". ")
-    return sentence + ("." if found else "")
 
 
 def _wrapped(text: str, indent: int) -> list[str]:

@@ -7,13 +7,14 @@ by true or false, and names of other tools are translated (`fledge.commands.alia
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 import tyro
 
 from fledge.commands.aliases import translated
+from fledge.commands.flags import first_sentence, flags_of, text_of
 from fledge.data.gguf import model_folder
 from fledge.data.templates import template_name
 from fledge.errors import UserError, nearest
@@ -27,51 +28,6 @@ Recipe = dict[str, Scalar | list[Scalar] | dict[str, Any]]
 TRUTH = {"true": True, "false": False}
 FREE_TEXT = {"prompt", "system", "gpus"}  # flags whose value may be empty; --gpus "": none
 Removed = Mapping[str, tuple[str, str]]  # flags of earlier versions: the value that is done anyway, and why
-
-
-@dataclasses.dataclass(frozen=True)
-class Flag:
-    """One flag, as its field of a (nested) dataclass declares it. `owner` is the class that holds the field."""
-
-    name: str
-    annotation: Any
-    field: dataclasses.Field
-    owner: type
-
-    @property
-    def group(self) -> type:
-        """The class that declares it first: flags that several commands share are of a common base."""
-        return next(one for one in reversed(self.owner.__mro__) if self.name in one.__dict__.get("__annotations__", ()))
-
-    @property
-    def positional(self) -> bool:
-        return tyro.conf.Positional in get_args(self.annotation)
-
-    @property
-    def hidden(self) -> bool:
-        return tyro.conf.Suppress in get_args(self.annotation)
-
-    @property
-    def kind(self) -> Any:
-        """The annotation without its range and markers."""
-        return get_args(self.annotation)[0] if get_origin(self.annotation) is Annotated else self.annotation
-
-    @property
-    def default(self) -> Any:
-        """What holds where the flag is not given; MISSING where it must be."""
-        made = self.field.default_factory
-        return made() if made is not dataclasses.MISSING else self.field.default
-
-
-def flags_of(args_class: type) -> Iterator[Flag]:
-    """Every flag of a (nested) dataclass, without prefixes."""
-    hints = get_type_hints(args_class, include_extras=True)
-    for field in dataclasses.fields(args_class):
-        annotation = hints[field.name]
-        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
-            yield from flags_of(annotation)
-        elif field.init:
-            yield Flag(field.name, annotation, field, args_class)
 
 
 def parse(args_class: type[Args], argv: Sequence[str], *, prog: str, description: str = "") -> Args:
@@ -99,8 +55,6 @@ def check_template(args: Any) -> None:
 
 def refuse_missing(args_class: type, words: Sequence[str], prog: str) -> None:
     """Name the first flag that must be given and is not, with what it is."""
-    from fledge.commands.help import first_sentence, text_of
-
     for flag in flags_of(args_class):
         name = flag.name.upper() if flag.positional else f"--{flag.name.replace('_', '-')}"
         given = words if flag.positional else [word for word in words if word.partition("=")[0] == name]

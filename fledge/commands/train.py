@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError
 from typing import TYPE_CHECKING
 
-from fledge.commands.parser import flags_of, parse, words_of
+from fledge.commands.flags import flags_of
+from fledge.commands.parser import parse, words_of
 from fledge.errors import UserError
 from fledge.http_client import base_url
 from fledge.ranges import Count, NotNegative, Positive, Seed, check_ranges
