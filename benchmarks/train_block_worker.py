@@ -20,6 +20,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from train_step_worker import RATE, SHAPES, documents, run
@@ -138,7 +139,10 @@ def specforge(args: argparse.Namespace, docs: list[dict[str, torch.Tensor]]) -> 
     own = {"mask_token_id": len(table) - 1, "target_layer_ids": list(TAPS)}
     if is_dspark:
         own |= {"markov_rank": RANK, "enable_confidence_head": True, "confidence_head_with_markov": True}
-    config = Qwen3Config(**qwen3(args), block_size=BLOCK[args.draft_type], num_target_layers=30, dflash_config=own)
+    own_fields: dict[str, Any] = {
+        "block_size": BLOCK[args.draft_type], "num_target_layers": 30, "dflash_config": own
+    }  # fmt: skip
+    config = Qwen3Config(**qwen3(args), **own_fields)
     config._attn_implementation = "sdpa"
     draft = (DSparkDraftModel if is_dspark else DFlashDraftModel)(config).to(dtype).train()
     size = table.shape[1]

@@ -133,3 +133,13 @@ def progress(title: str, total: int | None, done: int = 0) -> Iterator[ProgressB
             yield _RichBar(bars, bars.add_task(title, total=total, completed=done, note=""))
         finally:
             _shown.pop()
+
+
+def form(number: int, singular: str, plural: str) -> str:
+    """The word that goes with a count."""
+    return singular if number == 1 else plural
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 answer`, `2 answers`."""
+    return f"{number} {form(number, noun, noun + 's')}"

@@ -10,8 +10,9 @@ from typing import Any
 
 import jinja2
 
-from fledge.bench.report import FORMAT, PAGE, SUMMARY, draw, interval_text, number, render, verdict
-from fledge.bench.rows import BENCHMARK, RESULTS, read_rows
+from fledge.bench.report import FORMAT, PAGE, SUMMARY, draw, number, render
+from fledge.bench.rows import BENCHMARK, rows_of
+from fledge.bench.verdict import interval_text, verdict
 from fledge.console import say, show_table, warn
 from fledge.errors import UserError
 from fledge.escaping import markdown, one_line
@@ -19,7 +20,7 @@ from fledge.export import summary
 from fledge.outputs import claim, document_has, staged, write_file, write_json
 
 Document = dict[str, Any]
-COLUMNS = ("data set", "run", "tau", "speed-up (95 %)", "plain tok/s", "eagle tok/s", "against the first")
+COLUMNS = ("data set", "run", "tau", "speed-up (95 %)", "plain tok/s", "head tok/s", "against the first")
 HEADING = "| " + " | ".join(COLUMNS) + " |"
 
 
@@ -68,7 +69,7 @@ def refuse_undrawable(path: Path, document: Document) -> None:
 def redraw(folder: Path, document: Document, *, overwrite: bool) -> None:
     """Write report.md and report.html of a finished run again."""
     document["verdict"] = verdict(document)
-    rows = [row for row in read_rows(folder / RESULTS) if row.get("fingerprint") == document["fingerprint"]]
+    rows = rows_of(folder, document["fingerprint"])
     with claim(folder, BENCHMARK, overwrite=overwrite, clear=False), staged(folder) as building:
         draw(building, document, rows)
     say(document["verdict"])

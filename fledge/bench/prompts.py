@@ -145,7 +145,8 @@ def _asked(row: Row) -> tuple[str | None, list[dict[str, Any]]]:
     conversation = parse_row(row)
     if conversation.tools or any(message["role"] == "tool" for message in conversation.messages):
         raise Reject("tools", "it has tools, which a benchmark does not offer")
-    if _only_asks(messages := fields.get("messages")):  # training would join them to one
+    messages = fields.get("messages") or []
+    if messages and _only_asks(messages):  # training would join them to one
         texts = [message["content"] for message in messages if message["role"] != "system"]
         asked = with_row_images([{"role": "user", "content": text} for text in texts], fields)
         return next((one["content"] for one in conversation.messages if one["role"] == "system"), None), asked

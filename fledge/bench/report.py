@@ -5,7 +5,7 @@ so they cannot say anything else. Knows no models. `fledge report` draws them ag
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from markupsafe import Markup
 import fledge.provenance as provenance
 from fledge.bench import charts
 from fledge.bench.rows import Row, fingerprint
+from fledge.bench.sides import IN_TURN, MeasuredRun, joined_document
 from fledge.bench.stats import summarise
-from fledge.console import say, show_table
+from fledge.bench.verdict import headline, interval_text, is_noise_run, verdict
+from fledge.console import counted, say, show_table
 from fledge.escaping import markdown, one_line, printable
 from fledge.outputs import staged, write_file, write_json
 
@@ -24,16 +26,19 @@ TEMPLATES = Path(__file__).with_name("templates")
 SUMMARY, MARKDOWN, PAGE = "summary.json", "report.md", "report.html"
 FORMAT = 1
 MAX_SAMPLES = 8
+SIDES_OF_A_REPORT = ("baseline", "eagle")
+NOTHING = "–"
 
 Document = dict[str, Any]
 
 
 def write_report(
     folder: Path, rows: Sequence[Row], *, model_id: str, settings: dict[str, Any], config: Any,
-    sets: dict[str, Any] | None = None, skipped: Sequence[dict[str, str]] = (),
+    sets: dict[str, Any] | None = None, skipped: Sequence[dict[str, str]] = (), other: MeasuredRun | None = None,
 ) -> Document:  # fmt: skip
     """Write the three files and show the table. `sets` are figures already made from other rows (a server's),
-    `skipped` the questions that were not measured: dataset, question_id, reason."""
+    `skipped` the questions that were not measured: dataset, question_id, reason; `other` is the run of the other side
+    that the rows were put together with."""
     document: Document = {
         "format": FORMAT,
         "model_id": model_id,
@@ -43,12 +48,15 @@ def write_report(
         "skipped": list(skipped),
         "provenance": provenance.collect(config),
     }
+    if other:
+        document |= joined_document(document, other)
     document["verdict"] = verdict(document)
     with staged(folder) as building:
         write_json(building / SUMMARY, document)
         draw(building, document, rows)
-    rows_of_table = [table_row(name, figures) for name, figures in document["sets"].items()]
-    show_table(model_id, pick(HEADER), [pick(row) for row in rows_of_table])
+    table = table_of(document)
+    shown = [column for column in table[0] if column in ON_A_TERMINAL]
+    show_table(document["model_id"], shown, [[line[column] for column in shown] for line in table])
     say(document["verdict"])
     say(f"report: {folder / PAGE}")
     return document
@@ -60,104 +68,55 @@ def draw(folder: Path, document: Document, rows: Sequence[Row]) -> None:
     write_file(folder / PAGE, render("report.html.jinja", document, samples_of(rows)))
 
 
-def headline(document: Document) -> dict[str, Any]:
-    """The figures a report leads with: all sets together, else the only one."""
-    sets = document["sets"]
-    return sets.get("all") or next(iter(sets.values()))
-
-
-def verdict(document: Document) -> str:
-    """One sentence for somebody who knows nothing of the method."""
-    figures, settings = headline(document), document["settings"]
-    speedup = figures.get("speedup")
-    if "eagle" not in figures:
-        return f"The model alone writes {figures['baseline']['tokens_per_s'] or 0:.1f} tokens per second."
-    if "baseline" not in figures:
-        accepted = figures.get("acceptance", {}).get("tau")
-        return (
-            f"With this draft head the model writes {figures['eagle']['tokens_per_s'] or 0:.1f} tokens per second"
-            + (f", {accepted:.2f} tokens per step" if accepted else "")
-            + "; without a plain run beside it there is no speed-up to state."
-        )
-    if speedup is None:
-        return "The answers are too short to measure a speed-up."
-    if settings.get("mode") == "aa":
-        inside = speedup["low"] is not None and speedup["low"] <= 1.0 <= speedup["high"]
-        return f"Plain decoding against itself: ratio {interval_text(speedup)}. " + (
-            "As it should, the interval contains 1." if inside else "The interval should contain 1: distrust timings."
-        )
-    return f"{_speed_clause(speedup)}{_quality_clause(figures.get('quality', {}))}"
-
-
-def _speed_clause(speedup: dict[str, Any]) -> str:
-    low, high, value = speedup["low"], speedup["high"], speedup["value"]
-    if low is None:
-        return f"One question only: {value:.2f} times the plain speed, with no interval to trust it by"
-    if low <= 1.0 <= high:
-        return f"No difference in speed can be shown: {interval_text(speedup)} of the plain model's"
-    interval = f"(95 % interval {low:.2f} to {high:.2f})"
-    if value > 1:
-        return f"With this draft head the model writes {value:.2f} times as fast {interval}"
-    return f"This draft head slows the model down to {value:.2f} of its plain speed {interval}"
-
-
-def _quality_clause(quality: dict[str, Any]) -> str:
-    if quality.get("compared"):
-        if quality["identical"] == quality["compared"]:
-            return f", and all {quality['compared']} answers are identical."
-        if "unchecked" in quality:
-            return (
-                f"; {quality['identical']} of {quality['compared']} answers are identical (a server cannot be asked "
-                f"whether the others part at a near-tie)."
-            )
-        if not quality["unexplained"]:
-            return (
-                f"; {quality['identical']} of {quality['compared']} answers are identical, the others part at a "
-                f"near-tie of the model's own scores, which rounding decides."
-            )
-        return (
-            f", BUT {quality['unexplained']} of {quality['compared']} answers differ where the model has a clear "
-            f"favourite: that is an error, not rounding."
-        )
-    difference = quality.get("log_likelihood_difference")
-    if difference and difference["low"] is not None:
-        if difference["low"] <= 0 <= difference["high"]:
-            return ", and the model finds both sides' answers equally likely."
-        return ", BUT the model does not find both sides' answers equally likely: look at the quality section."
-    return "."
-
-
-def interval_text(value: dict[str, Any] | None, digits: int = 2) -> str:
-    """`1.62 (1.55 to 1.70)`."""
-    if value is None:
-        return "–"
-    text = f"{value['value']:.{digits}f}"
-    return text if value["low"] is None else f"{text} ({value['low']:.{digits}f} to {value['high']:.{digits}f})"
-
-
-HEADER = (
-    "data set", "asked", "tau", "tau macro", "speed-up (95 %)", "plain tok/s", "eagle tok/s",
-    "TTFT ms", "identical", "score",
+COLUMNS = (
+    "data set", "tau", "speed-up (95 %)", "identical", "plain tok/s", "head tok/s", "asked", "tau macro",
+    "TTFT ms", "score",
 )  # fmt: skip
+ON_A_TERMINAL = {"data set", "tau", "speed-up (95 %)", "plain tok/s", "head tok/s", "again tok/s", "identical"}
 
 
-def pick(cells: Sequence[str]) -> list[str]:
-    """The columns that fit a terminal."""
-    return [cells[index] for index in (0, 1, 2, 4, 5, 6, 8)]
+def table_of(document: Document) -> list[dict[str, str]]:
+    """The figures by data set, one line each, without the columns that no line fills."""
+    lines = [table_line(name, figures) for name, figures in document["sets"].items()]
+    filled = [column for column in COLUMNS if any(line[column] != NOTHING for line in lines)]
+    again = {"head tok/s": "again tok/s"} if is_noise_run(document) else {}
+    return [{again.get(column, column): line[column] for column in filled} for line in lines]
 
 
-def table_row(name: str, figures: dict[str, Any]) -> list[str]:
-    """One data set's line, in the order of HEADER."""
+def labels_of(document: Document) -> dict[str, str]:
+    """What the sides are called."""
+    second = "plain decoding again" if is_noise_run(document) else "with the draft head"
+    return {"baseline": "plain decoding", "eagle": second}
+
+
+def circumstances(document: Document) -> str:
+    """How both sides were measured beside each other."""
+    figures = headline(document)
+    if len(sides_of(figures)) == 1:
+        return "One side only, after a warm-up."
+    if document["settings"].get("mode") == IN_TURN:
+        return (
+            "Same prompts and settings, in two runs, one after the other. What else the machine did may weigh on one "
+            "of them: for a speed-up to rely on, measure both sides in one run (--mode both)."
+        )
+    if "concurrency" in figures:
+        return "Same prompts and settings; both sides are servers, asked in alternation where both run."
+    return "Same prompts, settings and process; both sides alternate question by question after a warm-up."
+
+
+def table_line(name: str, figures: dict[str, Any]) -> dict[str, str]:
+    """One data set's cells by column."""
     accepted, quality = figures.get("acceptance") or {}, figures.get("quality") or {}
+    speeds = [number((figures.get(side) or {}).get("tokens_per_s"), 1) for side in SIDES_OF_A_REPORT]
+    waits = [number(figures[side].get("ttft_s_median"), 1, 1000) for side in sides_of(figures)]
     score = quality.get("score")
-    return [
-        name, str(figures["questions"]), number(accepted.get("tau")), number(accepted.get("tau_macro")),
-        interval_text(figures.get("speedup")),
-        *(number((figures.get(side) or {}).get("tokens_per_s"), 1) for side in ("baseline", "eagle")),
-        both((figures.get(side) or {}).get("ttft_s_median") for side in ("baseline", "eagle")),
-        f"{quality['identical']}/{quality['compared']}" if quality.get("compared") else "–",
-        " / ".join(f"{value:.0%}" for value in score.values()) if score else "–",
-    ]  # fmt: skip
+    cells = (
+        name, number(accepted.get("tau")), interval_text(figures.get("speedup")),
+        f"{quality['identical']}/{quality['compared']}" if quality.get("compared") else NOTHING,
+        *speeds, str(figures["questions"]), number(accepted.get("tau_macro")), " / ".join(waits),
+        " / ".join(f"{value:.0%}" for value in score.values()) if score else NOTHING,
+    )  # fmt: skip
+    return dict(zip(COLUMNS, cells, strict=True))
 
 
 def category_rows(name: str, figures: dict[str, Any]) -> list[list[str]]:
@@ -168,14 +127,14 @@ def category_rows(name: str, figures: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def both(seconds: Iterable[float | None]) -> str:
-    """Plain / speculative times in milliseconds."""
-    return " / ".join(number(value, 1, 1000) for value in seconds)
+def sides_of(figures: dict[str, Any]) -> list[str]:
+    """Which sides were measured, plain decoding first."""
+    return [side for side in SIDES_OF_A_REPORT if figures.get(side)]
 
 
 def number(value: float | None, digits: int = 2, factor: float = 1.0) -> str:
     """A figure, or a dash where there is none."""
-    return "–" if value is None else f"{value * factor:.{digits}f}"
+    return NOTHING if value is None else f"{value * factor:.{digits}f}"
 
 
 def samples_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -194,10 +153,12 @@ def render(template: str, document: Document, samples: list[dict[str, Any]]) -> 
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape="html" in template, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {"number": number, "interval": interval_text, "markdown": markdown, "one_line": one_line}
+    environment.filters |= {"number": number, "interval": interval_text, "markdown": markdown}
+    environment.filters |= {"one_line": one_line, "counted": counted}
     text = environment.get_template(template).render(
-        document=document, head=headline(document), sets=document["sets"], header=HEADER, samples=samples,
-        table=[table_row(name, figures) for name, figures in document["sets"].items()],
+        document=document, head=headline(document), sets=document["sets"], samples=samples, table=table_of(document),
+        sides=(sides := sides_of(headline(document))), both=len(sides) == 2, labels=labels_of(document),
+        circumstances=circumstances(document),
         drawn={name: Markup(drawing) for name, drawing in drawings(document).items()},
         categories=[row for name, figures in document["sets"].items() for row in category_rows(name, figures)],
         named=[name for name, figures in document["sets"].items() if name != "all" and figures.get("acceptance")],
@@ -231,14 +192,15 @@ def drawings(document: Document) -> dict[str, str]:
                 )
                 for name, figures in sets.items()
                 for side, label, style in (("baseline", "plain", "s6"), ("eagle", "with head", "s0"))
-                if side in figures
+                if figures.get(side)
             ],
             description="throughput by data set and requests in flight",
         )  # fmt: skip
     if head.get("acceptance"):
         drawn |= _acceptance_drawings({name: one for name, one in sets.items() if one.get("acceptance")}, head)
     if all((head.get(side) or {}).get("phases_s") for side in ("baseline", "eagle")):
-        drawn["time"] = charts.bars(time_bars(head), description="milliseconds per token, plain and speculative")
+        bars = time_bars(head, labels_of(document))
+        drawn["time"] = charts.bars(bars, description="milliseconds per token of both sides")
     if head.get("model") and head.get("speedup"):
         drawn["model"] = charts.bars(model_bars(head), mark=1.0, mark_text="plain", description="from tau to speed-up")
     return drawn
@@ -284,10 +246,10 @@ def _acceptance_drawings(sets: dict[str, Any], head: dict[str, Any]) -> dict[str
     return drawn
 
 
-def time_bars(figures: dict[str, Any]) -> list[charts.Bar]:
+def time_bars(figures: dict[str, Any], labels: dict[str, str]) -> list[charts.Bar]:
     """Milliseconds per decoded token, speculative time split into its phases."""
     rows = []
-    for side, label in (("baseline", "plain"), ("eagle", "with draft head")):
+    for side, label in labels.items():
         one = figures[side]
         if not one["decode_tokens"]:
             continue

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fledge.console import say, warn
+from fledge.console import counted, form, say, warn
 from fledge.errors import naming
 from fledge.outputs import Output, claim, document_has, write_file
 
@@ -124,18 +124,15 @@ class Results:
             else:
                 foreign.setdefault(str(row.get("fingerprint")), []).append(row)
         for other, rows in foreign.items():
-            aside = self._aside(other)
+            aside = set_aside(self.path, other)
             _rewrite(aside, [*read_rows(aside), *rows])
-            say(f"{len(rows)} row(s) of other settings were moved to {aside.name}.")
-        aside = self._aside(self.fingerprint)
+            say(f"{counted(len(rows), 'row')} of other settings: kept in {aside.name}.")
+        aside = set_aside(self.path, self.fingerprint)
         own = read_rows(aside) + own
         if own:
             _rewrite(self.path, own)  # before the set-aside copy goes, so that a crash here loses nothing
         aside.unlink(missing_ok=True)
         return own
-
-    def _aside(self, other: str) -> Path:
-        return self.path.with_name(f"{self.path.stem}-{other}.jsonl")
 
 
 @contextlib.contextmanager
@@ -143,6 +140,18 @@ def open_results(folder: Path, settings: dict[str, Any], *, overwrite: bool = Fa
     """The results of these settings in a folder that is this benchmark's alone while they are open."""
     with claim(folder, BENCHMARK, overwrite=overwrite):
         yield Results(folder / RESULTS, fingerprint(settings))
+
+
+def set_aside(results: Path, fingerprint: str) -> Path:
+    """Where rows of these settings wait while results.jsonl holds those of others."""
+    return results.with_name(f"{results.stem}-{fingerprint}.jsonl")
+
+
+def rows_of(folder: Path, fingerprint: str) -> list[Row]:
+    """The rows of these settings, in results.jsonl or set aside."""
+    results = folder / RESULTS
+    found = [*read_rows(set_aside(results, fingerprint)), *read_rows(results)]
+    return [row for row in found if row.get("fingerprint") == fingerprint]
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -163,7 +172,8 @@ def read_rows(path: Path) -> list[Row]:
         else:
             torn += 1
     if torn:
-        warn(f"{path}: {torn} unreadable line(s), torn by an interrupted run, were dropped; they are measured again.")
+        lines = form(torn, "line, torn by an interrupted run, was", "lines, torn by an interrupted run, were")
+        warn(f"{path}: {torn} unreadable {lines} dropped; what stood there is measured again.")
     return rows
 
 

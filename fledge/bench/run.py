@@ -18,7 +18,8 @@ from fledge.bench.questions import Question
 from fledge.bench.report import PAGE, write_report
 from fledge.bench.rows import BENCHMARK, Results, Row, code_fingerprint, folder_fingerprint, open_results, row_key
 from fledge.bench.settings import SIDES, BenchSettings
-from fledge.console import progress, say, show_table, warn
+from fledge.bench.sides import counterparts, joined_rows, record_run
+from fledge.console import counted, progress, say, show_table, warn
 from fledge.data.image_urls import allow_image_urls
 from fledge.decoding.default_tree import usual_tree
 from fledge.decoding.records import Sampling
@@ -86,19 +87,25 @@ def run(args: BenchSettings, spec: Loader, placement: Placement, settings: dict[
     """Measure what is missing, then summarise."""
     jobs = list_jobs(args)
     with open_results(args.output_dir, settings, overwrite=args.output.overwrite) as results:
-        provenance.write(args.output_dir / "run.json", args, settings=settings, fingerprint=results.fingerprint)
+        other = record_run(args.output_dir, args, settings, results.fingerprint)
         measure_missing(args, spec, placement, jobs, results)
         if args.output.no_metrics:
             say(f"{len(jobs)} rows are in {results.path} (--no-metrics: no summary, no report).")
             return
         wanted = {row_key(job.key_fields()) for job in jobs}
         rows = [row for row in results.rows if row_key(row) in wanted]
+        if others := counterparts(rows, args.output_dir, other):
+            questions = {row_key(job.key_fields()): job.question for job in jobs}
+            rows = joined_rows(rows, others, questions, spec.load if args.sampling.temperature == 0 else None)
         skipped = warn_of_skipped(rows)
         left_out = {(one["dataset"], one["question_id"]) for one in skipped}  # in every repeat, if in one
         measured = [row for row in rows if (row["dataset"], row["question_id"]) not in left_out]
         if not measured:
             raise UserError(f"no question could be measured; the first: {skipped[0]['reason']}")
-        write_report(args.output_dir, measured, model_id=args.model_id, settings=settings, config=args, skipped=skipped)
+        write_report(
+            args.output_dir, measured, model_id=args.model_id, settings=settings, config=args, skipped=skipped,
+            other=other if others else None,
+        )  # fmt: skip
         refuse_unexplained(measured, args.output_dir / PAGE)
 
 
@@ -309,7 +316,7 @@ def refuse_unexplained(rows: Sequence[Row], page: Path) -> None:
     if wrong:
         more = f" and {len(wrong) - NAMED_ANSWERS} more" if len(wrong) > NAMED_ANSWERS else ""
         raise UserError(
-            f"the answers to {len(wrong)} question(s) differ from plain decoding where the target has a clear "
+            f"the answers to {counted(len(wrong), 'question')} differ from plain decoding where the target has a clear "
             f"favourite ({', '.join(wrong[:NAMED_ANSWERS])}{more}): that is no rounding. See {page} and report a bug."
         )
 

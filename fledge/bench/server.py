@@ -26,6 +26,7 @@ from fledge.bench.questions import Question
 from fledge.bench.report import write_report
 from fledge.bench.rows import Results, Row, open_results, row_key
 from fledge.bench.settings import SIDES, BenchSettings
+from fledge.bench.sides import counterparts, record_run
 from fledge.bench.stats import by_category, speedup
 from fledge.console import progress, say, warn
 from fledge.data.image_urls import with_data_urls
@@ -71,7 +72,7 @@ def bench_servers(args: BenchSettings) -> None:
     api_key(args.server.api_key_env)  # before servers are started for minutes
     levels = list_levels(args)
     with open_results(args.output_dir, settings := settings_of(args), overwrite=args.output.overwrite) as results:
-        provenance.write(args.output_dir / "run.json", args, settings=settings, fingerprint=results.fingerprint)
+        other = record_run(args.output_dir, args, settings, results.fingerprint)
         missing = [level for level in levels if row_key(level.key_fields()) not in results]
         if len(missing) < len(levels):
             say(f"{len(levels) - len(missing)} of {len(levels)} levels are already in {results.path}.")
@@ -84,8 +85,12 @@ def bench_servers(args: BenchSettings) -> None:
         if args.output.no_metrics:
             say(f"{len(levels)} levels are in {results.path} (--no-metrics: no summary, no report).")
             return refuse_failed(rows, results.path)
+        rows += (others := counterparts(rows, args.output_dir, other))
         sets = summarise_levels(rows, seed=args.sampling.seed, greedy=args.sampling.temperature == 0)
-        write_report(args.output_dir, [], model_id=args.model_id, settings=settings, config=args, sets=sets)
+        write_report(
+            args.output_dir, [], model_id=args.model_id, settings=settings, config=args, sets=sets,
+            other=other if others else None,
+        )  # fmt: skip
         refuse_failed(rows, results.path)
 
 

@@ -45,8 +45,9 @@ class Layout:
 
     def options(self, config: DraftConfig) -> list[str]:
         """What this head needs on that command line."""
-        windowed = config.sliding_window is not None and self.window_flag
-        return [f"{self.window_flag} {config.sliding_window - 1}"] if windowed else []
+        if config.sliding_window is None or not self.window_flag:
+            return []
+        return [f"{self.window_flag} {config.sliding_window - 1}"]
 
     def tensor_name(self, ours: str) -> str:
         """The layout's name of one of our tensors."""

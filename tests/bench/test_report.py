@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from fledge.bench.report import TEMPLATES, verdict
+from fledge.bench.report import TEMPLATES
+from fledge.bench.verdict import MIN_QUESTIONS, verdict
 from fledge.commands.report import ReportArgs, report
 from fledge.errors import UserError
 
@@ -80,10 +81,10 @@ def quality_of(**more):
     return {"compared": 10, "identical": 10, "ties": 0, "unexplained": 0, **more}
 
 
-def document(speedup, quality, mode="both"):
+def document(speedup, quality, mode="both", questions=MIN_QUESTIONS):
     side = {"tokens_per_s": 10.0}
-    return {"sets": {"d": {"baseline": side, "eagle": side, "speedup": speedup, "quality": quality}},
-            "settings": {"mode": mode}}  # fmt: skip
+    figures = {"questions": questions, "baseline": side, "eagle": side, "speedup": speedup, "quality": quality}
+    return {"sets": {"d": figures}, "settings": {"mode": mode}}
 
 
 @pytest.mark.parametrize(
@@ -92,11 +93,78 @@ def document(speedup, quality, mode="both"):
         (1.2, 1.3, 1.4, "writes 1.30 times as fast"),
         (0.9, 1.0, 1.1, "No difference in speed can be shown"),
         (0.5, 0.6, 0.7, "slows the model down to 0.60"),
-        (None, 1.3, None, "One question only"),
     ],
 )
 def test_the_verdict_follows_the_interval(low, value, high, words):
     assert words in verdict(document({"low": low, "value": value, "high": high}, quality_of()))
+
+
+def test_no_verdict_from_fewer_than_ten_questions():
+    """One question was enough for "slows the model down" and for "BUT the model does not find both sides' answers
+    equally likely". Answers that differ without a near-tie are an error at any number."""
+    slow = {"low": 0.5, "value": 0.6, "high": 0.7}
+    unlike = {"log_likelihood_difference": {"low": -0.3, "value": -0.2, "high": -0.1}}
+    for few in (1, MIN_QUESTIONS - 1):
+        interval = slow if few > 1 else {"low": None, "value": 0.6, "high": None}
+        said = verdict(document(interval, unlike, questions=few))
+        assert f"On {few} question" in said and "0.60 times" in said and "a verdict takes 10" in said
+        assert "slows" not in said and "BUT" not in said
+        assert "distrust" not in verdict(document(interval, {}, mode="aa", questions=few))
+    wrong = quality_of(compared=1, identical=0, unexplained=1)
+    assert "BUT 1 of 1 answer differs" in verdict(document(slow, wrong, questions=1))
+    said = verdict(document(slow, unlike))  # negative control: enough
+    assert "slows" in said and "BUT" in said
+
+
+@pytest.mark.parametrize(("quality", "words"), [
+    (quality_of(compared=1, identical=1), "and the answer is identical."),
+    (quality_of(compared=2, identical=2), "all 2 answers are identical."),
+    (quality_of(compared=2, identical=1, ties=1), "1 of 2 answers is identical, the other parts at"),
+    (quality_of(compared=4, identical=2, ties=2), "2 of 4 answers are identical, the others part at"),
+    (quality_of(compared=4, identical=2, unexplained=2), "BUT 2 of 4 answers differ where"),
+    (quality_of(compared=2, identical=1, unchecked=1), "Whether the other parts at a near-tie"),
+])  # fmt: skip
+def test_counts_and_their_words_agree(quality, words):
+    """The first sentence read "all 1 answers are identical"."""
+    assert words in verdict(document({"low": 1.2, "value": 1.3, "high": 1.4}, quality))
+
+
+SPECULATIVE = re.compile(r"draft|τ|\btau|speed-up|speculat|with the head|eagle", re.IGNORECASE)
+
+
+def shown(folder, name):
+    """What a page says: without style, settings and command."""
+    text = (folder / name).read_text().split("How it was measured")[0]
+    return re.sub(r"<style>.*?</style>|<head>.*?</head>", "", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_report_of_plain_decoding_alone_has_no_words_of_drafting(make_args, fake_run, temperature, capsys):
+    """It explained tau, the speed-up and "plain / with the head" beside columns of dashes."""
+    args = make_args(mode="baseline", question_end=3, temperature=temperature)
+    folder = fake_run(args)
+    for name in ("report.html", "report.md"):
+        assert SPECULATIVE.search(shown(folder, name)) is None
+        assert "–" not in shown(folder, name).replace("– fledge", "")
+    assert "tau" not in capsys.readouterr().out
+    both = fake_run(make_args(question_end=3, output_dir=args.output_dir / "both"))
+    assert len(set(SPECULATIVE.findall(shown(both, "report.html")))) > 3  # negative control
+
+
+def test_a_noise_run_names_no_head(make_args, fake_run):
+    folder = fake_run(make_args(mode="aa", question_end=3))
+    assert "with the draft head" not in shown(folder, "report.html") and "again" in shown(folder, "report.html")
+
+
+def test_columns_without_a_figure_are_left_out_and_the_speed_up_comes_early(make_args, fake_run):
+    """On a phone the first two or three columns of the table are visible; the speed-up was the fifth."""
+    folder = fake_run(make_args(question_end=3))
+    head = next(line for line in (folder / "report.md").read_text().splitlines() if line.startswith("| data set"))
+    columns = [cell.strip() for cell in head.strip("|").split("|")]
+    assert columns.index("speed-up (95 %)") <= 2
+    assert "identical" in columns
+    sampled = fake_run(make_args(question_end=3, temperature=0.7))
+    assert "identical" not in (sampled / "report.md").read_text().split("tau =")[0]
 
 
 def test_the_verdict_never_hides_wrong_answers():

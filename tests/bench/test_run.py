@@ -121,10 +121,10 @@ def test_an_edited_question_is_another_question(make_args, fake_run, tmp_path):
 # -- flags ------------------------------------------------------------------------------------------------------------
 
 
-def test_mode_baseline_and_eagle_measure_one_side(make_args, fake_run, fake_engine):
+def test_mode_baseline_and_eagle_measure_one_side(make_args, fake_run, fake_engine, tmp_path):
     for mode, side in (("baseline", "baseline"), ("eagle", "eagle")):
         engine = fake_engine(mode=mode)
-        folder = fake_run(make_args(mode=mode, question_end=2), engine)
+        folder = fake_run(make_args(mode=mode, question_end=2, output_dir=tmp_path / mode), engine)
         assert {call[0] for call in engine.calls} == {side}
         figures = json.loads((folder / "summary.json").read_text())["sets"]["quick"]
         assert side in figures and "speedup" not in figures

@@ -69,6 +69,19 @@ def test_speed_ups_by_category(start, server_args, tmp_path):
     assert all(one["speedup"]["value"] > 1.2 for one in found.values())
 
 
+@pytest.mark.parametrize("modes", [("eagle", "baseline"), ("baseline", "eagle")])
+def test_servers_asked_one_after_the_other_are_put_together(start, server_args, modes):
+    """Two servers seldom fit on one machine at once."""
+    urls = {"baseline": start(StreamingServer(has_head=False)), "eagle": start(StreamingServer(has_head=True))}
+    for mode in modes:
+        given = {**dict.fromkeys(urls), mode: urls[mode]}
+        args = server_args(given["baseline"], given["eagle"], mode=mode, concurrency=(1, 2))
+        bench(args)
+    sets = summary(args)["sets"]
+    assert list(sets) == ["quick, 1 in flight", "quick, 2 in flight"]
+    assert all(figures["speedup"]["value"] > 1 and figures["acceptance"]["tau"] == 2.0 for figures in sets.values())
+
+
 def test_requests_carry_the_settings_and_the_models_own_answers(start, server_args, monkeypatch):
     plain = StreamingServer(has_head=False)
     args = server_args(start(plain), None, mode="baseline", temperature=0.5, top_p=0.9, sample_top_k=7,

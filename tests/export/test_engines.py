@@ -1,5 +1,6 @@
 """What the engines read, against their own sources; and every head they would swallow, named before they see it."""
 
+import ast
 import copy
 import json
 from types import SimpleNamespace
