@@ -100,8 +100,12 @@ def _identical_clause(quality: dict[str, Any]) -> str:
             f", BUT {wrong} of {counted(compared, 'answer')} {form(wrong, 'differs', 'differ')} where the model "
             f"has a clear favourite: that is an error, not rounding."
         )
-    same = f"; {identical} of {counted(compared, 'answer')} {form(identical, 'is', 'are')} identical"
-    rest = form(different, "the other parts", "the others part")
+    if identical:
+        same = f"{identical} of {compared} answers {form(identical, 'is', 'are')} identical"
+        rest = form(different, "the other parts", "the others part")
+    else:
+        same = form(compared, "the answer is not identical", f"none of {compared} answers is identical")
+        rest = form(compared, "it parts", "they part")
     if "unchecked" in quality:
-        return f"{same}. Whether {rest} at a near-tie of the model's scores was not checked."
-    return f"{same}, {rest} at a near-tie of the model's own scores, which rounding decides."
+        return f"; {same}. Whether {rest} at a near-tie of the model's scores was not checked."
+    return f"; {same}, {rest} at a near-tie of the model's own scores, which rounding decides."

@@ -121,6 +121,8 @@ def test_no_verdict_from_fewer_than_ten_questions():
     (quality_of(compared=2, identical=2), "all 2 answers are identical."),
     (quality_of(compared=2, identical=1, ties=1), "1 of 2 answers is identical, the other parts at"),
     (quality_of(compared=4, identical=2, ties=2), "2 of 4 answers are identical, the others part at"),
+    (quality_of(compared=4, identical=0, ties=4), "none of 4 answers is identical, they part at"),
+    (quality_of(compared=1, identical=0, ties=1), "the answer is not identical, it parts at"),
     (quality_of(compared=4, identical=2, unexplained=2), "BUT 2 of 4 answers differ where"),
     (quality_of(compared=2, identical=1, unchecked=1), "Whether the other parts at a near-tie"),
 ])  # fmt: skip
