@@ -124,7 +124,7 @@ def _ray() -> Any:
         import ray
     except ImportError:
         raise UserError(
-            "several workers need Ray, which is not installed. Install it with `pip install 'fledge[ray]'`, or use one "
+            "several workers need Ray, which is not installed. Install it with `pip install ray`, or use one "
             "worker: `bench` with --num-gpus-total equal to --num-gpus-per-model, `extract` with --num-workers 1."
         ) from None
     return ray

@@ -56,7 +56,7 @@ def unpack(gguf: Path, folder: Path) -> None:
     try:
         import gguf as _  # noqa: F401
     except ImportError:
-        raise UserError(f"{gguf}: reading GGUF files needs the package gguf: pip install 'fledge[gguf]'.") from None
+        raise UserError(f"{gguf}: reading GGUF files needs the package gguf: `pip install gguf`.") from None
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

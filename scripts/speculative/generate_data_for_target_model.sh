@@ -21,7 +21,11 @@ export THINKING=${THINKING:-default}                    # on, off, both (half an
 export SYSTEM_PROMPT=${SYSTEM_PROMPT:-}                 # for conversations without one
 export ENGINE=${ENGINE:-openai}                         # or transformers: in this process, no server
 export MODEL_NAME=${MODEL_NAME:-}                       # empty: what the servers serve
-export SPLIT=${SPLIT:-}                                 # split of a hub data set; empty: train
+export SPLIT=${SPLIT:-}                                 # split of a hub data set; empty: train (ultrachat_200k: train_sft)
+
+if [ -z "$SPLIT" ] && [ "$DATA_NAME_OR_PATH" = HuggingFaceH4/ultrachat_200k ]; then
+    SPLIT=train_sft # it has no split named train
+fi
 
 # shellcheck disable=SC2086  (ENDPOINTS is a list of words)
 exec python3 -m fledge regenerate \

@@ -56,6 +56,22 @@ def test_hidden_states_then_offline_training(work):
     assert refused.returncode == 1 and "nothing: no manifest.json" in refused.stderr
 
 
+@pytest.mark.parametrize(("variables", "split"), [
+    ({}, ["--split", "train_sft"]), ({"SPLIT": "test_sft"}, ["--split", "test_sft"]),
+    ({"DATA_NAME_OR_PATH": "own/data"}, []),
+])  # fmt: skip
+def test_the_default_data_set_is_read_from_a_split_that_it_has(tmp_path, variables, split):
+    """ultrachat_200k has no split named train, so the script without variables ended with the hub's error."""
+    shown = tmp_path / "python3"
+    shown.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    shown.chmod(0o755)
+    words = run_script(
+        tmp_path, "generate_data_for_target_model.sh", PATH=f"{tmp_path}:{os.environ['PATH']}", **variables
+    )
+    words = words.stdout.split()
+    assert (words[words.index("--split") :][:2] if "--split" in words else []) == split
+
+
 def test_online_training(work):
     trained = run_script(
         work, "train_eagle3_online.sh", *SHORT, TARGET_MODEL_NAME_OR_PATH="target", TRAIN_DATA_PATH="data.jsonl",
