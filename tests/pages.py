@@ -24,10 +24,28 @@ def blocks(document: str) -> list[tuple[str, str]]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of every command of a block; what `fledge serve` hands to vLLM (behind --) is left out."""
+    """The words of every command of a block; what `fledge serve` hands to vLLM (behind --) is left out, and what starts
+    fledge in several processes (`torchrun ... -m fledge`), too."""
     lines = text.replace("\\\n", " ").splitlines()
     found = [words for line in lines if (words := shlex.split(line, comments=True))]
+    found = [words[words.index("fledge") :] if ["-m", "fledge"] in pairs(words) else words for words in found]
     return [words[: words.index("--")] if words[0] == "fledge" and "--" in words else words for words in found]
+
+
+def pairs(words: list[str]) -> list[list[str]]:
+    return [list(pair) for pair in zip(words, words[1:], strict=False)]
+
+
+def loose_commands(document: str) -> list[str]:
+    """Commands in indented blocks, which carry no mark and which nothing would check."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.findall(r"^ {4,}((?:\w+=\S* )*(?:fledge|torchrun|pip|python3?|make|bash|vllm|curl) .*)$", text, re.M)
+
+
+def mentioned(document: str) -> list[list[str]]:
+    """The words of every `fledge ...` inside a sentence."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.M | re.S)
+    return [code.split() for code in re.findall(r"(?<!`)`(fledge [a-z][^`]*)`(?!`)", text)]
 
 
 def python_blocks(page: Path) -> list[str]:

@@ -5,7 +5,10 @@ five lines first, then each document's, in order, in a copy of the folder they l
 """
 
 import functools
+import importlib
 import importlib.util
+import itertools
+import json
 import os
 import re
 import shutil
@@ -14,10 +17,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import HOW, ROOT, blocks, commands
+from pages import HOW, ROOT, blocks, commands, loose_commands, mentioned
 from tiny import TARGETS
 
 from fledge.cli import COMMANDS
+from fledge.commands.parser import parse
+from fledge.errors import UserError
 
 READMES = ["README.md", "README_zh.md"]
 PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -51,6 +56,13 @@ def test_targets_are_the_test_table(document):
     assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(TARGETS)
 
 
+@pytest.mark.parametrize("chinese", [document for document in DOCUMENTS if document.endswith("_zh.md")])
+def test_both_languages_show_the_same_commands(chinese):
+    """Comments are translated, commands are not."""
+    english = chinese.replace("_zh", "")
+    assert [commands(text) for _, text in blocks(chinese)] == [commands(text) for _, text in blocks(english)]
+
+
 @functools.cache
 def help_of(name: str) -> str:
     words = [sys.executable, "-m", "fledge", name, "--help-all"]
@@ -67,13 +79,53 @@ def test_every_command_explains_itself(name):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_documented_flag_exists(document):
+    """In blocks, and where a sentence mentions a command."""
+    shown = [words for _, text in blocks(document) for words in commands(text) if words[0] == "fledge"]
+    for words in [*shown, *mentioned(document)]:
+        assert words[1] in COMMANDS, words
+        for flag in re.findall(r"(?<=\s)--[\w-]+", " ".join(words).replace("_", "-")):
+            known = re.findall(r"--[\w-]+", help_of(words[1]).replace("_", "-"))
+            assert flag in known, f"{words[:2]} {flag}"
+
+
+def parsed(words: list[str]) -> object:
+    """The arguments that fledge makes of a command. `words` may end in a redirection."""
+    command = COMMANDS[words[1]]
+    module = importlib.import_module(command.module)
+    flags = list(itertools.takewhile(lambda word: word not in {">", "2>", "|", "&", "&&"}, words[2:]))
+    return getattr(module, "parse_args", parse)(getattr(module, command.args), flags, prog="fledge")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_documented_command_is_accepted(document, monkeypatch):
+    """Flags and values, of the commands that are not run, too; `...` stands for what was shown before."""
+    monkeypatch.chdir(ROOT)  # recipes are named from there
     for _, text in blocks(document):
         for words in commands(text):
-            if words[0] != "fledge":
-                continue
-            for flag in (word for word in words if word.startswith("--")):
-                known = re.findall(r"--[\w-]+", help_of(words[1]).replace("_", "-"))
-                assert flag.replace("_", "-") in known, f"{words[:2]} {flag}"
+            if words[0] == "fledge" and "..." not in words:
+                assert parsed(words)
+
+
+@pytest.mark.parametrize("flags", [("--mode", "plain"), ("--nonsense", "1"), ("--question-end", "x")])
+def test_a_command_that_fledge_refuses_would_be_noticed(flags):
+    with pytest.raises((SystemExit, UserError)):
+        parsed(["fledge", "bench", "--target", "t", *flags])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_no_command_stands_outside_a_marked_block(document):
+    """Eight of docs/scaling.md did, in indented blocks, so no test looked at their flags."""
+    assert loose_commands(document) == []
+
+
+def test_an_indented_command_is_noticed(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Do:\n\n    torchrun --nproc-per-node 8 -m fledge train\n\n    scripts/   the scripts\n    prompts -> answers\n"
+    )
+    assert loose_commands(str(page)) == ["torchrun --nproc-per-node 8 -m fledge train"]
+    page.write_text("Say `fledge vocab --size 3` or ``fledge``.\n")
+    assert mentioned(str(page)) == [["fledge", "vocab", "--size", "3"]]
 
 
 def run_blocks(document: str, folder: Path, target: Path) -> subprocess.CompletedProcess:
@@ -167,4 +219,9 @@ def test_the_documentation_builds_strictly(tmp_path):
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert built.returncode == 0, built.stderr[-3000:]
-    assert (tmp_path / "site" / "pipeline" / "index.html").is_file()
+    assert (tmp_path / "site" / "train-a-head" / "index.html").is_file()
+    found = json.loads((tmp_path / "site" / "search" / "search_index.json").read_text(encoding="utf-8"))
+    for word, page in (("near-tie", "reading-a-report/"), ("起草", "serve-it_zh/")):  # the search finds both languages
+        assert any(word in one["text"] and one["location"].startswith(page) for one in found["docs"])
+    words = re.split(found["config"]["separator"], "起草 near-tie")
+    assert [word for word in words if word] == ["起", "草", "near", "tie"]
