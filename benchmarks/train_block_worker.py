@@ -136,13 +136,13 @@ def specforge(args: argparse.Namespace, docs: list[dict[str, torch.Tensor]]) -> 
 
     dtype, low, is_dspark = getattr(torch, args.dtype), args.dtype == "bfloat16", args.draft_type == "dspark"
     table = target_head(args)
-    own = {"mask_token_id": len(table) - 1, "target_layer_ids": list(TAPS)}
+    own: dict[str, Any] = {"mask_token_id": len(table) - 1, "target_layer_ids": list(TAPS)}
     if is_dspark:
         own |= {"markov_rank": RANK, "enable_confidence_head": True, "confidence_head_with_markov": True}
-    own_fields: dict[str, Any] = {
-        "block_size": BLOCK[args.draft_type], "num_target_layers": 30, "dflash_config": own
+    block: dict[str, Any] = {
+        "block_size": BLOCK[args.draft_type], "num_target_layers": 30, "dflash_config": own,
     }  # fmt: skip
-    config = Qwen3Config(**qwen3(args), **own_fields)
+    config = Qwen3Config(**qwen3(args), **block)
     config._attn_implementation = "sdpa"
     draft = (DSparkDraftModel if is_dspark else DFlashDraftModel)(config).to(dtype).train()
     size = table.shape[1]
