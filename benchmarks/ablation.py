@@ -41,6 +41,7 @@ from fledge.drafters.eagle3 import ttt
 from fledge.drafters.eagle3.checkpoint import load_draft
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.loss import Teacher
+from fledge.drafters.sequence_share import Share
 from fledge.drafters.tree import TreeShape
 from fledge.target.model import Target
 from fledge.train import module, run
@@ -147,7 +148,9 @@ class Exchanged:
         ) = self.before  # fmt: skip
 
 
-def unshifted_align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = None) -> ttt.Alignment:
+def unshifted_align(
+    batch: Batch, ttt_steps: int, depth: RandomDepth | None = None, share: Share | None = None
+) -> ttt.Alignment:
     """Row t is trained at step k where l_{t+k}, whatever token it predicts.
 
     In `align` position p = t + 1 + k teaches where l_p and l_{p+1}; here it is to teach where l_{p-1}. A span [a, b) of
@@ -160,7 +163,7 @@ def unshifted_align(batch: Batch, ttt_steps: int, depth: RandomDepth | None = No
         one, two = mask.roll(1), mask.roll(2)
         one[:1], two[:2] = False, False
         masks.append(one | two)
-    return ttt.align(dataclasses.replace(batch, loss_mask=torch.cat(masks)), ttt_steps, depth)
+    return ttt.align(dataclasses.replace(batch, loss_mask=torch.cat(masks)), ttt_steps, depth, share)
 
 
 def whole_teacher(**known: Any) -> Teacher:

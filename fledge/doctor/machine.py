@@ -116,7 +116,8 @@ def compiler() -> Found:
 def memory() -> Found:
     import psutil
 
-    room, cores = psutil.virtual_memory(), len(psutil.Process().cpu_affinity() or [])
+    room = psutil.virtual_memory()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     text = f"{room.available >> 30} of {room.total >> 30} GiB free, {cores} cores"
     return Found("note" if room.available >> 30 < LITTLE_MEMORY_GIB else "ok", "memory", text)
 

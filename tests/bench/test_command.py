@@ -146,7 +146,9 @@ def test_the_tool_samples(given, temperature, monkeypatch):
 
 
 def test_greedy_outputs_are_identical_and_the_costs_add_up(run_bench):
-    rows, figures = run_bench("--temperature", "0", "--question-end", "3")
+    rows, figures = run_bench(
+        "--temperature", "0", "--question-end", "3", "--total-token", "8", "--depth", "2", "--top-k", "2"
+    )
     assert figures["quality"]["identical"] == figures["quality"]["compared"] == 4
     assert 1 <= figures["acceptance"]["tau"] <= 7
     assert figures["speedup"]["value"] == pytest.approx(figures["model"]["predicted"], rel=1e-6)

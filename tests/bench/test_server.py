@@ -139,7 +139,7 @@ def test_servers_without_url_are_started_and_stopped_one_at_a_time(start, server
         events.append(("down", has_head))
 
     checked = []
-    monkeypatch.setattr("fledge.export.servable.check_draft", lambda draft, target: checked.append(draft))
+    monkeypatch.setattr("fledge.export.servable.check_draft", lambda draft, target, tokens: checked.append(draft))
     monkeypatch.setattr(engine, "running", running)
     monkeypatch.setattr(
         engine.Server, "url", property(lambda self: urls["--speculative-config" in self.command]), raising=True

@@ -161,6 +161,8 @@ def tiny(config_class: str, folder: Path) -> Path:
     layers: dict = {"num_hidden_layers": 8}
     if row in ("gemma3", "gpt_oss"):
         layers["layer_types"] = ["sliding_attention", "full_attention"] * 4
+    if row.startswith("qwen3_5"):
+        layers["layer_types"] = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2
     return (save_target if sort == "text" else save_vlm)(folder, row, **layers)
 
 

@@ -96,7 +96,7 @@ def test_launches_of_a_round(device):
         counts(device, begun(target, drafter, Sampling(), tree)) for tree in (TreeShape(20, 4, 4), TreeShape(20, 3, 4))
     )
     assert deep["draft"] - flat["draft"] <= 60, "launches of one more draft pass"
-    assert flat["draft"] <= 255 and flat["accept"] <= 56
+    assert flat["draft"] <= 258 and flat["accept"] <= 56
 
 
 def test_norms_of_one_kernel_are_the_librarys(device):

@@ -11,6 +11,7 @@ from fledge.doctor.check import findings
 from fledge.drafters.eagle3.checkpoint import save_draft
 from fledge.drafters.eagle3.head import read_head
 from fledge.drafters.eagle3.model import DraftModel
+from fledge.errors import UserError
 from fledge.export.convert import convert_head, export_head
 from fledge.export.layouts import LAYOUTS
 from fledge.export.settings import ConvertSettings, ExportSettings
@@ -21,7 +22,12 @@ from fledge.export.settings import ConvertSettings, ExportSettings
 def test_every_layout_keeps_the_rope(name, layout, tmp_path):
     target = tiny_vlm(name)
     save_draft(draft := tiny_draft(target), tmp_path / "head", dtype=torch.float32)
-    export_head(ExportSettings(head=str(tmp_path / "head"), to=layout, output_dir=tmp_path / "out", target="T"))
+    settings = ExportSettings(head=str(tmp_path / "head"), to=layout, output_dir=tmp_path / "out", target="T")
+    if layout == "llama.cpp" and "partial_rotary_factor" in draft.config.rope_parameters:
+        with pytest.raises(UserError, match="partial_rotary_factor of 0.5"):
+            export_head(settings)
+        return
+    export_head(settings)
     convert_head(ConvertSettings(head=str(tmp_path / "out"), output_dir=tmp_path / "back"))
     after = read_head(tmp_path / "back").config
     assert after.rope_parameters == draft.config.rope_parameters
