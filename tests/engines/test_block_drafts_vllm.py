@@ -34,7 +34,8 @@ def test_vllm_drafts_as_we_do(layout, length, vllm_program, trained_block, refer
     for prompt, answer, ours in zip(reference.prompts, answers, reference.answers, strict=True):
         assert answer == ours or reference.gap(prompt, ours, answer) < NEAR_TIE
     with capsys.disabled():
-        same_rounds(reference.chain(trained_block, length), theirs, f"DFlash, {layout} layout, chain of {length}")
+        title = f"DFlash, {layout} layout, chain of {length}"
+        same_rounds(reference.chain(trained_block, length), theirs, title, least=0.03)  # from scratch, on 64 answers
 
 
 def test_the_comparison_sees_another_mask(trained_block, reference, tmp_path, capsys):
