@@ -100,6 +100,16 @@ def test_what_differs_a_little_is_not_fused():
     assert not found[3].fuses_mlp and found[4].fuses_mlp
 
 
+def test_heads_that_the_compiled_operation_cannot_hold(monkeypatch):
+    """It norms a head in a buffer of its own, and takes as many weights as a head has numbers."""
+    target = target_of("qwen3")
+    whole = nn.Parameter(torch.ones(4 * 32), requires_grad=False)
+    target.layers[1].self_attn.q_norm.weight = whole
+    assert len(layers_of(target)) == target.num_layers - 1
+    monkeypatch.setattr(native, "MOST_SIZE", 16)
+    assert not layers_of(target)
+
+
 def test_constants_of_the_attention_function_are_handed_on():
     (one, *_) = layers_of(target_of("mistral"))
     assert one.constants["sliding_window"] == WINDOW and one.constants["scaling"] == 16**-0.5
