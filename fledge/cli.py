@@ -14,6 +14,8 @@ import fledge
 from fledge.console import console, show_error
 from fledge.errors import UserError, explained, nearest
 
+INTERRUPTED = 130  # exit status, as shells have it
+
 # Whose own exception types speak of files, templates and the network. Errors are named where a file is read; this is
 # the last net for what a library reads behind our back.
 LIBRARIES = {"safetensors", "jinja2", "pyarrow", "yaml", "huggingface_hub"}
@@ -121,7 +123,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         return status
     except KeyboardInterrupt:
         console.print("interrupted" + (f": {command.kept}" if command.kept else ""), style="bold red")
-        return 130
+        return INTERRUPTED
     return 0
 
 

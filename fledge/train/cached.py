@@ -106,6 +106,8 @@ def target_for_extraction(args: TrainSettings, template: ChatTemplate, folder: P
         "last_storage": before.last_storage if before else "all",
     }
     name, taps = str(args.inputs.target), args.draft.taps()
+    if before and (not args.draft.tap_layers or set(args.draft.tap_layers) <= set(before.tap_layers)):
+        taps = tuple(before.tap_layers)
     if args.inputs.target_backend == "vllm":
         served = EngineTarget.open(
             name, args.inputs.server, dtype=args.inputs.dtype, tap_layers=taps,

@@ -1,7 +1,8 @@
 """Training data from files: stores of `fledge extract`. The target is not loaded; its two ends come from the store."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from fledge.storage.states.describe import plain_config, read_text_config
 from fledge.storage.states.manifest import Identity
 from fledge.storage.states.reader import HiddenStore
 from fledge.target.head import TargetEnds
+from fledge.target.record import TargetRecord, chosen_taps
 from fledge.train.arguments import TrainSettings
 from fledge.train.records import Part, Records, as_it_is, split, warn_of_shared
 from fledge.train.sources import Source, limited
@@ -54,14 +56,15 @@ def source_from(
     if not len(train):
         raise UserError(f"{', '.join(args.inputs.states)}: no records. `fledge inspect` says what is there.")
     head = store.head(args.trainer.device)
+    taps = taps_to_read(args, store.identity)
     return Source(
         train=limited(train, args.inputs.max_samples),
         eval=held_out,
-        to_record=as_it_is,
+        to_record=with_taps(store.identity.tap_layers, taps),
         counts=counts,
         always=always,
         text_config=read_text_config(store.identity),
-        tap_layers=tuple(store.identity.tap_layers),
+        tap_layers=taps,
         embedding=head.embedding,
         head_weight=head.weight,
         teacher_head=head,
@@ -70,6 +73,23 @@ def source_from(
         device=args.trainer.device,
         states_digest=states_digest(train),
     )
+
+
+def taps_to_read(args: TrainSettings, identity: Identity) -> tuple[int, ...]:
+    """Of the stored taps those that the flags name, else the usual ones of the draft's kind, else all."""
+    choice = args.draft.taps()
+    usual = chosen_taps(choice, read_text_config(identity).num_hidden_layers)
+    if args.draft.tap_layers or (len(set(usual)) == len(usual) and set(usual) <= set(identity.tap_layers)):
+        return usual
+    return tuple(identity.tap_layers)
+
+
+def with_taps(stored: Sequence[int], chosen: Sequence[int]) -> Callable[[TargetRecord], TargetRecord]:
+    """Records of these taps alone, from records of all that are stored."""
+    if list(stored) == list(chosen):
+        return as_it_is
+    columns = torch.tensor([list(stored).index(layer) for layer in chosen])
+    return lambda record: replace(record, tap_hidden=record.tap_hidden[:, columns])
 
 
 def states_digest(records: Records) -> str:
@@ -112,8 +132,8 @@ def check_flags(args: TrainSettings, identity: Identity, folder: Path) -> None:
         found.append("all turns supervised, not the last alone (--train_last_turn_only)")
     if inputs.dtype not in ("auto", identity.dtype):
         found.append(f"dtype {identity.dtype}, not {inputs.dtype}")
-    if draft.tap_layers and list(draft.tap_layers) != identity.tap_layers:
-        found.append(f"tap layers {identity.tap_layers}, not {draft.tap_layers}")
+    if missing := sorted(set(draft.tap_layers) - set(identity.tap_layers)):
+        found.append(f"tap layers {identity.tap_layers}, without {missing}")
     if inputs.lm_head_key and inputs.lm_head_key not in identity.head_keys:
         found.append(f"the head {' = '.join(identity.head_keys)}, not {inputs.lm_head_key} (--lm-head-key)")
     if found:

@@ -153,7 +153,8 @@ def test_the_split_and_the_counts_are_those_of_online(work, tmp_path):
     [(["--chat_template_type", "qwen3"], "chat template 'own', not 'qwen3'"),
      (["--train_last_turn_only"], "all turns supervised, not the last alone"),
      (["--target_dtype", "bfloat16"], "dtype float32, not bfloat16"),
-     (["--tap_layers", "1", "2", "3"], "tap layers"), (["--lm_head_key", "model.wte.weight"], "lm_head.weight"),
+     (["--tap_layers", "1", "2", "3"], r"tap layers \[2, 4, 5\], without \[1, 3\]"),
+     (["--lm_head_key", "model.wte.weight"], "lm_head.weight"),
      (["--target_model_name_or_path", "meta/other"], "target .*target, not meta/other"),
      (["--eval_data_path", "x.jsonl"], "--target is needed beside conversations")],
 )  # fmt: skip
@@ -161,6 +162,22 @@ def test_flags_that_contradict_the_store(work, tmp_path, flags, says):
     with pytest.raises(UserError, match=says) as raised:
         open_source(arguments(tmp_path, "--train_hidden_path", work / "first", *flags))
     assert "\n" not in str(raised.value)
+
+
+def test_a_draft_reads_the_taps_it_wants(work, tmp_path):
+    """Of a store of more taps: those that are named, in their order; the usual ones; all, where some are missing."""
+    whole = store(work, tmp_path / "states", ["first.jsonl"], tap_layers=(1, 2, 3, 4, 5))
+
+    def source(*flags: str):
+        return open_source(arguments(tmp_path, "--train_hidden_path", whole, *flags))
+
+    everything = HiddenStore(whole)[0].tap_hidden
+    for flags, taps in (((), (2, 4, 5)), (("--tap_layers", "4", "1"), (4, 1)),
+                        (("--draft_type", "dflash"), (1, 2, 3, 4, 5))):  # fmt: skip
+        found = source(*flags)
+        assert found.tap_layers == taps, flags
+        record = found.to_record(found.train[0])
+        assert torch.equal(record.tap_hidden, everything[:, [layer - 1 for layer in taps]])
 
 
 def test_another_target_s_folder_is_found_by_its_config(work, tmp_path):
