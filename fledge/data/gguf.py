@@ -58,11 +58,13 @@ def unpack(gguf: Path, folder: Path) -> None:
     except ImportError:
         raise UserError(f"{gguf}: reading GGUF files needs the package gguf: `pip install gguf`.") from None
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
+    modeling_gguf_pytorch_utils.tqdm = lambda tensors, **_: tensors  # a bar that no setting turns off
+    loud = logging.get_verbosity()
+    logging.set_verbosity_error()  # it advises float32, in which packed weights compute; these are unpacked
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -72,6 +74,8 @@ def unpack(gguf: Path, folder: Path) -> None:
             f"{gguf}: transformers cannot read this GGUF ({type(error).__name__}: {reason}). Give the model's original "
             f"folder or hub name instead."
         ) from error
+    finally:
+        logging.set_verbosity(loud)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None  # it is de-quantised: save plain tensors
