@@ -33,10 +33,13 @@ from fledge.cli import run_command
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.costs import draft_times, verify_times
 from fledge.drafters.base import Drafter
+from fledge.drafters.dspark.config import usual_block_taps
 from fledge.drafters.registry import read_drafter
 from fledge.drafters.tree import TreeShape
+from fledge.storage.states.describe import read_text_config
 from fledge.storage.states.reader import HiddenStore
 from fledge.target.model import Target
+from fledge.target.record import default_tap_layers
 
 SETS = ("mt_bench", "humaneval", "gsm8k", "alpaca")
 BLOCK = ("--draft-layers", "2", "--num-anchors", "128")  # as many trained parameters as an EAGLE-3 head, Markov apart
@@ -136,7 +139,7 @@ class Study:
         words: list[Any] = [
             "--states", self.args.states, "--output-dir", folder, "--max_samples", self.samples(run.tokens), "--seed",
             run.seed, "--draft-vocab-size", self.args.draft_vocab_size, "--save-strategy", "no", "--logging_steps", 20,
-            "--disable_tqdm", True, *DRAFTERS[run.drafter],
+            "--disable_tqdm", True, "--tap-layers", *self.taps(run.drafter), *DRAFTERS[run.drafter],
         ]  # fmt: skip
         if self.args.seconds:
             words += ["--max_steps", self.steps_in(run)]
@@ -144,6 +147,11 @@ class Study:
             words += ["--num_train_epochs", self.args.passes]
         if run_command("train", [str(word) for word in words]):
             sys.exit(f"{run.name}: training failed, see above; the same command goes on")
+
+    def taps(self, drafter: str) -> tuple[int, ...]:
+        """The usual ones of its kind."""
+        usual = usual_block_taps if drafter in ("dflash", "dspark") else default_tap_layers
+        return tuple(usual(read_text_config(self.store.identity).num_hidden_layers))
 
     def samples(self, tokens: int) -> int:
         """How many of the first records hold so many supervised tokens."""

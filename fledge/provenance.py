@@ -3,6 +3,7 @@
 No document keeps a secret: `collect` and `write_json` take them out (`redaction`).
 """
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -62,6 +63,16 @@ def processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def costs_key(*models: Any) -> str:
+    """What measured times and the last bits of sums depend on: this machine, PyTorch, the shapes of these models."""
+    import torch
+
+    digest = hashlib.blake2b(digest_size=16)
+    for parameter in (parameter for model in models for parameter in model.parameters()):
+        digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {digest.hexdigest()}"
 
 
 def collect(config: Any = None) -> dict[str, Any]:

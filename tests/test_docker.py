@@ -70,7 +70,9 @@ def wheel_of(folder: Path) -> set[str]:
 def missing_in_wheel(folder: Path) -> set[str]:
     """Sources and data of the package that its wheel lacks."""
     wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fledge").rglob("*.py")}
-    return (wanted | {"fledge/bench/quick.jsonl", "fledge/target/native.c", "fledge/py.typed"}) - wheel_of(folder)
+    return (
+        wanted | {"fledge/bench/quick.jsonl", "fledge/target/attend.c", "fledge/target/native.c", "fledge/py.typed"}
+    ) - wheel_of(folder)
 
 
 def test_what_is_copied_makes_the_whole_package(tmp_path):

@@ -63,7 +63,8 @@ def load(
     `target`: a folder, a hub name, a GGUF file, or a loaded transformers model, whose `tokenizer` must be given then;
     it is put into evaluation mode. `draft`: the folder that training wrote, the name of a drafter without weights, a
     loaded drafter, or None for plain decoding. `tree`: the shape of the draft trees, else the engine's own choice.
-    `exact`: the same text with and without a draft, bit for bit, in bf16 too. `chat_template_type` and
+    `exact`: the same text with and without a draft, bit for bit, in bf16 too, at any cost; without it where that costs
+    nothing (`fledge.decoding.exact`). `chat_template_type` and
     `enable_thinking` are about chat messages, as in `fledge decode`.
     """
     if isinstance(target, (str, bytes)) or hasattr(target, "__fspath__"):

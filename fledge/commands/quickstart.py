@@ -60,7 +60,7 @@ class QuickstartArgs(TemplateSettings, TapSettings, OverwriteSettings):
 
 
 def quickstart(args: QuickstartArgs) -> None:
-    """The whole path on a small real model: answers, head, benchmark and report, in about seven minutes on two cores."""
+    """The whole path on a small real model: answers, head, benchmark, report; about seven minutes on two cores."""
     work = args.output_dir or default_output_dir(args.target)
     with claim(work, WORK, overwrite=args.overwrite):
         target = args.target or str(smollm2_files(work / "target"))

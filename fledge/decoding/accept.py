@@ -19,12 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.decoding.noise import uniforms
 from fledge.decoding.records import Sampling
 from fledge.drafters.tree import Trees
 
+PART = 256  # tokens; a cumulative sum over 49152 of them takes 20 ms for 64 rows on a CPU, over 192 parts half a one
 NUCLEUS_GUESS = (
     512  # tokens that usually hold top_p; sorting them costs a tenth of sorting 49152 (24 against 286 ms for 60 rows)
 )
@@ -145,7 +147,7 @@ def choose(logits: Tensor, sampling: Sampling, noise: Tensor | None = None, seen
         assert seen is not None
         logits = penalised(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
+        return logits.max(dim=-1).indices  # the first of equals, as argmax, and several times faster on a CPU
     assert noise is not None
     return draw(distribution(logits, sampling), noise)
 
@@ -207,11 +209,22 @@ def least_kept_unsorted(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def draw(probabilities: Tensor, noise: Tensor) -> Tensor:
-    """One token per row of (unnormalised) probabilities (R, V), by inverting the cumulative sum at noise (R,)."""
-    cumulative = probabilities.double().cumsum(dim=-1)
-    total = cumulative[..., -1:]
-    point = torch.minimum(noise[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, point, right=True).squeeze(-1)  # right: never a token of probability 0
+    """One token per row of (unnormalised) probabilities (R, V), by inverting the cumulative sum at noise (R,): first
+    the one of parts of PART tokens, then the one within a part."""
+    rows, vocab_size = probabilities.shape
+    parts = F.pad(probabilities, (0, -vocab_size % PART)).view(rows, -1, PART)
+    cumulative = F.pad(parts.sum(-1).double().cumsum(-1), (1, 0))
+    part, point = _place(cumulative[:, 1:].contiguous(), noise[:, None] * cumulative[:, -1:])
+    within = parts.gather(1, part[..., None].expand(-1, -1, PART))[:, 0].double().cumsum(-1)
+    token, _ = _place(within, point - cumulative.gather(1, part))
+    return (part * PART + token)[:, 0]
+
+
+def _place(cumulative: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
+    """Where points (R, 1) lie in cumulative sums (R, C), never at a summand of 0; and the points, below the sum of all."""
+    total = cumulative[:, -1:]
+    point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, point, right=True), point
 
 
 def _noise(samplings: Sequence[Sampling], seeds: Tensor, positions: Tensor) -> Tensor | None:

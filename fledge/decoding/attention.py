@@ -1,16 +1,16 @@
-"""The attention function stock models use while fledge decodes: scaled dot-product attention that never copies keys.
+"""The attention functions stock models use while fledge decodes.
 
 With a mask, transformers' own function repeats grouped keys and values to every query head, layer by layer: at 1000
-rows that costs more than the attention itself. Exact all the same: the same kernel on the same numbers. Measured on two
-CPU cores (9 query heads on 3, head_dim 64, 1000 keys, bf16 / fp32 microseconds per layer):
+rows that costs more than the attention itself. Ours never copies keys. On a CPU a compiled loop (`native.attend`) does
+it for few rows, elsewhere PyTorch's kernels.
 
-    rows   repeated      grouped kernel   heads packed into rows
-    1      738 / 379     614 / 127        119 / 157
-    6      398 / 592     264 / 299        265 / 331
-    60     1951 / 2080   1808 / 1683      2071 / 2067
+`exact_attention` gives a row the same bits alone, in a chain, in a tree and in a batch: sums are taken over the keys
+that the row sees, in the order of the text, which is the order of the cache, also in a tree. The compiled loop does
+that as it is; `attention_by_rows` is its slow twin, where there is no compiler or heads have odd sizes.
 """
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fledge.decoding.row_attention import Cut, cut_attention
-from fledge.target.attention import grouped_sdpa
+from fledge.target import native
+from fledge.target.attention import attention_by_rows, grouped_sdpa
 
 NAME = "fledge_sdpa"
 EXACT_NAME = "fledge_exact"
@@ -44,30 +44,16 @@ def grouped_attention(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )  # fmt: skip
     rows = query.shape[2]
+    causal = attention_mask is None and rows > 1 and is_causal is not False
+    if not causal:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if (found := native.attend(query, key, value, attention_mask, scale)) is not None:
+            return found, None
     output = grouped_sdpa(
-        query, key, value, attention_mask, causal=attention_mask is None and rows > 1 and is_causal is not False,
+        query, key, value, attention_mask, causal=causal,
         scale=scaling, packs_rows=rows == 1 and query.dtype != torch.float32,
     )  # fmt: skip
     return output.transpose(1, 2).contiguous(), None
-
-
-class CutMask(Tensor):
-    """An attention mask that also says how the keys are cut for `cut_attention`."""
-
-    cut: Cut
-
-    @staticmethod
-    def of(mask: Tensor, cut: Cut) -> "CutMask":
-        marked = mask.as_subclass(CutMask)
-        marked.cut = cut
-        return marked
-
-
-def with_cuts(masks: Any, cuts: Mapping[str, Cut]) -> Any:
-    """What `Masks` built, one tensor or a dict by kind, with the cut of each kind."""
-    if isinstance(masks, dict):
-        return {kind: CutMask.of(mask, cuts[kind]) for kind, mask in masks.items()}
-    return CutMask.of(masks, next(iter(cuts.values())))
 
 
 def exact_attention(
@@ -82,10 +68,10 @@ def exact_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The same, but a row's bits do not depend on what is computed beside it."""
-    assert isinstance(attention_mask, CutMask), "a model that makes another mask of ours"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    return cut_attention(attention_mask.cut, query, key, value, scale=scale, softcap=softcap, sinks=sinks), None
+    beside: dict[str, Any] = {"softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+    found = native.attend(query, key, value, attention_mask, scale, most_rows=sys.maxsize, **beside)
+    return attention_by_rows(query, key, value, attention_mask, scale, **beside) if found is None else found, None
 
 
 AttentionInterface.register(NAME, grouped_attention)

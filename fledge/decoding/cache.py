@@ -86,15 +86,13 @@ class TargetCache(Cache):
             self._blocks[index] = after
         self.capacity = capacity
 
-    def open_block(self, slots: slice, start: int, num_rows: int, num_keys: int | None = None) -> None:
-        """The next forward writes rows start .. start + num_rows - 1 of these slots and reads all up to them, or the
-        first `num_keys` rows."""
+    def open_block(self, slots: slice, start: int, num_rows: int) -> None:
+        """The next forward writes rows start .. start + num_rows - 1 of these slots and reads all up to them."""
         end = start + num_rows
-        num_keys = num_keys or end
-        assert end <= num_keys <= self.capacity, f"{end=} {num_keys=} {self.capacity=}"
+        assert end <= self.capacity, f"{end=} {self.capacity=}"
         self._rows, self._length = None, start
         for block, users in zip(self._blocks, self._users, strict=True):
-            part = block[:, slots, :, :num_keys]
+            part = block[:, slots, :, :end]
             self._read.update(zip(users, part.unbind(0), strict=True))
             self._write.update(zip(users, part[:, :, :, start:end].unbind(0), strict=True))
 

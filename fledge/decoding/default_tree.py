@@ -6,9 +6,7 @@ plain. What the parts of a round cost is measured once per machine and pair of m
 the user's cache folder. Acceptance is learned while decoding.
 """
 
-import hashlib
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -32,7 +30,7 @@ NONE = TreeShape(1, 0, 1)  # the root alone: plain decoding
 SIZES = (1, 2, 4, 8, 16)  # of trees; what lies between is interpolated
 PREFIX = 128  # tokens of the text behind which costs are measured
 SAMPLE = 12  # tokens that are decoded to measure the rest of a round
-ENGINE = 2  # one more when the engine computes in another way, and costs that are kept no longer hold
+ENGINE = 3  # one more when the engine computes in another way, and costs that are kept no longer hold
 
 
 class PairCosts(msgspec.Struct, frozen=True):
@@ -105,13 +103,4 @@ def _rest(run: Generation) -> float:
 
 def key_of(target: Target, drafter: nn.Module) -> str:
     """What costs depend on: machine, library and the shapes of both models."""
-    models = [_shapes(target.model.parameters()), _shapes(drafter.parameters())]
-    machine = f"{provenance.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    return f"{machine}, engine {ENGINE}: {models}, {SMALL}"
-
-
-def _shapes(parameters: Iterable[torch.Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for parameter in parameters:
-        digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
-    return digest.hexdigest()
+    return f"{provenance.costs_key(target.model, drafter)}, engine {ENGINE}, {SMALL}"

@@ -3,60 +3,84 @@
 A verified token is the target's own choice. It is the token that plain decoding gives if the logits are: then the text
 is the same with and without drafts, in trees and chains, alone and in a batch, at every temperature with one seed. In
 exact arithmetic logits are. In bf16 they differ in the last bits where a sum is taken in another order, and of two
-tokens that are nearly tied the other one is chosen: measured, in four of ten answers of 48 tokens. `row_attention.py`
+tokens that are nearly tied the other one is chosen: measured, in four of ten answers of 48 tokens. `attention.py`
 takes the sums of attention in one order; products of matrices, norms and experts are the library's. So a self-test
 compares bits: a few random tokens one by one, as a chain, and in the trees of a batch.
 """
 
 import weakref
-from dataclasses import replace
 
+import msgspec
 import torch
 from torch import Tensor
 
+from fledge import provenance
 from fledge.console import say
 from fledge.decoding.accept import one_node
 from fledge.decoding.attention import can_be_exact
 from fledge.decoding.probe import ability_of, random_tokens
-from fledge.decoding.row_attention import BLOCK
 from fledge.decoding.running_state import RunningStateVerifier
 from fledge.decoding.verifier import AttentionVerifier, Lengths, Verifier
-from fledge.drafters.tree import Trees, TreeShape, ancestors_of, chains
+from fledge.drafters.tree import Trees, ancestors_of, chains
+from fledge.outputs import cached
+from fledge.target import native
+from fledge.target.fused import fused_layers
 from fledge.target.model import Target
-from fledge.target.products import accelerate
+from fledge.target.products import accelerate, is_packed
 
+ENGINE = 1  # one more when the engine computes in another way, and findings that are kept no longer hold
 LEVELS = 5  # of the self-test
 WIDTH = 8  # nodes of every level but the root's
-LENGTH = 3 * BLOCK - LEVELS + 1  # of its prompt: the last level's tail starts a block later than the root's
+LENGTH = 44  # of its prompt
 
-_wanted: "weakref.WeakSet[Target]" = weakref.WeakSet()
+_wanted: "weakref.WeakKeyDictionary[Target, bool]" = weakref.WeakKeyDictionary()  # True: at any cost
 _found: "weakref.WeakKeyDictionary[Target, str]" = weakref.WeakKeyDictionary()  # what is in the way; "" for nothing
+_free: "weakref.WeakKeyDictionary[Target, bool]" = weakref.WeakKeyDictionary()
 
 
-def want_exact(target: Target, wanted: bool) -> None:
-    """Decode this target so that its text depends neither on drafts nor on company."""
-    if wanted:
-        _wanted.add(target)
-    else:
-        _wanted.discard(target)
+class Obstacle(msgspec.Struct, frozen=True):
+    """What the self-test found to be in the way, kept in the user's cache folder."""
+
+    reason: str  # "" for nothing
+
+
+def want_exact(target: Target, asked: bool) -> None:
+    """Decode this target so that its text depends neither on drafts nor on company: where that costs nothing, or,
+    `asked`, at any cost."""
+    if asked and not _wanted.get(target):
+        _found.pop(target, None)
+    _wanted[target] = asked
 
 
 def is_exact(target: Target) -> bool:
-    """Whether it is decoded so: it is wanted, and the self-test agrees. Says once why it cannot be."""
-    if target not in _wanted:
+    """Whether it is decoded so: it is wanted, and the self-test agrees. Tells those who asked why not, once."""
+    asked = _wanted.get(target)
+    if asked is None or not (asked or costs_nothing(target)):
         return False
     if target not in _found:
-        _found[target] = obstacle_to_bits(target) or ""
-        if _found[target]:
+        kept = cached("exact", key_of(target), Obstacle, lambda: Obstacle(obstacle_to_bits(target) or ""))
+        _found[target] = kept.reason
+        if asked and _found[target]:
             say(f"{target.name}: drafts may change a token where two are nearly tied, because {_found[target]}.")
     return not _found[target]
 
 
-def within_a_block(target: Target, shape: TreeShape) -> TreeShape:
-    """The shape, with no more levels than `row_attention` can tell from plain decoding. Chains may be longer."""
-    if shape.top_k == 1 or shape.levels <= BLOCK or not is_exact(target):
-        return shape
-    return replace(shape, depth=BLOCK - 1)
+def costs_nothing(target: Target) -> bool:
+    """On a CPU in bf16, where the compiled attention has one order anyhow, and few rows are filled up anyhow."""
+    if target not in _free:
+        accelerate(target.model)
+        sizes = [layer.size for layer in fused_layers(target.model, target.layers)]
+        whole = len(sizes) == target.num_layers and not any(size % native.LANES for size in sizes)
+        _free[target] = whole and target.dtype is torch.bfloat16 and ability_of(target).own_cache
+    return _free[target]
+
+
+def key_of(target: Target) -> str:
+    """What the bits depend on: machine, library, kernels and shapes."""
+    accelerate(target.model)
+    linear = [module for module in target.model.modules() if isinstance(module, torch.nn.Linear)]
+    packed = sum(map(is_packed, linear))
+    return f"{provenance.costs_key(target.model)}, {target.dtype}, {packed} of {len(linear)} packed, engine {ENGINE}"
 
 
 def verifier_of(target: Target, batch: int, capacity: int) -> Verifier:
@@ -90,7 +114,7 @@ def obstacle_to_bits(target: Target) -> str | None:
 def differing_nodes(target: Target, *, exact: bool = True) -> int:
     """Of a path's nodes, in a chain and in the trees of a batch, those whose logits are not those of plain decoding."""
     draw = random_tokens(target, 0)
-    text, other, path = draw(LENGTH), draw(LENGTH - BLOCK - 3), draw(LEVELS)
+    text, other, path = draw(LENGTH), draw(LENGTH - 19), draw(LEVELS)
     alone = AttentionVerifier(target, 1, LENGTH + LEVELS, exact=exact)
     device = target.device
     with alone.running():

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fledge.decoding.exact import is_exact, within_a_block
+from fledge.decoding.exact import is_exact
 from fledge.decoding.memory import check_memory
 from fledge.decoding.probe import ability_of, shape_for
 from fledge.decoding.records import Generation, RoundTrace, Sampling
@@ -169,7 +169,7 @@ def open_session(
     tree = tree or TreeShape()
     if drafter is not None:
         possible = shape_for(target, tree)
-        drafter, tree = (None, tree) if possible is None else (drafter, within_a_block(target, possible))
+        drafter, tree = (None, tree) if possible is None else (drafter, possible)
     fixed = uses_fixed_shapes(
         shapes, target, drafter, pictures=any(request.model_inputs for request in requests),
         adaptive=budget is not None, trace=any(request.trace for request in requests),

@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.decoding.accept import Accepted
-from fledge.decoding.attention import can_replace, decoding_attention, row_attention, stock_attention, with_cuts
+from fledge.decoding.attention import can_replace, decoding_attention, row_attention, stock_attention
 from fledge.decoding.cache import TargetCache, layout_of
 from fledge.decoding.masks import Masks, kinds_of
-from fledge.decoding.row_attention import ROWS, TAIL, Cut, cut, read_for
 from fledge.drafters.tree import Trees, filled_up
 from fledge.target import native
 from fledge.target.fused import fused, fused_layers
@@ -36,6 +35,7 @@ from fledge.target.ropes import one_operation, usual_ropes
 # B sequences, P prompt tokens, N tree nodes, R axes of a multimodal rope, E slots of a path
 
 ModelInputs = Mapping[str, Tensor]
+ROWS = 4  # products of fewer rows sum in another order
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class AttentionVerifier:
         self._exact, self._fills_rows = exact, exact and target.dtype == torch.float32
         self.one_by_one = exact  # a prompt is other bits beside another one
         self._target = weakref.ref(target)
-        self.cache = TargetCache(layout_of(target), target.num_layers, batch, self._with_margin(capacity))
+        self.cache = TargetCache(layout_of(target), target.num_layers, batch, self._with_filling(capacity))
         self._offsets = torch.zeros(batch, dtype=torch.int64, device=target.device)  # rope position minus row
         self._last_position = (getattr(config, "max_position_embeddings", None) or 1 << 62) - 1
         self._masks = Masks(
@@ -144,12 +144,12 @@ class AttentionVerifier:
                 for module, rope_type in zip(self._ropes, before, strict=True):
                     module.rope_type = rope_type
 
-    def _with_margin(self, capacity: int) -> int:
+    def _with_filling(self, capacity: int) -> int:
         """Cache rows for sequences of so many."""
-        return int(read_for(torch.tensor(capacity))) + TAIL if self._exact else capacity
+        return capacity + ROWS if self._exact else capacity
 
     def reserve(self, capacity: int) -> None:
-        self.cache.reserve(self._with_margin(capacity))
+        self.cache.reserve(self._with_filling(capacity))
 
     def move(self, source: int, goal: int) -> None:
         self.cache.move(source, goal)
@@ -180,26 +180,19 @@ class AttentionVerifier:
         if self._exact:
             trees = self._filled(trees)
         num_keys += trees.num_nodes - asked
-        cuts = self._cuts(lengths, trees)
-        num_read = max([num_keys, *(one.num_keys for one in cuts.values())])
         batch, num_nodes = trees.token_ids.shape
         whole = lengths.equal is not None and lengths.equal + num_nodes == num_keys
         if whole:
-            self.cache.open_block(slice(0, batch), num_keys - num_nodes, num_nodes, num_read)
+            self.cache.open_block(slice(0, batch), num_keys - num_nodes, num_nodes)
         else:
-            self.cache.open_rows(lengths.device, num_nodes, num_read)
-        mask = self._masks.trees(lengths.device, trees, num_read, whole=whole and not cuts)
+            self.cache.open_rows(lengths.device, num_nodes, num_keys)
+        mask = self._masks.trees(lengths.device, trees, num_keys, whole=whole)
         first = lengths.device + self._offsets[:batch]
         positions = (first[:, None] + trees.levels).clamp(max=self._last_position)
-        if not cuts:
+        if not self._exact:
             return self._forward(trees.token_ids, positions, mask, taps)
         with row_attention(self.target.text_config):
-            return self._forward(trees.token_ids, positions, with_cuts(mask, cuts), taps).first(asked)
-
-    def _cuts(self, lengths: Lengths, trees: Trees) -> dict[str, Cut]:
-        """How each kind of layer cuts the keys, by name; nothing where a row's bits may depend on the others."""
-        kinds = self._masks.kinds if self._exact else []
-        return {kind.name: cut(kind, lengths.device, trees, self.target.dtype) for kind in kinds}
+            return self._forward(trees.token_ids, positions, mask, taps).first(asked)
 
     def _filled(self, trees: Trees) -> Trees:
         """Products of fewer than ROWS rows sum in another order; in fp32 those of any number that is no multiple."""

@@ -4,6 +4,7 @@ Knows tensors alone. A mask together with `enable_gqa` has no fused kernel on a 
 and keeps the scores. So there the query heads that share a key head become rows of one head.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,3 +28,34 @@ def grouped_sdpa(
         mask = mask.repeat(1, 1, groups, 1)
     output = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scale)
     return output.reshape(batch, heads, rows, -1)
+
+
+UNSEEN = -1e30  # a mask below is one that hides
+
+
+def attention_by_rows(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, *, softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """query (B, h, S, d), key (B, g, K, d), value (B, g, K, e), mask (B or 1, 1, S, K), sinks (h,) -> (B, S, h, e).
+    Row by row, over the keys that it sees: its bits depend on nothing else."""
+    batch, heads, rows, _ = query.shape
+    groups, out = key.shape[1], query.new_empty(batch, rows, heads, value.shape[3])
+    for b in range(batch):
+        for row in range(rows):
+            keys, values, shown = key[b].float(), value[b].float(), None
+            if mask is not None:
+                shown = mask[min(b, len(mask) - 1), 0, row]
+                seen = (shown > UNSEEN).nonzero()[:, 0]
+                keys, values, shown = keys[:, seen], values[:, seen], shown[seen].float()
+            asked = query[b, :, row].float().view(groups, heads // groups, 1, -1)
+            scores = (asked * keys[:, None]).sum(-1) * scale  # (g, h / g, K)
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
+            if shown is not None:
+                scores = scores + shown
+            if sinks is not None:
+                scores = torch.cat((scores, sinks.float().view(groups, -1, 1)), dim=-1)
+            weights = scores.softmax(-1)[..., : keys.shape[1]]
+            out[b, row] = (weights[..., None] * values[:, None]).sum(-2).flatten(0, 1).to(out.dtype)
+    return out

@@ -16,7 +16,7 @@ from fledge.storage.states.describe import plain_config, read_text_config
 from fledge.storage.states.manifest import Identity
 from fledge.storage.states.reader import HiddenStore
 from fledge.target.head import TargetEnds
-from fledge.target.record import TargetRecord, chosen_taps
+from fledge.target.record import TargetRecord
 from fledge.train.arguments import TrainSettings
 from fledge.train.records import Part, Records, as_it_is, split, warn_of_shared
 from fledge.train.sources import Source, limited
@@ -56,7 +56,7 @@ def source_from(
     if not len(train):
         raise UserError(f"{', '.join(args.inputs.states)}: no records. `fledge inspect` says what is there.")
     head = store.head(args.trainer.device)
-    taps = taps_to_read(args, store.identity)
+    taps = tuple(args.draft.tap_layers or store.identity.tap_layers)
     return Source(
         train=limited(train, args.inputs.max_samples),
         eval=held_out,
@@ -73,15 +73,6 @@ def source_from(
         device=args.trainer.device,
         states_digest=states_digest(train),
     )
-
-
-def taps_to_read(args: TrainSettings, identity: Identity) -> tuple[int, ...]:
-    """Of the stored taps those that the flags name, else the usual ones of the draft's kind, else all."""
-    choice = args.draft.taps()
-    usual = chosen_taps(choice, read_text_config(identity).num_hidden_layers)
-    if args.draft.tap_layers or (len(set(usual)) == len(usual) and set(usual) <= set(identity.tap_layers)):
-        return usual
-    return tuple(identity.tap_layers)
 
 
 def with_taps(stored: Sequence[int], chosen: Sequence[int]) -> Callable[[TargetRecord], TargetRecord]:

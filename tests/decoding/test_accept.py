@@ -93,6 +93,21 @@ def test_draws_need_no_normalisation_and_never_leave_the_vocabulary():
     assert draw(probabilities, noise).unique().tolist() == [1]
 
 
+@pytest.mark.parametrize("vocab_size", [5, 256, 1000, 49152])
+def test_draws_are_those_of_the_whole_cumulative_sum(vocab_size):
+    """Its slow twin; probabilities of 0 among them, whole parts of 0 at the beginning, noise at both ends."""
+    torch.manual_seed(0)
+    probabilities = (3 * torch.randn(200, vocab_size)).softmax(-1)
+    probabilities[:, : vocab_size // 3] = 0
+    noise = torch.rand(200, dtype=torch.float64)
+    noise[0], noise[1] = 0.0, 1 - 2.0**-53
+    cumulative = probabilities.double().cumsum(-1)
+    expected = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    found = draw(probabilities, noise)
+    assert (found == expected).float().mean() > 0.99  # a point may lie within rounding of a token's end
+    assert (probabilities.gather(1, found[:, None]) > 0).all()
+
+
 def test_the_noise_decides():
     logits, noise = random_logits(8, 100), torch.rand(8, dtype=torch.float64)
     once, again, other = (choose(logits, Sampling(1.0), value).tolist() for value in (noise, noise, 1 - noise))

@@ -8,12 +8,14 @@ import functools
 
 import pytest
 import torch
-from tiny import HYBRIDS, NAMES, ScriptedDraft, prompt, tiny_draft, tiny_model
+from tiny import HYBRIDS, NAMES, VOCAB, ScriptedDraft, prompt, tiny_draft, tiny_model
 
-from fledge.decoding.exact import differing_nodes, is_exact, want_exact, within_a_block
+from fledge.decoding import exact
+from fledge.decoding.exact import differing_nodes, is_exact, want_exact
 from fledge.decoding.generate import Sampling, TreeShape, generate, generate_batch, seeded
-from fledge.decoding.row_attention import BLOCK
+from fledge.target import native, products
 from fledge.target.model import Target
+from fledge.target.products import ProductChoice, accelerate
 
 ROUTED = ("qwen3_moe", "hunyuan_v1_moe", "gpt_oss", "deepseek_v3")  # how many rows an expert gets depends on the others
 NEW = 24
@@ -23,11 +25,15 @@ TREE, CHAIN = TreeShape(20, 4, 4), TreeShape(6, 4, 1)
 
 @functools.cache
 def target_of(name: str, dtype: torch.dtype = torch.bfloat16) -> Target:
-    model = tiny_model(name).to(dtype)
-    taps = None if model.config.num_hidden_layers >= 7 else (1, 2, 3)
-    target = Target(model, tap_layers=taps, name=f"tiny-{name}")
+    target = fresh_target(name, dtype)
     want_exact(target, True)
     return target
+
+
+def fresh_target(name: str, dtype: torch.dtype = torch.bfloat16, **sizes: int) -> Target:
+    model = tiny_model(name, **sizes).to(dtype)
+    taps = None if model.config.num_hidden_layers >= 7 else (1, 2, 3)
+    return Target(model, tap_layers=taps, name=f"tiny-{name}")
 
 
 @pytest.mark.parametrize("name, dtype", [*((name, torch.bfloat16) for name in NAMES), ("llama", torch.float16)])
@@ -76,18 +82,28 @@ def test_experts_in_fp32_say_so(capsys):
     assert "of 10 tokens are other bits in a chain or a tree than alone" in capsys.readouterr().err
 
 
-def test_it_is_off_unless_wanted():
-    target = target_of("llama")
-    want_exact(target, False)
-    assert not is_exact(target)
+@pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
+def test_it_is_on_by_itself_where_it_costs_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(products, "choice_for", lambda _shape, _groups: ProductChoice(True, (2, 4, 4), True))
+    for name, dtype, expected in (
+        ("llama", torch.bfloat16, True), ("llama", torch.float32, False), ("gemma2", torch.bfloat16, False),
+    ):  # fmt: skip
+        target = fresh_target(name, dtype)
+        accelerate(target.model, least_bytes=0)
+        assert not is_exact(target)  # nobody has said anything
+        want_exact(target, False)
+        assert is_exact(target) is expected, (name, dtype)
+    assert not capsys.readouterr().err
     want_exact(target, True)
     assert is_exact(target)
 
 
-def test_trees_stay_within_a_block():
-    target, deep = target_of("llama"), TreeShape(60, BLOCK + 4, 2)
-    assert within_a_block(target, deep).levels == BLOCK
-    assert within_a_block(target, TreeShape(60, BLOCK + 4, 1)).levels == BLOCK + 5
-    want_exact(target, False)
-    assert within_a_block(target, deep) == deep
+def test_what_was_found_is_kept(monkeypatch):
+    """The self-test runs once for a machine and a shape."""
+    target = fresh_target("llama", vocab_size=VOCAB - 1)
     want_exact(target, True)
+    assert is_exact(target)
+    monkeypatch.setattr(exact, "obstacle_to_bits", lambda target: pytest.fail("tested again"))
+    again = fresh_target("llama", vocab_size=VOCAB - 1)
+    want_exact(again, True)
+    assert is_exact(again)

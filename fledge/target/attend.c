@@ -1,0 +1,217 @@
+/* Attention of few rows over a cache, for every sequence of a batch. Compiled by native.py.
+
+   A row of the result depends on its own query, mask and visible keys alone, to the last bit: sums over keys are taken
+   key by key, so keys between that are not seen change nothing, and company does not either. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+#define MOST_VECTORS 16 /* of a head: 256 numbers */
+#define BLOCK 4         /* rows that share a reading of the keys */
+#define UNSEEN -1e30f   /* a mask below is one that hides */
+
+typedef uint16_t bf16;
+typedef float f32;
+typedef float vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t integers __attribute__((vector_size(4 * LANES)));
+typedef uint32_t wide __attribute__((vector_size(4 * LANES)));
+typedef uint16_t narrow __attribute__((vector_size(2 * LANES)));
+
+static inline vector load_f32(const f32 *at) {
+    vector found;
+    memcpy(&found, at, sizeof found);
+    return found;
+}
+
+static inline vector load_bf16(const bf16 *at) {
+    narrow found;
+    memcpy(&found, at, sizeof found);
+    return (vector)(__builtin_convertvector(found, wide) << 16);
+}
+
+static inline void store_f32(f32 *at, vector numbers) { memcpy(at, &numbers, sizeof numbers); }
+
+static inline void store_bf16(bf16 *at, vector numbers) { /* to the nearest, ties to even */
+    wide bits = (wide)numbers;
+    wide nan = (wide)((bits & 0x7fffffff) > 0x7f800000);
+    bits = (nan & 0x7fc00000) | (~nan & (bits + 0x7fff + ((bits >> 16) & 1)));
+    narrow found = __builtin_convertvector(bits >> 16, narrow);
+    memcpy(at, &found, sizeof found);
+}
+
+static inline float one_f32(const f32 *at) { return *at; }
+static inline float one_bf16(const bf16 *at) {
+    uint32_t bits = (uint32_t)*at << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* exp of x <= 0, to 2 in the last place; 0 below -86. 2^n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2]. */
+static inline vector power(vector x) {
+    integers hidden = x < -86.0f;
+    x = (vector)((integers)x & ~hidden);
+    vector n = x * 1.44269504f - 0.5f;
+    integers whole = __builtin_convertvector(n, integers); /* towards zero: the nearest, of numbers below 0 */
+    n = __builtin_convertvector(whole, vector);
+    vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vector p = r * (1.0f / 720) + 1.0f / 120;
+    p = p * r + 1.0f / 24, p = p * r + 1.0f / 6, p = p * r + 0.5f, p = p * r + 1.0f, p = p * r + 1.0f;
+    p = p * (vector)((whole + 127) << 23);
+    return (vector)((integers)p & ~hidden);
+}
+
+/* The sum of each of 16 vectors, as a vector. */
+static inline vector sums(vector *v) {
+#define STEP(count, ...)                                                                                               \
+    for (int i = 0; i < count; i++) {                                                                                 \
+        vector one = v[i], other = v[i + count];                                                                      \
+        v[i] = __builtin_shuffle(one, other, (integers){__VA_ARGS__});                                                \
+        v[i] += __builtin_shuffle(one, other, (integers){__VA_ARGS__} ^ FLIP);                                        \
+    }
+#define FLIP 8
+    STEP(8, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+#undef FLIP
+#define FLIP 4
+    STEP(4, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
+#undef FLIP
+#define FLIP 2
+    STEP(2, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#undef FLIP
+#define FLIP 1
+    STEP(1, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
+#undef FLIP
+#undef STEP
+    return v[0];
+}
+
+static inline vector capped(vector x, float cap) { /* cap * tanh(x / cap) */
+    integers below = x < 0;
+    x = (vector)((integers)x & 0x7fffffff);
+    vector power_of = power(x * (-2.0f / cap));
+    x = cap * (1 - power_of) / (1 + power_of);
+    return (vector)((integers)x | (below & (int32_t)0x80000000));
+}
+
+/* attend: query (batch, heads, rows, size) contiguous; key (batch, groups, keys, size) and value (.., value_size) with
+   these strides, the last of them 1; mask, added to scores, (batch, rows, keys) with these strides, the last 1, or none:
+   all is seen; sinks (heads), a score each of a key without a value, or none; softcap of scores, or 0; out (batch, rows,
+   heads, value_size). `scores`: room for BLOCK times as many numbers as keys, filled up to LANES, for each of `parts`
+   threads. Sizes are multiples of LANES. */
+#define ATTENTION(T)                                                                                                  \
+    struct lines_##T { /* up to BLOCK rows that read the same keys */                                                 \
+        const T *query[BLOCK], *mask[BLOCK], *key, *value;                                                            \
+        T *out[BLOCK];                                                                                                \
+        float sink[BLOCK], scale, cap, *scores;                                                                       \
+        long keys, key_row, value_row;                                                                                \
+    };                                                                                                                \
+    static inline __attribute__((always_inline)) void block_##T(                                                      \
+        const struct lines_##T *of, const int rows, const int vectors, const int value_vectors) {                     \
+        vector asked[BLOCK][MOST_VECTORS], mixed[BLOCK][MOST_VECTORS], most[BLOCK];                                   \
+        float total[BLOCK];                                                                                           \
+        long keys = of->keys, filled = (keys + LANES - 1) / LANES * LANES;                                            \
+        for (int r = 0; r < rows; r++) {                                                                              \
+            most[r] = (vector){} + of->sink[r];                                                                       \
+            for (int c = 0; c < vectors; c++) asked[r][c] = load_##T(of->query[r] + c * LANES) * of->scale;           \
+            for (int c = 0; c < value_vectors; c++) mixed[r][c] = (vector){};                                         \
+        }                                                                                                             \
+        for (long first = 0; first < keys; first += LANES) {                                                          \
+            long here = keys - first < LANES ? keys - first : LANES;                                                  \
+            vector products[BLOCK][LANES];                                                                            \
+            for (int k = 0; k < LANES; k++) {                                                                         \
+                const T *at = of->key + (first + (k < here ? k : here - 1)) * of->key_row;                            \
+                vector read[MOST_VECTORS];                                                                            \
+                for (int c = 0; c < vectors; c++) read[c] = load_##T(at + c * LANES);                                 \
+                for (int r = 0; r < rows; r++) {                                                                      \
+                    vector sum = asked[r][0] * read[0];                                                               \
+                    for (int c = 1; c < vectors; c++) sum += asked[r][c] * read[c];                                   \
+                    products[r][k] = sum;                                                                             \
+                }                                                                                                     \
+            }                                                                                                         \
+            for (int r = 0; r < rows; r++) {                                                                          \
+                vector found = sums(products[r]);                                                                     \
+                if (of->cap > 0) found = capped(found, of->cap);                                                      \
+                if (of->mask[r] && here == LANES) found += load_##T(of->mask[r] + first);                             \
+                for (long k = 0; here < LANES && k < LANES; k++) {                                                    \
+                    if (k >= here) found[k] = -INFINITY;                                                              \
+                    else if (of->mask[r]) found[k] += one_##T(of->mask[r] + first + k);                               \
+                }                                                                                                     \
+                integers more = found > most[r];                                                                      \
+                most[r] = (vector)(((integers)found & more) | ((integers)most[r] & ~more));                           \
+                store_f32(of->scores + r * filled + first, found);                                                    \
+            }                                                                                                         \
+        }                                                                                                             \
+        for (int r = 0; r < rows; r++) {                                                                              \
+            float largest = most[r][0];                                                                               \
+            for (int i = 1; i < LANES; i++) largest = most[r][i] > largest ? most[r][i] : largest;                    \
+            for (long first = 0; first < keys; first += LANES) {                                                      \
+                float *at = of->scores + r * filled + first;                                                          \
+                store_f32(at, power(load_f32(at) - largest));                                                         \
+            }                                                                                                         \
+            total[r] = power((vector){} + (of->sink[r] - largest))[0];                                                \
+        }                                                                                                             \
+        for (long k = 0; k < keys; k++) {                                                                             \
+            const T *at = of->value + k * of->value_row;                                                              \
+            vector read[MOST_VECTORS];                                                                                \
+            for (int c = 0; c < value_vectors; c++) read[c] = load_##T(at + c * LANES);                               \
+            for (int r = 0; r < rows; r++) {                                                                          \
+                float weight = of->scores[r * filled + k];                                                            \
+                total[r] += weight;                                                                                   \
+                for (int c = 0; c < value_vectors; c++) mixed[r][c] += weight * read[c];                              \
+            }                                                                                                         \
+        }                                                                                                             \
+        for (int r = 0; r < rows; r++)                                                                                \
+            for (int c = 0; c < value_vectors; c++) store_##T(of->out[r] + c * LANES, mixed[r][c] / total[r]);        \
+    }                                                                                                                 \
+    static void some_##T(const struct lines_##T *of, int rows, int vectors, int value_vectors) {                      \
+        int known = vectors != value_vectors ? 0 : vectors == 4 ? rows : vectors == 8 ? 4 + rows : 0;                 \
+        switch (known) {                                                                                              \
+        case 1: return block_##T(of, 1, 4, 4);                                                                        \
+        case 2: return block_##T(of, 2, 4, 4);                                                                        \
+        case 3: return block_##T(of, 3, 4, 4);                                                                        \
+        case 4: return block_##T(of, 4, 4, 4);                                                                        \
+        case 5: return block_##T(of, 1, 8, 8);                                                                        \
+        case 6: return block_##T(of, 2, 8, 8);                                                                        \
+        case 7: return block_##T(of, 3, 8, 8);                                                                        \
+        case 8: return block_##T(of, 4, 8, 8);                                                                        \
+        default: block_##T(of, rows, vectors, value_vectors);                                                         \
+        }                                                                                                             \
+    }                                                                                                                 \
+    void attend_##T(const T *query, const T *key, const T *value, const T *mask, const T *sinks, T *out,              \
+                    float *scores, long batch, long heads, long groups, long rows, long keys, long size,              \
+                    long value_size, long key_batch, long key_head, long key_row, long value_batch, long value_head,  \
+                    long value_row, long mask_batch, long mask_row, long parts, float scale, float softcap) {         \
+        long share = heads / groups, lines = share * rows, blocks = (lines + BLOCK - 1) / BLOCK;                      \
+        long tasks = batch * groups * blocks, room = BLOCK * ((keys + LANES - 1) / LANES * LANES);                    \
+        _Pragma("omp parallel for schedule(static) num_threads(parts) if(parts > 1)")                                 \
+        for (long part = 0; part < parts; part++)                                                                     \
+            for (long task = tasks * part / parts; task < tasks * (part + 1) / parts; task++) {                       \
+                long b = task / (groups * blocks), g = task / blocks % groups, first = task % blocks * BLOCK;         \
+                long begin = mask ? keys : 0, end = mask ? 0 : keys;                                                  \
+                int count = lines - first < BLOCK ? lines - first : BLOCK;                                            \
+                struct lines_##T of = {.scale = scale, .cap = softcap, .scores = scores + part * room};               \
+                for (int r = 0; r < count; r++) {                                                                     \
+                    long head = g * share + (first + r) / rows, row = (first + r) % rows;                             \
+                    of.query[r] = query + ((b * heads + head) * rows + row) * size;                                   \
+                    of.out[r] = out + ((b * rows + row) * heads + head) * value_size;                                 \
+                    of.sink[r] = sinks ? one_##T(sinks + head) : -INFINITY;                                           \
+                    of.mask[r] = mask ? mask + b * mask_batch + row * mask_row : 0;                                   \
+                    if (!mask || (r && of.mask[r] == of.mask[r - 1])) continue;                                       \
+                    long from = 0, to = keys;                                                                         \
+                    while (from < keys && one_##T(of.mask[r] + from) < UNSEEN) from++;                                \
+                    while (to > from && one_##T(of.mask[r] + to - 1) < UNSEEN) to--;                                  \
+                    begin = from < begin ? from : begin, end = to > end ? to : end;                                   \
+                }                                                                                                     \
+                if (begin >= end) begin = 0, end = keys; /* nothing is seen: as a softmax has it */                   \
+                for (int r = 0; r < count && mask; r++) of.mask[r] += begin;                                          \
+                of.key = key + b * key_batch + g * key_head + begin * key_row;                                        \
+                of.value = value + b * value_batch + g * value_head + begin * value_row;                              \
+                of.keys = end - begin, of.key_row = key_row, of.value_row = value_row;                                \
+                some_##T(&of, count, size / LANES, value_size / LANES);                                               \
+            }                                                                                                         \
+    }
+
+ATTENTION(f32)
+ATTENTION(bf16)
