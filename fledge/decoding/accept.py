@@ -221,7 +221,7 @@ def draw(probabilities: Tensor, noise: Tensor) -> Tensor:
 
 
 def _place(cumulative: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-    """Where points (R, 1) lie in cumulative sums (R, C), never at a summand of 0; and the points, below the sum of all."""
+    """Where points (R, 1) lie in cumulative sums (R, C), never at a summand of 0; and they, below the sum of all."""
     total = cumulative[:, -1:]
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, point, right=True), point
