@@ -26,10 +26,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
+def is_path(name: str) -> bool:
+    """Whether a target is named like no model on the hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def refuse_missing_folder(name_or_path: str) -> None:
     """A UserError where a target is named like a path that is not there: libraries would speak of the hub."""
-    is_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    if is_path and not Path(name_or_path).expanduser().exists():
+    if is_path(name_or_path) and not Path(name_or_path).expanduser().exists():
         raise UserError(f"{name_or_path}: no such folder. Give the target's folder or its name on the hub.")
 
 

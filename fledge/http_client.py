@@ -9,6 +9,7 @@ Knows nothing of what the replies mean: `replies.py` does.
 import asyncio
 import errno
 import ipaddress
+import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -117,7 +118,9 @@ class Client:
             why = one_line(error) or f"no whole answer in {limits.total_s:.0f} s"
             raise ServerError("time-out", f"{shown}: {why}") from None
         except aiohttp.ClientConnectorError as error:
-            raise ServerError("connection refused", f"{shown}: {one_line(error)}") from None
+            number = error.os_error.errno  # the text of aiohttp says address and port again
+            why = os.strerror(number) if number and number > 0 else one_line(error)
+            raise ServerError("connection refused", f"{shown}: {why}") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: a URL or header that is none
             raise ServerError("connection broke", f"{shown}: {type(error).__name__} {one_line(error)}") from None
 

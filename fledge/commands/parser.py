@@ -17,7 +17,7 @@ from fledge.commands.aliases import translated
 from fledge.commands.flags import first_sentence, flags_of, text_of
 from fledge.data.gguf import model_folder
 from fledge.data.templates import template_name
-from fledge.errors import UserError, nearest
+from fledge.errors import UserError, is_path, nearest
 from fledge.offline import stop_asking_an_unknown_hub
 from fledge.parsing import read_yaml
 from fledge.ranges import check_ranges
@@ -71,7 +71,7 @@ def with_model_folder(args: Args) -> Args:
         value = getattr(args, field.name, None)
         if field.name == "target" and isinstance(value, str):
             changed["target"] = model_folder(value)
-            if not Path(value).exists():
+            if not Path(value).exists() and not is_path(value):
                 stop_asking_an_unknown_hub()
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             changed[field.name] = with_model_folder(value)

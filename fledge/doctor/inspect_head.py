@@ -194,7 +194,10 @@ def _show_engines(seen: Examination, text_config: Any | None) -> None:
     for engine in ENGINES.values():
         found = problems(engine, document, shapes, text_config)
         needed = "".join(f"; start it with {option}" for option in LAYOUTS[engine.name].options(seen.head.config))
-        verdict = f"would not draft: {'; '.join(found)}" if found else f"reads these files{needed}"
+        verdict = f"reads these files{needed}"
+        if found:
+            own = f"`fledge export {seen.folder} --to {engine.name} ...` writes what it reads"
+            verdict = f"{own}; as these files are, it would not draft: {'; '.join(found)}"
         say(f"{engine.title} {engine.version}: {verdict}")
 
 

@@ -300,9 +300,10 @@ class OpenAIClient:
         for endpoint, models in zip(self.endpoints, answers, strict=True):
             endpoint.up = models is not None
         if not any(endpoint.up for endpoint in self.endpoints):
-            reasons = "; ".join(sorted({endpoint.last_error for endpoint in self.endpoints})[:3])
+            whys = {endpoint.last_error.removeprefix(f"{endpoint.url}/models: ") for endpoint in self.endpoints}
+            places = f"{asked[0]}{f' to {asked[-1]}' if len(asked) > 1 else ''}"
             raise UserError(
-                f"no server answers at {asked[0]}{f' to {asked[-1]}' if len(asked) > 1 else ''} ({reasons}). "
+                f"no server answers at {places} ({'; '.join(sorted(whys)[:3])}). "
                 "Start some with `fledge serve`, or give --server or --base-port."
             )
         if self._only_answering:

@@ -112,7 +112,7 @@ def test_the_engines_that_would_draft_with_it(head_dir, tmp_path, capsys):
         assert run_command("inspect", [str(tmp_path / layout)]) == 0
         printed = " ".join(capsys.readouterr().err.split())
         assert re.search(rf"{reads} [\d.]+: reads these files", printed)
-        assert re.search(rf"{refuses} [\d.]+: would not draft: its tap ids", printed)
+        assert re.search(rf"{refuses} [\d.]+: `fledge export .* it would not draft: its tap ids", printed)
 
 
 def test_the_window_that_sglang_does_not_read_is_told(head_dir, target_dir, tmp_path, capsys):
