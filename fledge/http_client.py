@@ -118,8 +118,8 @@ class Client:
             why = one_line(error) or f"no whole answer in {limits.total_s:.0f} s"
             raise ServerError("time-out", f"{shown}: {why}") from None
         except aiohttp.ClientConnectorError as error:
-            number = error.os_error.errno  # the text of aiohttp says address and port again
-            why = os.strerror(number) if number and number > 0 else one_line(error)
+            refused = error.os_error.errno == errno.ECONNREFUSED  # the text of aiohttp says address and port again
+            why = os.strerror(errno.ECONNREFUSED) if refused else one_line(error)
             raise ServerError("connection refused", f"{shown}: {why}") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: a URL or header that is none
             raise ServerError("connection broke", f"{shown}: {type(error).__name__} {one_line(error)}") from None
