@@ -24,7 +24,8 @@ static inline bf16 narrow_bf16(float value) { /* to the nearest, ties to even */
 static inline float wide_f32(float value) { return value; }
 static inline float narrow_f32(float value) { return value; }
 
-#define MOST_SIZE 1024 /* of a head that is normed */
+#define MOST_SIZE 1024        /* of a head that is normed */
+#define WORTH_THREADS (1 << 14) /* numbers: with fewer, a second thread costs what it saves */
 
 /* exp, to 2 in the last place: 2^n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2]. Compilers make vectors of it. */
 static inline float exp_f32(float x) {
@@ -47,23 +48,26 @@ static inline float exp_f32(float x) {
    normed per head where there is a weight, then rotated.
    gated: silu(gate) * up, from rows of gate and up (cols each) side by side. Zeros up to `filled` rows. */
 #define KERNELS(T)                                                                                                    \
-    static inline void norm_##T(const T *in, const T *weight, T *out, long rows, long cols, float eps) {              \
-        for (long row = 0; row < rows; row++, in += cols, out += cols) {                                              \
-            float parts[16] = {0}, sum = 0;                                                                           \
-            long c = 0;                                                                                               \
-            for (; c + 16 <= cols; c += 16)                                                                           \
-                for (int i = 0; i < 16; i++) parts[i] += wide_##T(in[c + i]) * wide_##T(in[c + i]);                   \
-            for (; c < cols; c++) sum += wide_##T(in[c]) * wide_##T(in[c]);                                           \
-            for (int i = 0; i < 16; i++) sum += parts[i];                                                             \
-            float scale = 1.0f / sqrtf(sum / cols + eps);                                                             \
-            for (c = 0; c < cols; c++)                                                                                \
-                out[c] = narrow_##T(wide_##T(narrow_##T(wide_##T(in[c]) * scale)) * wide_##T(weight[c]));             \
-        }                                                                                                             \
+    static inline void norm_##T(const T *in, const T *weight, T *out, long cols, float eps) {                         \
+        float parts[16] = {0}, sum = 0;                                                                               \
+        long c = 0;                                                                                                   \
+        for (; c + 16 <= cols; c += 16)                                                                               \
+            for (int i = 0; i < 16; i++) parts[i] += wide_##T(in[c + i]) * wide_##T(in[c + i]);                       \
+        for (; c < cols; c++) sum += wide_##T(in[c]) * wide_##T(in[c]);                                               \
+        for (int i = 0; i < 16; i++) sum += parts[i];                                                                 \
+        float scale = 1.0f / sqrtf(sum / cols + eps);                                                                 \
+        for (c = 0; c < cols; c++)                                                                                    \
+            out[c] = narrow_##T(wide_##T(narrow_##T(wide_##T(in[c]) * scale)) * wide_##T(weight[c]));                 \
     }                                                                                                                 \
     void rms_norm_##T(const T *in, const T *added, const T *weight, T *sum, T *out, long rows, long cols,             \
                       long filled, float eps) {                                                                       \
-        for (long c = 0; added && c < rows * cols; c++) sum[c] = narrow_##T(wide_##T(in[c]) + wide_##T(added[c]));    \
-        norm_##T(added ? sum : in, weight, out, rows, cols, eps);                                                     \
+        _Pragma("omp parallel for if(rows * cols >= WORTH_THREADS)")                                                  \
+        for (long row = 0; row < rows; row++) {                                                                       \
+            const T *from = in + row * cols;                                                                          \
+            for (long c = row * cols; added && c < (row + 1) * cols; c++)                                             \
+                sum[c] = narrow_##T(wide_##T(in[c]) + wide_##T(added[c]));                                            \
+            norm_##T(added ? sum + row * cols : from, weight, out + row * cols, cols, eps);                           \
+        }                                                                                                             \
         memset(out + rows * cols, 0, (filled - rows) * cols * sizeof(T));                                             \
     }                                                                                                                 \
     static inline void turn_##T(const T *x, const T *cosine, const T *sine, T *out, long half) {                      \
@@ -87,23 +91,29 @@ static inline float exp_f32(float x) {
     }                                                                                                                 \
     void heads_##T(const T *in, const T *weight, const T *cos, const T *sin, T *out, long batch, long heads,          \
                    long rows, long size, long width, float eps) {                                                     \
-        T normed[MOST_SIZE];                                                                                          \
+        _Pragma("omp parallel for collapse(2) if(batch * heads * rows * size >= WORTH_THREADS)")                      \
         for (long b = 0; b < batch; b++)                                                                              \
-            for (long h = 0; h < heads; h++)                                                                          \
-                for (long r = 0; r < rows; r++, out += size) {                                                        \
+            for (long h = 0; h < heads; h++) {                                                                        \
+                T normed[MOST_SIZE];                                                                                  \
+                for (long r = 0; r < rows; r++) {                                                                     \
                     long row = b * rows + r;                                                                          \
                     const T *x = in + row * width + h * size;                                                         \
-                    if (weight) norm_##T(x, weight, normed, 1, size, eps), x = normed;                                \
-                    turn_##T(x, cos + row * size, sin + row * size, out, size / 2);                                   \
+                    if (weight) norm_##T(x, weight, normed, size, eps), x = normed;                                   \
+                    turn_##T(x, cos + row * size, sin + row * size, out + ((b * heads + h) * rows + r) * size,        \
+                             size / 2);                                                                               \
                 }                                                                                                     \
+            }                                                                                                         \
     }                                                                                                                 \
     void gated_##T(const T *in, T *out, long rows, long cols, long filled) {                                          \
         memset(out + rows * cols, 0, (filled - rows) * cols * sizeof(T));                                             \
-        for (long row = 0; row < rows; row++, in += 2 * cols, out += cols)                                            \
+        _Pragma("omp parallel for if(rows * cols >= WORTH_THREADS)")                                                  \
+        for (long row = 0; row < rows; row++) {                                                                       \
+            const T *gates = in + 2 * row * cols;                                                                     \
             for (long c = 0; c < cols; c++) {                                                                         \
-                float gate = wide_##T(in[c]);                                                                         \
-                out[c] = narrow_##T(wide_##T(narrow_##T(gate / (1.0f + exp_f32(-gate)))) * wide_##T(in[cols + c]));   \
+                float gate = wide_##T(gates[c]), open = gate / (1.0f + exp_f32(-gate));                               \
+                out[row * cols + c] = narrow_##T(wide_##T(narrow_##T(open)) * wide_##T(gates[cols + c]));             \
             }                                                                                                         \
+        }                                                                                                             \
     }
 
 typedef float f32;
