@@ -60,7 +60,8 @@ ENDS = {
 @pytest.mark.parametrize("outcome", ENDS)
 def test_every_outcome_is_told_apart(outcome, tmp_path):
     """Negative control: a harness that could not fail would find every reader faultless."""
-    assert judge(ENDS[outcome], tmp_path, limit_s=1.0).outcome == outcome
+    patience_s = 1.0 if outcome == "hang" else 30.0  # a machine short of memory takes seconds to hand out a gigabyte
+    assert judge(ENDS[outcome], tmp_path, limit_s=patience_s).outcome == outcome
 
 
 def test_every_bad_outcome_is_a_fault():
