@@ -27,14 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from replay import Answer, columns, recorded, replay, tau
 
 from fledge import provenance
 from fledge.bench.prompts import load_questions
 from fledge.commands.train import TrainArgs, parse_args
 from fledge.data.tokenize import ChatTemplate
-from fledge.decoding.generate import generate_batch
-from fledge.decoding.records import Sampling
-from fledge.doctor.readings import RecordedAnswers, chain_acceptance, chain_rounds
 from fledge.drafters.batch import Batch
 from fledge.drafters.depth import RandomDepth
 from fledge.drafters.eagle3 import ttt
@@ -47,6 +45,7 @@ from fledge.target.model import Target
 from fledge.train import module, run
 from fledge.train.trainer import DraftTrainer
 
+CHAIN = TreeShape(5, 3, 1)
 TASKS = ("mt_bench", "humaneval", "gsm8k", "alpaca")
 FULL, FIXED = ("--depth_survival", "1"), ("--position_weights", "fixed")
 COMMON = (*FULL, *FIXED, "--loss_average", "token", "--matrix_optim", "same")
@@ -183,55 +182,34 @@ def head_only(draft: DraftModel, target_head: torch.Tensor, _taps: torch.Tensor)
 
 
 def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Tau of each task, pooled over its questions, and their mean.
-
-    The text does not depend on the head, so the target answers once. The rounds of a decode with chains follow from
-    what a chain begun at each token would have accepted (`fledge.doctor.readings`; a test compares with decoding).
-    Chains hold the draft's likeliest tokens at every temperature, so sampled answers give the tau of sampling, too.
-    """
+    """Tau of each task, pooled over its questions, and their mean: the target answers once, and the rounds of a head
+    are counted in its answers (`replay.py`)."""
     found = {}
-    with torch.inference_mode():
-        for task, recorded in answers(args).items():
-            draft = load_draft(folder, recorded.target.embedding_weight)
-            found[Path(task).stem] = tau(draft, recorded)
+    for task in args.tasks:
+        target, known = answers(args.model, task, args.bench_dir, args.questions, args.max_new_tokens, args.temperature,
+                                args.out)  # fmt: skip
+        draft = load_draft(folder, target.embedding_weight)
+        found[Path(task).stem] = tau(replay(draft, CHAIN, columns(known, target.tap_layers, draft.tap_layers)))
     return {**found, "mean": statistics.mean(found.values())}
 
 
 @functools.cache
-def _answers(
-    model: str, tasks: tuple[str, ...], bench_dir: Path | None, end: int, most: int, temperature: float, kept: Path
-) -> dict:
-    target, template = Target.from_pretrained(model), ChatTemplate.from_pretrained(model)
-    recorded_by_task = {}
-    for task in tasks:
-        questions = load_questions(task, bench_dir=bench_dir, end=end)
-        prompts = [template.prompt_ids([{"role": "user", "content": question.turns[0]}]) for question in questions]
-        file = kept / f"answers-{Path(task).stem}-{end}-{most}{drawn_at(temperature)}.json"
-        if not file.is_file():
-            made = generate_batch(target, None, prompts, tree=TreeShape(1, 0, 1), max_new_tokens=most,
-                                  sampling=Sampling(temperature, seed=0), batch_size=8, shapes="fixed")  # fmt: skip
-            provenance.write_json(file, [one.token_ids for one in made])
-        recorded_by_task[task] = RecordedAnswers(target, prompts, most, answers=json.loads(file.read_text()))
-    return recorded_by_task
+def target_of(model: str) -> tuple[Target, ChatTemplate]:
+    return Target.from_pretrained(model), ChatTemplate.from_pretrained(model)
 
 
-def answers(args: argparse.Namespace) -> dict[str, RecordedAnswers]:
-    """The target's answers to each task's questions, with their states; the tokens are kept in --out."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    return _answers(
-        args.model, tuple(args.tasks), args.bench_dir, args.questions, args.max_new_tokens, args.temperature, args.out
-    )
-
-
-def tau(draft: DraftModel, recorded: RecordedAnswers) -> float:
-    """Tokens per target forward of greedy chains, pooled over the answers; the prompt's forward does not count."""
-    columns = torch.tensor([recorded.target.tap_layers.index(layer) for layer in draft.config.tap_layers])
-    emitted = rounds = 0
-    for record, prompt_length in zip(recorded.records, recorded.prompt_lengths, strict=True):
-        lengths, _ = chain_acceptance(draft, record, columns)
-        tokens = len(record) - prompt_length
-        emitted, rounds = emitted + tokens - 1, rounds + len(chain_rounds(lengths.tolist(), tokens))
-    return emitted / max(rounds, 1)
+@functools.cache
+def answers(
+    model: str, task: str, bench_dir: Path | None, end: int, most: int, temperature: float, kept: Path
+) -> tuple[Target, list[Answer]]:
+    """The target, and its answers to a task's questions with their states; the tokens are kept in --out."""
+    target, template = target_of(model)
+    kept.mkdir(parents=True, exist_ok=True)
+    questions = load_questions(task, bench_dir=bench_dir, end=end)
+    prompts = [template.prompt_ids([{"role": "user", "content": question.turns[0]}]) for question in questions]
+    file = kept / f"answers-{Path(task).stem}-{end}-{most}{drawn_at(temperature)}.json"
+    stops = target.eos_token_ids
+    return target, recorded(target, prompts, stops=stops, most=most, temperature=temperature, kept=file)
 
 
 def table(results: dict[str, dict[int, dict[str, float]]]) -> str:

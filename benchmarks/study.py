@@ -36,6 +36,7 @@ from fledge.drafters.base import Drafter
 from fledge.drafters.dspark.config import usual_block_taps
 from fledge.drafters.registry import read_drafter
 from fledge.drafters.tree import TreeShape
+from fledge.errors import UserError
 from fledge.storage.states.describe import read_text_config
 from fledge.storage.states.reader import HiddenStore
 from fledge.target.model import Target
@@ -49,6 +50,7 @@ DRAFTERS: dict[str, tuple[str, ...]] = {
     "dflash": ("--draft-type", "dflash", "--block-size", "8", *BLOCK),
     "dspark": ("--draft-type", "dspark", "--block-size", "7", *BLOCK),
 }
+BLOCK_DRAFTERS = ("dflash", "dspark")  # one pass a block
 FLOOR = "lookup"
 SHAPES = {
     "chain 3": TreeShape(4, 2, 1), "chain 5": TreeShape(6, 4, 1), "chain 7": TreeShape(8, 6, 1),
@@ -75,6 +77,14 @@ class Run:
 
 def main() -> None:
     args = parse_args()
+    try:
+        run_study(args)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def run_study(args: argparse.Namespace) -> None:
+    """Whatever is not there yet, then the tables."""
     study = Study(args)
     if args.costs:
         study.measure_costs()
@@ -150,7 +160,7 @@ class Study:
 
     def taps(self, drafter: str) -> tuple[int, ...]:
         """The usual ones of its kind."""
-        usual = usual_block_taps if drafter in ("dflash", "dspark") else default_tap_layers
+        usual = usual_block_taps if drafter in BLOCK_DRAFTERS else default_tap_layers
         return tuple(usual(read_text_config(self.store.identity).num_hidden_layers))
 
     def samples(self, tokens: int) -> int:
@@ -242,8 +252,9 @@ class Study:
                 "draft_s": {
                     shape: draft_times(own, drafter, tokens, tree.top_k)[tree.levels] for shape, tree in SHAPES.items()
                 },
-                "passes": {shape: 1 if "block" in type(drafter).__name__.lower() else tree.levels
-                           for shape, tree in SHAPES.items()},
+                "passes": {
+                    shape: 1 if run.drafter in BLOCK_DRAFTERS else tree.levels for shape, tree in SHAPES.items()
+                },
                 "bytes_share": bytes_of(drafter) / weights,
             }  # fmt: skip
         provenance.write(self.args.out / "costs.json", {}, command="python benchmarks/study.py --costs", costs=costs)

@@ -66,12 +66,15 @@ def processor() -> str:
 
 
 def costs_key(*models: Any) -> str:
-    """What measured times and the last bits of sums depend on: this machine, PyTorch, the shapes of these models."""
+    """What measured times and the last bits of sums depend on: this machine, PyTorch, the kinds of these models and the
+    shapes of their weights."""
     import torch
 
     digest = hashlib.blake2b(digest_size=16)
-    for parameter in (parameter for model in models for parameter in model.parameters()):
-        digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
+    for model in models:
+        digest.update(type(model).__name__.encode())
+        for parameter in model.parameters():
+            digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
     return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {digest.hexdigest()}"
 
 

@@ -68,6 +68,12 @@ def test_a_command_with_a_wrong_name(unknown, capsys):
     assert "nobody/nothing: could not be loaded" in said and "Retrying" not in said
 
 
+def test_a_wrong_path_is_told_without_the_hub(unknown, capsys):
+    assert run_command("decode", ["--target", "/nowhere/model", "--prompt", "hello"]) == 1
+    said = capsys.readouterr().err
+    assert "/nowhere/model: no such folder" in said and "not reachable" not in said and not unknown
+
+
 @pytest.mark.parametrize("words", [
     ["inspect", "nobody/data", "--target", "TARGET"], ["train", "--target", "TARGET", "--data", "nobody/data"],
     ["regenerate", "--data", "nobody/data", "--target", "TARGET", "--engine", "transformers"],

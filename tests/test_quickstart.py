@@ -50,10 +50,21 @@ def test_only_prepared(tmp_path, capsys):
     assert f"export TARGET=any/model PROMPTS={tmp_path / 'prompts.jsonl'}" in capsys.readouterr().err
 
 
-def test_a_step_that_fails_stops_it_with_its_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_step_that_fails_stops_it_with_its_name(monkeypatch):
+    monkeypatch.setattr("fledge.cli.run_command", lambda name, words: 1)
     with pytest.raises(UserError, match="`fledge regenerate` ended with status 1"):
-        quickstart(QuickstartArgs(target=str(tmp_path / "nowhere"), **SHORT))
+        module.run("regenerate")
+
+
+def test_what_is_not_there_is_told_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    target, data = str(tmp_path / "nowhere"), str(tmp_path / "nothing.jsonl")
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        quickstart(QuickstartArgs(target=target, **SHORT))
+    monkeypatch.setattr(module, "smollm2_files", lambda folder: "target")
+    with pytest.raises(UserError, match="nothing.jsonl"):
+        quickstart(QuickstartArgs(data=data, **SHORT))
+    assert "$ fledge" not in capsys.readouterr().err  # before any step
 
 
 def test_targets_do_not_share_a_folder():

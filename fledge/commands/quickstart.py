@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fledge.console import console, say, show_table
 from fledge.data.gguf import unpack
+from fledge.data.rows import check_source
 from fledge.data.settings import TemplateSettings
 from fledge.data.starter_prompts import are_starter_prompts, write_starter_prompts
 from fledge.errors import UserError
@@ -65,7 +66,9 @@ def quickstart(args: QuickstartArgs) -> None:
     with claim(work, WORK, overwrite=args.overwrite):
         target = args.target or str(smollm2_files(work / "target"))
         prompts = args.data
-        if prompts is None:
+        if prompts is not None:
+            check_source(prompts)  # now, not behind a minute of other things
+        else:
             prompts = str(work / "prompts.jsonl")
             write_starter_prompts(Path(prompts), args.max_samples)
         if args.prepare_only:
@@ -129,13 +132,16 @@ def template_flags(args: QuickstartArgs, target: str) -> tuple[str, ...]:
 
 
 def has_template(target: str) -> bool:
-    """Whether the tokenizer brings a chat template; a target that cannot be read is left to the step that needs it."""
-    from transformers import AutoTokenizer
+    """Whether the target brings a chat template."""
+    from fledge.data.tokenize import load_tokenizer, own_template
+    from fledge.data.vision import load_vision
 
+    vision = load_vision(target)
+    tokenizer = vision.tokenizer if vision else load_tokenizer(target)
     try:
-        return AutoTokenizer.from_pretrained(target).chat_template is not None
-    except (OSError, ValueError):
-        return True
+        return bool(own_template(tokenizer, vision))
+    except UserError:
+        return False
 
 
 def same_bits() -> tuple[str, ...]:

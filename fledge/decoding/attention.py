@@ -2,7 +2,7 @@
 
 With a mask, transformers' own function repeats grouped keys and values to every query head, layer by layer: at 1000
 rows that costs more than the attention itself. Ours never copies keys. On a CPU a compiled loop (`native.attend`) does
-it for few rows, elsewhere PyTorch's kernels.
+it for few rows where that is faster, elsewhere PyTorch's kernels.
 
 `exact_attention` gives a row the same bits alone, in a chain, in a tree and in a batch: sums are taken over the keys
 that the row sees, in the order of the text, which is the order of the cache, also in a tree. The compiled loop does
@@ -45,7 +45,7 @@ def grouped_attention(
         )  # fmt: skip
     rows = query.shape[2]
     causal = attention_mask is None and rows > 1 and is_causal is not False
-    if not causal:
+    if not causal and native.attention_is_faster():
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if (found := native.attend(query, key, value, attention_mask, scale)) is not None:
             return found, None

@@ -71,7 +71,9 @@ def costs_nothing(target: Target) -> bool:
         accelerate(target.model)
         sizes = [layer.size for layer in fused_layers(target.model, target.layers)]
         whole = len(sizes) == target.num_layers and not any(size % native.LANES for size in sizes)
-        _free[target] = whole and target.dtype is torch.bfloat16 and ability_of(target).own_cache
+        _free[target] = (
+            whole and target.dtype is torch.bfloat16 and native.attention_is_faster() and ability_of(target).own_cache
+        )  # fmt: skip
     return _free[target]
 
 
@@ -80,7 +82,8 @@ def key_of(target: Target) -> str:
     accelerate(target.model)
     linear = [module for module in target.model.modules() if isinstance(module, torch.nn.Linear)]
     packed = sum(map(is_packed, linear))
-    return f"{provenance.costs_key(target.model)}, {target.dtype}, {packed} of {len(linear)} packed, engine {ENGINE}"
+    kernels = f"{packed} of {len(linear)} packed, {'compiled' if native.library() else 'by rows'}, engine {ENGINE}"
+    return f"{provenance.costs_key(target.model)}, {target.dtype}, {target.device.type}, {kernels}"
 
 
 def verifier_of(target: Target, batch: int, capacity: int) -> Verifier:

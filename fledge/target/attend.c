@@ -7,8 +7,12 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __AVX512F__
 #define LANES 16
-#define MOST_VECTORS 16 /* of a head: 256 numbers */
+#else /* wider vectors than the processor's own are slow */
+#define LANES 8
+#endif
+#define MOST_VECTORS (256 / LANES) /* of a head */
 #define BLOCK 4         /* rows that share a reading of the keys */
 #define UNSEEN -1e30f   /* a mask below is one that hides */
 
@@ -63,28 +67,40 @@ static inline vector power(vector x) {
     return (vector)((integers)p & ~hidden);
 }
 
-/* The sum of each of 16 vectors, as a vector. */
+#ifdef __clang__
+#define PICK(one, other, ...) __builtin_shufflevector(one, other, __VA_ARGS__)
+#else
+#define PICK(one, other, ...) __builtin_shuffle(one, other, (integers){__VA_ARGS__})
+#endif
+
+/* Of vectors one and other the sums of neighbouring parts of so many numbers, those of one and of other in turns. */
+#if LANES == 16
+#define FOLD_8(one, other)                                                                                            \
+    PICK(one, other, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +                                        \
+        PICK(one, other, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+#define FOLD_4(one, other)                                                                                            \
+    PICK(one, other, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +                                      \
+        PICK(one, other, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31)
+#define FOLD_2(one, other)                                                                                            \
+    PICK(one, other, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +                                      \
+        PICK(one, other, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#define FOLD_1(one, other)                                                                                            \
+    PICK(one, other, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +                                     \
+        PICK(one, other, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
+#else
+#define FOLD_4(one, other) PICK(one, other, 0, 1, 2, 3, 8, 9, 10, 11) + PICK(one, other, 4, 5, 6, 7, 12, 13, 14, 15)
+#define FOLD_2(one, other) PICK(one, other, 0, 1, 8, 9, 4, 5, 12, 13) + PICK(one, other, 2, 3, 10, 11, 6, 7, 14, 15)
+#define FOLD_1(one, other) PICK(one, other, 0, 8, 2, 10, 4, 12, 6, 14) + PICK(one, other, 1, 9, 3, 11, 5, 13, 7, 15)
+#endif
+
+/* The sum of each of LANES vectors, as a vector. */
 static inline vector sums(vector *v) {
-#define STEP(count, ...)                                                                                               \
-    for (int i = 0; i < count; i++) {                                                                                 \
-        vector one = v[i], other = v[i + count];                                                                      \
-        v[i] = __builtin_shuffle(one, other, (integers){__VA_ARGS__});                                                \
-        v[i] += __builtin_shuffle(one, other, (integers){__VA_ARGS__} ^ FLIP);                                        \
-    }
-#define FLIP 8
-    STEP(8, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
-#undef FLIP
-#define FLIP 4
-    STEP(4, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
-#undef FLIP
-#define FLIP 2
-    STEP(2, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
-#undef FLIP
-#define FLIP 1
-    STEP(1, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
-#undef FLIP
-#undef STEP
-    return v[0];
+#if LANES == 16
+    for (int i = 0; i < 8; i++) v[i] = FOLD_8(v[i], v[i + 8]);
+#endif
+    for (int i = 0; i < 4; i++) v[i] = FOLD_4(v[i], v[i + 4]);
+    for (int i = 0; i < 2; i++) v[i] = FOLD_2(v[i], v[i + 2]);
+    return FOLD_1(v[0], v[1]);
 }
 
 static inline vector capped(vector x, float cap) { /* cap * tanh(x / cap) */
@@ -166,16 +182,16 @@ static inline vector capped(vector x, float cap) { /* cap * tanh(x / cap) */
             for (int c = 0; c < value_vectors; c++) store_##T(of->out[r] + c * LANES, mixed[r][c] / total[r]);        \
     }                                                                                                                 \
     static void some_##T(const struct lines_##T *of, int rows, int vectors, int value_vectors) {                      \
-        int known = vectors != value_vectors ? 0 : vectors == 4 ? rows : vectors == 8 ? 4 + rows : 0;                 \
-        switch (known) {                                                                                              \
-        case 1: return block_##T(of, 1, 4, 4);                                                                        \
-        case 2: return block_##T(of, 2, 4, 4);                                                                        \
-        case 3: return block_##T(of, 3, 4, 4);                                                                        \
-        case 4: return block_##T(of, 4, 4, 4);                                                                        \
-        case 5: return block_##T(of, 1, 8, 8);                                                                        \
-        case 6: return block_##T(of, 2, 8, 8);                                                                        \
-        case 7: return block_##T(of, 3, 8, 8);                                                                        \
-        case 8: return block_##T(of, 4, 8, 8);                                                                        \
+        int size = vectors == value_vectors ? vectors * LANES : 0;                                                    \
+        switch (size == 64 ? rows : size == 128 ? BLOCK + rows : 0) {                                                 \
+        case 1: return block_##T(of, 1, 64 / LANES, 64 / LANES);                                                      \
+        case 2: return block_##T(of, 2, 64 / LANES, 64 / LANES);                                                      \
+        case 3: return block_##T(of, 3, 64 / LANES, 64 / LANES);                                                      \
+        case 4: return block_##T(of, 4, 64 / LANES, 64 / LANES);                                                      \
+        case 5: return block_##T(of, 1, 128 / LANES, 128 / LANES);                                                    \
+        case 6: return block_##T(of, 2, 128 / LANES, 128 / LANES);                                                    \
+        case 7: return block_##T(of, 3, 128 / LANES, 128 / LANES);                                                    \
+        case 8: return block_##T(of, 4, 128 / LANES, 128 / LANES);                                                    \
         default: block_##T(of, rows, vectors, value_vectors);                                                         \
         }                                                                                                             \
     }                                                                                                                 \

@@ -42,8 +42,9 @@ def attention_by_rows(
     batch, heads, rows, _ = query.shape
     groups, out = key.shape[1], query.new_empty(batch, rows, heads, value.shape[3])
     for b in range(batch):
+        its_keys, its_values = key[b].float(), value[b].float()
         for row in range(rows):
-            keys, values, shown = key[b].float(), value[b].float(), None
+            keys, values, shown = its_keys, its_values, None
             if mask is not None:
                 shown = mask[min(b, len(mask) - 1), 0, row]
                 seen = (shown > UNSEEN).nonzero()[:, 0]

@@ -3,32 +3,38 @@ compiler is there.
 
 transformers writes norms and rotary embeddings out as chains of eight and eighteen operations. Each of them costs
 microseconds to begin, whatever it computes, and a step has a thousand. A call of `native.c` costs one beginning. It
-rounds where the chain does, so the result is the same to the last bit of a sum's order. Attention of few rows takes a
-quarter to a half of the time of PyTorch's kernel, and a row's bits depend on what it sees alone. Compiled in some four
-seconds, once per machine and source, into the user's cache folder. Without a compiler everything works, slower.
+rounds where the chain does, so the result is the same to the last bit of a sum's order. A row of the attention has bits
+that depend on what it sees alone, in a fifth to four fifths of the time of PyTorch's kernel where the processor has
+AVX-512 or AVX2; elsewhere it may be slower, so that is measured. Compiled in some four seconds, once per machine and
+source, into the user's cache folder. Without a compiler everything works, slower.
 """
 
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fledge import provenance
-from fledge.outputs import cache_folder
+from fledge.outputs import cache_folder, cached
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 SOURCES = {"native.c": ("-ffp-contract=off",), "attend.c": ()}  # the first rounds where transformers does
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 MOST_ROWS = 64  # with more, PyTorch's threads are worth more
+TIMINGS = 50  # of each way to compute attention; the fastest counts
 WORTH_THREADS = 1 << 17  # products of a call's queries and keys
 SHARED_ROWS, LANES, MOST_HEAD = 4, 16, 256  # BLOCK, LANES, LANES * MOST_VECTORS of attend.c
 POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
@@ -46,24 +52,30 @@ MOST_SIZE = 1024  # of a head that is normed
 def library() -> ctypes.CDLL | None:
     """The compiled operations; None where there is no compiler or nothing that it makes can be loaded."""
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang", "g++"))), None)
-    threads = ("-fopenmp",) if has_threads() else ()
+    for threads in (("-fopenmp",), ()) if has_threads() else ((),):
+        try:
+            found = _loaded(compiler, threads)
+        except (OSError, subprocess.SubprocessError):  # clang's OpenMP, for one, is not the one that PyTorch has
+            continue
+        for operation, types in ARGUMENTS.items():
+            for name in NAMES.values():
+                getattr(found, f"{operation}_{name}").argtypes = types
+                getattr(found, f"{operation}_{name}").restype = None
+        return found
+    return None
+
+
+def _loaded(compiler: str | None, threads: Sequence[str]) -> ctypes.CDLL:
+    """The library, compiled before or now."""
     texts = [(FOLDER / name).read_text() for name in SOURCES]
     facts = [texts, FLAGS, SOURCES, threads, provenance.processor(), compiler or ""]
     path = cache_folder("native") / f"{hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()}.so"
-    try:
-        if not path.is_file():
-            if compiler is None:
-                return None
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, threads, path)
-        found = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
-        return None
-    for operation, types in ARGUMENTS.items():
-        for name in NAMES.values():
-            getattr(found, f"{operation}_{name}").argtypes = types
-            getattr(found, f"{operation}_{name}").restype = None
-    return found
+    if not path.is_file():
+        if compiler is None:
+            raise FileNotFoundError(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _compile(compiler, threads, path)
+    return ctypes.CDLL(str(path))
 
 
 def _compile(compiler: str, threads: Sequence[str], path: Path) -> None:
@@ -98,6 +110,38 @@ def has_threads() -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+class Faster(msgspec.Struct, frozen=True):
+    """What was measured on this machine, kept in the user's cache folder."""
+
+    attention: bool  # the loop takes less time than PyTorch's kernel
+
+
+@functools.cache
+def attention_is_faster() -> bool:
+    """Whether `attend` is, for eight rows of a usual shape; False without a compiler."""
+    found = library()
+    if found is None:
+        return False
+    return cached("attention", f"{provenance.costs_key()}, {Path(found._name).stem}", Faster, _measured).attention
+
+
+@torch.inference_mode()
+def _measured() -> Faster:
+    query, key, value = (torch.randn(1, heads, rows, 64).bfloat16() for heads, rows in ((9, 8), (3, 128), (3, 128)))
+    mask = torch.zeros(1, 1, 8, 128, dtype=torch.bfloat16)
+    ways = (
+        lambda: attend(query, key, value, mask, 0.125),
+        lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.125, enable_gqa=True),
+    )
+    seconds = [math.inf, math.inf]
+    for _ in range(TIMINGS):
+        for index, way in enumerate(ways):
+            start = time.perf_counter()
+            way()
+            seconds[index] = min(seconds[index], time.perf_counter() - start)
+    return Faster(seconds[0] < seconds[1])
 
 
 def rms_norm(states: Tensor, weight: Tensor, eps: float, most_rows: int = MOST_ROWS) -> Tensor | None:

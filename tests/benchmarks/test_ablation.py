@@ -1,12 +1,11 @@
 """The ablation's common recipe is what it says; the whole script runs on a tiny store."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_scripts import load_script
 from saved_target import save_target, write_conversations
 
 from fledge.drafters.batch import pack
@@ -19,13 +18,7 @@ from fledge.train.trainer import DraftTrainer
 
 @pytest.fixture(scope="module")
 def ablation():
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "ablation.py"
-    spec = importlib.util.spec_from_file_location("ablation", path)
-    assert spec is not None and spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules["ablation"] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded
+    return load_script("ablation")
 
 
 def record(mask: str) -> TargetRecord:

@@ -1,12 +1,11 @@
 """Answers replayed give the rounds of decoding them; the study runs on a tiny store, and goes on where it was."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_scripts import load_script
 from block_reference import tiny_block
 from saved_target import save_target, write_conversations
 from tiny import tiny_draft, tiny_target
@@ -18,21 +17,12 @@ from fledge.drafters.tree import TreeShape
 from fledge.extraction.extract import extract
 from fledge.extraction.settings import ExtractSettings
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 PROMPTS = [[5, 9, 17, 33, 2], [7, 7, 40, 41, 42, 43, 7, 7, 40], [90, 3, 8]]
 
 
 @pytest.fixture(scope="module")
-def replaying(request):
-    return load("replay")
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    sys.modules[name] = loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+def replaying():
+    return load_script("replay")
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -60,7 +50,7 @@ def test_rounds_are_those_of_decoding(replaying, tmp_path, kind, shape, temperat
 
 
 def test_a_tiny_study_runs_and_goes_on(tmp_path, monkeypatch, replaying):
-    study = load("study")
+    study = load_script("study")
     save_target(tmp_path / "target", num_hidden_layers=8)
     write_conversations(tmp_path / "data.jsonl", 24, seed=1)
     extract(ExtractSettings(target=str(tmp_path / "target"), data=[str(tmp_path / "data.jsonl")],
@@ -98,8 +88,16 @@ def test_a_tiny_study_runs_and_goes_on(tmp_path, monkeypatch, replaying):
     assert "eagle3-300-1s-0 T0" in timed
 
 
+def test_a_store_that_is_not_there(monkeypatch, tmp_path, replaying):
+    study = load_script("study")
+    words = ["study", "--target", "t", "--states", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="error: .*nowhere"):
+        study.main()
+
+
 def test_shares(replaying):
-    study = load("study")
+    study = load_script("study")
     answer = replaying.Answer(torch.arange(12), 2, torch.zeros(12, 1, 1), torch.tensor([0.0] * 6 + [1.5] * 6))
     rounds = [replaying.Round(3, 2, 9), replaying.Round(6, 0, 6), replaying.Round(7, 1, 5)]
     assert study.by_position([(answer, rounds)], 3) == [2 / 3, 1 / 2, 0.0]

@@ -85,6 +85,7 @@ def test_experts_in_fp32_say_so(capsys):
 @pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
 def test_it_is_on_by_itself_where_it_costs_nothing(capsys, monkeypatch):
     monkeypatch.setattr(products, "choice_for", lambda _shape, _groups: ProductChoice(True, (2, 4, 4), True))
+    monkeypatch.setattr(native, "attention_is_faster", lambda: True)
     for name, dtype, expected in (
         ("llama", torch.bfloat16, True), ("llama", torch.float32, False), ("gemma2", torch.bfloat16, False),
     ):  # fmt: skip
@@ -94,6 +95,11 @@ def test_it_is_on_by_itself_where_it_costs_nothing(capsys, monkeypatch):
         want_exact(target, False)
         assert is_exact(target) is expected, (name, dtype)
     assert not capsys.readouterr().err
+    slow = fresh_target("llama")
+    accelerate(slow.model, least_bytes=0)
+    monkeypatch.setattr(native, "attention_is_faster", lambda: False)
+    want_exact(slow, False)
+    assert not is_exact(slow)
     want_exact(target, True)
     assert is_exact(target)
 

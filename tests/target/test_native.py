@@ -96,4 +96,32 @@ def test_without_a_compiler(monkeypatch, tmp_path):
         assert native.library() is None
         assert not norms.rms_norms(stock_norm(torch.float32))
         assert not ropes.usual_ropes(module_of(modeling_llama))
+        native.attention_is_faster.cache_clear()
+        assert not native.attention_is_faster()
     native.library.cache_clear()
+    native.attention_is_faster.cache_clear()
+
+
+@needs_compiler
+def test_a_compiler_with_another_openmp(monkeypatch, tmp_path):
+    """Its loops do without threads; everything else is there."""
+    compiler = tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec {shutil.which("cc")} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(native.shutil, "which", lambda _name: str(compiler))
+    monkeypatch.setattr(native, "has_threads", lambda: True)
+    native.library.cache_clear()
+    found = native.library()
+    native.library.cache_clear()
+    assert found is not None and found.attend_bf16
+
+
+@needs_compiler
+def test_attention_is_measured_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path))
+    for faster in (True, False):  # the second is not asked
+        native.attention_is_faster.cache_clear()
+        monkeypatch.setattr(native, "_measured", lambda faster=faster: native.Faster(faster))
+        assert native.attention_is_faster()
+    native.attention_is_faster.cache_clear()

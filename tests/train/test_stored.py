@@ -179,6 +179,17 @@ def test_a_draft_reads_the_taps_it_wants(work, tmp_path):
         assert torch.equal(record.tap_hidden, everything[:, [layer - 1 for layer in taps]])
 
 
+def test_conversations_are_added_to_a_store_with_its_own_taps(work, tmp_path):
+    whole = store(work, tmp_path / "states", ["first.jsonl"], tap_layers=(1, 2, 3, 4, 5))
+    found = open_source(arguments(
+        tmp_path, "--train_hidden_path", whole, "--train_data_path", work / "second.jsonl",
+        "--target_model_name_or_path", work / "target", "--tap_layers", "4", "1",
+    ))  # fmt: skip
+    assert len(found.train) == 24 and found.tap_layers == (4, 1)
+    assert HiddenStore(whole)[47].tap_hidden.shape[1] == 5
+    assert found.to_record(found.train[0]).tap_hidden.shape[1] == 2
+
+
 def test_another_target_s_folder_is_found_by_its_config(work, tmp_path):
     other = save_target(tmp_path / "target", num_hidden_layers=9)
     with pytest.raises(UserError, match="num_hidden_layers differ"):
