@@ -3,6 +3,9 @@
 FORCE_COLOR=1 COLUMNS=100 fledge bench ... --output-dir bench 2> bench.log
 python tools/pictures.py terminal bench.log docs/pictures/bench.svg --command "fledge bench ..."
 python tools/pictures.py report bench/report.html docs/pictures/report.png
+
+docs/pictures/quickstart.svg is of a recording (`script -c "make quickstart"`, --columns 110): the two panels as they
+were drawn last, and the closing table.
 """
 
 import argparse
@@ -15,7 +18,7 @@ from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
-COLUMNS, PAGE, COLOURS = 100, (1180, 1000), 256
+PAGE, COLOURS = (1180, 1000), 256
 THEME = TerminalTheme(
     (13, 17, 23), (230, 237, 243),
     [(72, 79, 88), (255, 123, 114), (86, 211, 100), (227, 179, 65), (121, 192, 255), (210, 168, 255), (86, 212, 221),
@@ -36,10 +39,10 @@ SVG = """<svg xmlns="http://www.w3.org/2000/svg" class="rich-terminal" viewBox="
 """
 
 
-def terminal(log: Path, picture: Path, command: str) -> None:
+def terminal(log: Path, picture: Path, command: str, columns: int) -> None:
     """Draw what a command wrote to a terminal."""
     with Path("/dev/null").open("w") as nowhere:
-        console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True)
+        console = Console(record=True, width=columns, file=nowhere, force_terminal=True)
         console.print(f"$ {command}", markup=False, highlight=False, style="bold")
         console.print(Text.from_ansi(log.read_text(encoding="utf-8").rstrip()))
     picture.write_text(console.export_svg(title="", theme=THEME, code_format=SVG, unique_id="t"), encoding="utf-8")
@@ -63,9 +66,10 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--command", default="", help="the line that a terminal's picture begins with")
+    parser.add_argument("--columns", type=int, default=100, help="of the terminal")
     given = parser.parse_args()
     if given.kind == "terminal":
-        terminal(given.source, given.picture, given.command)
+        terminal(given.source, given.picture, given.command, given.columns)
     else:
         report(given.source, given.picture)
 

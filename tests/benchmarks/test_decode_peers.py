@@ -1,6 +1,5 @@
 """The benchmarks of decoding run on a tiny target: our engines agree, a peer that answers otherwise is found out."""
 
-import importlib.util
 import json
 import sys
 import types
@@ -8,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_scripts import load_script
 from saved_target import save_target
 from tiny import tiny_draft
 
 from fledge.drafters.eagle3.checkpoint import save_draft
 from fledge.target.model import Target
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 FAKE_PEER = """
 import json, sys
 print(json.dumps({"fake": "1"}), flush=True)
@@ -23,16 +22,6 @@ for line in sys.stdin:
     tokens = [5] * (asked["new_tokens"] - 1)
     print(json.dumps({"token_ids": tokens, "accepted": [1, 1], "prefill_s": 1.0, "decode_s": 2.0}), flush=True)
 """
-
-
-def load(name: str, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, loaded)
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +47,7 @@ def run(script: types.ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_our_shapes_agree_and_another_answer_is_seen(folders, monkeypatch, tmp_path):
-    script = load("decode_peers", monkeypatch)
+    script = load_script("decode_peers")
     worker = tmp_path / "worker.py"
     worker.write_text(FAKE_PEER)
     monkeypatch.setattr(script, "WORKER", worker)
@@ -74,7 +63,7 @@ def test_our_shapes_agree_and_another_answer_is_seen(folders, monkeypatch, tmp_p
 
 def test_every_beam_row_has_its_own_scores(monkeypatch):
     """AngelSlim 0.5.0 gives all rows the scores of the first; `as_released` keeps that."""
-    worker = load("decode_peers_worker", monkeypatch)
+    worker = load_script("decode_peers_worker")
 
     class Released:
         top_k = 2
@@ -98,8 +87,8 @@ def test_every_beam_row_has_its_own_scores(monkeypatch):
 
 
 def test_adaptive_decoding_answers_as_plain_decoding_does(folders, monkeypatch):
-    load("decode_peers", monkeypatch)
-    found = run(load("decode_adaptive", monkeypatch), folders, monkeypatch, "--new-tokens", 12, "--tree", 6, 1, 2)
+    load_script("decode_peers")
+    found = run(load_script("decode_adaptive"), folders, monkeypatch, "--new-tokens", 12, "--tree", 6, 1, 2)
     rows = found["results"]
     assert set(rows) == {
         "plain",
