@@ -64,11 +64,11 @@ def quickstart(args: QuickstartArgs) -> None:
     """The whole path on a small real model: answers, head, benchmark, report; about seven minutes on two cores."""
     work = args.output_dir or default_output_dir(args.target)
     with claim(work, WORK, overwrite=args.overwrite):
+        if args.data is not None:
+            check_source(args.data)  # now, not behind a minute of other things
         target = args.target or str(smollm2_files(work / "target"))
         prompts = args.data
-        if prompts is not None:
-            check_source(prompts)  # now, not behind a minute of other things
-        else:
+        if prompts is None:
             prompts = str(work / "prompts.jsonl")
             write_starter_prompts(Path(prompts), args.max_samples)
         if args.prepare_only:
