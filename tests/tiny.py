@@ -5,6 +5,7 @@ are initialised, so that greedy outputs vary instead of repeating one token.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from fledge.drafters.eagle3.config import derive
 from fledge.drafters.eagle3.model import DraftModel
+from fledge.target import native
 from fledge.target.model import Target
+from fledge.target.products import ProductChoice
 
 VOCAB = 128
 WINDOW = 7  # smaller than every test sequence, so that a forgotten sliding mask shows
@@ -139,6 +142,18 @@ def tiny_vocab(vocab_size: int, draft_vocab_size: int, seed: int = 1) -> tuple[T
     t2d = torch.zeros(vocab_size, dtype=torch.bool)
     t2d[chosen] = True
     return chosen - torch.arange(draft_vocab_size), t2d
+
+
+def always_packed(kernel: str) -> Callable[..., ProductChoice]:
+    """In place of `products.choice_for`: this kernel where it takes the layers, else oneDNN's with rows filled up."""
+
+    def choice(_shape: str, groups: Sequence[Sequence[torch.nn.Linear]]) -> ProductChoice:
+        outputs, weight = sum(layer.out_features for layer in groups[0]), groups[0][0].weight
+        if kernel == "loop" and native.can_multiply(outputs, weight.shape[1], weight.dtype):
+            return ProductChoice("loop", (), True)
+        return ProductChoice("onednn", (2, 4, 4), True)
+
+    return choice
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -1,12 +1,12 @@
-"""Small operations and the attention of a decoding step on a CPU, compiled from `native.c` and `attend.c` where a C
-compiler is there.
+"""Small operations, the attention and the products of a decoding step on a CPU, compiled from `native.c`, `attend.c`
+and `multiply.c` where a C compiler is there.
 
 transformers writes norms and rotary embeddings out as chains of eight and eighteen operations. Each of them costs
 microseconds to begin, whatever it computes, and a step has a thousand. A call of `native.c` costs one beginning. It
 rounds where the chain does, so the result is the same to the last bit of a sum's order. A row of the attention has bits
 that depend on what it sees alone, in a fifth to four fifths of the time of PyTorch's kernel where the processor has
-AVX-512 or AVX2; elsewhere it may be slower, so that is measured. Compiled in some four seconds, once per machine and
-source, into the user's cache folder. Without a compiler everything works, slower.
+AVX-512 or AVX2; elsewhere it may be slower, so that is measured. So are the products (`products.py`). Compiled in some
+five seconds, once per machine and source, into the user's cache folder. Without a compiler everything works, slower.
 """
 
 import ctypes
@@ -31,11 +31,13 @@ from fledge.outputs import cache_folder, cached
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
-SOURCES = {"native.c": ("-ffp-contract=off",), "attend.c": ()}  # the first rounds where transformers does
+SOURCES = {"native.c": ("-ffp-contract=off",), "attend.c": (), "multiply.c": ()}  # the first rounds as transformers do
+HEADERS = ("vectors.h",)
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 MOST_ROWS = 64  # with more, PyTorch's threads are worth more
 TIMINGS = 50  # of each way to compute attention; the fastest counts
 WORTH_THREADS = 1 << 17  # products of a call's queries and keys
+BYTES_OF_A_THREAD = 1 << 16  # of a weight: fewer are not worth a thread
 SHARED_ROWS, LANES, MOST_HEAD = 4, 16, 256  # BLOCK, LANES, LANES * MOST_VECTORS of attend.c
 POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 ARGUMENTS: dict[str, list[Any]] = {
@@ -44,6 +46,8 @@ ARGUMENTS: dict[str, list[Any]] = {
     "heads": [POINTER] * 5 + [NUMBER] * 5 + [REAL],
     "gated": [POINTER] * 2 + [NUMBER] * 3,
     "attend": [POINTER] * 7 + [NUMBER] * 16 + [REAL] * 2,
+    "multiply": [POINTER] * 4 + [NUMBER] * 4,
+    "pack": [POINTER] * 2 + [NUMBER] * 3,
 }
 MOST_SIZE = 1024  # of a head that is normed
 
@@ -67,7 +71,7 @@ def library() -> ctypes.CDLL | None:
 
 def _loaded(compiler: str | None, threads: Sequence[str]) -> ctypes.CDLL:
     """The library, compiled before or now."""
-    texts = [(FOLDER / name).read_text() for name in SOURCES]
+    texts = [(FOLDER / name).read_text() for name in (*SOURCES, *HEADERS)]
     facts = [texts, FLAGS, SOURCES, threads, provenance.processor(), compiler or ""]
     path = cache_folder("native") / f"{hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()}.so"
     if not path.is_file():
@@ -79,7 +83,7 @@ def _loaded(compiler: str | None, threads: Sequence[str]) -> ctypes.CDLL:
 
 
 def _compile(compiler: str, threads: Sequence[str], path: Path) -> None:
-    """Both sources at once, then one library. OpenMP is not linked: the process has PyTorch's."""
+    """All sources at once, then one library. OpenMP is not linked: the process has PyTorch's."""
     parts = {name: path.with_name(f"{name}.{os.getpid()}.o") for name in SOURCES}
     building = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -199,6 +203,39 @@ def attend(
         mask_batch, mask_row, parts, scale, softcap or 0.0,
     )  # fmt: skip
     return out
+
+
+# -- products of few rows by a weight ----------------------------------------------------------------------------------
+
+
+def can_multiply(outputs: int, inputs: int, dtype: torch.dtype) -> bool:
+    """Whether `multiply` takes weights of this shape here."""
+    return dtype in NAMES and outputs % LANES == 0 and inputs * dtype.itemsize % 4 == 0 and library() is not None
+
+
+def pack(weight: Tensor) -> Tensor:
+    """weight (C, X) in the order in which `multiply` reads it."""
+    weight = weight.detach().contiguous()
+    out, (outputs, inputs) = torch.empty_like(weight), weight.shape
+    _kernel("pack", NAMES[weight.dtype])(weight.data_ptr(), out.data_ptr(), inputs, outputs, _threads_for(weight))
+    return out
+
+
+def multiply(states: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """states (.., X) by a weight (C, X) that `pack` has made, plus bias (C,): (.., C). A row's bits do not depend on
+    the number of rows."""
+    outputs, inputs = packed.shape
+    states, out = states.contiguous(), torch.empty(*states.shape[:-1], outputs, dtype=packed.dtype)
+    rows = states.numel() // inputs
+    _kernel("multiply", NAMES[packed.dtype])(
+        states.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
+        rows, inputs, outputs, _threads_for(packed),
+    )  # fmt: skip
+    return out
+
+
+def _threads_for(weight: Tensor) -> int:
+    return max(1, min(torch.get_num_threads(), weight.nbytes // BYTES_OF_A_THREAD)) if has_threads() else 1
 
 
 # -- parts of a decoder layer: plain contiguous matrices, rows of zeros behind theirs up to `filled` -------------------

@@ -1,30 +1,32 @@
 """The products of few rows that decoding a token pays for, by weights packed ahead.
 
 On a CPU a decoding step reads every weight once, and PyTorch's products of 1 to 16 rows reach a third of what the
-memory gives: oneDNN brings the weight into its own order in every call. Here that is done once. Microseconds per
-product, one core, AMD EPYC with AVX-512, bf16 / fp32:
+memory gives: oneDNN brings the weight into its own order in every call. Here that is done once, for oneDNN's kernel or
+for the loop of `multiply.c`, which reads a weight in the order of its memory and keeps all sums in registers.
+Microseconds per product, one core, AMD EPYC with AVX-512, weights from memory, bf16; fp32 behind the stroke:
 
-    weight        rows    F.linear         packed
-    576 x 576     1       48 / 119         28 / 103
-    1536 x 576    1       227 / 326        73 / 313
-    1536 x 576    8       295 / 472        175 / 330
-    49152 x 576   1       6760 / 9931      4580 / 7374
-    49152 x 576   4       7750 / 18420     3930 / 6335
+    weight        rows    F.linear         oneDNN, packed   loop
+    3072 x 576    1       453 / 624        257 / 499        150 / 309
+    3072 x 576    8       575 / 949        280 / 550        251 / 420
+    3072 x 576    16      725 / 1390       394 / 778        407 / 669
+    3072 x 576    64      1439 / 3079      1198 / 2264      1245 / 2422
+    49152 x 576   1       6817 / 10381     4047 / 7434      2457 / 5073
+    49152 x 576   8       8742 / 20034     4495 / 8538      3997 / 6680
 
 `accelerate` gives the `nn.Linear` layers of a model another `forward`; the modules, their weights and their state dict
 stay. Layers that multiply the same input (q, k and v; gate and up) are one product. A packed weight is a copy of the
 weight, made at the first product and again when the weight has changed.
 
-*Rows are independent.* The packed kernel gives a row the same bits however many rows are computed with it, F.linear
-does not (in fp32). So one kernel is chosen for all numbers of rows of a shape: packed, unless that is slower. Single
-rows are filled up where their bits would differ, and few rows where more are faster. Both are measured once per
-machine, PyTorch and shape, and kept in the user's cache folder. More than MOST_ROWS rows, a prompt say, gradients,
-autocast and other dtypes take F.linear, the slow twin in the tests.
+*Rows are independent.* The packed kernels give a row the same bits however many rows are computed with it, F.linear
+does not (in fp32). So one kernel is chosen for all numbers of rows of a shape: the faster packed one, unless F.linear
+is faster still. Single rows are filled up where their bits would differ (oneDNN's), and few rows where more are faster.
+All this is measured once per machine, PyTorch and shape, and kept in the user's cache folder. More than MOST_ROWS rows,
+a prompt say, gradients, autocast and other dtypes take F.linear, the slow twin in the tests.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 
 from fledge import provenance
 from fledge.outputs import cached
+from fledge.target import native
 from fledge.target.linear import is_plain, onednn_product
 
 # R rows, X inputs, C outputs
@@ -41,7 +44,7 @@ from fledge.target.linear import is_plain, onednn_product
 MOST_ROWS = 256
 LEAST_BYTES = 4 << 20  # of all weights: smaller models stay in the processor's caches
 MEASURED_BYTES = 64 << 20  # weights that a measurement goes through, so that they come from memory
-ROWS = (1, 2, 4, 8)
+ROWS = (1, 2, 4, 8, 16)
 COMPARED, COMPARED_BYTES = 64, 1 << 28  # rows, or bytes of weights, that are compared for each number of rows
 PACKED_FOR = 32  # rows; what oneDNN is told when it packs
 GAIN = 0.8  # of the time: rows are filled up where that is faster by so much, and F.linear is kept where it is
@@ -49,10 +52,25 @@ TIMINGS, MOST_TIMINGS = 5, 25  # as many where F.linear seems to be faster: it r
 NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+class Kernel(NamedTuple):
+    """A way to multiply by a weight that was packed for it."""
+
+    pack: Callable[[Tensor], Tensor]  # of a weight (C, X)
+    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # inputs (.., X), packed weight, bias (C,): (.., C)
+
+
+def onednn_packed(weight: Tensor) -> Tensor:
+    """A weight (C, X) in oneDNN's own order."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR)
+
+
+KERNELS = {"loop": Kernel(native.pack, native.multiply), "onednn": Kernel(onednn_packed, onednn_product)}
+
+
 class ProductChoice(msgspec.Struct, frozen=True):
     """What was measured to be best for one shape."""
 
-    packed: bool
+    kernel: str | None  # of KERNELS; None: F.linear
     fill: tuple[int, ...]  # how many rows to compute for 1, 2, .. rows
     independent: bool  # a row's bits do not depend on the number of rows
 
@@ -62,6 +80,7 @@ class Product:
 
     def __init__(self, layers: Sequence[nn.Linear], choice: ProductChoice) -> None:
         self.layers, self.choice = tuple(layers), choice
+        self.kernel = KERNELS[choice.kernel or "onednn"]
         self._packed: Tensor | None = None
         self._bias: Tensor | None = None
         self._packed_of: list[tuple[int, int]] = []
@@ -91,23 +110,27 @@ class Product:
     def _computed(self, inputs: Tensor, num_rows: int) -> Tensor:
         self.pack()
         assert self._packed is not None
-        return filled_product(inputs, self._packed, self._bias, self.choice.fill, num_rows)
+        wanted = self.filled(num_rows)
+        if wanted == num_rows:
+            return self.kernel.multiply(inputs.contiguous(), self._packed, self._bias)
+        rows = F.pad(inputs.reshape(num_rows, -1), (0, 0, 0, wanted - num_rows))
+        return self.kernel.multiply(rows, self._packed, self._bias)[:num_rows].view(*inputs.shape[:-1], -1)
 
     def filled(self, num_rows: int) -> int:
         """How many rows to compute for so many."""
-        return filled(self.choice.fill, num_rows)
+        return self.choice.fill[num_rows - 1] if num_rows <= len(self.choice.fill) else num_rows
 
     def of_filled(self, inputs: Tensor) -> Tensor:
         """inputs (R, X), filled up already, by the weights of all layers side by side: (R, C)."""
         assert self._packed is not None, "packed by those who call this"
-        return onednn_product(inputs, self._packed, self._bias)
+        return self.kernel.multiply(inputs, self._packed, self._bias)
 
     def pack(self) -> None:
         """Pack the weights, again where a weight has changed."""
         weights = [layer.weight for layer in self.layers]
         now = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
         if now != self._packed_of:
-            self._packed, self._packed_of = packed(joined(weights)), now
+            self._packed, self._packed_of = self.kernel.pack(joined(weights)), now
             self._bias = joined([layer.bias for layer in self.layers]) if self.layers[0].bias is not None else None
 
 
@@ -133,7 +156,7 @@ def accelerate(model: nn.Module, *, least_bytes: int = LEAST_BYTES) -> None:
         by_shape.setdefault(_shape(group), []).append(group)
     for shape, alike in by_shape.items():
         choice = choice_for(shape, alike)
-        for group in alike if choice.packed else ():
+        for group in alike if choice.kernel else ():
             product = Product(group, choice)
             for place, layer in enumerate(group):
                 vars(layer)["forward"] = PackedForward(product, place)
@@ -168,29 +191,9 @@ def neighbours(model: nn.Module) -> Iterator[list[nn.Linear]]:
                 yield [child]
 
 
-def packed(weight: Tensor) -> Tensor:
-    """A weight (C, X) in oneDNN's own order."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR)
-
-
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """Weights or biases of several layers as those of one."""
     return parts[0].detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
-
-
-def filled(fill: Sequence[int], num_rows: int) -> int:
-    return fill[num_rows - 1] if num_rows <= len(fill) else num_rows
-
-
-def filled_product(
-    inputs: Tensor, packed_weight: Tensor, bias: Tensor | None, fill: Sequence[int], num_rows: int
-) -> Tensor:
-    """inputs (.., X) by a packed weight (C, X), with rows of zeros where `fill` asks for more."""
-    wanted = filled(fill, num_rows)
-    if wanted == num_rows:
-        return onednn_product(inputs.contiguous(), packed_weight, bias)
-    rows = F.pad(inputs.reshape(num_rows, -1), (0, 0, 0, wanted - num_rows))
-    return onednn_product(rows, packed_weight, bias)[:num_rows].view(*inputs.shape[:-1], -1)
 
 
 # -- what is best, measured --------------------------------------------------------------------------------------------
@@ -204,38 +207,56 @@ def choice_for(shape: str, groups: Sequence[Sequence[nn.Linear]]) -> ProductChoi
 
 @torch.inference_mode()
 def measured_choice(groups: Sequence[Sequence[nn.Linear]]) -> ProductChoice:
-    """Compare F.linear and the packed product of such layers."""
+    """Compare F.linear and the packed products of such layers."""
     weights = [joined([layer.weight for layer in group]) for group in groups]
     weights = weights[: max(1, MEASURED_BYTES // weights[0].nbytes)]
-    try:
-        ready = [packed(weight) for weight in weights]
-        least = least_rows(ready[0], weights[0])
-    except RuntimeError:  # oneDNN has no such product for this processor
-        return ProductChoice(False, (), False)
+    kernels, ready = _kernels_for(weights[0]), {}
+    for name in tuple(kernels):
+        try:
+            ready[name] = [kernels[name].pack(weight) for weight in weights]
+            kernels[name].multiply(weights[0].new_ones(1, weights[0].shape[1]), ready[name][0], None)
+        except RuntimeError:  # oneDNN has no such product for this processor
+            del kernels[name]
+    if not kernels:
+        return ProductChoice(None, (), False)
 
     def stock(rows: int) -> None:
         for weight in weights:
             F.linear(inputs[rows], weight)
 
-    def ahead(rows: int) -> None:
-        for weight in ready:
-            onednn_product(inputs[rows], weight)
+    def ahead(name: str) -> Callable[[int], None]:
+        def product(rows: int) -> None:
+            for weight in ready[name]:
+                kernels[name].multiply(inputs[rows], weight, None)
+
+        return product
 
     inputs = {rows: weights[0].new_ones(rows, weights[0].shape[1]) for rows in ROWS}
-    calls: list[tuple[Callable[[int], None], int]] = [(ahead, rows) for rows in ROWS]
-    calls += [(stock, ROWS[0]), (stock, ROWS[-1])]
+    calls = [(stock, ROWS[0]), (stock, ROWS[-1])] + [(ahead(name), rows) for name in kernels for rows in ROWS]
     seconds = np.full(len(calls), np.inf)
     for turn in range(MOST_TIMINGS + 1):
         now = [_seconds(call, rows) for call, rows in calls]
         seconds = np.minimum(seconds, now) if turn else seconds  # the first turn makes things ready
-        ahead_s, stock_s = seconds[: len(ROWS)], seconds[len(ROWS) :]
-        faster = bool(GAIN * (ahead_s[0] + ahead_s[-1]) < stock_s.sum())
+        by_kernel = dict(zip(kernels, seconds[2:].reshape(-1, len(ROWS)), strict=True))
+        best = min(by_kernel, key=lambda name: by_kernel[name].sum())
+        faster = bool(GAIN * by_kernel[best][[0, -1]].sum() < seconds[:2].sum())
         if turn >= TIMINGS and faster:
             break
-    return ProductChoice(faster, _best_fill(ahead_s, least or 1), least is not None)
+    if not faster:
+        return ProductChoice(None, (), False)
+    least = least_rows(kernels[best], weights[0])
+    fill = _best_fill(by_kernel[best], least or 1) if best == "onednn" else ()
+    return ProductChoice(best, fill, least is not None)
 
 
-def least_rows(packed_weight: Tensor, weight: Tensor) -> int | None:
+def _kernels_for(weight: Tensor) -> dict[str, Kernel]:
+    """Those of KERNELS that take such a weight."""
+    loop = native.can_multiply(weight.shape[0], weight.shape[1], weight.dtype)
+    can = {"loop": loop, "onednn": torch.backends.mkldnn.is_available()}
+    return {name: kernel for name, kernel in KERNELS.items() if can[name]}
+
+
+def least_rows(kernel: Kernel, weight: Tensor) -> int | None:
     """The fewest rows from which on a row's bits do not depend on how many there are; None where they always do.
 
     Sums in two orders often round to the same bf16 number. So many rows are compared, of numbers of very different
@@ -244,13 +265,14 @@ def least_rows(packed_weight: Tensor, weight: Tensor) -> int | None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(MOST_ROWS, weight.shape[1], generator=generator)
     inputs = (inputs * torch.randn(inputs.shape, generator=generator).mul(2).exp()).to(weight.dtype)
-    whole = onednn_product(inputs, packed_weight)
+    packed = kernel.pack(weight)
+    whole = kernel.multiply(inputs, packed, None)
     pieces = min(COMPARED, max(2, COMPARED_BYTES // weight.nbytes))
     least = 1
     for rows in (1, 2, 3, 4, 6, 8, 16, 32, 64, 128):
         for start in range(0, min(MOST_ROWS, rows * pieces) - rows + 1, rows):
             part = slice(start, start + rows)
-            if not torch.equal(onednn_product(inputs[part], packed_weight), whole[part]):
+            if not torch.equal(kernel.multiply(inputs[part], packed, None), whole[part]):
                 least = rows + 1
                 break
     return least if least <= ROWS[-1] else None
@@ -290,11 +312,10 @@ def _shape(group: Sequence[nn.Linear]) -> str:
 
 
 def _can_be_packed(module: nn.Module) -> bool:
-    """A plain linear layer in memory, of a dtype that oneDNN packs."""
-    if type(module) is not nn.Linear or not torch.backends.mkldnn.is_available():
+    """A plain linear layer in memory, of a dtype that a kernel packs."""
+    if type(module) is not nn.Linear or not is_plain(module.weight) or module.weight.device.type != "cpu":
         return False
-    weight = module.weight
-    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and is_plain(weight)
+    return module.weight.dtype in native.NAMES
 
 
 def _suits(inputs: Tensor, weight: Tensor) -> bool:

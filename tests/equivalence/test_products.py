@@ -3,12 +3,12 @@ them. Row counts differ between the two ways to decode, so this is also about ro
 
 import pytest
 import torch
-from tiny import NAMES, prompt, tiny_draft, tiny_model, tiny_target
+from tiny import NAMES, always_packed, prompt, tiny_draft, tiny_model, tiny_target
 
 from fledge.decoding.generate import Sampling, TreeShape, generate
 from fledge.target import products
 from fledge.target.model import Target
-from fledge.target.products import ProductChoice, accelerate, is_packed
+from fledge.target.products import KERNELS, accelerate, is_packed
 
 TREES = (TreeShape(8, 2, 3), TreeShape(6, 4, 1))
 
@@ -25,11 +25,12 @@ def is_packed_anywhere(model: torch.nn.Module) -> bool:
     return any(map(is_packed, model.modules()))
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", NAMES)
-def test_tokens_are_the_stock_models(name, monkeypatch):
+def test_tokens_are_the_stock_models(name, kernel, monkeypatch):
     expected = answers(tiny_target(name))
     target = Target(tiny_model(name), tap_layers=tiny_target(name).tap_layers)
-    monkeypatch.setattr(products, "choice_for", lambda _shape, _groups: ProductChoice(True, (2, 4, 4), True))
+    monkeypatch.setattr(products, "choice_for", always_packed(kernel))
     accelerate(target.model, least_bytes=0)
     assert is_packed_anywhere(target.model)
     assert answers(target) == expected

@@ -8,14 +8,14 @@ import functools
 
 import pytest
 import torch
-from tiny import HYBRIDS, NAMES, VOCAB, ScriptedDraft, prompt, tiny_draft, tiny_model
+from tiny import HYBRIDS, NAMES, VOCAB, ScriptedDraft, always_packed, prompt, tiny_draft, tiny_model
 
 from fledge.decoding import exact
 from fledge.decoding.exact import differing_nodes, is_exact, want_exact
 from fledge.decoding.generate import Sampling, TreeShape, generate, generate_batch, seeded
 from fledge.target import native, products
 from fledge.target.model import Target
-from fledge.target.products import ProductChoice, accelerate
+from fledge.target.products import accelerate
 
 ROUTED = ("qwen3_moe", "hunyuan_v1_moe", "gpt_oss", "deepseek_v3")  # how many rows an expert gets depends on the others
 NEW = 24
@@ -84,7 +84,7 @@ def test_experts_in_fp32_say_so(capsys):
 
 @pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
 def test_it_is_on_by_itself_where_it_costs_nothing(capsys, monkeypatch):
-    monkeypatch.setattr(products, "choice_for", lambda _shape, _groups: ProductChoice(True, (2, 4, 4), True))
+    monkeypatch.setattr(products, "choice_for", always_packed("loop"))
     monkeypatch.setattr(native, "attention_is_faster", lambda: True)
     for name, dtype, expected in (
         ("llama", torch.bfloat16, True), ("llama", torch.float32, False), ("gemma2", torch.bfloat16, False),

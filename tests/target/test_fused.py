@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import NAMES, WINDOW, prompt, tiny_model, tiny_target
+from tiny import NAMES, WINDOW, always_packed, prompt, tiny_model, tiny_target
 from torch import nn
 
 from fledge.decoding.verifier import AttentionVerifier, Lengths
@@ -10,7 +10,7 @@ from fledge.drafters.tree import Trees
 from fledge.target import native, products
 from fledge.target.fused import FusedLayer, fused, fused_layers
 from fledge.target.model import Target
-from fledge.target.products import ProductChoice, accelerate
+from fledge.target.products import accelerate
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
 
@@ -19,9 +19,9 @@ BESIDE_ITS_MLP = {"qwen3_moe"}
 PREFIX = 9
 
 
-@pytest.fixture(autouse=True)
-def always_packed(monkeypatch):
-    monkeypatch.setattr(products, "choice_for", lambda _shape, _groups: ProductChoice(True, (2, 4, 4), True))
+@pytest.fixture(autouse=True, params=["onednn", "loop"])
+def packed_by(request, monkeypatch):
+    monkeypatch.setattr(products, "choice_for", always_packed(request.param))
 
 
 def target_of(name: str, dtype: torch.dtype = torch.float32) -> Target:

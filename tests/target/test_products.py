@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fledge.target import products
+from fledge.target import native, products
 from fledge.target.linear import head_logits
-from fledge.target.products import ProductChoice, accelerate, is_packed, measured_choice
+from fledge.target.products import KERNELS, Kernel, ProductChoice, accelerate, is_packed, least_rows, measured_choice
 
-ALWAYS = ProductChoice(True, (4, 4), True)  # one and two rows are filled up to four
+ALWAYS = ProductChoice("onednn", (4, 4), True)  # one and two rows are filled up to four
+LOOP = ProductChoice("loop", (), True)
 DTYPES = (torch.float32, torch.bfloat16)
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
 
 
 class Block(nn.Module):
@@ -30,9 +33,19 @@ class Block(nn.Module):
         return [layer(inputs) for layer in self.children()]
 
 
-@pytest.fixture
-def always(monkeypatch):
-    monkeypatch.setattr(products, "choice_for", lambda _shape, _groups: ALWAYS)
+@pytest.fixture(params=[ALWAYS, pytest.param(LOOP, marks=needs_compiler)], ids=["onednn", "loop"])
+def always(request, monkeypatch):
+    monkeypatch.setattr(products, "choice_for", lambda _shape, _groups: request.param)
+    return request.param.kernel
+
+
+def replaced(monkeypatch, name: str, multiply) -> None:
+    """Another product in this kernel's place; the other kernel is taken away."""
+    monkeypatch.setattr(products, "KERNELS", {name: Kernel(KERNELS[name].pack, multiply)})
+
+
+def noting(calls: list[torch.Tensor], kernel: Kernel) -> Kernel:
+    return Kernel(kernel.pack, lambda *args: calls.append(args[0]) or kernel.multiply(*args))
 
 
 @torch.inference_mode()
@@ -59,8 +72,10 @@ def test_neighbours_are_one_product_of_one_input(always, monkeypatch):
     block = Block()
     accelerate(block, least_bytes=0)
     calls: list[torch.Tensor] = []
-    product = products.onednn_product
-    monkeypatch.setattr(products, "onednn_product", lambda *args: calls.append(args[0]) or product(*args))
+    for layer in block.children():
+        product = vars(layer)["forward"].product
+        if product.kernel is KERNELS[always]:
+            product.kernel = noting(calls, product.kernel)
     one, other = torch.randn(4, 96), torch.randn(4, 96)
     with torch.inference_mode():
         block.q_proj(one), block.k_proj(one), block.v_proj(one)
@@ -72,47 +87,75 @@ def test_neighbours_are_one_product_of_one_input(always, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_has_the_same_bits_in_any_company(dtype):
+@pytest.mark.parametrize("name", ["onednn", pytest.param("loop", marks=needs_compiler)])
+def test_a_row_has_the_same_bits_in_any_company(monkeypatch, name, dtype):
     """What makes speculative decoding emit plain decoding's tokens: a row alone and one of many are the same."""
+    replaced(monkeypatch, name, KERNELS[name].multiply)
     torch.manual_seed(0)
     layer = nn.Linear(192, 320, bias=False, dtype=dtype).requires_grad_(False)
     choice = measured_choice([[layer]])
+    assert choice.independent or name == "onednn"
     if not choice.independent:
-        pytest.skip("oneDNN's products depend on the number of rows here")
-    inputs, weight = torch.randn(200, 192, dtype=dtype), products.packed(layer.weight)
+        pytest.skip("F.linear is faster here, or oneDNN's products depend on the number of rows")
+    product = products.Product([layer], choice)
+    inputs = torch.randn(200, 192, dtype=dtype)
     with torch.inference_mode():
-        many = products.filled_product(inputs, weight, None, choice.fill, 200)
+        many = product.of(0, inputs)
         for rows in (1, 2, 3, 4, 5, 7, 8, 9, 16, 31, 64):
-            few = products.filled_product(inputs[:rows], weight, None, choice.fill, rows)
-            assert torch.equal(few, many[:rows]), rows
+            assert torch.equal(product.of(0, inputs[:rows]), many[:rows]), rows
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs", [16, 48, 336, 2064])
+@pytest.mark.parametrize("threads", [1, 2])
+@torch.inference_mode()
+def test_the_loop_is_the_product_for_every_number_of_rows(monkeypatch, dtype, outputs, threads):
+    """Every tile of `multiply.c` and every remainder, beside exact sums."""
+    monkeypatch.setattr(native, "BYTES_OF_A_THREAD", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        generator = torch.Generator().manual_seed(outputs)
+        weight, bias = torch.randn(outputs, 70, generator=generator), torch.randn(outputs, generator=generator)
+        inputs = torch.randn(45, 70, generator=generator)
+        weight, bias, inputs = weight.to(dtype), bias.to(dtype), inputs.to(dtype)
+        packed, exact = native.pack(weight), inputs.double() @ weight.double().T + bias.double()
+        whole = native.multiply(inputs, packed, bias)
+        tolerance = 1e-4 if dtype == torch.float32 else 2**-8 * exact.abs().max()
+        assert (whole.double() - exact).abs().max() <= tolerance
+        for rows in range(1, 46):
+            assert torch.equal(native.multiply(inputs[-rows:], packed, bias), whole[-rows:]), rows
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_dependence_on_the_number_of_rows_is_noticed(monkeypatch):
     """A kernel whose single rows differ is filled up; one whose rows always differ is called dependent."""
     layer = nn.Linear(32, 32, bias=False).requires_grad_(False)
-    product = products.onednn_product
+    product = KERNELS["onednn"].multiply
+    monkeypatch.setattr(products, "GAIN", 1e-9)  # however slow it is here
 
     def differing(most: int):
-        return lambda x, weight: product(x, weight) + (len(x) if len(x) <= most else 0)
+        return lambda x, weight, bias: product(x, weight, bias) + (len(x) if len(x) <= most else 0)
 
-    monkeypatch.setattr(products, "onednn_product", differing(1))
+    replaced(monkeypatch, "onednn", differing(1))
     assert measured_choice([[layer]]).fill[0] >= 2
-    monkeypatch.setattr(products, "onednn_product", differing(1 << 10))
+    replaced(monkeypatch, "onednn", differing(1 << 10))
     assert not measured_choice([[layer]]).independent
 
 
-def test_a_difference_that_few_rows_show_is_noticed(monkeypatch):
+def test_a_difference_that_few_rows_show_is_noticed():
     """Of SmolLM2's down_proj in bf16 one row in twelve shows that single rows are summed in another order. One random
     row was compared, and the product was called independent."""
     layer = nn.Linear(32, 32, bias=False, dtype=torch.bfloat16).requires_grad_(False)
-    product, asked = products.onednn_product, []
+    asked: list[int] = []
 
-    def differing(inputs, weight):
+    def differing(inputs, weight, bias):
         asked.append(len(inputs))
-        return product(inputs, weight) + (asked.count(1) == 12 and len(inputs) == 1)
+        return KERNELS["onednn"].multiply(inputs, weight, bias) + (asked.count(1) == 12 and len(inputs) == 1)
 
-    monkeypatch.setattr(products, "onednn_product", differing)
-    assert products.least_rows(products.packed(layer.weight), layer.weight) == 2
+    assert least_rows(Kernel(KERNELS["onednn"].pack, differing), layer.weight) == 2
 
 
 def test_it_follows_its_weights(always):
@@ -145,9 +188,9 @@ def test_what_is_left_to_pytorch(always, monkeypatch):
     """Gradients, many rows, other dtypes and autocast."""
     block = Block().requires_grad_(True)
     accelerate(block, least_bytes=0)
-    used: list[int] = []
-    product = products.onednn_product
-    monkeypatch.setattr(products, "onednn_product", lambda *args: used.append(1) or product(*args))
+    used: list[torch.Tensor] = []
+    product = vars(block.o_proj)["forward"].product
+    product.kernel = noting(used, product.kernel)
     few = torch.randn(2, 96)
     block.o_proj(few).sum().backward()
     assert block.o_proj.weight.grad is not None
@@ -188,14 +231,14 @@ def test_a_choice_is_measured_once_per_machine(monkeypatch, tmp_path):
 
 def test_a_slower_kernel_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path))
-    monkeypatch.setattr(products, "choice_for", lambda _shape, _groups: ProductChoice(False, (), True))
+    monkeypatch.setattr(products, "choice_for", lambda _shape, _groups: ProductChoice(None, (), True))
     block = Block()
     accelerate(block, least_bytes=0)
     assert not any(map(is_packed, block.children()))
 
 
 def test_a_packed_head_gives_the_logits(always):
-    head = nn.Linear(16, 5000, bias=False).requires_grad_(False)
+    head = nn.Linear(16, 5008, bias=False).requires_grad_(False)
     hidden = torch.randn(3, 16)
     with torch.inference_mode():
         expected = head_logits(head, hidden)
