@@ -24,11 +24,11 @@ from fledge.decoding.verifier import AttentionVerifier, Lengths, Verifier
 from fledge.drafters.tree import Trees, ancestors_of, chains
 from fledge.outputs import cached
 from fledge.target import native
-from fledge.target.fused import fused_layers
+from fledge.target.fused import fused_layers, sums_alone
 from fledge.target.model import Target
-from fledge.target.products import accelerate, is_packed
+from fledge.target.products import accelerate, is_independent, is_packed
 
-ENGINE = 1  # one more when the engine computes in another way, and findings that are kept no longer hold
+ENGINE = 2  # one more when the engine computes in another way, and findings that are kept no longer hold
 LEVELS = 5  # of the self-test
 WIDTH = 8  # nodes of every level but the root's
 LENGTH = 44  # of its prompt
@@ -66,14 +66,13 @@ def is_exact(target: Target) -> bool:
 
 
 def costs_nothing(target: Target) -> bool:
-    """On a CPU in bf16, where the compiled attention has one order anyhow, and few rows are filled up anyhow."""
+    """On a CPU, where all products and the attention are compiled loops: those have one order anyhow."""
     if target not in _free:
         accelerate(target.model)
-        sizes = [layer.size for layer in fused_layers(target.model, target.layers)]
-        whole = len(sizes) == target.num_layers and not any(size % native.LANES for size in sizes)
-        _free[target] = (
-            whole and target.dtype is torch.bfloat16 and native.attention_is_faster() and ability_of(target).own_cache
-        )  # fmt: skip
+        layers = fused_layers(target.model, target.layers)
+        alone = sums_alone(target.model, layers, target.num_layers)
+        alone = alone and not any(layer.size % native.LANES for layer in layers)
+        _free[target] = alone and native.attention_is_faster() and ability_of(target).own_cache
     return _free[target]
 
 
@@ -81,8 +80,9 @@ def key_of(target: Target) -> str:
     """What the bits depend on: machine, library, kernels and shapes."""
     accelerate(target.model)
     linear = [module for module in target.model.modules() if isinstance(module, torch.nn.Linear)]
-    packed = sum(map(is_packed, linear))
-    kernels = f"{packed} of {len(linear)} packed, {'compiled' if native.library() else 'by rows'}, engine {ENGINE}"
+    packed, alone = sum(map(is_packed, linear)), sum(map(is_independent, linear))
+    attention = "compiled" if native.library() else "by rows"
+    kernels = f"{packed} of {len(linear)} packed, {alone} by loops, attention {attention}, engine {ENGINE}"
     return f"{provenance.costs_key(target.model)}, {target.dtype}, {target.device.type}, {kernels}"
 
 

@@ -26,7 +26,7 @@ from fledge.decoding.cache import TargetCache, layout_of
 from fledge.decoding.masks import Masks, kinds_of
 from fledge.drafters.tree import Trees, filled_up
 from fledge.target import native
-from fledge.target.fused import fused, fused_layers
+from fledge.target.fused import fused, fused_layers, sums_alone
 from fledge.target.model import Target
 from fledge.target.norms import as_one_kernel, rms_norms
 from fledge.target.record import TargetOutput
@@ -97,7 +97,9 @@ class AttentionVerifier:
     def __init__(self, target: Target, batch: int, capacity: int, *, exact: bool = False) -> None:
         """`exact`: the logits of a node are the same bits whatever is computed beside it (`exact.py`)."""
         config = target.text_config
-        self._exact, self._fills_rows = exact, exact and target.dtype == torch.float32
+        self._layers = fused_layers(target.model, target.layers)
+        self._exact = exact
+        self._fills = exact and not sums_alone(target.model, self._layers, target.num_layers)
         self.one_by_one = exact  # a prompt is other bits beside another one
         self._target = weakref.ref(target)
         self.cache = TargetCache(layout_of(target), target.num_layers, batch, self._with_filling(capacity))
@@ -109,7 +111,6 @@ class AttentionVerifier:
         )  # fmt: skip
         self._ropes = [module for module in target.model.modules() if _is_dynamic(getattr(module, "rope_type", ""))]
         self._norms, self._rotations = rms_norms(target.model), usual_ropes(target.model)
-        self._layers = fused_layers(target.model, target.layers)
         self._runs = False
 
     @property
@@ -132,7 +133,7 @@ class AttentionVerifier:
         before = [module.rope_type for module in self._ropes]
         attention = decoding_attention(self.target.model, self.target.text_config)
         most_rows = sys.maxsize if self._exact else native.MOST_ROWS
-        norms, layers = as_one_kernel(self._norms, most_rows), fused(self._layers, most_rows)
+        norms, layers = as_one_kernel(self._norms, most_rows), fused(self._layers)
         with torch.inference_mode(), attention, norms, one_operation(self._rotations), layers:
             for module in self._ropes:
                 module.rope_type = _frozen(module.rope_type)
@@ -146,7 +147,7 @@ class AttentionVerifier:
 
     def _with_filling(self, capacity: int) -> int:
         """Cache rows for sequences of so many."""
-        return capacity + ROWS if self._exact else capacity
+        return capacity + ROWS if self._fills else capacity
 
     def reserve(self, capacity: int) -> None:
         self.cache.reserve(self._with_filling(capacity))
@@ -177,7 +178,7 @@ class AttentionVerifier:
     def verify(self, trees: Trees, lengths: Lengths, num_keys: int, *, taps: bool) -> TargetOutput:
         """See `Verifier`. Positions past the target's last one belong to nodes that cannot be emitted."""
         asked = trees.num_nodes
-        if self._exact:
+        if self._fills:
             trees = self._filled(trees)
         num_keys += trees.num_nodes - asked
         batch, num_nodes = trees.token_ids.shape
@@ -195,18 +196,19 @@ class AttentionVerifier:
             return self._forward(trees.token_ids, positions, mask, taps).first(asked)
 
     def _filled(self, trees: Trees) -> Trees:
-        """Products of fewer than ROWS rows sum in another order; in fp32 those of any number that is no multiple."""
+        """Products of fewer than ROWS rows sum in another order; in fp32 those of any number that is no multiple. Not
+        those of `multiply.c`."""
         batch, num_nodes = trees.token_ids.shape
-        if self._fills_rows:
+        if self.target.dtype is torch.float32:
             return filled_up(trees, ROWS)
         return filled_up(trees, -(-ROWS // batch)) if batch * num_nodes < ROWS else trees
 
     def head(self, last_hidden: Tensor) -> Tensor:
         """See `Verifier`."""
-        if not self._exact:
+        if not self._fills:
             return self.target.head(last_hidden)
         rows = last_hidden.flatten(0, -2)
-        missing = -len(rows) % ROWS if self._fills_rows or len(rows) < ROWS else 0
+        missing = -len(rows) % ROWS if self.target.dtype is torch.float32 or len(rows) < ROWS else 0
         if not missing:
             return self.target.head(last_hidden)
         logits = self.target.head(F.pad(rows, (0, 0, 0, missing)))[: len(rows)]

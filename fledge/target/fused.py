@@ -1,15 +1,16 @@
-"""Decoder layers of stock models as few large operations, while a CPU decodes.
+"""Decoder layers of stock models as two operations and their attention, while a CPU decodes.
 
-Of a step of SmolLM2 (bf16, two cores) the products take 16 ms, and 14 ms went to the beginnings of eight hundred small
-operations and to the Python between them. Here a layer is its four products (`products.py`), its attention function and
-six calls of `native.c`:
+Of a step of SmolLM2 (bf16, two cores) the products take 10 ms, and 14 ms went to the beginnings of eight hundred small
+operations and to the Python between them. Here a layer is two calls of `native.c`, with its attention function and the
+cache between them:
 
-    norm | q k v | norm and rope of q, of k | cache, attention | o | add, norm | gate up | silu, times | down | add
+    norm | q k v | norm and rope of q, of k;   o | norm | add, norm | gate up | silu or gelu, times | down | norm | add
 
-A layer that may be built like Llama's has these parts under these names. Whether it computes what they make together is
-asked of it: on random states, the stock layer and ours must give the cache, the attention function and the next layer
-the same numbers. What the layer hands to its attention function beside them (a window, a soft cap, sinks) is noted then
-and handed on. Other layers, prompts and gradients take the stock forward, the slow twin in the tests.
+A layer that may be built like Llama's, Gemma's, Hunyuan's or Granite's has these parts under these names, some of them
+none. Whether it computes what they make together is asked of it: on random states, the stock layer and ours must give
+the cache, the attention function and the next layer the same numbers. What the layer hands to its attention function
+beside them (a window, a soft cap, sinks) is noted then and handed on. Layers whose products are not those of
+`multiply.c`, others, prompts and gradients take the stock forward, the slow twin in the tests.
 """
 
 import inspect
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fledge.target import native
-from fledge.target.norms import rms_norms
-from fledge.target.products import MOST_ROWS, product_of
+from fledge.target.norms import eps_of, rms_norms
+from fledge.target.products import MOST_ROWS, Product, is_independent, product_of
 
 # B sequences, S rows, R = B S, H hidden size, h query heads, g key heads, d head_dim
 
@@ -32,6 +33,7 @@ CACHE_NAMES = ("cache", "past_key_values")  # of transformers since 5.20 and bef
 OWN_ARGUMENTS = {"attention_mask", "position_embeddings", *CACHE_NAMES}  # not for the attention function to know
 NOTED = "fledge_noted"
 TRIED = ((1, 1), (2, 3))  # B, S
+HEAD_NORMS = ("query_norm", "key_norm")
 SCALE = 0.05  # of the states that are tried: what a layer adds is not lost beside them
 FIRST_POSITION = 1 << 20  # far enough that a factor which grows with the position shows
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest number: rounding
@@ -44,98 +46,96 @@ class NoSuchLayer(Exception):
 class FusedLayer:
     """The `forward` of a decoder layer."""
 
-    def __init__(self, layer: Any, norms: Sequence[nn.Module], most_rows: int = native.MOST_ROWS) -> None:
-        """`norms`: modules known to be RMS norms. Raises NoSuchLayer."""
-        self.layer, self.most_rows = layer, most_rows
-        self.turns = Turns()
-        self.attention = attention = _part(layer, "self_attn")
-        self.mlp = mlp = _part(layer, "mlp")
-        projections = [_part(attention, f"{name}_proj") for name in "qkvo"]
-        gates: list[Any] = [getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down")]
-        self.qkv, self.output = product_of(*projections[:3]), product_of(projections[3])
-        self.gate_up, self.down = (product_of(*gates[:2]), product_of(gates[2])) if None not in gates else (None, None)
-        if not _is_silu(getattr(mlp, "act_fn", None)):
-            self.gate_up = None
-        outer = [_part(layer, name) for name in ("input_layernorm", "post_attention_layernorm")]
-        inner = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-        if self.qkv is None or self.output is None or any(one not in norms for one in [*outer, *inner] if one):
+    def __init__(self, layer: Any, norms: Mapping[nn.Module, bool]) -> None:
+        """`norms`: modules known to be RMS norms, with whether they scale by 1 + weight. Raises NoSuchLayer."""
+        self.layer, self.turns = layer, Turns()
+        self.attention, self.mlp = attention, mlp = _part(layer, "self_attn"), _part(layer, "mlp")
+        self.norms = _norms_of(layer, attention)
+        used = [norm for norm in self.norms.values() if norm is not None]
+        kinds = {(norms.get(norm), eps_of(norm)) for norm in used}
+        if len(kinds) > 1 or not all(norm in norms for norm in used):
             raise NoSuchLayer
-        self.norms = [_numbers(one) for one in outer]
-        self.head_norms = [(None, 0.0) if one is None else _numbers(one) for one in inner]
-        self.size: int = getattr(attention, "head_dim", 0)
-        others = [weight for weight, _ in self.head_norms if weight is not None and len(weight) != self.size]
-        if not 0 < self.size <= native.MOST_SIZE or self.size % 2 or others:  # what `native.heads` could not hold
+        self.one_more, self.eps = kinds.pop() if kinds else (False, 0.0)
+        qkv = _together(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
+        mix, gates = _together(attention, ("o_proj",)), _together(mlp, ("gate_proj", "up_proj"), "gate_up_proj")
+        down = _together(mlp, ("down_proj",))
+        activation = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
+        self.activation = _activation(activation)
+        if qkv is None or mix is None:
             raise NoSuchLayer
-        sizes = [projection.out_features for projection in projections[:3]]
-        self.starts, self.num_heads = (0, sizes[0], sum(sizes[:2])), [size // self.size for size in sizes]
+        self.products = {"qkv": qkv, "mix": mix}
+        if gates and down and self.activation and not down.layers[0].in_features % native.LANES:
+            self.products |= {"gate_up": gates, "down": down}
+        self.size = size = int(getattr(attention, "head_dim", 0))
+        hidden, mixed = qkv.layers[0].in_features, mix.layers[0].in_features
+        heads, outputs = mixed // max(size, 1), sum(layer.out_features for layer in qkv.layers)
+        groups = (outputs // max(size, 1) - heads) // 2
+        others = [norm for name in HEAD_NORMS if (norm := self.norms[name]) is not None and len(_weight(norm)) != size]
+        if not 0 < size <= native.MOST_SIZE or size % 2 or others or (heads + 2 * groups) * size != outputs:
+            raise NoSuchLayer
+        self.shape = {"hidden": hidden, "heads": heads, "groups": groups, "size": size}
+        self.dtype = qkv.layers[0].weight.dtype
+        self.facts = self._facts()
         self.constants: dict[str, Any] = {}  # what the attention function is given that the layer is not
-        fused_mlp = [mlp, mlp.act_fn, *gates] if self.fuses_mlp else []
-        self._bypassed = [one for one in [attention, *projections, *outer, *inner, *fused_mlp] if one is not None]
+        layers = [one for product in self.products.values() for one in product.layers]
+        self._bypassed = [attention, *layers, *used, *([mlp, activation] if self.fuses_mlp else [])]
 
     @property
     def fuses_mlp(self) -> bool:
-        return self.gate_up is not None and self.down is not None
+        return "down" in self.products
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = next((kwargs[name] for name in CACHE_NAMES if name in kwargs), None)
-        turns = kwargs.get("position_embeddings")
+        turns: Any = kwargs.get("position_embeddings")
         if args or cache is None or torch.is_grad_enabled() or not self._suits(hidden_states, turns):
             return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
-        shape = hidden_states.shape
-        states = hidden_states.reshape(-1, shape[-1]).contiguous()
-        added = self._attended(states, shape[:2], cache, turns, kwargs)
-        num_rows, norm = len(states), self.norms[1]
-        if self.gate_up is None or self.down is None:
-            states, normed = native.norm_rows(states, added, *norm, num_rows)
-            return states.view(shape) + self.mlp(normed.view(shape))
-        states, normed = native.norm_rows(states, added, *norm, self.gate_up.filled(num_rows))
-        inner = native.gated(self.gate_up.of_filled(normed), num_rows, self.down.filled(num_rows))
-        return (states + self.down.of_filled(inner)[:num_rows]).view(shape)
-
-    def _attended(
-        self, states: Tensor, shape: Sequence[int], cache: Any, turns: Any, kwargs: Mapping[str, Any]
-    ) -> Tensor:
-        """What the attention adds to states (R, H) of a layer of `shape` (B, S)."""
-        assert self.qkv is not None and self.output is not None
-        (batch, rows), size, num_rows = shape, self.size, len(states)
-        cos, sin = self.turns.of(turns, batch, rows)
-        _, normed = native.norm_rows(states, None, *self.norms[0], self.qkv.filled(num_rows))
-        product = self.qkv.of_filled(normed)
-        query, key = (
-            native.heads(product, self.starts[part], (batch, self.num_heads[part], rows, size), cos, sin, *norm)
-            for part, norm in enumerate(self.head_norms)
-        )
-        value = product[:num_rows, self.starts[2] :].view(batch, rows, -1, size).transpose(1, 2)
+        batch, rows, hidden = shape = hidden_states.shape
+        states = hidden_states.reshape(-1, hidden).contiguous()
+        query, key, value = native.before_attention(self.facts, states, *self.turns.of(turns, batch, rows), batch, rows)
         key, value = cache.update(key, value, self.attention.layer_idx)
         given = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
         attend = ALL_ATTENTION_FUNCTIONS[self.attention.config._attn_implementation]
         mixed, _ = attend(self.attention, query, key, value, kwargs.get("attention_mask"), **self.constants, **given)
-        mixed = native.filled_up(mixed.reshape(num_rows, -1), self.output.filled(num_rows))
-        return self.output.of_filled(mixed)
+        out, normed = native.behind_attention(self.facts, states, mixed.reshape(len(states), -1).contiguous())
+        if self.fuses_mlp:
+            return out.view(shape)
+        return out.view(shape) + self.mlp(normed.view(shape))
 
     def _suits(self, states: Tensor, turns: Any) -> bool:
         """Few rows of the layer's dtype, turned whole."""
         if type(states) is not Tensor or states.dim() != 3 or not isinstance(turns, tuple) or len(turns) != 2:
             return False
-        (cos, sin), weight = turns, self.norms[0][0]
+        cos, sin = turns
         return (
-            0 < states.shape[0] * states.shape[1] <= self.most_rows and states.is_cpu
+            0 < states.shape[0] * states.shape[1] <= MOST_ROWS and states.is_cpu
             and cos.dim() == 3 and cos.shape == sin.shape and cos.shape[-1] == self.size
-            and states.dtype is cos.dtype is sin.dtype is weight.dtype
+            and states.dtype is cos.dtype is sin.dtype is self.dtype
         )  # fmt: skip
 
     def is_ready(self) -> bool:
         """Nobody listens inside the layer, and its attention is one of the library's functions. Packs new weights."""
         if any(part._forward_hooks or part._forward_pre_hooks for part in self._bypassed):
             return False
-        for product in (self.qkv, self.output, self.gate_up, self.down):
-            if product is not None:
-                product.pack()
+        self.facts = self._facts()
         return self.attention.config._attn_implementation in ALL_ATTENTION_FUNCTIONS
+
+    def _facts(self) -> native.Layer:
+        facts = native.Layer(**self.shape, eps=self.eps, one_more=self.one_more)
+        for name, norm in self.norms.items():
+            setattr(facts, name, None if norm is None else _weight(norm).data_ptr())
+        for name, product in self.products.items():
+            weight, bias = product.parts()
+            setattr(facts, name, weight.data_ptr())
+            setattr(facts, f"{name}_bias", None if bias is None else bias.data_ptr())
+        facts.inner = self.products["down"].layers[0].in_features if self.fuses_mlp else 0
+        facts.gelu = self.activation == "gelu"
+        facts.turned_first = hasattr(self.attention, "query_layernorm")
+        facts.residual = float(getattr(self.layer, "residual_multiplier", 1.0))
+        return facts
 
 
 class Turns:
-    """The rotations of a forward, which all its layers share, as `native.heads` reads them."""
+    """The rotations of a forward, which all its layers share, as `native.before_attention` reads them."""
 
     def __init__(self) -> None:
         self._given: Any = None
@@ -168,12 +168,18 @@ def fused_layers(model: Any, layers: Iterable[Any]) -> list[FusedLayer]:
     return found
 
 
+def sums_alone(model: Any, layers: Sequence[FusedLayer], num_layers: int) -> bool:
+    """Whether all products of a model are the loop's, so that a row has the same bits in any company."""
+    head = model.get_output_embeddings()
+    whole = len(layers) == num_layers and all(layer.fuses_mlp for layer in layers)
+    return whole and head is not None and is_independent(head)
+
+
 @contextmanager
-def fused(layers: Sequence[FusedLayer], most_rows: int = native.MOST_ROWS) -> Iterator[None]:
-    """Inside the block these layers compute so, for so many rows. Their weights must not change there."""
+def fused(layers: Sequence[FusedLayer]) -> Iterator[None]:
+    """Inside the block these layers compute so. Their weights must not change there."""
     ready = [one for one in layers if one.is_ready()]
     for one in ready:
-        one.most_rows = min(most_rows, MOST_ROWS)
         vars(one.layer)["forward"] = one
     try:
         yield
@@ -189,15 +195,41 @@ def _part(module: Any, name: str) -> Any:
     return part
 
 
-def _is_silu(activation: Any) -> bool:
+def _norms_of(layer: Any, attention: Any) -> dict[str, nn.Module | None]:
+    """The norms by their names in `native.Layer`. The norm that is called post-attention is the MLP's in Llama's layer
+    and the attention's in one that has norms on both sides of its MLP."""
+    named = {name: getattr(layer, name, None) for name in (
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+    )}  # fmt: skip
+    first, second, third, last = named.values()
+    around = third is not None or last is not None
+    mixed_norm, mlp_norm = (second, third) if around else (None, second)
+    heads = [getattr(attention, f"{name}_norm", getattr(attention, f"{long}_layernorm", None))
+             for name, long in (("q", "query"), ("k", "key"))]  # fmt: skip
+    found = {"in_norm": first, "query_norm": heads[0], "key_norm": heads[1]}
+    return found | {"mixed_norm": mixed_norm, "mlp_norm": mlp_norm, "out_norm": last}
+
+
+def _together(module: Any, names: Sequence[str], joint: str = "") -> Product | None:
+    """The product by `multiply.c` that these layers are, or the one layer that has them all."""
+    layers: list[Any] = [getattr(module, name, None) for name in names]
+    layers = [getattr(module, joint, None)] if None in layers else layers
+    product = None if None in layers else product_of(*layers)
+    return product if product is not None and product.choice.kernel == "loop" else None
+
+
+def _activation(function: Any) -> str | None:
+    """Which of those that `native.c` knows this is."""
     numbers = torch.linspace(-9, 9, 64)
-    return isinstance(activation, nn.Module) and torch.allclose(activation(numbers), F.silu(numbers))
+    if not isinstance(function, nn.Module):
+        return None
+    if torch.allclose(function(numbers), F.silu(numbers)):
+        return "silu"
+    return "gelu" if torch.allclose(function(numbers), F.gelu(numbers, approximate="tanh"), atol=1e-6) else None
 
 
-def _numbers(norm: Any) -> tuple[Tensor, float]:
-    """Weight and eps of a norm."""
-    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    return norm.weight.detach().contiguous(), float(eps or 0.0)
+def _weight(norm: Any) -> Tensor:
+    return norm.weight.detach()
 
 
 # -- is it the same? ---------------------------------------------------------------------------------------------------
@@ -222,18 +254,18 @@ def _agree(one: FusedLayer) -> bool:
 
 def _trial(one: FusedLayer, batch: int, rows: int) -> tuple[Tensor, dict[str, Any]]:
     """States (B, S, H) as a model hands them to its layers, and what comes with them."""
-    generator, weight = torch.Generator().manual_seed(0), one.norms[0][0]
-    states = SCALE * torch.randn(batch, rows, len(weight), generator=generator)
+    generator, dtype = torch.Generator().manual_seed(0), one.dtype
+    states = SCALE * torch.randn(batch, rows, one.shape["hidden"], generator=generator)
     angles = torch.randn(batch, rows, one.size // 2, generator=generator).repeat(1, 1, 2)
     parameters = inspect.signature(type(one.layer).forward).parameters
     arguments = {
         "attention_mask": None,
         "position_ids": (FIRST_POSITION + torch.arange(rows)).expand(batch, -1),
-        "position_embeddings": (angles.cos().to(weight.dtype), angles.sin().to(weight.dtype)),
+        "position_embeddings": (angles.cos().to(dtype), angles.sin().to(dtype)),
         "use_cache": True,
         next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0]): _Notes(),
     }
-    return states.to(weight.dtype), arguments
+    return states.to(dtype), arguments
 
 
 class _Notes:

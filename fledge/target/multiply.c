@@ -44,55 +44,58 @@ static inline vector added_bf16(vector sum, wide weights, uint32_t inputs) {
 #endif
 }
 
-/* multiply: in and out contiguous, outputs a multiple of 16, a row of inputs one of four bytes; bias (outputs) or none.
-   `parts`: threads. pack: a weight in the order that multiply reads. */
+/* multiply: in and out contiguous, outputs a multiple of 16, a row of inputs whole units of four bytes; bias (outputs) or
+   none. `parts`: threads. pack: a weight in the order that multiply reads. */
 #define PRODUCTS(T)                                                                                                   \
-    static inline __attribute__((always_inline)) void tile_##T(                                                       \
-        const T *in, const T *weight, const T *bias, T *out, long inputs, long outputs, const int rows,               \
-        const int blocks) {                                                                                           \
+    struct tile_##T {                                                                                                 \
+        const T *in, *weight, *bias;                                                                                  \
+        T *out;                                                                                                       \
+        long inputs, outputs;                                                                                         \
+    };                                                                                                                \
+    static inline __attribute__((always_inline)) void tile_##T(struct tile_##T of, const int rows, const int blocks) {\
         vector sums[MOST_LINES][MOST_BLOCKS];                                                                         \
-        long units = inputs * sizeof(T) / 4;                                                                          \
+        long units = of.inputs * sizeof(T) / 4;                                                                       \
         UNROLLED for (int r = 0; r < rows; r++)                                                                       \
-            UNROLLED for (int b = 0; b < blocks; b++) sums[r][b] = bias ? load_##T(bias + b * LANES) : (vector){};    \
+            UNROLLED for (int b = 0; b < blocks; b++) sums[r][b] = of.bias ? load_##T(of.bias + b * LANES) : (vector){};\
         for (long u = 0; u < units; u++) {                                                                            \
             wide weights[MOST_BLOCKS];                                                                                \
             UNROLLED for (int b = 0; b < blocks; b++)                                                                 \
-                memcpy(&weights[b], (const char *)weight + (b * units + u) * sizeof(wide), sizeof(wide));             \
+                memcpy(&weights[b], (const char *)of.weight + (b * units + u) * sizeof(wide), sizeof(wide));          \
             UNROLLED for (int r = 0; r < rows; r++) {                                                                 \
                 uint32_t unit;                                                                                        \
-                memcpy(&unit, (const char *)(in + r * inputs) + u * 4, 4);                                            \
+                memcpy(&unit, (const char *)(of.in + r * of.inputs) + u * 4, 4);                                      \
                 UNROLLED for (int b = 0; b < blocks; b++) sums[r][b] = added_##T(sums[r][b], weights[b], unit);       \
             }                                                                                                         \
         }                                                                                                             \
         UNROLLED for (int r = 0; r < rows; r++)                                                                       \
-            UNROLLED for (int b = 0; b < blocks; b++) store_##T(out + r * outputs + b * LANES, sums[r][b]);           \
+            UNROLLED for (int b = 0; b < blocks; b++) store_##T(of.out + r * of.outputs + b * LANES, sums[r][b]);     \
     }                                                                                                                 \
-    static void tiles_##T(const T *in, const T *weight, const T *bias, T *out, long inputs, long outputs, int rows,   \
-                          int blocks) { /* 1 <= rows <= MOST_LINES, blocks <= BLOCKS(rows) */                         \
-        for (int done = 0; done < blocks;) {                                                                          \
-            int left = blocks - done, now = 1;                                                                        \
-            while (now * 2 <= left && now * 2 <= BLOCKS(rows)) now *= 2;                                              \
-            const T *packed = weight + done * LANES * inputs, *biases = bias ? bias + done * LANES : 0;               \
-            T *to = out + done * LANES;                                                                               \
+    static void tiles_##T(struct tile_##T of, int rows, int blocks) { /* 1 <= rows <= MOST_LINES */                   \
+        while (blocks) {                                                                                              \
+            int now = 1;                                                                                              \
+            while (now * 2 <= blocks && now * 2 <= BLOCKS(rows)) now *= 2;                                            \
             switch (rows * 16 + now) { EVERY_TILE(T) }                                                                \
-            done += now;                                                                                              \
+            of.weight += now * LANES * of.inputs, of.out += now * LANES, blocks -= now;                               \
+            if (of.bias) of.bias += now * LANES;                                                                      \
         }                                                                                                             \
+    }                                                                                                                 \
+    void multiply_part_##T(const T *in, const T *weight, const T *bias, T *out, long rows, long inputs, long outputs, \
+                           long part, long parts) {                                                                   \
+        long pieces = (rows + MOST_LINES - 1) / MOST_LINES, most = BLOCKS(rows / pieces);                             \
+        long blocks = outputs / LANES, end = blocks * (part + 1) / parts;                                             \
+        for (long first = blocks * part / parts; first < end; first += most)                                          \
+            for (long piece = 0; piece < pieces; piece++) {                                                           \
+                long row = rows * piece / pieces, to = rows * (piece + 1) / pieces, place = first * LANES;            \
+                struct tile_##T of = {in + row * inputs, weight + place * inputs, bias ? bias + place : 0,            \
+                                      out + row * outputs + place, inputs, outputs};                                  \
+                tiles_##T(of, to - row, end - first < most ? end - first : most);                                     \
+            }                                                                                                         \
     }                                                                                                                 \
     void multiply_##T(const T *in, const T *weight, const T *bias, T *out, long rows, long inputs, long outputs,      \
                       long parts) {                                                                                   \
-        long total = outputs / LANES, pieces = (rows + MOST_LINES - 1) / MOST_LINES;                                  \
-        int most = BLOCKS((rows + pieces - 1) / pieces);                                                              \
         _Pragma("omp parallel for schedule(static) num_threads(parts) if(parts > 1)")                                 \
-        for (long part = 0; part < parts; part++) {                                                                   \
-            long end = total * (part + 1) / parts;                                                                    \
-            for (long first = total * part / parts; first < end; first += most)                                       \
-                for (long piece = 0; piece < pieces; piece++) {                                                       \
-                    long from = rows * piece / pieces, to = rows * (piece + 1) / pieces, place = first * LANES;       \
-                    tiles_##T(in + from * inputs, weight + place * inputs, bias ? bias + place : 0,                   \
-                              out + from * outputs + place, inputs, outputs, to - from,                               \
-                              end - first < most ? end - first : most);                                               \
-                }                                                                                                     \
-        }                                                                                                             \
+        for (long part = 0; part < parts; part++)                                                                     \
+            multiply_part_##T(in, weight, bias, out, rows, inputs, outputs, part, parts);                             \
     }                                                                                                                 \
     void pack_##T(const T *weight, T *packed, long inputs, long outputs, long parts) {                                \
         const long unit = 4 / sizeof(T);                                                                              \
@@ -104,7 +107,7 @@ static inline vector added_bf16(vector sum, wide weights, uint32_t inputs) {
     }
 
 #define TILE(T, rows, blocks)                                                                                         \
-    case rows * 16 + blocks: tile_##T(in, packed, biases, to, inputs, outputs, rows, blocks); break;
+    case rows * 16 + blocks: tile_##T(of, rows, blocks); break;
 #if LANES == 16
 #define EVERY_TILE(T)                                                                                                 \
     TILE(T, 1, 1) TILE(T, 1, 2) TILE(T, 1, 4) TILE(T, 1, 8)                                                           \

@@ -1,83 +1,104 @@
-/* Small operations of a decoding step, one pass each over numbers that lie in the processor's caches. They round where
+/* Small operations of a decoding step, and what a decoder layer does before and behind its attention. They round where
    transformers' own code does, operation by operation. Compiled by native.py. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "vectors.h"
 
-typedef uint16_t bf16;
+#define MOST_SIZE 1024 /* of a head */
 
-static inline float wide_bf16(bf16 number) {
-    uint32_t bits = (uint32_t)number << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
+typedef struct { /* pointers of NULL: there is no such norm, bias, or gated product */
+    const void *in_norm, *query_norm, *key_norm, *mixed_norm, *mlp_norm, *out_norm;
+    const void *qkv, *qkv_bias, *mix, *mix_bias, *gate_up, *gate_up_bias, *down, *down_bias;
+    long hidden, heads, groups, size, inner; /* query heads, key heads, numbers of a head, numbers behind the gate */
+    long one_more, turned_first, gelu;       /* norms scale by 1 + weight; heads are rotated, then normed; gelu, not silu */
+    float eps, residual;                     /* what is added to states is scaled by it */
+} layer;
+
+void multiply_part_f32(const f32 *, const f32 *, const f32 *, f32 *, long, long, long, long, long);
+void multiply_part_bf16(const bf16 *, const bf16 *, const bf16 *, bf16 *, long, long, long, long, long);
+
+#ifdef _OPENMP
+#include <omp.h>
+#define BARRIER _Pragma("omp barrier")
+#define PART omp_get_thread_num(), parts = omp_get_num_threads()
+#else
+#define BARRIER
+#define PART 0, parts = 1
+#endif
+
+static inline vector rounded_f32(vector numbers) { return numbers; }
+static inline vector rounded_bf16(vector numbers) {
+    wide bits = (wide)numbers, nan = (wide)((bits & 0x7fffffff) > 0x7f800000);
+    wide near = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+    return (vector)((nan & bits) | (~nan & near));
 }
 
-static inline bf16 narrow_bf16(float value) { /* to the nearest, ties to even */
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+/* g times its sigmoid of `steepness` g */
+static inline vector opened(vector gate, vector slope) {
+    integers below = slope < 0;
+    vector e = power((vector)((integers)slope | (int32_t)0x80000000)), one = (vector){} + 1.0f;
+    return gate * (vector)(((integers)e & below) | ((integers)one & ~below)) / (one + e);
 }
 
-static inline float wide_f32(float value) { return value; }
-static inline float narrow_f32(float value) { return value; }
-
-#define MOST_SIZE 1024        /* of a head that is normed */
-#define WORTH_THREADS (1 << 14) /* numbers: with fewer, a second thread costs what it saves */
-
-/* exp, to 2 in the last place: 2^n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2]. Compilers make vectors of it. */
-static inline float exp_f32(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = rintf(x * 1.44269504f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.0f / 720;
-    p = p * r + 1.0f / 120, p = p * r + 1.0f / 24, p = p * r + 1.0f / 6, p = p * r + 0.5f, p = p * r + 1.0f, p = p * r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return p * power;
+static inline vector activated(vector gate, long gelu) {
+    if (!gelu) return opened(gate, gate);
+    return opened(gate, 1.5957691216f * (gate + 0.044715f * gate * gate * gate)); /* the approximation by tanh */
 }
+
+static long low(long total, long part, long parts) { return total * part / parts; }
 
 /* All matrices are contiguous.
-   rms_norm: rows x cols; with `added`, sum = in + added and its norm. Zeros up to `filled` rows.
+   rms_norm: rows x cols.
    rope: states (batch, heads, rows, size) with these strides, the last of them 1, to a contiguous result; cos and sin
    (batch, rows, size).
-   heads: of rows of a product, each `width` numbers that begin with `heads` heads of `size`, to (batch, heads, rows, size):
-   normed per head where there is a weight, then rotated.
-   gated: silu(gate) * up, from rows of gate and up (cols each) side by side. Zeros up to `filled` rows. */
+   before: states (batch * rows, hidden), cos and sin (batch, rows, size) to query (batch, heads, rows, size), key and
+   value (batch, groups, rows, size). `room` holds a normed row and a row of the product for every row.
+   behind: states and mixed (rows, heads * size) to what the layer makes of them, or, where it has no gated product, to
+   the sum of states and attention, with its norm in `normed`. `room`: five rows of hidden, three of inner. */
 #define KERNELS(T)                                                                                                    \
-    static inline void norm_##T(const T *in, const T *weight, T *out, long cols, float eps) {                         \
-        float parts[16] = {0}, sum = 0;                                                                               \
-        long c = 0;                                                                                                   \
-        for (; c + 16 <= cols; c += 16)                                                                               \
-            for (int i = 0; i < 16; i++) parts[i] += wide_##T(in[c + i]) * wide_##T(in[c + i]);                       \
-        for (; c < cols; c++) sum += wide_##T(in[c]) * wide_##T(in[c]);                                               \
-        for (int i = 0; i < 16; i++) sum += parts[i];                                                                 \
+    static inline vector read_##T(const T *at, long left) {                                                           \
+        if (left >= LANES) return load_##T(at);                                                                       \
+        T some[LANES] = {0};                                                                                          \
+        memcpy(some, at, left * sizeof(T));                                                                           \
+        return load_##T(some);                                                                                        \
+    }                                                                                                                 \
+    static inline void write_##T(T *at, vector numbers, long left) {                                                  \
+        T some[LANES];                                                                                                \
+        store_##T(left >= LANES ? at : some, numbers);                                                                \
+        if (left < LANES) memcpy(at, some, left * sizeof(T));                                                         \
+    }                                                                                                                 \
+    static void norm_##T(const T *in, const T *weight, T *out, long cols, float eps, long one_more) {                 \
+        vector squares = {};                                                                                          \
+        for (long c = 0; c < cols; c += LANES) {                                                                      \
+            vector numbers = read_##T(in + c, cols - c);                                                              \
+            squares += numbers * numbers;                                                                             \
+        }                                                                                                             \
+        float sum = 0;                                                                                                \
+        for (int i = 0; i < LANES; i++) sum += squares[i];                                                            \
         float scale = 1.0f / sqrtf(sum / cols + eps);                                                                 \
-        for (c = 0; c < cols; c++)                                                                                    \
-            out[c] = narrow_##T(wide_##T(narrow_##T(wide_##T(in[c]) * scale)) * wide_##T(weight[c]));                 \
-    }                                                                                                                 \
-    void rms_norm_##T(const T *in, const T *added, const T *weight, T *sum, T *out, long rows, long cols,             \
-                      long filled, float eps) {                                                                       \
-        _Pragma("omp parallel for if(rows * cols >= WORTH_THREADS)")                                                  \
-        for (long row = 0; row < rows; row++) {                                                                       \
-            const T *from = in + row * cols;                                                                          \
-            for (long c = row * cols; added && c < (row + 1) * cols; c++)                                             \
-                sum[c] = narrow_##T(wide_##T(in[c]) + wide_##T(added[c]));                                            \
-            norm_##T(added ? sum + row * cols : from, weight, out + row * cols, cols, eps);                           \
+        for (long c = 0; c < cols; c += LANES) {                                                                      \
+            vector normed = read_##T(in + c, cols - c) * scale, by = read_##T(weight + c, cols - c);                  \
+            write_##T(out + c, one_more ? normed * (by + 1.0f) : rounded_##T(normed) * by, cols - c);                 \
         }                                                                                                             \
-        memset(out + rows * cols, 0, (filled - rows) * cols * sizeof(T));                                             \
     }                                                                                                                 \
-    static inline void turn_##T(const T *x, const T *cosine, const T *sine, T *out, long half) {                      \
-        for (long c = 0; c < half; c++) {                                                                             \
-            float low = wide_##T(x[c]), high = wide_##T(x[c + half]);                                                 \
-            out[c] = narrow_##T(wide_##T(narrow_##T(low * wide_##T(cosine[c]))) -                                     \
-                                wide_##T(narrow_##T(high * wide_##T(sine[c]))));                                      \
-            out[c + half] = narrow_##T(wide_##T(narrow_##T(high * wide_##T(cosine[c + half]))) +                      \
-                                       wide_##T(narrow_##T(low * wide_##T(sine[c + half]))));                         \
+    static void added_##T(const T *states, const T *addend, T *out, long cols, float scale) {                         \
+        for (long c = 0; c < cols; c += LANES) {                                                                      \
+            vector more = rounded_##T(read_##T(addend + c, cols - c) * scale);                                        \
+            write_##T(out + c, read_##T(states + c, cols - c) + more, cols - c);                                      \
         }                                                                                                             \
+    }                                                                                                                 \
+    static void turn_##T(const T *x, const T *cosine, const T *sine, T *out, long half) {                             \
+        for (long c = 0; c < half; c += LANES) {                                                                      \
+            long left = half - c, d = c + half;                                                                       \
+            vector first = read_##T(x + c, left), second = read_##T(x + d, left);                                     \
+            vector turned = rounded_##T(first * read_##T(cosine + c, left));                                          \
+            write_##T(out + c, turned - rounded_##T(second * read_##T(sine + c, left)), left);                        \
+            turned = rounded_##T(second * read_##T(cosine + d, left));                                                \
+            write_##T(out + d, turned + rounded_##T(first * read_##T(sine + d, left)), left);                         \
+        }                                                                                                             \
+    }                                                                                                                 \
+    void rms_norm_##T(const T *in, const T *weight, T *out, long rows, long cols, long one_more, float eps) {         \
+        for (long row = 0; row < rows; row++)                                                                         \
+            norm_##T(in + row * cols, weight, out + row * cols, cols, eps, one_more);                                 \
     }                                                                                                                 \
     void rope_##T(const T *in, const T *cos, const T *sin, T *out, long batch, long heads, long rows, long size,      \
                   long batch_stride, long head_stride, long row_stride) {                                             \
@@ -89,33 +110,75 @@ static inline float exp_f32(float x) {
                     turn_##T(x, cos + place, sin + place, out, size / 2);                                             \
                 }                                                                                                     \
     }                                                                                                                 \
-    void heads_##T(const T *in, const T *weight, const T *cos, const T *sin, T *out, long batch, long heads,          \
-                   long rows, long size, long width, float eps) {                                                     \
-        _Pragma("omp parallel for collapse(2) if(batch * heads * rows * size >= WORTH_THREADS)")                      \
-        for (long b = 0; b < batch; b++)                                                                              \
-            for (long h = 0; h < heads; h++) {                                                                        \
-                T normed[MOST_SIZE];                                                                                  \
-                for (long r = 0; r < rows; r++) {                                                                     \
-                    long row = b * rows + r;                                                                          \
-                    const T *x = in + row * width + h * size;                                                         \
-                    if (weight) norm_##T(x, weight, normed, size, eps), x = normed;                                   \
-                    turn_##T(x, cos + row * size, sin + row * size, out + ((b * heads + h) * rows + r) * size,        \
-                             size / 2);                                                                               \
+    void before_##T(const layer *of, const T *states, const T *cos, const T *sin, T *query, T *key, T *value,         \
+                    T *room, long batch, long rows, long threads) {                                                   \
+        long hidden = of->hidden, size = of->size, all = of->heads + 2 * of->groups, lines = batch * rows;            \
+        T *product = room + lines * hidden;                                                                           \
+        _Pragma("omp parallel num_threads(threads) if(threads > 1)") {                                                \
+            long part = PART;                                                                                         \
+            const T *normed = of->in_norm ? room : states;                                                            \
+            for (long r = low(lines, part, parts); of->in_norm && r < low(lines, part + 1, parts); r++)               \
+                norm_##T(states + r * hidden, of->in_norm, room + r * hidden, hidden, of->eps, of->one_more);         \
+            BARRIER                                                                                                   \
+            multiply_part_##T(normed, of->qkv, of->qkv_bias, product, lines, hidden, all * size, part, parts);        \
+            BARRIER                                                                                                   \
+            for (long task = low(lines * all, part, parts); task < low(lines * all, part + 1, parts); task++) {       \
+                long line = task / all, head = task % all, b = line / rows, r = line % rows;                          \
+                const T *x = product + task * size, *norm = head < of->heads ? of->query_norm : of->key_norm;         \
+                long of_key = head - of->heads, of_value = of_key - of->groups, place = line * size;                  \
+                T kept[MOST_SIZE], *out = query + ((b * of->heads + head) * rows + r) * size;                         \
+                if (of_key >= 0) out = key + ((b * of->groups + of_key) * rows + r) * size;                           \
+                if (of_value >= 0) out = value + ((b * of->groups + of_value) * rows + r) * size;                     \
+                if (of_value >= 0) memcpy(out, x, size * sizeof(T));                                                  \
+                else if (!norm) turn_##T(x, cos + place, sin + place, out, size / 2);                                 \
+                else if (of->turned_first) {                                                                          \
+                    turn_##T(x, cos + place, sin + place, kept, size / 2);                                            \
+                    norm_##T(kept, norm, out, size, of->eps, of->one_more);                                           \
+                } else {                                                                                              \
+                    norm_##T(x, norm, kept, size, of->eps, of->one_more);                                             \
+                    turn_##T(kept, cos + place, sin + place, out, size / 2);                                          \
                 }                                                                                                     \
             }                                                                                                         \
+        }                                                                                                             \
     }                                                                                                                 \
-    void gated_##T(const T *in, T *out, long rows, long cols, long filled) {                                          \
-        memset(out + rows * cols, 0, (filled - rows) * cols * sizeof(T));                                             \
-        _Pragma("omp parallel for if(rows * cols >= WORTH_THREADS)")                                                  \
-        for (long row = 0; row < rows; row++) {                                                                       \
-            const T *gates = in + 2 * row * cols;                                                                     \
-            for (long c = 0; c < cols; c++) {                                                                         \
-                float gate = wide_##T(gates[c]), open = gate / (1.0f + exp_f32(-gate));                               \
-                out[row * cols + c] = narrow_##T(wide_##T(narrow_##T(open)) * wide_##T(gates[cols + c]));             \
+    void behind_##T(const layer *of, const T *states, const T *mixed, T *out, T *normed, T *room, long rows,          \
+                    long threads) {                                                                                   \
+        long hidden = of->hidden, inner = of->inner;                                                                  \
+        T *added = room, *sum = of->gate_up ? room + rows * hidden : out, *gates = sum + rows * hidden;               \
+        T *passed = gates + rows * 2 * inner;                                                                         \
+        _Pragma("omp parallel num_threads(threads) if(threads > 1)") {                                                \
+            long part = PART, first = low(rows, part, parts), end = low(rows, part + 1, parts);                       \
+            multiply_part_##T(mixed, of->mix, of->mix_bias, added, rows, of->heads * of->size, hidden, part, parts);  \
+            BARRIER                                                                                                   \
+            for (long r = first; r < end; r++) {                                                                      \
+                T *at = added + r * hidden;                                                                           \
+                if (of->mixed_norm) norm_##T(at, of->mixed_norm, at, hidden, of->eps, of->one_more);                  \
+                added_##T(states + r * hidden, at, sum + r * hidden, hidden, of->residual);                           \
+                if (of->mlp_norm)                                                                                     \
+                    norm_##T(sum + r * hidden, of->mlp_norm, normed + r * hidden, hidden, of->eps, of->one_more);     \
+            }                                                                                                         \
+            if (of->gate_up) {                                                                                        \
+                const T *of_mlp = of->mlp_norm ? normed : sum;                                                        \
+                BARRIER                                                                                               \
+                multiply_part_##T(of_mlp, of->gate_up, of->gate_up_bias, gates, rows, hidden, 2 * inner, part, parts); \
+                BARRIER                                                                                               \
+                for (long r = 0; r < rows; r++)                                                                       \
+                    for (long c = low(inner / LANES, part, parts); c < low(inner / LANES, part + 1, parts); c++) {    \
+                        const T *gate = gates + r * 2 * inner + c * LANES;                                            \
+                        vector open = rounded_##T(activated(load_##T(gate), of->gelu));                               \
+                        store_##T(passed + r * inner + c * LANES, open * load_##T(gate + inner));                     \
+                    }                                                                                                 \
+                BARRIER                                                                                               \
+                multiply_part_##T(passed, of->down, of->down_bias, added, rows, inner, hidden, part, parts);          \
+                BARRIER                                                                                               \
+                for (long r = first; r < end; r++) {                                                                  \
+                    T *at = added + r * hidden;                                                                       \
+                    if (of->out_norm) norm_##T(at, of->out_norm, at, hidden, of->eps, of->one_more);                  \
+                    added_##T(sum + r * hidden, at, out + r * hidden, hidden, of->residual);                          \
+                }                                                                                                     \
             }                                                                                                         \
         }                                                                                                             \
     }
 
-typedef float f32;
 KERNELS(f32)
 KERNELS(bf16)

@@ -2,8 +2,9 @@
 and `multiply.c` where a C compiler is there.
 
 transformers writes norms and rotary embeddings out as chains of eight and eighteen operations. Each of them costs
-microseconds to begin, whatever it computes, and a step has a thousand. A call of `native.c` costs one beginning. It
-rounds where the chain does, so the result is the same to the last bit of a sum's order. A row of the attention has bits
+microseconds to begin, whatever it computes, and a step has a thousand. A call of `native.c` costs one beginning, and
+two calls are a decoder layer but for its attention. It rounds where the chain does, so the result is the same to the
+last bit of a sum's order. A row of the attention has bits
 that depend on what it sees alone, in a fifth to four fifths of the time of PyTorch's kernel where the processor has
 AVX-512 or AVX2; elsewhere it may be slower, so that is measured. So are the products (`products.py`). Compiled in some
 five seconds, once per machine and source, into the user's cache folder. Without a compiler everything works, slower.
@@ -19,7 +20,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import torch
@@ -41,15 +42,15 @@ BYTES_OF_A_THREAD = 1 << 16  # of a weight: fewer are not worth a thread
 SHARED_ROWS, LANES, MOST_HEAD = 4, 16, 256  # BLOCK, LANES, LANES * MOST_VECTORS of attend.c
 POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 ARGUMENTS: dict[str, list[Any]] = {
-    "rms_norm": [POINTER] * 5 + [NUMBER] * 3 + [REAL],
+    "rms_norm": [POINTER] * 3 + [NUMBER] * 3 + [REAL],
     "rope": [POINTER] * 4 + [NUMBER] * 7,
-    "heads": [POINTER] * 5 + [NUMBER] * 5 + [REAL],
-    "gated": [POINTER] * 2 + [NUMBER] * 3,
+    "before": [POINTER] * 8 + [NUMBER] * 3,
+    "behind": [POINTER] * 6 + [NUMBER] * 2,
     "attend": [POINTER] * 7 + [NUMBER] * 16 + [REAL] * 2,
     "multiply": [POINTER] * 4 + [NUMBER] * 4,
     "pack": [POINTER] * 2 + [NUMBER] * 3,
 }
-MOST_SIZE = 1024  # of a head that is normed
+MOST_SIZE = 1024  # of a head
 
 
 @functools.cache
@@ -148,15 +149,18 @@ def _measured() -> Faster:
     return Faster(seconds[0] < seconds[1])
 
 
-def rms_norm(states: Tensor, weight: Tensor, eps: float, most_rows: int = MOST_ROWS) -> Tensor | None:
-    """(.., H) scaled to RMS 1 and by `weight` (H,); None where PyTorch should do it."""
+def rms_norm(
+    states: Tensor, weight: Tensor, eps: float, *, one_more: bool = False, most_rows: int = MOST_ROWS
+) -> Tensor | None:
+    """(.., H) scaled to RMS 1 and by `weight` (H,), or by 1 + weight; None where PyTorch should do it."""
     size = weight.shape[0]
     rows = states.numel() // size
     if states.dtype is not weight.dtype or not 0 < rows <= most_rows or not _suits(states):
         return None
     states, out = states.contiguous(), torch.empty(states.shape, dtype=states.dtype)
-    kernel = _kernel("rms_norm", NAMES[states.dtype])
-    kernel(states.data_ptr(), None, weight.data_ptr(), None, out.data_ptr(), rows, size, rows, eps)
+    _kernel("rms_norm", NAMES[states.dtype])(
+        states.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, size, one_more, eps
+    )
     return out
 
 
@@ -235,54 +239,53 @@ def multiply(states: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def _threads_for(weight: Tensor) -> int:
-    return max(1, min(torch.get_num_threads(), weight.nbytes // BYTES_OF_A_THREAD)) if has_threads() else 1
+    return max(1, min(_threads(), weight.nbytes // BYTES_OF_A_THREAD))
 
 
-# -- parts of a decoder layer: plain contiguous matrices, rows of zeros behind theirs up to `filled` -------------------
+# -- a decoder layer but for its attention -----------------------------------------------------------------------------
 
 
-def norm_rows(states: Tensor, added: Tensor | None, weight: Tensor, eps: float, filled: int) -> tuple[Tensor, Tensor]:
-    """states (R, H), and what is added to them first -> the sum, and its norm (filled, H)."""
-    rows, size = states.shape
-    normed = torch.empty(filled, size, dtype=states.dtype)
-    total, addend = (states, None) if added is None else (torch.empty_like(states), added.data_ptr())
-    _kernel("rms_norm", NAMES[states.dtype])(
-        states.data_ptr(), addend, weight.data_ptr(), total.data_ptr(), normed.data_ptr(), rows, size, filled, eps
-    )
-    return total, normed
+class Layer(ctypes.Structure):
+    """`layer` of native.c: what there is, by pointers that others keep alive."""
+
+    _fields_: ClassVar = [
+        (name, kind)
+        for kind, names in (
+            (POINTER, "in_norm query_norm key_norm mixed_norm mlp_norm out_norm"),
+            (POINTER, "qkv qkv_bias mix mix_bias gate_up gate_up_bias down down_bias"),
+            (NUMBER, "hidden heads groups size inner one_more turned_first gelu"),
+            (REAL, "eps residual"),
+        )
+        for name in names.split()
+    ]
 
 
-def heads(
-    product: Tensor, first: int, shape: tuple[int, int, int, int], cos: Tensor, sin: Tensor, norm: Tensor | None,
-    eps: float,
-) -> Tensor:  # fmt: skip
-    """Rows of a product, from its number `first` on, as normed and rotated heads of `shape` (B, h, S, d)."""
-    batch, number, rows, size = shape
-    out = torch.empty(shape, dtype=product.dtype)
-    start = product.data_ptr() + first * product.element_size()
-    _kernel("heads", NAMES[product.dtype])(
-        start, None if norm is None else norm.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
-        batch, number, rows, size, product.shape[1], eps,
-    )  # fmt: skip
-    return out
+def before_attention(
+    layer: Any, states: Tensor, cos: Tensor, sin: Tensor, batch: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """states (B * S, H), cos and sin (B, S, d), all contiguous -> query (B, h, S, d), key and value (B, g, S, d)."""
+    kind, heads, groups, size = states.dtype, layer.heads, layer.groups, layer.size
+    query, key = torch.empty(batch, heads, rows, size, dtype=kind), torch.empty(batch, groups, rows, size, dtype=kind)
+    value = torch.empty_like(key)
+    room = torch.empty(batch * rows * (layer.hidden + (heads + 2 * groups) * size), dtype=kind)
+    pointers = [one.data_ptr() for one in (states, cos, sin, query, key, value, room)]
+    _kernel("before", NAMES[kind])(ctypes.byref(layer), *pointers, batch, rows, _threads())
+    return query, key, value
 
 
-def gated(product: Tensor, rows: int, filled: int) -> Tensor:
-    """silu(gate) * up (filled, C), of the first rows of a product that has both side by side."""
-    size = product.shape[1] // 2
-    out = torch.empty(filled, size, dtype=product.dtype)
-    _kernel("gated", NAMES[product.dtype])(product.data_ptr(), out.data_ptr(), rows, size, filled)
-    return out
+def behind_attention(layer: Any, states: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+    """states (R, H) and the attention's result (R, h * d), both contiguous -> the layer's result, where it is whole; of
+    another the sum of states and attention; and the normed sum (R, H)."""
+    rows, kind = len(states), states.dtype
+    out, normed = torch.empty_like(states), torch.empty_like(states)
+    room = torch.empty(rows * (2 * layer.hidden + 3 * layer.inner), dtype=kind)
+    pointers = [one.data_ptr() for one in (states, mixed, out, normed, room)]
+    _kernel("behind", NAMES[kind])(ctypes.byref(layer), *pointers, rows, _threads())
+    return out, normed
 
 
-def filled_up(states: Tensor, filled: int) -> Tensor:
-    """states (R, H) with rows of zeros."""
-    if len(states) == filled:
-        return states
-    out, used = torch.empty(filled, states.shape[1], dtype=states.dtype), states.numel() * states.element_size()
-    ctypes.memmove(out.data_ptr(), states.data_ptr(), used)
-    ctypes.memset(out.data_ptr() + used, 0, out.numel() * out.element_size() - used)
-    return out
+def _threads() -> int:
+    return torch.get_num_threads() if has_threads() else 1
 
 
 @functools.cache

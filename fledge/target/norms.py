@@ -5,7 +5,7 @@ them as one for a GPU, `native.py` for few rows on a CPU. Which modules are such
 1 + weight, some round differently.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -19,22 +19,27 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # 
 
 
 @torch.no_grad()
-def rms_norms(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that compute what `F.rms_norm` does, up to rounding; on a CPU none without a compiler."""
-    if next(model.parameters()).device.type == "cpu" and native.library() is None:
-        return []
+def rms_norms(model: nn.Module) -> dict[nn.Module, bool]:
+    """The modules of a model that are RMS norms, up to rounding, with whether they scale by 1 + weight, which PyTorch's
+    kernel for a GPU does not; on a CPU none without a compiler."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and native.library() is None:
+        return {}
     looking = [module for module in model.modules() if _may_be_one(module)]
-    if not looking:
-        return []
-    errors = torch.stack([_error(module) for module in looking]).tolist()
-    return [one for one, error in zip(looking, errors, strict=True) if error < TOLERANCE.get(_weight(one).dtype, 0)]
+    found: dict[nn.Module, bool] = {}
+    for one_more in (False, True) if on_cpu else (False,):
+        left = [module for module in looking if module not in found]
+        errors = torch.stack([_error(module, one_more) for module in left]).tolist() if left else []
+        good = [error < TOLERANCE.get(_weight(one).dtype, 0) for one, error in zip(left, errors, strict=True)]
+        found |= {one: one_more for one, is_good in zip(left, good, strict=True) if is_good}
+    return found
 
 
 @contextmanager
-def as_one_kernel(norms: Sequence[nn.Module], most_rows: int = native.MOST_ROWS) -> Iterator[None]:
+def as_one_kernel(norms: Mapping[nn.Module, bool], most_rows: int = native.MOST_ROWS) -> Iterator[None]:
     """Inside the block these modules are `F.rms_norm` on a GPU and `native.rms_norm` on a CPU, for so many rows."""
-    for module in norms:
-        vars(module)["forward"] = _fused(module, most_rows)
+    for module, one_more in norms.items():
+        vars(module)["forward"] = _fused(module, one_more, most_rows)
     try:
         yield
     finally:
@@ -42,27 +47,31 @@ def as_one_kernel(norms: Sequence[nn.Module], most_rows: int = native.MOST_ROWS)
             del vars(module)["forward"]
 
 
+def eps_of(norm: nn.Module) -> float:
+    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) or 0.0)
+
+
 def _may_be_one(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and weight.dim() == 1
 
 
-def _error(module: nn.Module) -> Tensor:
+def _error(module: nn.Module, one_more: bool) -> Tensor:
     """The largest relative error of a value on random rows."""
     weight = _weight(module)
     rows = torch.linspace(-2, 3, ROWS * len(weight), device=weight.device, dtype=weight.dtype).view(ROWS, -1)
-    expected, found = module(rows).float(), _fused(module)(rows).float()
+    expected, found = module(rows).float(), _fused(module, one_more)(rows).float()
     return ((found - expected).abs() / expected.abs().clamp_min(1e-3)).max()
 
 
-def _fused(module: nn.Module, most_rows: int = native.MOST_ROWS):
-    weight, eps = _weight(module), float(getattr(module, "variance_epsilon", getattr(module, "eps", None)) or 0.0)
+def _fused(module: nn.Module, one_more: bool, most_rows: int = native.MOST_ROWS) -> Callable[[Tensor], Tensor]:
+    weight, eps = _weight(module), eps_of(module)
     if weight.device.type != "cpu":
         return lambda hidden: F.rms_norm(hidden, weight.shape, weight, eps)
     stock, kernel_weight = type(module).forward, weight.detach().contiguous()
 
     def forward(hidden: Tensor) -> Tensor:
-        normed = native.rms_norm(hidden, kernel_weight, eps, most_rows)
+        normed = native.rms_norm(hidden, kernel_weight, eps, one_more=one_more, most_rows=most_rows)
         return stock(module, hidden) if normed is None else normed
 
     return forward

@@ -116,14 +116,15 @@ class Product:
         rows = F.pad(inputs.reshape(num_rows, -1), (0, 0, 0, wanted - num_rows))
         return self.kernel.multiply(rows, self._packed, self._bias)[:num_rows].view(*inputs.shape[:-1], -1)
 
+    def parts(self) -> tuple[Tensor, Tensor | None]:
+        """The packed weight and the bias of all layers."""
+        self.pack()
+        assert self._packed is not None
+        return self._packed, self._bias
+
     def filled(self, num_rows: int) -> int:
         """How many rows to compute for so many."""
         return self.choice.fill[num_rows - 1] if num_rows <= len(self.choice.fill) else num_rows
-
-    def of_filled(self, inputs: Tensor) -> Tensor:
-        """inputs (R, X), filled up already, by the weights of all layers side by side: (R, C)."""
-        assert self._packed is not None, "packed by those who call this"
-        return self.kernel.multiply(inputs, self._packed, self._bias)
 
     def pack(self) -> None:
         """Pack the weights, again where a weight has changed."""
@@ -165,6 +166,12 @@ def accelerate(model: nn.Module, *, least_bytes: int = LEAST_BYTES) -> None:
 def is_packed(layer: nn.Module) -> bool:
     """Whether this layer computes by a packed product."""
     return isinstance(vars(layer).get("forward"), PackedForward)
+
+
+def is_independent(layer: nn.Module) -> bool:
+    """Whether this layer gives a row the same bits in any company of at most MOST_ROWS rows, single rows included."""
+    forward = vars(layer).get("forward")
+    return isinstance(forward, PackedForward) and forward.product.choice.kernel == "loop"
 
 
 def product_of(*layers: nn.Module) -> Product | None:

@@ -46,3 +46,17 @@ static inline float one_bf16(const bf16 *at) {
     memcpy(&value, &bits, 4);
     return value;
 }
+
+/* exp of x <= 0, to 2 in the last place; 0 below -86. 2^n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2]. */
+static inline vector power(vector x) {
+    integers hidden = x < -86.0f;
+    x = (vector)((integers)x & ~hidden);
+    vector n = x * 1.44269504f - 0.5f;
+    integers whole = __builtin_convertvector(n, integers); /* towards zero: the nearest, of numbers below 0 */
+    n = __builtin_convertvector(whole, vector);
+    vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vector p = r * (1.0f / 720) + 1.0f / 120;
+    p = p * r + 1.0f / 24, p = p * r + 1.0f / 6, p = p * r + 0.5f, p = p * r + 1.0f, p = p * r + 1.0f;
+    p = p * (vector)((whole + 127) << 23);
+    return (vector)((integers)p & ~hidden);
+}

@@ -87,7 +87,8 @@ def test_it_is_on_by_itself_where_it_costs_nothing(capsys, monkeypatch):
     monkeypatch.setattr(products, "choice_for", always_packed("loop"))
     monkeypatch.setattr(native, "attention_is_faster", lambda: True)
     for name, dtype, expected in (
-        ("llama", torch.bfloat16, True), ("llama", torch.float32, False), ("gemma2", torch.bfloat16, False),
+        ("cohere2", torch.bfloat16, False), ("qwen3_moe", torch.bfloat16, False), ("llama", torch.float32, True),
+        ("gemma2", torch.bfloat16, True),
     ):  # fmt: skip
         target = fresh_target(name, dtype)
         accelerate(target.model, least_bytes=0)

@@ -40,8 +40,8 @@ def test_norms(dtype, shape):
     torch.manual_seed(0)
     norm, states = stock_norm(dtype), 3 * torch.randn(*shape, 40).to(dtype)
     expected = norm(states)
-    assert rms_norms(nn.Sequential(norm)) == [norm]
-    with as_one_kernel([norm]):
+    assert rms_norms(nn.Sequential(norm)) == {norm: False}
+    with as_one_kernel({norm: False}):
         found = norm(states)
     torch.testing.assert_close(found, expected, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
     assert "forward" not in vars(norm)
