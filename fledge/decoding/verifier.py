@@ -100,7 +100,8 @@ class AttentionVerifier:
         self._layers = fused_layers(target.model, target.layers)
         self._exact = exact
         self._fills = exact and not sums_alone(target.model, self._layers, target.num_layers)
-        self.one_by_one = exact  # a prompt is other bits beside another one
+        # a prompt is other bits beside another one, and filling shorter ones up costs time on a CPU
+        self.one_by_one = exact or target.device.type == "cpu"
         self._target = weakref.ref(target)
         self.cache = TargetCache(layout_of(target), target.num_layers, batch, self._with_filling(capacity))
         self._offsets = torch.zeros(batch, dtype=torch.int64, device=target.device)  # rope position minus row

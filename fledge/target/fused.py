@@ -10,7 +10,7 @@ A layer that may be built like Llama's, Gemma's, Hunyuan's or Granite's has thes
 none. Whether it computes what they make together is asked of it: on random states, the stock layer and ours must give
 the cache, the attention function and the next layer the same numbers. What the layer hands to its attention function
 beside them (a window, a soft cap, sinks) is noted then and handed on. Layers whose products are not those of
-`multiply.c`, others, prompts and gradients take the stock forward, the slow twin in the tests.
+`multiply.c`, others and gradients take the stock forward, the slow twin in the tests.
 """
 
 import inspect
@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fledge.target import native
 from fledge.target.norms import eps_of, rms_norms
-from fledge.target.products import MOST_ROWS, Product, is_independent, product_of
+from fledge.target.products import Product, is_independent, product_of
 
 # B sequences, S rows, R = B S, H hidden size, h query heads, g key heads, d head_dim
 
@@ -102,12 +102,12 @@ class FusedLayer:
         return out.view(shape) + self.mlp(normed.view(shape))
 
     def _suits(self, states: Tensor, turns: Any) -> bool:
-        """Few rows of the layer's dtype, turned whole."""
+        """Rows of the layer's dtype, turned whole."""
         if type(states) is not Tensor or states.dim() != 3 or not isinstance(turns, tuple) or len(turns) != 2:
             return False
         cos, sin = turns
         return (
-            0 < states.shape[0] * states.shape[1] <= MOST_ROWS and states.is_cpu
+            states.numel() > 0 and states.is_cpu
             and cos.dim() == 3 and cos.shape == sin.shape and cos.shape[-1] == self.size
             and states.dtype is cos.dtype is sin.dtype is self.dtype
         )  # fmt: skip

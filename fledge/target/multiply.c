@@ -44,13 +44,13 @@ static inline vector added_bf16(vector sum, wide weights, uint32_t inputs) {
 #endif
 }
 
-/* multiply: in and out contiguous, outputs a multiple of 16, a row of inputs whole units of four bytes; bias (outputs) or
-   none. `parts`: threads. pack: a weight in the order that multiply reads. */
+/* multiply: rows of in begin `stride` numbers apart, out is contiguous; outputs a multiple of 16, a row of inputs whole
+   units of four bytes; bias (outputs) or none. `parts`: threads. pack: a weight in the order that multiply reads. */
 #define PRODUCTS(T)                                                                                                   \
     struct tile_##T {                                                                                                 \
         const T *in, *weight, *bias;                                                                                  \
         T *out;                                                                                                       \
-        long inputs, outputs;                                                                                         \
+        long stride, inputs, outputs;                                                                                 \
     };                                                                                                                \
     static inline __attribute__((always_inline)) void tile_##T(struct tile_##T of, const int rows, const int blocks) {\
         vector sums[MOST_LINES][MOST_BLOCKS];                                                                         \
@@ -63,7 +63,7 @@ static inline vector added_bf16(vector sum, wide weights, uint32_t inputs) {
                 memcpy(&weights[b], (const char *)of.weight + (b * units + u) * sizeof(wide), sizeof(wide));          \
             UNROLLED for (int r = 0; r < rows; r++) {                                                                 \
                 uint32_t unit;                                                                                        \
-                memcpy(&unit, (const char *)(of.in + r * of.inputs) + u * 4, 4);                                      \
+                memcpy(&unit, (const char *)(of.in + r * of.stride) + u * 4, 4);                                      \
                 UNROLLED for (int b = 0; b < blocks; b++) sums[r][b] = added_##T(sums[r][b], weights[b], unit);       \
             }                                                                                                         \
         }                                                                                                             \
@@ -79,23 +79,23 @@ static inline vector added_bf16(vector sum, wide weights, uint32_t inputs) {
             if (of.bias) of.bias += now * LANES;                                                                      \
         }                                                                                                             \
     }                                                                                                                 \
-    void multiply_part_##T(const T *in, const T *weight, const T *bias, T *out, long rows, long inputs, long outputs, \
-                           long part, long parts) {                                                                   \
+    void multiply_part_##T(const T *in, long stride, const T *weight, const T *bias, T *out, long rows, long inputs,  \
+                           long outputs, long part, long parts) {                                                     \
         long pieces = (rows + MOST_LINES - 1) / MOST_LINES, most = BLOCKS(rows / pieces);                             \
         long blocks = outputs / LANES, end = blocks * (part + 1) / parts;                                             \
         for (long first = blocks * part / parts; first < end; first += most)                                          \
             for (long piece = 0; piece < pieces; piece++) {                                                           \
                 long row = rows * piece / pieces, to = rows * (piece + 1) / pieces, place = first * LANES;            \
-                struct tile_##T of = {in + row * inputs, weight + place * inputs, bias ? bias + place : 0,            \
-                                      out + row * outputs + place, inputs, outputs};                                  \
+                struct tile_##T of = {in + row * stride, weight + place * inputs, bias ? bias + place : 0,            \
+                                      out + row * outputs + place, stride, inputs, outputs};                          \
                 tiles_##T(of, to - row, end - first < most ? end - first : most);                                     \
             }                                                                                                         \
     }                                                                                                                 \
-    void multiply_##T(const T *in, const T *weight, const T *bias, T *out, long rows, long inputs, long outputs,      \
-                      long parts) {                                                                                   \
+    void multiply_##T(const T *in, const T *weight, const T *bias, T *out, long rows, long stride, long inputs,       \
+                      long outputs, long parts) {                                                                     \
         _Pragma("omp parallel for schedule(static) num_threads(parts) if(parts > 1)")                                 \
         for (long part = 0; part < parts; part++)                                                                     \
-            multiply_part_##T(in, weight, bias, out, rows, inputs, outputs, part, parts);                             \
+            multiply_part_##T(in, stride, weight, bias, out, rows, inputs, outputs, part, parts);                     \
     }                                                                                                                 \
     void pack_##T(const T *weight, T *packed, long inputs, long outputs, long parts) {                                \
         const long unit = 4 / sizeof(T);                                                                              \
@@ -103,7 +103,7 @@ static inline vector added_bf16(vector sum, wide weights, uint32_t inputs) {
         for (long first = 0; first < outputs; first += LANES)                                                         \
             for (long u = 0; u < inputs / unit; u++)                                                                  \
                 for (long i = 0; i < LANES; i++)                                                                      \
-                    memcpy(packed + first * inputs + (u * LANES + i) * unit, weight + (first + i) * inputs + u * unit, 4); \
+                    memcpy(packed + first * inputs + (u * LANES + i) * unit, weight + (first + i) * inputs + u * unit, 4);\
     }
 
 #define TILE(T, rows, blocks)                                                                                         \

@@ -13,8 +13,8 @@ typedef struct { /* pointers of NULL: there is no such norm, bias, or gated prod
     float eps, residual;                     /* what is added to states is scaled by it */
 } layer;
 
-void multiply_part_f32(const f32 *, const f32 *, const f32 *, f32 *, long, long, long, long, long);
-void multiply_part_bf16(const bf16 *, const bf16 *, const bf16 *, bf16 *, long, long, long, long, long);
+void multiply_part_f32(const f32 *, long, const f32 *, const f32 *, f32 *, long, long, long, long, long);
+void multiply_part_bf16(const bf16 *, long, const bf16 *, const bf16 *, bf16 *, long, long, long, long, long);
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -51,9 +51,10 @@ static long low(long total, long part, long parts) { return total * part / parts
    rope: states (batch, heads, rows, size) with these strides, the last of them 1, to a contiguous result; cos and sin
    (batch, rows, size).
    before: states (batch * rows, hidden), cos and sin (batch, rows, size) to query (batch, heads, rows, size), key and
-   value (batch, groups, rows, size). `room` holds a normed row and a row of the product for every row.
+   value (batch, groups, rows, size). `room`: for every row a normed one, APART, and one of the product.
    behind: states and mixed (rows, heads * size) to what the layer makes of them, or, where it has no gated product, to
-   the sum of states and attention, with its norm in `normed`. `room`: five rows of hidden, three of inner. */
+   the sum of states and attention, with its norm in `normed`. `room`: for every row two of hidden
+   and two of inner, and one each of hidden, heads * size and inner, APART. */
 #define KERNELS(T)                                                                                                    \
     static inline vector read_##T(const T *at, long left) {                                                           \
         if (left >= LANES) return load_##T(at);                                                                       \
@@ -113,14 +114,16 @@ static long low(long total, long part, long parts) { return total * part / parts
     void before_##T(const layer *of, const T *states, const T *cos, const T *sin, T *query, T *key, T *value,         \
                     T *room, long batch, long rows, long threads) {                                                   \
         long hidden = of->hidden, size = of->size, all = of->heads + 2 * of->groups, lines = batch * rows;            \
-        T *product = room + lines * hidden;                                                                           \
+        long apart = APART(T, hidden);                                                                                \
+        T *product = room + lines * apart;                                                                            \
         _Pragma("omp parallel num_threads(threads) if(threads > 1)") {                                                \
             long part = PART;                                                                                         \
             const T *normed = of->in_norm ? room : states;                                                            \
             for (long r = low(lines, part, parts); of->in_norm && r < low(lines, part + 1, parts); r++)               \
-                norm_##T(states + r * hidden, of->in_norm, room + r * hidden, hidden, of->eps, of->one_more);         \
+                norm_##T(states + r * hidden, of->in_norm, room + r * apart, hidden, of->eps, of->one_more);          \
             BARRIER                                                                                                   \
-            multiply_part_##T(normed, of->qkv, of->qkv_bias, product, lines, hidden, all * size, part, parts);        \
+            multiply_part_##T(normed, of->in_norm ? apart : hidden, of->qkv, of->qkv_bias, product, lines, hidden,    \
+                              all * size, part, parts);                                                               \
             BARRIER                                                                                                   \
             for (long task = low(lines * all, part, parts); task < low(lines * all, part + 1, parts); task++) {       \
                 long line = task / all, head = task % all, b = line / rows, r = line % rows;                          \
@@ -143,33 +146,41 @@ static long low(long total, long part, long parts) { return total * part / parts
     }                                                                                                                 \
     void behind_##T(const layer *of, const T *states, const T *mixed, T *out, T *normed, T *room, long rows,          \
                     long threads) {                                                                                   \
-        long hidden = of->hidden, inner = of->inner;                                                                  \
-        T *added = room, *sum = of->gate_up ? room + rows * hidden : out, *gates = sum + rows * hidden;               \
-        T *passed = gates + rows * 2 * inner;                                                                         \
+        long hidden = of->hidden, inner = of->inner, width = of->heads * of->size, apart = hidden;                    \
+        T *added = room, *gates = added + rows * hidden, *passed = gates + rows * 2 * inner;                          \
+        T *moved = passed + rows * APART(T, inner), *sum = moved + rows * APART(T, width);                            \
+        if (of->gate_up) normed = sum + rows * hidden, apart = APART(T, hidden);                                      \
+        else sum = out;                                                                                               \
         _Pragma("omp parallel num_threads(threads) if(threads > 1)") {                                                \
             long part = PART, first = low(rows, part, parts), end = low(rows, part + 1, parts);                       \
-            multiply_part_##T(mixed, of->mix, of->mix_bias, added, rows, of->heads * of->size, hidden, part, parts);  \
+            for (long r = first; r < end && APART(T, width) > width; r++)                                             \
+                memcpy(moved + r * APART(T, width), mixed + r * width, width * sizeof(T));                            \
+            BARRIER                                                                                                   \
+            multiply_part_##T(APART(T, width) > width ? moved : mixed, APART(T, width), of->mix, of->mix_bias, added, \
+                              rows, width, hidden, part, parts);                                                      \
             BARRIER                                                                                                   \
             for (long r = first; r < end; r++) {                                                                      \
                 T *at = added + r * hidden;                                                                           \
                 if (of->mixed_norm) norm_##T(at, of->mixed_norm, at, hidden, of->eps, of->one_more);                  \
                 added_##T(states + r * hidden, at, sum + r * hidden, hidden, of->residual);                           \
                 if (of->mlp_norm)                                                                                     \
-                    norm_##T(sum + r * hidden, of->mlp_norm, normed + r * hidden, hidden, of->eps, of->one_more);     \
+                    norm_##T(sum + r * hidden, of->mlp_norm, normed + r * apart, hidden, of->eps, of->one_more);      \
             }                                                                                                         \
             if (of->gate_up) {                                                                                        \
                 const T *of_mlp = of->mlp_norm ? normed : sum;                                                        \
                 BARRIER                                                                                               \
-                multiply_part_##T(of_mlp, of->gate_up, of->gate_up_bias, gates, rows, hidden, 2 * inner, part, parts); \
+                multiply_part_##T(of_mlp, of->mlp_norm ? apart : hidden, of->gate_up, of->gate_up_bias, gates, rows,  \
+                                  hidden, 2 * inner, part, parts);                                                    \
                 BARRIER                                                                                               \
                 for (long r = 0; r < rows; r++)                                                                       \
                     for (long c = low(inner / LANES, part, parts); c < low(inner / LANES, part + 1, parts); c++) {    \
                         const T *gate = gates + r * 2 * inner + c * LANES;                                            \
                         vector open = rounded_##T(activated(load_##T(gate), of->gelu));                               \
-                        store_##T(passed + r * inner + c * LANES, open * load_##T(gate + inner));                     \
+                        store_##T(passed + r * APART(T, inner) + c * LANES, open * load_##T(gate + inner));           \
                     }                                                                                                 \
                 BARRIER                                                                                               \
-                multiply_part_##T(passed, of->down, of->down_bias, added, rows, inner, hidden, part, parts);          \
+                multiply_part_##T(passed, APART(T, inner), of->down, of->down_bias, added, rows, inner, hidden, part, \
+                                  parts);                                                                             \
                 BARRIER                                                                                               \
                 for (long r = first; r < end; r++) {                                                                  \
                     T *at = added + r * hidden;                                                                       \

@@ -39,6 +39,7 @@ MOST_ROWS = 64  # with more, PyTorch's threads are worth more
 TIMINGS = 50  # of each way to compute attention; the fastest counts
 WORTH_THREADS = 1 << 17  # products of a call's queries and keys
 BYTES_OF_A_THREAD = 1 << 16  # of a weight: fewer are not worth a thread
+FEW_ROWS = 8  # they fit the nearest cache however they lie
 SHARED_ROWS, LANES, MOST_HEAD = 4, 16, 256  # BLOCK, LANES, LANES * MOST_VECTORS of attend.c
 POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 ARGUMENTS: dict[str, list[Any]] = {
@@ -47,7 +48,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "before": [POINTER] * 8 + [NUMBER] * 3,
     "behind": [POINTER] * 6 + [NUMBER] * 2,
     "attend": [POINTER] * 7 + [NUMBER] * 16 + [REAL] * 2,
-    "multiply": [POINTER] * 4 + [NUMBER] * 4,
+    "multiply": [POINTER] * 4 + [NUMBER] * 5,
     "pack": [POINTER] * 2 + [NUMBER] * 3,
 }
 MOST_SIZE = 1024  # of a head
@@ -229,13 +230,19 @@ def multiply(states: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tens
     """states (.., X) by a weight (C, X) that `pack` has made, plus bias (C,): (.., C). A row's bits do not depend on
     the number of rows."""
     outputs, inputs = packed.shape
-    states, out = states.contiguous(), torch.empty(*states.shape[:-1], outputs, dtype=packed.dtype)
-    rows = states.numel() // inputs
+    out, rows = torch.empty(*states.shape[:-1], outputs, dtype=packed.dtype), states.numel() // inputs
+    stride = inputs if rows < FEW_ROWS else apart(inputs, packed.dtype)
+    states = F.pad(states.reshape(rows, inputs), (0, stride - inputs)) if stride > inputs else states.contiguous()
     _kernel("multiply", NAMES[packed.dtype])(
         states.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
-        rows, inputs, outputs, _threads_for(packed),
+        rows, stride, inputs, outputs, _threads_for(packed),
     )  # fmt: skip
     return out
+
+
+def apart(numbers: int, dtype: torch.dtype) -> int:
+    """APART of vectors.h."""
+    return numbers if numbers * dtype.itemsize % 2048 else numbers + 64 // dtype.itemsize
 
 
 def _threads_for(weight: Tensor) -> int:
@@ -267,18 +274,19 @@ def before_attention(
     kind, heads, groups, size = states.dtype, layer.heads, layer.groups, layer.size
     query, key = torch.empty(batch, heads, rows, size, dtype=kind), torch.empty(batch, groups, rows, size, dtype=kind)
     value = torch.empty_like(key)
-    room = torch.empty(batch * rows * (layer.hidden + (heads + 2 * groups) * size), dtype=kind)
+    room = torch.empty(batch * rows * (apart(layer.hidden, kind) + (heads + 2 * groups) * size), dtype=kind)
     pointers = [one.data_ptr() for one in (states, cos, sin, query, key, value, room)]
     _kernel("before", NAMES[kind])(ctypes.byref(layer), *pointers, batch, rows, _threads())
     return query, key, value
 
 
 def behind_attention(layer: Any, states: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
-    """states (R, H) and the attention's result (R, h * d), both contiguous -> the layer's result, where it is whole; of
-    another the sum of states and attention; and the normed sum (R, H)."""
-    rows, kind = len(states), states.dtype
-    out, normed = torch.empty_like(states), torch.empty_like(states)
-    room = torch.empty(rows * (2 * layer.hidden + 3 * layer.inner), dtype=kind)
+    """states (R, H) and the attention's result (R, h * d), both contiguous -> the layer's result (R, H); where it has
+    no gated product here the sum of states and attention, and beside it that sum's norm."""
+    rows, kind, hidden, inner, width = len(states), states.dtype, layer.hidden, layer.inner, layer.heads * layer.size
+    out, normed = torch.empty_like(states), states if layer.gate_up else torch.empty_like(states)
+    a_row = 2 * (hidden + inner) + apart(hidden, kind) + apart(inner, kind) + apart(width, kind)
+    room = torch.empty(rows * a_row, dtype=kind)
     pointers = [one.data_ptr() for one in (states, mixed, out, normed, room)]
     _kernel("behind", NAMES[kind])(ctypes.byref(layer), *pointers, rows, _threads())
     return out, normed

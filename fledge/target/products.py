@@ -20,10 +20,11 @@ weight, made at the first product and again when the weight has changed.
 *Rows are independent.* The packed kernels give a row the same bits however many rows are computed with it, F.linear
 does not (in fp32). So one kernel is chosen for all numbers of rows of a shape: the faster packed one, unless F.linear
 is faster still. Single rows are filled up where their bits would differ (oneDNN's), and few rows where more are faster.
-All this is measured once per machine, PyTorch and shape, and kept in the user's cache folder. More than MOST_ROWS rows,
-a prompt say, gradients, autocast and other dtypes take F.linear, the slow twin in the tests.
+All this is measured once per machine, PyTorch and shape, and kept in the user's cache folder. More than MOST_ROWS rows
+of oneDNN's kernel, gradients, autocast and other dtypes take F.linear, the slow twin in the tests.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -81,6 +82,7 @@ class Product:
     def __init__(self, layers: Sequence[nn.Linear], choice: ProductChoice) -> None:
         self.layers, self.choice = tuple(layers), choice
         self.kernel = KERNELS[choice.kernel or "onednn"]
+        self.most_rows = sys.maxsize if choice.kernel == "loop" else MOST_ROWS
         self._packed: Tensor | None = None
         self._bias: Tensor | None = None
         self._packed_of: list[tuple[int, int]] = []
@@ -94,7 +96,7 @@ class Product:
         """What the layer at `place` makes of inputs (.., X)."""
         weight = self.layers[place].weight
         num_rows = inputs.numel() // max(inputs.shape[-1], 1)
-        if not 0 < num_rows <= MOST_ROWS or torch.is_grad_enabled() or not _suits(inputs, weight):
+        if not 0 < num_rows <= self.most_rows or torch.is_grad_enabled() or not _suits(inputs, weight):
             return F.linear(inputs, weight, self.layers[place].bias)
         if inputs is not self._input or place not in self._outputs:
             output = self._computed(inputs, num_rows)
@@ -169,7 +171,7 @@ def is_packed(layer: nn.Module) -> bool:
 
 
 def is_independent(layer: nn.Module) -> bool:
-    """Whether this layer gives a row the same bits in any company of at most MOST_ROWS rows, single rows included."""
+    """Whether this layer gives a row the same bits in any company."""
     forward = vars(layer).get("forward")
     return isinstance(forward, PackedForward) and forward.product.choice.kernel == "loop"
 

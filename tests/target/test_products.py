@@ -107,22 +107,23 @@ def test_a_row_has_the_same_bits_in_any_company(monkeypatch, name, dtype):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("outputs", [16, 48, 336, 2064])
+@pytest.mark.parametrize("outputs, num_inputs", [(16, 70), (48, 1024), (336, 70), (2064, 70)])
 @pytest.mark.parametrize("threads", [1, 2])
 @torch.inference_mode()
-def test_the_loop_is_the_product_for_every_number_of_rows(monkeypatch, dtype, outputs, threads):
+def test_the_loop_is_the_product_for_every_number_of_rows(monkeypatch, dtype, outputs, num_inputs, threads):
     """Every tile of `multiply.c` and every remainder, beside exact sums."""
     monkeypatch.setattr(native, "BYTES_OF_A_THREAD", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         generator = torch.Generator().manual_seed(outputs)
-        weight, bias = torch.randn(outputs, 70, generator=generator), torch.randn(outputs, generator=generator)
-        inputs = torch.randn(45, 70, generator=generator)
+        weight = torch.randn(outputs, num_inputs, generator=generator)
+        bias = torch.randn(outputs, generator=generator)
+        inputs = torch.randn(45, num_inputs, generator=generator)
         weight, bias, inputs = weight.to(dtype), bias.to(dtype), inputs.to(dtype)
         packed, exact = native.pack(weight), inputs.double() @ weight.double().T + bias.double()
         whole = native.multiply(inputs, packed, bias)
-        tolerance = 1e-4 if dtype == torch.float32 else 2**-8 * exact.abs().max()
+        tolerance = 1e-6 * num_inputs if dtype == torch.float32 else 2**-8 * exact.abs().max()
         assert (whole.double() - exact).abs().max() <= tolerance
         for rows in range(1, 46):
             assert torch.equal(native.multiply(inputs[-rows:], packed, bias), whole[-rows:]), rows
@@ -185,7 +186,7 @@ def test_a_copy_has_its_own_weights(always, copied):
 
 
 def test_what_is_left_to_pytorch(always, monkeypatch):
-    """Gradients, many rows, other dtypes and autocast."""
+    """Gradients, many rows of oneDNN, other dtypes and autocast."""
     block = Block().requires_grad_(True)
     accelerate(block, least_bytes=0)
     used: list[torch.Tensor] = []
@@ -195,7 +196,8 @@ def test_what_is_left_to_pytorch(always, monkeypatch):
     block.o_proj(few).sum().backward()
     assert block.o_proj.weight.grad is not None
     with torch.inference_mode():
-        block.o_proj(torch.randn(products.MOST_ROWS + 1, 96))
+        if always != "loop":
+            block.o_proj(torch.randn(products.MOST_ROWS + 1, 96))
         block.o_proj(torch.randn(0, 96))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert block.o_proj(few).dtype == torch.bfloat16
