@@ -59,8 +59,11 @@ static inline vector added_bf16(vector sum, wide weights, uint32_t inputs) {
             UNROLLED for (int b = 0; b < blocks; b++) sums[r][b] = of.bias ? load_##T(of.bias + b * LANES) : (vector){};\
         for (long u = 0; u < units; u++) {                                                                            \
             wide weights[MOST_BLOCKS];                                                                                \
-            UNROLLED for (int b = 0; b < blocks; b++)                                                                 \
-                memcpy(&weights[b], (const char *)of.weight + (b * units + u) * sizeof(wide), sizeof(wide));          \
+            UNROLLED for (int b = 0; b < blocks; b++) {                                                               \
+                const char *at = (const char *)of.weight + (b * units + u) * sizeof(wide);                            \
+                __builtin_prefetch(at + blocks * units * sizeof(wide), 0, 2); /* of the next tile */                  \
+                memcpy(&weights[b], at, sizeof(wide));                                                                \
+            }                                                                                                         \
             UNROLLED for (int r = 0; r < rows; r++) {                                                                 \
                 uint32_t unit;                                                                                        \
                 memcpy(&unit, (const char *)(of.in + r * of.stride) + u * 4, 4);                                      \

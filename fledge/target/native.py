@@ -156,7 +156,7 @@ def rms_norm(
     """(.., H) scaled to RMS 1 and by `weight` (H,), or by 1 + weight; None where PyTorch should do it."""
     size = weight.shape[0]
     rows = states.numel() // size
-    if states.dtype is not weight.dtype or not 0 < rows <= most_rows or not _suits(states):
+    if states.dtype is not weight.dtype or not 0 < rows <= most_rows or not _suits(states) or library() is None:
         return None
     states, out = states.contiguous(), torch.empty(states.shape, dtype=states.dtype)
     _kernel("rms_norm", NAMES[states.dtype])(

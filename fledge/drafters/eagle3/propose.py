@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fledge.drafters.base import Budget, Emitted
+from fledge.drafters.eagle3.fused_step import fused_step
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.tree import Trees, TreeShape, best_scores, build_trees, candidate_levels
 from fledge.target.model import longrope_limit
@@ -40,6 +41,8 @@ class EagleProposer:
         config, device = draft.config, draft.fc.weight.device
         self.draft = draft
         accelerate(draft)
+        self._fused = fused_step(draft)
+        self._step = self._fused or draft.step
         self.width, self.num_levels = beam_width(shape, config.draft_vocab_size), shape.levels
         levels = candidate_levels(self.width, self.num_levels)
         self.num_drafted = min(shape.total_token - 1, len(levels))
@@ -92,7 +95,9 @@ class EagleProposer:
         self.cache.open(rows, num_keys)
         mask = self._mask(self._committed(lengths, lengths - 1, num_keys)[:, None])
         features = self.draft.fuse(emitted.taps)
-        self._hidden = self.draft.step(
+        if self._fused is not None:
+            self._fused.refresh()
+        self._hidden = self._step(
             emitted.token_ids, features, None, self.cache, mask, rope=self._rope_of(rows), output_row=num_new - 1
         )  # fmt: skip
 
@@ -143,7 +148,7 @@ class EagleProposer:
         seen = self._committed(lengths, position, num_keys)[:, None].expand(-1, self.width, -1)
         seen = seen.scatter(2, columns[:, None].expand_as(tree_part), tree_part)
         rope = self._rope_of(position[:, None].expand_as(tokens))
-        return self.draft.step(tokens, hidden, None, self.cache, self._mask(seen), rope=rope)
+        return self._step(tokens, hidden, None, self.cache, self._mask(seen), rope=rope)
 
     def _committed(self, lengths: Tensor, position: Tensor, num_keys: int) -> Tensor:
         """(B, K) bool: the committed rows that a row at `position` (B,) sees."""
