@@ -8,7 +8,7 @@ from torch import nn
 from fledge.decoding.verifier import AttentionVerifier, Lengths
 from fledge.drafters.tree import Trees
 from fledge.target import native, products
-from fledge.target.fused import FusedLayer, fused, fused_layers
+from fledge.target.fused import FusedLayer, fuse, fused, fused_layers
 from fledge.target.model import Target
 from fledge.target.products import accelerate
 
@@ -155,6 +155,22 @@ def test_it_steps_aside():
         assert heard and len(calls) == 2 * target.num_layers - 1
         hook.remove()
     assert not any("forward" in vars(layer) for layer in target.layers)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "hunyuan_v1_dense"])
+@torch.inference_mode()
+def test_texts_are_read_so_for_good(monkeypatch, name):
+    """What extraction does: whole texts without a cache, side by side, with the states between the layers."""
+    target, ids = target_of(name), torch.tensor([prompt(30), prompt(30, 1)])
+    expected = target.forward(ids)
+    calls: list[int] = []
+    before = native.before_attention
+    monkeypatch.setattr(native, "before_attention", lambda *args: calls.append(1) or before(*args))
+    fuse(target)
+    found = target.forward(ids)
+    assert len(calls) == target.num_layers
+    for one, other in ((found.last_hidden, expected.last_hidden), (found.tap_hidden, expected.tap_hidden)):
+        assert (one - other).norm() < 1e-5 * other.norm()
 
 
 def test_new_weights_are_used():
