@@ -45,7 +45,7 @@ class QuickstartArgs(TemplateSettings, TapSettings, OverwriteSettings):
     outputs/quickstart-NAME."""
     data: str | None = None
     """Prompts to answer and train on. None: fledge's own starter prompts."""
-    max_samples: Count = 200
+    max_samples: Count = 300
     """How many prompts the target answers for training."""
     max_new_tokens: Count = 128
     """Longest training answer in tokens."""

@@ -31,7 +31,6 @@ from fledge.storage.states.manifest import Identity, Manifest
 from fledge.storage.states.shard import ShardBuffer
 from fledge.storage.states.writer import STORE, Ranks, StoreWriter
 from fledge.target import tensor_parallel
-from fledge.target.fused import fuse
 from fledge.target.head import TargetEnds, TargetHead
 from fledge.target.live import BatchedSource, LiveSource
 from fledge.target.model import Target, default_device
@@ -216,7 +215,6 @@ def open_target(args: ExtractSettings) -> OpenTarget:
     if args.server:
         raise UserError("--server is for --target-backend vllm; the hf backend runs the target in this process.")
     target = load_target(args)
-    fuse(target)
     chunk = args.prefill_chunk
     alone = LiveSource(target, prefill_chunk=chunk)
     producer = BatchedSource(target, args.batch_tokens, prefill_chunk=chunk) if args.batch_tokens else alone

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fledge.data.tokenize import Sample
+from fledge.target.fused import fuse
 from fledge.target.long_texts import read_text
 from fledge.target.model import Target, longrope_limit
 from fledge.target.record import TargetRecord, TeacherSummary
@@ -27,6 +28,7 @@ class LiveSource:
     ) -> None:  # fmt: skip
         """`head`: the target's, where the target's own holds only a part of it. Texts longer than `prefill_chunk`
         tokens are read in parts (0: none)."""
+        fuse(target)
         self.target, self.head, self.prefill_chunk = target, head or target.head, prefill_chunk
 
     def records(self, samples: Iterable[Sample]) -> Iterator[TargetRecord]:
