@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .PHONY: help install constraints check fix test sweep fuzz kills test-engines quickstart reference docs clean
 
 help:
-	@echo "make quickstart    install, then the whole path on a small real model (eight minutes, two cores, no GPU)"
+	@echo "make quickstart    install, then the whole path on a small real model (six minutes, two cores, no GPU)"
 	@echo "make reference     install, then the benchmark of the head in heads/ on a few prompts (a minute or two)"
 	@echo "make test          install, then the CPU test suite"
 	@echo "make sweep         every architecture of docs/targets.md: train, decode, export (python tests/sweep.py writes it)"

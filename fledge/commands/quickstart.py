@@ -45,7 +45,7 @@ class QuickstartArgs(TemplateSettings, TapSettings, OverwriteSettings):
     outputs/quickstart-NAME."""
     data: str | None = None
     """Prompts to answer and train on. None: fledge's own starter prompts."""
-    max_samples: Count = 300
+    max_samples: Count = 200
     """How many prompts the target answers for training."""
     max_new_tokens: Count = 128
     """Longest training answer in tokens."""
@@ -61,7 +61,7 @@ class QuickstartArgs(TemplateSettings, TapSettings, OverwriteSettings):
 
 
 def quickstart(args: QuickstartArgs) -> None:
-    """The whole path on a small real model: answers, head, benchmark, report; about seven minutes on two cores."""
+    """The whole path on a small real model: answers, head, benchmark, report; about five minutes on two cores."""
     work = args.output_dir or default_output_dir(args.target)
     with claim(work, WORK, overwrite=args.overwrite):
         if args.data is not None:
