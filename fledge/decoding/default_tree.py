@@ -22,6 +22,7 @@ from fledge.decoding.records import Generation
 from fledge.drafters.base import Drafter
 from fledge.drafters.tree import TreeShape
 from fledge.outputs import cached
+from fledge.target import native
 from fledge.target.model import Target
 
 LARGE = TreeShape()
@@ -30,7 +31,7 @@ NONE = TreeShape(1, 0, 1)  # the root alone: plain decoding
 SIZES = (1, 2, 4, 8, 16)  # of trees; what lies between is interpolated
 PREFIX = 128  # tokens of the text behind which costs are measured
 SAMPLE = 12  # tokens that are decoded to measure the rest of a round
-ENGINE = 3  # one more when the engine computes in another way, and costs that are kept no longer hold
+ENGINE = 4  # one more when the engine computes in another way, and costs that are kept no longer hold
 
 
 class PairCosts(msgspec.Struct, frozen=True):
@@ -103,4 +104,4 @@ def _rest(run: Generation) -> float:
 
 def key_of(target: Target, drafter: nn.Module) -> str:
     """What costs depend on: machine, library and the shapes of both models."""
-    return f"{provenance.costs_key(target.model, drafter)}, engine {ENGINE}, {SMALL}"
+    return f"{provenance.costs_key(target.model, drafter)}, compiled {native.fingerprint()}, engine {ENGINE}, {SMALL}"

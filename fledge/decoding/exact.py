@@ -81,8 +81,7 @@ def key_of(target: Target) -> str:
     accelerate(target.model)
     linear = [module for module in target.model.modules() if isinstance(module, torch.nn.Linear)]
     packed, alone = sum(map(is_packed, linear)), sum(map(is_independent, linear))
-    attention = "compiled" if native.library() else "by rows"
-    kernels = f"{packed} of {len(linear)} packed, {alone} by loops, attention {attention}, engine {ENGINE}"
+    kernels = f"{packed} of {len(linear)} packed, {alone} by loops, compiled {native.fingerprint()}, engine {ENGINE}"
     return f"{provenance.costs_key(target.model)}, {target.dtype}, {target.device.type}, {kernels}"
 
 

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fledge.target import native
 from fledge.target.norms import eps_of, rms_norms
-from fledge.target.products import Product, accelerate, is_independent, product_of
+from fledge.target.products import Product, accelerate, is_independent, loop_of
 
 # B sequences, S rows, R = B S, H hidden size, h query heads, g key heads, d head_dim
 
@@ -64,18 +64,25 @@ class FusedLayer:
         if qkv is None or mix is None:
             raise NoSuchLayer
         self.products = {"qkv": qkv, "mix": mix}
-        if gates and down and self.activation and not down.layers[0].in_features % native.LANES:
+        hidden, inner = qkv.layers[0].in_features, down.layers[0].in_features if down else 0
+        if gates and down and self.activation and not inner % native.LANES:
+            if gates.shape != (2 * inner, hidden) or down.shape != (hidden, inner):
+                raise NoSuchLayer
             self.products |= {"gate_up": gates, "down": down}
         self.size = size = int(getattr(attention, "head_dim", 0))
-        hidden, mixed = qkv.layers[0].in_features, mix.layers[0].in_features
-        heads, outputs = mixed // max(size, 1), sum(layer.out_features for layer in qkv.layers)
+        heads, outputs = mix.shape[1] // max(size, 1), qkv.shape[0]
         groups = (outputs // max(size, 1) - heads) // 2
-        others = [norm for name in HEAD_NORMS if (norm := self.norms[name]) is not None and len(_weight(norm)) != size]
-        if not 0 < size <= native.MOST_SIZE or size % 2 or others or (heads + 2 * groups) * size != outputs:
+        if not 0 < size <= native.MOST_SIZE or size % 2 or (heads + 2 * groups) * size != outputs:
             raise NoSuchLayer
         self.shape = {"hidden": hidden, "heads": heads, "groups": groups, "size": size}
         self.dtype = qkv.layers[0].weight.dtype
-        self.facts = self._facts()
+        sizes = {name: size if name in HEAD_NORMS else hidden for name in self.norms}
+        weights = [(_weight(norm), sizes[name]) for name, norm in self.norms.items() if norm is not None]
+        # what is read by pointers must be as large and of the kind that it is taken for
+        if mix.shape != (hidden, heads * size) or any(w.dtype is not self.dtype or len(w) != n for w, n in weights):
+            raise NoSuchLayer
+        self._kept: list[Tensor] = []
+        self._layer: native.Layer | None = None
         self.constants: dict[str, Any] = {}  # what the attention function is given that the layer is not
         layers = [one for product in self.products.values() for one in product.layers]
         self._bypassed = [attention, *layers, *used, *([mlp, activation] if self.fuses_mlp else [])]
@@ -114,18 +121,31 @@ class FusedLayer:
         )  # fmt: skip
 
     def is_ready(self) -> bool:
-        """Nobody listens inside the layer, and its attention is one of the library's functions. Packs new weights."""
+        """Nobody listens inside the layer, and its attention is one of the library's functions. Weights are looked at
+        again."""
         if any(part._forward_hooks or part._forward_pre_hooks for part in self._bypassed):
             return False
-        self.facts = self._facts()
+        self._layer = None
         return self.attention.config._attn_implementation in ALL_ATTENTION_FUNCTIONS
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_layer": None, "_kept": []}  # pointers are not for copies
+
+    @property
+    def facts(self) -> native.Layer:
+        """The layer as `native.c` reads it, made anew when it is entered."""
+        if self._layer is None:
+            self._layer = self._facts()
+        return self._layer
+
     def _facts(self) -> native.Layer:
+        self._kept = [_weight(norm) for norm in self.norms.values() if norm is not None]
         facts = native.Layer(**self.shape, eps=self.eps, one_more=self.one_more)
         for name, norm in self.norms.items():
             setattr(facts, name, None if norm is None else _weight(norm).data_ptr())
         for name, product in self.products.items():
             weight, bias = product.parts()
+            self._kept += [weight] if bias is None else [weight, bias]
             setattr(facts, name, weight.data_ptr())
             setattr(facts, f"{name}_bias", None if bias is None else bias.data_ptr())
         facts.inner = self.products["down"].layers[0].in_features if self.fuses_mlp else 0
@@ -139,15 +159,15 @@ class Turns:
     """The rotations of a forward, which all its layers share, as `native.before_attention` reads them."""
 
     def __init__(self) -> None:
-        self._given: Any = None
-        self._turns: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Any, tuple[Tensor, Tensor]] | None = None  # given, and made of it; threads swap it whole
 
     def of(self, given: tuple[Tensor, Tensor], batch: int, rows: int) -> tuple[Tensor, Tensor]:
         """cos and sin (B, S, d), contiguous, from those of one sequence or of all."""
-        if self._turns is None or given is not self._given or self._turns[0].shape[:2] != (batch, rows):
+        last = self._last
+        if last is None or given is not last[0] or last[1][0].shape[:2] != (batch, rows):
             cos, sin = (one.expand(batch, rows, -1).contiguous() for one in given)
-            self._given, self._turns = given, (cos, sin)
-        return self._turns
+            last = self._last = (given, (cos, sin))
+        return last[1]
 
 
 @torch.inference_mode()
@@ -223,8 +243,7 @@ def _together(module: Any, names: Sequence[str], joint: str = "") -> Product | N
     """The product by `multiply.c` that these layers are, or the one layer that has them all."""
     layers: list[Any] = [getattr(module, name, None) for name in names]
     layers = [getattr(module, joint, None)] if None in layers else layers
-    product = None if None in layers else product_of(*layers)
-    return product if product is not None and product.choice.kernel == "loop" else None
+    return None if None in layers else loop_of(*layers)
 
 
 def _activation(function: Any) -> str | None:

@@ -4,10 +4,10 @@ and `multiply.c` where a C compiler is there.
 transformers writes norms and rotary embeddings out as chains of eight and eighteen operations. Each of them costs
 microseconds to begin, whatever it computes, and a step has a thousand. A call of `native.c` costs one beginning, and
 two calls are a decoder layer but for its attention. It rounds where the chain does, so the result is the same to the
-last bit of a sum's order. A row of the attention has bits
-that depend on what it sees alone, in a fifth to four fifths of the time of PyTorch's kernel where the processor has
-AVX-512 or AVX2; elsewhere it may be slower, so that is measured. So are the products (`products.py`). Compiled in some
-five seconds, once per machine and source, into the user's cache folder. Without a compiler everything works, slower.
+last bit of a sum's order. A row of the attention has bits that depend on what it sees alone, in a fifth to four fifths
+of the time of PyTorch's kernel where the processor has AVX-512 or AVX2; elsewhere it may be slower, so that is
+measured. So are the products (`products.py`). Compiled in some five seconds, once per machine and source, into the
+user's cache folder. Without a compiler everything works, slower.
 """
 
 import ctypes
@@ -118,6 +118,12 @@ def has_threads() -> bool:
     return True
 
 
+def fingerprint() -> str:
+    """Of the source, compiler and flags behind `library`; "none" without one. Findings about it are kept under it."""
+    found = library()
+    return "none" if found is None else Path(found._name).stem
+
+
 class Faster(msgspec.Struct, frozen=True):
     """What was measured on this machine, kept in the user's cache folder."""
 
@@ -127,10 +133,9 @@ class Faster(msgspec.Struct, frozen=True):
 @functools.cache
 def attention_is_faster() -> bool:
     """Whether `attend` is, for eight rows of a usual shape; False without a compiler."""
-    found = library()
-    if found is None:
+    if library() is None:
         return False
-    return cached("attention", f"{provenance.costs_key()}, {Path(found._name).stem}", Faster, _measured).attention
+    return cached("attention", f"{provenance.costs_key()}, {fingerprint()}", Faster, _measured).attention
 
 
 @torch.inference_mode()

@@ -82,12 +82,18 @@ class Product:
     def __init__(self, layers: Sequence[nn.Linear], choice: ProductChoice) -> None:
         self.layers, self.choice = tuple(layers), choice
         self.kernel = KERNELS[choice.kernel or "onednn"]
-        self.most_rows = sys.maxsize if choice.kernel == "loop" else MOST_ROWS
+        self.is_loop = choice.kernel == "loop"
+        self.most_rows = sys.maxsize if self.is_loop else MOST_ROWS
         self._packed: Tensor | None = None
         self._bias: Tensor | None = None
         self._packed_of: list[tuple[int, int]] = []
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}  # of the last input, until the other layers ask for them
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs of all layers, inputs."""
+        return sum(layer.out_features for layer in self.layers), self.layers[0].in_features
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": None, "_bias": None, "_packed_of": [], "_input": None, "_outputs": {}}
@@ -173,7 +179,13 @@ def is_packed(layer: nn.Module) -> bool:
 def is_independent(layer: nn.Module) -> bool:
     """Whether this layer gives a row the same bits in any company."""
     forward = vars(layer).get("forward")
-    return isinstance(forward, PackedForward) and forward.product.choice.kernel == "loop"
+    return isinstance(forward, PackedForward) and forward.product.is_loop and forward.product.choice.independent
+
+
+def loop_of(*layers: nn.Module) -> Product | None:
+    """The product by `multiply.c` that these layers are, in this order and no others; None where there is none."""
+    product = product_of(*layers)
+    return product if product is not None and product.is_loop else None
 
 
 def product_of(*layers: nn.Module) -> Product | None:
@@ -210,7 +222,8 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 def choice_for(shape: str, groups: Sequence[Sequence[nn.Linear]]) -> ProductChoice:
     """The choice for products of this shape, measured with these layers once per machine."""
-    key = f"{provenance.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}: {shape}"
+    machine = f"{provenance.processor()}, {torch.get_num_threads()} threads"
+    key = f"{machine}, torch {torch.__version__}, compiled {native.fingerprint()}: {shape}"
     return cached("products", key, ProductChoice, lambda: measured_choice(groups))
 
 

@@ -1,5 +1,7 @@
 """Decoder layers of few operations are the stock ones, and step aside where they would not be."""
 
+import copy
+
 import pytest
 import torch
 from tiny import NAMES, WINDOW, always_packed, prompt, tiny_model, tiny_target
@@ -172,6 +174,27 @@ def test_texts_are_read_so_for_good(monkeypatch, name):
     assert len(calls) == target.num_layers
     for one, other in ((found.last_hidden, expected.last_hidden), (found.tap_hidden, expected.tap_hidden)):
         assert (one - other).norm() < 1e-5 * other.norm()
+
+
+@torch.inference_mode()
+def test_a_copy_of_a_fused_model_reads_its_own_weights():
+    target, ids = target_of("qwen3"), torch.tensor([prompt(6)])
+    fuse(target)
+    before = target.model(ids).logits
+    twin = copy.deepcopy(target.model)
+    for layer in target.layers:
+        layer.mlp.down_proj.weight.zero_()
+        layer.input_layernorm.weight.data = torch.zeros(0)
+    torch.testing.assert_close(twin(ids).logits, before)
+
+
+def test_weights_of_another_kind_or_size_are_not_read_by_pointer():
+    """A norm in fp32 beside products in bf16; a product that gives fewer numbers than the layer takes."""
+    target = target_of("llama", torch.bfloat16)
+    target.layers[1].input_layernorm.float()
+    target.layers[2].post_attention_layernorm.weight = nn.Parameter(torch.ones(32, dtype=torch.bfloat16))
+    layers = list(target.layers)
+    assert {layers.index(one.layer) for one in layers_of(target)} == set(range(target.num_layers)) - {1, 2}
 
 
 def test_new_weights_are_used():

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fledge.drafters.eagle3.model import DraftModel, KeyValueCache, rows_at
+from fledge.drafters.layers import RMSNorm
 from fledge.target import native
 from fledge.target.attention import grouped_sdpa
-from fledge.target.products import Product, product_of
+from fledge.target.products import Product, loop_of
 
 # B sequences, S rows, R = B S, H hidden size, h query heads, d head_dim
 
@@ -71,11 +72,12 @@ def fused_step(draft: DraftModel) -> FusedStep | None:
     """None for a head that takes `DraftModel.step`."""
     attention, mlp = draft.midlayer.self_attn, draft.midlayer.mlp
     products = {
-        "qkv": product_of(attention.q_proj, attention.k_proj, attention.v_proj), "mix": product_of(attention.o_proj),
-        "gate_up": product_of(mlp.gate_proj, mlp.up_proj), "down": product_of(mlp.down_proj),
+        "qkv": loop_of(attention.q_proj, attention.k_proj, attention.v_proj), "mix": loop_of(attention.o_proj),
+        "gate_up": loop_of(mlp.gate_proj, mlp.up_proj), "down": loop_of(mlp.down_proj),
     }  # fmt: skip
-    found = {name: product for name, product in products.items() if product and product.choice.kernel == "loop"}
-    config, norm = draft.config, draft.midlayer.hidden_norm
+    found = {name: product for name, product in products.items() if product is not None}
+    config, kind = draft.config, attention.q_proj.weight.dtype
     whole = 2 * draft.rotary.inv_freq.numel() == config.head_dim <= native.MOST_SIZE
-    fits = config.intermediate_size % native.LANES == 0 and norm.weight.dtype is attention.q_proj.weight.dtype
+    norms = [one for one in draft.midlayer.modules() if isinstance(one, RMSNorm)]
+    fits = config.intermediate_size % native.LANES == 0 and all(norm.weight.dtype is kind for norm in norms)
     return FusedStep(draft, found) if len(found) == len(products) and whole and fits else None
