@@ -5,6 +5,7 @@
     python benchmarks/study.py --target TARGET --states states --out work --bench-dir bench --tokens 100000
     python benchmarks/study.py (the same) --seconds 600     equal training time in place of equal passes
     python benchmarks/study.py (the same) --costs           what rounds cost here, for the speeds; an idle machine
+    python benchmarks/study.py (the same) --tables          tables and pictures of what is there so far
 
 The store holds the union of all drafters' taps. Every drafter is trained by `fledge train` on the same records in the
 same order for its seed. Tau is that of decoding the four sets (`replay.py`), each drafter's rounds counted in the same
@@ -28,6 +29,7 @@ import torch
 from replay import Answer, Round, columns, recorded, replay, tau
 
 from fledge import provenance
+from fledge.bench import charts
 from fledge.bench.prompts import load_questions
 from fledge.cli import run_command
 from fledge.data.tokenize import ChatTemplate
@@ -58,6 +60,7 @@ SHAPES = {
     "tree 60": TreeShape(60, 6, 10),
 }  # fmt: skip
 ENTROPIES = (0.0, 0.3, 1.0, 2.0, float("inf"))  # nats: from what the target is sure of to what it is not
+COLOURS = ("#1f63c7", "#b4530a", "#0b7361", "#7b3fb8", "#66707f")
 PREFIX = 128  # tokens of the text behind which costs are measured
 
 
@@ -88,7 +91,7 @@ def run_study(args: argparse.Namespace) -> None:
     study = Study(args)
     if args.costs:
         study.measure_costs()
-    else:
+    elif not args.tables:
         for run in study.runs():
             study.train(run)
             for temperature in args.temperatures:
@@ -96,6 +99,7 @@ def run_study(args: argparse.Namespace) -> None:
         for temperature in args.temperatures:
             study.judge(FLOOR, temperature)
     args.out.joinpath("study.md").write_text(study.text(), encoding="utf-8")
+    study.draw()
     provenance.write_json(args.out / "study.json", study.document())
     print(study.text())
 
@@ -118,6 +122,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--costs", action="store_true", help="only measure what rounds cost")
+    parser.add_argument("--tables", action="store_true", help="only write tables and pictures of what is there")
     return parser.parse_args()
 
 
@@ -284,18 +289,37 @@ class Study:
                 lines += [*self._tables(tokens, temperature), ""]
         return "\n".join(lines)
 
-    def _tables(self, tokens: int, temperature: float) -> Iterator[str]:
+    def draw(self) -> None:
+        """Two pictures of the first size and temperature: tau by shape, and what is accepted where."""
+        groups = self._groups(self.args.tokens[0], self.args.temperatures[0])
+        pictures = {
+            "tau": (SHAPES, "tau by the shape of the draft", lambda found, shape: found["tau"]["all"].get(shape)),
+            "positions": (range(1, 8), "share accepted by position, chain of 7, if those before it were",
+                          lambda found, at: found["by_position"][at - 1]),
+        }  # fmt: skip
+        for name, (keys, title, value) in pictures.items():
+            series = [
+                charts.Line(drafter, [mean([value(one, key) for one in found]) for key in keys])
+                for drafter, found in groups.items()
+            ]
+            if series:
+                text = picture(series, [str(key) for key in keys], title, percent=name == "positions")
+                (self.args.out / f"{name}.svg").write_text(text, encoding="utf-8")
+
+    def _groups(self, tokens: int, temperature: float) -> dict[str, list[dict[str, Any]]]:
+        """Drafter -> what was found of its seeds."""
         groups: dict[str, list[dict[str, Any]]] = {}
-        budget = ""
-        for run in self.runs():
-            if run.tokens == tokens and (file := self.file_of(run.name, temperature)).is_file():
-                groups.setdefault(run.drafter, []).append(json.loads(file.read_text(encoding="utf-8")))
-                budget = run.budget
-        if (file := self.file_of(FLOOR, temperature)).is_file():
-            groups[FLOOR] = [json.loads(file.read_text(encoding="utf-8"))]
+        names = [(run.drafter, run.name) for run in self.runs() if run.tokens == tokens]
+        for drafter, name in (*names, (FLOOR, FLOOR)):
+            if (file := self.file_of(name, temperature)).is_file():
+                groups.setdefault(drafter, []).append(json.loads(file.read_text(encoding="utf-8")))
+        return groups
+
+    def _tables(self, tokens: int, temperature: float) -> Iterator[str]:
+        groups = self._groups(tokens, temperature)
         if not groups:
             return
-        yield f"## {tokens:,} tokens, {budget}, T = {temperature:g}\n"
+        yield f"## {tokens:,} tokens, {next(self.runs()).budget}, T = {temperature:g}\n"
         yield from table("tau", SHAPES, groups, lambda found, shape: found["tau"]["all"].get(shape))
         sets = [Path(task).stem for task in self.args.tasks]
         yield from table("tree 16", sets, groups, lambda found, task: found["tau"][task].get("tree 16"))
@@ -355,6 +379,32 @@ def bytes_of(model: torch.nn.Module) -> int:
     return sum(one.numel() * one.element_size() for one in known.values())
 
 
+def mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
+
+
+def picture(series: Sequence[charts.Line], labels: Sequence[str], title: str, *, percent: bool) -> str:
+    """A line chart of its own: on white, with the names of its lines above it."""
+    chart = charts.lines(series, labels, axis="", description=title, percent=percent, floor=0.0 if percent else 1.0)
+    names = "".join(
+        f'<tspan class="s{number}" dx="{14 if number else 0}">{line.name}</tspan>' for number, line in enumerate(series)
+    )
+    colours = "".join(
+        f".s{number} {{ fill: {colour}; stroke: {colour} }} " for number, colour in enumerate(COLOURS[: len(series)])
+    )
+    width, height = charts.WIDTH, 246
+    inner = chart.replace("<svg ", f'<svg y="36" width="{width}" height="210" ', 1)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width * 1.5:g}">'
+        f"<style>{colours}text, tspan {{ font: 12px system-ui, sans-serif; stroke: none }} polyline {{ fill: none; "
+        f"stroke-width: 2 }} line {{ stroke: #d8dee4 }} .ink {{ fill: #1f2328 }} .faint {{ fill: #59636e }}</style>"
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>'
+        f'<text class="ink" x="12" y="18">{title}</text><text x="12" y="36">{names}</text>'
+        f"{inner}</svg>\n"
+    )
+
+
 def table(title: str, keys: Any, groups: dict[str, list[Any]], value: Any) -> Iterator[str]:
     """A row for each drafter: mean (least to most) over its seeds."""
     keys = list(keys)
@@ -370,8 +420,8 @@ def cell(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "-"
-    mean = f"{statistics.mean(known):.2f}"
-    return mean if len(known) == 1 else f"{mean} ({min(known):.2f} to {max(known):.2f})"
+    middle = f"{mean(known):.2f}"
+    return middle if len(known) == 1 else f"{middle} ({min(known):.2f} to {max(known):.2f})"
 
 
 if __name__ == "__main__":

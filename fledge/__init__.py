@@ -1,4 +1,4 @@
-"""fledge: EAGLE-3 draft heads, from conversations to an honest speed-up.
+"""fledge: draft heads (EAGLE-3, DFlash, DSpark), from conversations to an honest speed-up.
 
 From Python: `fledge.load(target, draft)` and `fledge.speculate(draft)` (docs/python.md). Nothing is imported before it
 is asked for.

@@ -166,9 +166,9 @@ def usage() -> str:
     """The list of commands."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    what = "Draft heads (EAGLE-3, DFlash, DSpark), from conversations to an honest speed-up."
     return "\n".join(
-        ["usage: fledge COMMAND [flags]", "", "EAGLE-3 draft heads, from conversations to an honest speed-up.", ""]
-        + ["commands:", *lines, ""]
+        ["usage: fledge COMMAND [flags]", "", what, "", "commands:", *lines, ""]
         + ["`fledge COMMAND --help` explains its flags, `--help-all` every one; `--config recipe.yaml` reads them."]
         + ["FLEDGE_TRACEBACK=1 shows the traceback behind an error."]
     )

@@ -21,7 +21,7 @@ from fledge.errors import UserError
 LONGEST = 60  # lines: a screen and a half
 HEAVY = {"torch", "transformers", "numpy", "datasets", "safetensors"}
 PATIENCE_S = 1.5  # of processor time: how busy the machine is does not count
-MOST_FLAGS = 146  # different names of our own, in all commands together
+MOST_FLAGS = 145  # different names of our own, in all commands together
 PROBE = f"""
 import sys, time
 from fledge.cli import run_command

@@ -37,20 +37,21 @@ from fledge.parsing import read_json
 from fledge.ranges import Count
 from fledge.regeneration.engine import Engine
 from fledge.regeneration.journal import ANSWERS, Journal
+from fledge.regeneration.own_prompts import SHORT, UNENDED, PromptWriter
 from fledge.regeneration.questions import prompt_digest
 from fledge.regeneration.settings import AnswerSettings, EngineSettings, PromptSourceSettings
 from fledge.regeneration.turns import Asker, tally
 
 BATCH_READ = 64
 SYNC_EVERY_S = 2.0
-CHOSEN = ("duplicate prompt", "prompt too long", "answer cut")  # rejects the user asked for
+CHOSEN = ("duplicate prompt", "prompt too long", "answer cut", UNENDED, SHORT)  # rejects the user asked for
 LASTING = (*CHOSEN, "context length", "broken image", "tool calls", "no question", "unknown part")
 
 
 MAIN = (
-    "data", "output_dir", "overwrite", "engine", "target", "model", "server", "temperature", "top_p", "max_new_tokens",
-    "seed", "thinking", "system", "samples_per_prompt", "deduplicate", "max_samples", "data_format", "split",
-    "chat_template_type", "dtype", "num_threads", "retry_rejects",
+    "data", "own_prompts", "output_dir", "overwrite", "engine", "target", "model", "server", "temperature", "top_p",
+    "max_new_tokens", "seed", "thinking", "system", "samples_per_prompt", "deduplicate", "max_samples", "data_format",
+    "split", "chat_template_type", "dtype", "num_threads", "retry_rejects",
 )  # fmt: skip
 
 
@@ -75,6 +76,7 @@ def regenerate(args: RegenerateArgs) -> None:
 async def _regenerate(args: RegenerateArgs) -> None:
     allow_image_urls(args.prompts.allow_image_urls)
     check(args.output_dir, ANSWERS, overwrite=args.overwrite)
+    _check_source(args.prompts)
     _check_answers(args.answers, args.prompts.samples_per_prompt)
     for server in args.engines.server:
         base_url(server)
@@ -91,10 +93,25 @@ async def _regenerate(args: RegenerateArgs) -> None:
             say(sentence)
         with _journal(args, total, _settings(args, engine.model, digest, asked)) as journal:
             provenance.write(args.output_dir / "run.json", asdict(args))
-            asker = Asker(args.prompts, args.answers, engine, extra)
+            asks = PromptWriter if args.prompts.own_prompts else Asker
+            asker = asks(args.prompts, args.answers, engine, extra)
             run = _Run(args, engine, asker, journal, Rejects(journal.input_rejects, args.prompts.max_reject_share))
             await run.all_rows()
             _report(journal, args, run.rate())
+
+
+def _check_source(prompts: PromptSourceSettings) -> None:
+    if (prompts.data is None) == (prompts.own_prompts is None):
+        raise UserError(
+            "give one of --data (conversations to answer) and --own-prompts N (the target writes so many prompts)."
+        )
+    for_answers = {
+        "--samples-per-prompt": prompts.samples_per_prompt > 1, "--deduplicate": prompts.deduplicate,
+        "--max-samples": prompts.max_samples is not None, "--max-prompt-length": prompts.max_prompt_length is not None,
+    }  # fmt: skip
+    if prompts.own_prompts and any(for_answers.values()):
+        named = ", ".join(flag for flag, given in for_answers.items() if given)
+        raise UserError(f"{named}: for the run that answers (--data), not for --own-prompts, which writes the prompts.")
 
 
 def _check_answers(answers: AnswerSettings, samples: int) -> None:
@@ -140,7 +157,7 @@ class _Manifest(msgspec.Struct):
 def _count(prompts: PromptSourceSettings, rejects: Rejects) -> tuple[int, str]:
     """How many rows there will be, and a digest of what they ask: reads everything once, before hours of work."""
     digest, total = hashlib.sha256(), 0
-    if is_local(prompts.data):
+    if prompts.data and is_local(prompts.data):
         verify_sealed(Path(prompts.data).expanduser())
     for conversation in _read(prompts, rejects):
         total += prompts.samples_per_prompt
@@ -149,6 +166,10 @@ def _count(prompts: PromptSourceSettings, rejects: Rejects) -> tuple[int, str]:
 
 
 def _read(prompts: PromptSourceSettings, rejects: Rejects) -> Iterator[Conversation]:
+    if prompts.own_prompts:
+        yield from (Conversation(f"own-{number}", ()) for number in range(prompts.own_prompts))
+        return
+    assert prompts.data is not None, "_check_source"
     stream = read_conversations(
         prompts.data, data_format=prompts.data_format, rejects=rejects, split=prompts.split,
         columns=prompts.columns, repeated_ids=prompts.repeated_ids,
@@ -169,6 +190,7 @@ def _settings(
         **{name: prompts[name] for name in names}, "tokenizer": _tokenizer(args),
         "input_sha256": digest, **asdict(args.answers), "model": model, "engine": args.engines.engine,
         **({"chat_template_type": template} if (template := args.engines.chat_template_type) else {}),
+        **({"own_prompts": number} if (number := args.prompts.own_prompts) else {}),
         **({"samples_per_prompt": samples} if (samples := args.prompts.samples_per_prompt) > 1 else {}),
         **({"generation_config": generation_config} if generation_config else {}),
     }  # fmt: skip
@@ -226,8 +248,8 @@ class _Run:
     """One pass over the input: reads ahead a little, keeps the engine full, writes rows as they come."""
 
     def __init__(
-        self, args: RegenerateArgs, engine: Engine, asker: Asker, journal: Journal, rejects: Rejects
-    ) -> None:  # fmt: skip
+        self, args: RegenerateArgs, engine: Engine, asker: Asker | PromptWriter, journal: Journal, rejects: Rejects
+    ) -> None:
         self.args, self.engine, self.asker, self.journal, self.rejects = args, engine, asker, journal, rejects
         self.output_tokens, self.started = 0, time.monotonic()
         self._rows = self._missing_rows()

@@ -40,6 +40,7 @@ from fledge.data.vision import Vision, load_vision
 from fledge.data.vocab import vocab_size_of
 from fledge.errors import UserError, refuse_missing_folder
 
+END = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands where an unfinished message ends
 CHECKED_ROWS = 64  # rows with token ids whose text is compared with their answer, per process
 
 
@@ -124,6 +125,14 @@ class ChatTemplate:
     def prompt_ids(self, messages: Messages, **kwargs: Any) -> list[int]:
         """Token ids of a prompt, generation prompt included: what generation is fed. `kwargs` are the template's."""
         return self._encodings([self.render(messages, True, **kwargs)])[0].ids
+
+    def unfinished_ids(self, messages: Messages) -> list[int]:
+        """Token ids of these messages up to the last character of the last one, which is still to be written."""
+        *before, last = messages
+        text = self.render([*before, {**last, "content": f"{last['content']}{END}"}])
+        if END not in text:
+            raise Reject("refused by the template", f"template {self.name!r} leaves out a message of {last['role']}")
+        return self._encodings([text[: text.rindex(END)]])[0].ids
 
     # ---- samples -------------------------------------------------------------------------------------------------
 

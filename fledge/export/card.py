@@ -15,7 +15,6 @@ import yaml
 from fledge.errors import UserError
 from fledge.escaping import markdown
 from fledge.export.forms import form_of_config
-from fledge.export.settings import Licence
 from fledge.export.summary import read_summary
 from fledge.parsing import convert, decode_text, read_bytes, read_python_json
 
@@ -50,7 +49,7 @@ class TrainerState(msgspec.Struct):
 
 
 def model_card(
-    config: Any, source: Path, name: str, *, layout: str, target: str, licence: Licence,
+    config: Any, source: Path, name: str, *, layout: str, target: str, licence: str | None,
     report: Path | None = None, notes: Path | None = None,
 ) -> str:  # fmt: skip
     """The README.md of an exported head, in a folder of this name. `source` is what training wrote, `notes` markdown
@@ -67,11 +66,14 @@ def model_card(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _header(target: str, licence: Licence, tag: str) -> str:
+def _header(target: str, licence: str | None, tag: str) -> str:
     """The YAML the hub reads. base_model only where it is a hub name."""
-    if licence.license == "other" and not (licence.license_name and licence.license_link):
-        raise UserError("--license other needs --license-name and --license-link: the hub shows them instead.")
-    fields: dict[str, Any] = {key: value for key, value in vars(licence).items() if value}
+    fields: dict[str, Any] = {"license": licence} if licence else {}
+    if licence and (licence == "other" or "=" in licence):
+        name, _, link = licence.partition("=")
+        if not (name and link):
+            raise UserError(f"--license {licence}: name it and say where its text is, as NAME=URL; the hub shows both.")
+        fields = {"license": "other", "license_name": name, "license_link": link}
     if HUB_NAME.fullmatch(target):
         fields |= {"base_model": target, "base_model_relation": "adapter"}
     fields |= {"pipeline_tag": "text-generation", "library_name": "fledge"}
@@ -177,9 +179,12 @@ def _notes(notes: Path | None) -> str:
     return decode_text(read_bytes(notes), f"--notes {notes}").strip()
 
 
-def _licence_note(licence: Licence, target: str) -> str:
-    stated = licence.license_name or licence.license
-    own = f"The head is under {markdown(stated)}. " if stated else "No licence is stated for the head. "
+def _licence_note(licence: str | None, target: str) -> str:
+    own = (
+        f"The head is under {markdown(licence.partition('=')[0])}. "
+        if licence
+        else "No licence is stated for the head. "
+    )
     return f"## Licence\n\n{own}The target and the training data have licences of their own."
 
 

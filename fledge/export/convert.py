@@ -55,7 +55,7 @@ def export_head(args: ExportSettings) -> None:
     if args.to == "speculators" and not args.target:
         raise UserError("--target is needed for --to speculators: its config names the target.")
     card = model_card(
-        head.config, Path(args.head), args.output_dir.name, layout=args.to, target=args.target, licence=args.licence,
+        head.config, Path(args.head), args.output_dir.name, layout=args.to, target=args.target, licence=args.license,
         report=args.report, notes=args.notes,
     )  # fmt: skip
     layout.refuse(head)

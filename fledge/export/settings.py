@@ -1,24 +1,12 @@
 """How a head is exported, and how another trainer's head is read."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from fledge.drafters.settings import TapConvention
 from fledge.outputs import OutputSettings
 from fledge.ranges import Positive
-
-
-@dataclass(frozen=True, kw_only=True)
-class Licence:
-    """The licence fields of the model card's header."""
-
-    license: str | None = None
-    """Licence of the head as the hub names it (apache-2.0, mit, other ...). None: not stated in the card."""
-    license_name: str | None = None
-    """Name of the licence when --license is other."""
-    license_link: str | None = None
-    """Where its text is, when --license is other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +19,9 @@ class ExportSettings(OutputSettings):
     """Who will read it."""
     target: str = ""
     """The target's name as it will be served; written into the speculators config, the model card and its commands."""
-    licence: Licence = field(default_factory=Licence)
+    license: str | None = None
+    """Licence of the head: apache-2.0, mit or what else the hub has a name for, else NAME=URL. None: the card states
+    none."""
     report: Path | None = None
     """summary.json of a `fledge bench` run of this head: its measured tau goes into the model card."""
     notes: Path | None = None

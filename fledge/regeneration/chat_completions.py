@@ -81,6 +81,8 @@ def body(request: PromptRequest, *, model: str, max_model_len: int | None, token
         fields["max_tokens"] = min(request.max_tokens, max_model_len - 1) if max_model_len else request.max_tokens
     if request.extra.top_k == 0:
         fields["top_k"] = -1  # all tokens: every server understands this, not every one 0
+    if request.continues:
+        fields |= {"continue_final_message": True, "add_generation_prompt": False}
     if request.tools:
         fields["tools"] = request.tools
     if kwargs := request.chat_template_kwargs:

@@ -26,6 +26,7 @@ class PromptRequest:
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     extra: ExtraSampling = ExtraSampling()
+    continues: bool = False  # the last message is unfinished, and the answer is how it goes on
 
     def template_variables(self) -> dict[str, Any]:
         """What the chat template is told beside the messages."""

@@ -99,6 +99,8 @@ class LocalEngine:
                 "--engine transformers reads calls written as <tool_call> JSON, which this template does not ask for; "
                 "a server reads every form (--engine openai)",
             )
+        if request.continues:
+            return Prompt(template.unfinished_ids(request.messages))
         variables = request.template_variables()
         if has_images(request.messages):  # files and perhaps the network are read
             return await asyncio.to_thread(template.prompt, request.messages, **variables)

@@ -11,7 +11,7 @@ from fledge.bench.report import PAGE, render, table_of
 from fledge.commands.report import ReportArgs, report
 from fledge.console import say, show_table, warn
 from fledge.escaping import markdown, one_line, printable
-from fledge.export.card import Licence, _command, _header, _table
+from fledge.export.card import _command, _header, _table
 from fledge.export.layouts import LAYOUTS
 
 HOSTILE = {
@@ -151,8 +151,7 @@ def test_an_ordinary_comparison_is_not_changed(tmp_path):
 def test_tables_and_header_of_a_card_are_escaped():
     lines = _table(("", ""), [("data", EVERYTHING)]).splitlines()
     assert len(lines) == 3 and len(re.findall(r"(?<!\\)(?:\\\\)*\|", lines[2])) == 3
-    licence = Licence(license="other", license_name="x\nbase_model: somebody/else", license_link="l")
-    assert _header("a/b\nevil: 1", licence, "eagle3").count("base_model") == 1
+    assert _header("a/b\nevil: 1", "x\nbase_model: somebody/else=l", "eagle3").count("base_model") == 1
 
 
 @pytest.mark.parametrize("target", ["x; rm -rf ~", "$(reboot)", "a'b", "```\n# x"])

@@ -14,7 +14,6 @@ from tiny import tiny_draft, tiny_target
 
 from fledge.drafters.eagle3.checkpoint import save_draft
 from fledge.errors import UserError
-from fledge.export.card import Licence
 from fledge.export.convert import export_head
 from fledge.export.layouts import LAYOUTS
 from fledge.export.settings import ExportSettings
@@ -45,7 +44,7 @@ def header(text: str) -> dict:
 
 
 def test_facts_of_the_run(head):
-    text = card(head, target="org/Tiny-1B", licence=Licence(license="apache-2.0"))
+    text = card(head, target="org/Tiny-1B", license="apache-2.0")
     assert header(text) == {
         "license": "apache-2.0", "base_model": "org/Tiny-1B", "base_model_relation": "adapter",
         "pipeline_tag": "text-generation", "library_name": "fledge",
@@ -101,10 +100,12 @@ def test_notes_of_the_author_stand_before_the_licence(head, tmp_path):
 
 
 def test_another_licence_has_a_name_and_a_place(head):
-    with pytest.raises(UserError, match="needs --license-name and --license-link"):
-        card(head, licence=Licence(license="other"))
-    fields = {"license": "other", "license_name": "tiny-1", "license_link": "https://example.org"}
-    assert header(card(head, licence=Licence(**fields))).items() >= fields.items()
+    for unnamed in ("other", "tiny-1=", "=https://example.org"):
+        with pytest.raises(UserError, match="NAME=URL"):
+            card(head, license=unnamed)
+    text = card(head, license="tiny-1=https://example.org?a=b")
+    fields = {"license": "other", "license_name": "tiny-1", "license_link": "https://example.org?a=b"}
+    assert header(text).items() >= fields.items() and "The head is under tiny-1." in text
 
 
 # -- the hub -----------------------------------------------------------------------------------------------------------

@@ -34,8 +34,8 @@ TOGETHER = set(
     data_format adaptive api_key_env backend baseline_url bench_dir bench_name chat_template_type columns concurrency
     data data_shard_size device device_map draft draft_config dtype eagle_url engine
     eval_data eval_decode_steps eval_states fix gpu_memory_gb gpus host image init_from
-    json license license_link license_name local_rank matrix_optim max_gpu_memory max_pixels max_prompt_length
-    min_pixels mode model notes num_gpus_per_model num_gpus_total num_servers num_tokens num_workers output
+    json license local_rank matrix_optim max_gpu_memory max_pixels max_prompt_length
+    min_pixels mode model notes num_gpus_per_model num_gpus_total num_servers num_tokens num_workers output own_prompts
     prepare_only print private profile profile_path push_to_hub question_begin question_end raw report report_to
     resume_from_checkpoint retry_rejects run_code server tap_layers target target_backend
     tensor_parallel_size tflops to tokenizer tp_plan states tune vllm
