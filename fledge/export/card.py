@@ -180,11 +180,8 @@ def _notes(notes: Path | None) -> str:
 
 
 def _licence_note(licence: str | None, target: str) -> str:
-    own = (
-        f"The head is under {markdown(licence.partition('=')[0])}. "
-        if licence
-        else "No licence is stated for the head. "
-    )
+    name = (licence or "").partition("=")[0]
+    own = f"The head is under {markdown(name)}. " if name else "No licence is stated for the head. "
     return f"## Licence\n\n{own}The target and the training data have licences of their own."
 
 
