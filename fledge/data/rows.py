@@ -51,6 +51,11 @@ def data_files(path: Path) -> list[Path]:
             raise UserError(f"{path}: unknown file type. Give {', '.join(SUFFIXES)}, a folder of those, or a hub name.")
         return [path]
     files = sorted(file for file in path.rglob("*") if _holds_rows(file, path))
+    if not files and any(path.glob(".journal/*.partial")):
+        raise UserError(
+            f"{path}: a run of `fledge regenerate` that has not finished a file yet. Start the same command again: it "
+            "goes on where it was (--data-shard-size says how many rows make a file)."
+        )
     if not files:
         raise UserError(f"{path}: no data files in this folder. It needs files ending in {', '.join(SUFFIXES)}.")
     return files

@@ -7,8 +7,9 @@ import datasets
 import pytest
 
 from fledge.data import rows
-from fledge.data.rows import content_hash, count_rows, read_rows
+from fledge.data.rows import content_hash, count_rows, data_files, read_rows
 from fledge.errors import UserError
+from fledge.regeneration.journal import Journal
 
 VALUES = [{"id": str(i), "text": f"row {i} ü\n" * (i + 1)} for i in range(7)]
 
@@ -86,6 +87,14 @@ def test_missing_paths_and_empty_folders_never_reach_the_hub(tmp_path):
             values(path)
     with pytest.raises(UserError, match="no data files in this folder"):
         values(tmp_path)
+
+
+def test_answers_without_a_finished_file_are_called_that(tmp_path):
+    """A run that was stopped early has all of its rows in the journal; "no data files" helped nobody."""
+    with Journal(tmp_path, total=3, shard_size=3, settings={}) as journal:
+        journal.add(0, {"id": "a"})
+    with pytest.raises(UserError, match="has not finished a file yet. Start the same command again"):
+        data_files(tmp_path)
 
 
 def test_counting_rows_needs_no_parsing(tmp_path):
