@@ -1,12 +1,11 @@
-"""Conversations with long prompts, from short ones: what a head needs to see of contexts beyond its usual samples.
+"""Long prompts from short ones: what a head needs to see of contexts beyond its usual samples.
 
     python benchmarks/long_prompts.py answers.jsonl --out long.jsonl --reading 300 --talking 120
     fledge regenerate --engine transformers --target TARGET --data long.jsonl --output-dir long \\
         --temperature 0.0:0.5,0.7:0.5 --max-new-tokens 256
 
 `answers.jsonl` holds single questions with the target's answers (ShareGPT). Two kinds are made of them: *reading*
-quotes several of those texts and asks for something about them; *talking* asks several questions one after another in
-one conversation. `fledge regenerate` lets the target answer every turn.
+quotes several of those texts and asks for something about them; *talking* asks several questions at once.
 """
 
 import argparse
@@ -16,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-WORDS = (350, 1000)  # of a quotation; a word is about 1.4 tokens
 TURNS = (4, 6)
 TASKS = (
     "Summarize the texts above in a few sentences.",
@@ -37,12 +35,13 @@ def main() -> None:
     parser.add_argument("answers", type=Path, help="single questions with answers, ShareGPT rows")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--reading", type=int, default=300, help="prompts that quote texts")
-    parser.add_argument("--talking", type=int, default=120, help="conversations of several questions")
+    parser.add_argument("--talking", type=int, default=120, help="prompts of several questions")
+    parser.add_argument("--words", type=int, nargs=2, default=(350, 1000), help="of a quotation, least and most")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     pairs = [tuple(turn["value"] for turn in row["conversations"][:2]) for row in read(args.answers)]
     draw = random.Random(args.seed)
-    rows = [(f"reading-{n}", [reading(draw, pairs)]) for n in range(args.reading)]
+    rows = [(f"reading-{n}", [reading(draw, pairs, args.words)]) for n in range(args.reading)]
     rows += [(f"talking-{n}", talking(draw, pairs)) for n in range(args.talking)]
     with args.out.open("w", encoding="utf-8") as file:
         for name, turns in rows:
@@ -55,9 +54,9 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, file)
 
 
-def reading(draw: random.Random, pairs: Sequence[tuple[str, ...]]) -> str:
+def reading(draw: random.Random, pairs: Sequence[tuple[str, ...]], words: Sequence[int]) -> str:
     """Texts up to a length that is drawn, with a task before or behind them."""
-    room = draw.randint(*WORDS)
+    room = draw.randint(*words)
     texts: list[str] = []
     while room > 0:
         question, answer = draw.choice(pairs)
@@ -68,6 +67,7 @@ def reading(draw: random.Random, pairs: Sequence[tuple[str, ...]]) -> str:
 
 
 def talking(draw: random.Random, pairs: Sequence[tuple[str, ...]]) -> list[str]:
+    """Turns of a user that nobody answers in between: one prompt."""
     return [question for question, _ in draw.sample(pairs, draw.randint(*TURNS))]
 
 

@@ -1,7 +1,8 @@
 """`--init-from`: start from an earlier head, in any layout, whatever draft vocabulary the new one has.
 
 The layer's weights are taken as they are. A row of lm_head belongs to a target token, not to a place: it follows its
-token into the new vocabulary, and tokens the old head could not say start from the target's own rows.
+token into the new vocabulary. Tokens the old head could not say start from the target's own rows, which training has
+left behind: `as_trained` maps them to where they would be by now.
 
 An EAGLE-3 head may start an EAGLE-3.1 head: `lift_norms`.
 """
@@ -28,6 +29,7 @@ from fledge.target.record import TargetRecord
 FLAGS = ("fc_norm", "norm_output", "norm_before_residual", "qk_norm", "sliding_window")
 LIFTED = ("fc_norm", "norm_output")  # what EAGLE-3.1 adds
 HEAD = "lm_head.weight"
+ROWS_PER_CHANNEL = 2  # that a map of rows to rows is fitted to, at least
 WRITES = ("fc.weight", "midlayer.self_attn.o_proj.weight", "midlayer.mlp.down_proj.weight")  # to the residual
 
 
@@ -51,13 +53,12 @@ def continue_from(
     """
     before = read_any(folder, num_target_layers=num_target_layers)
     _check_fits(draft, before, folder)
-    draft.warm_start_head(target_head)
-    kept = take_weights(draft, before)
+    kept = take_weights(draft, before, target_head)
     if EMBEDDING in before.tensors and not same_embedding(before.tensors[EMBEDDING], draft.embedding):
         draft.own_embedding(before.tensors[EMBEDDING].to(draft.embedding))
         say(f"{folder} brings a token embedding of its own: it is kept, and not trained")
-    say(f"continuing from {folder}: {kept} of {draft.config.draft_vocab_size} vocabulary rows kept, the others from "
-        f"the target's head")  # fmt: skip
+    say(f"continuing from {folder}: {kept} of {draft.config.draft_vocab_size} vocabulary rows kept, the others "
+        f"follow from the target's head")  # fmt: skip
     if lifts(draft.config, before.config):
         lift_norms(draft, records(), feedback_is_normed=before.config.norm_output)
         say(f"{folder} is an EAGLE-3 head: norms for EAGLE-3.1 are added, scaled so that it starts where that head is")
@@ -113,8 +114,8 @@ def first_step(draft: DraftModel, record: TargetRecord) -> Tensor:
 
 
 @torch.no_grad()
-def take_weights(draft: DraftModel, before: Head) -> int:
-    """Copy the weights; returns how many rows of lm_head came along."""
+def take_weights(draft: DraftModel, before: Head, target_head: Tensor) -> int:
+    """Copy the weights; returns how many rows of lm_head came along. target_head (V, H)."""
     new = dict(draft.named_parameters())
     for name, parameter in new.items():
         if name != HEAD and name in before.tensors:
@@ -122,9 +123,24 @@ def take_weights(draft: DraftModel, before: Head) -> int:
     ids = draft.target_ids(torch.arange(draft.config.draft_vocab_size, device=draft.d2t.device)).cpu()
     old_ids = before.target_ids
     kept = torch.isin(ids, old_ids)
-    rows = before.tensors[HEAD][torch.searchsorted(old_ids, ids[kept])]
-    draft.lm_head.weight[kept.to(draft.lm_head.weight.device)] = rows.to(draft.lm_head.weight)
+    rows = before.tensors[HEAD][torch.searchsorted(old_ids, ids[kept])].float()
+    targets = target_head[ids.to(target_head.device)].float().cpu()
+    weight = targets.new_empty(targets.shape)
+    weight[kept], weight[~kept] = rows, as_trained(targets[~kept], targets[kept], rows)
+    draft.lm_head.weight.copy_(weight)
     return int(kept.sum())
+
+
+def as_trained(new: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """(M, H) rows of the target -> where training would have brought them, by the linear map that fits rows it did
+    bring somewhere: before -> after (K, H), least squares. With too few of those for a map, as they are.
+
+    Without it, rows of another scale than the trained ones outshout them: a lifted EAGLE-3.1 head, whose rows are four
+    times smaller than the target's, began at a loss of 43 and a tau of 1.0.
+    """
+    if len(before) < ROWS_PER_CHANNEL * before.shape[1]:
+        return new
+    return new @ torch.linalg.lstsq(before, after, driver="gelsd").solution
 
 
 def _check_fits(draft: DraftModel, before: Head, folder: Path) -> None:

@@ -19,7 +19,7 @@ from fledge.export.settings import ExportSettings
 from fledge.target.record import TargetRecord
 from fledge.train import eagle
 from fledge.train.settings import DraftSettings
-from fledge.train.warm_start import architecture_of, continue_from, first_step, take_weights
+from fledge.train.warm_start import architecture_of, as_trained, continue_from, first_step, take_weights
 
 LAYERS = 8
 
@@ -35,8 +35,7 @@ def fresh(draft_vocab_size: int, seed: int, eagle31: bool = False) -> DraftModel
 def test_rows_follow_their_tokens(size):
     """Smaller, equal and larger vocabularies of other tokens: kept rows by target id, new ones from the target."""
     target, before, draft = tiny_target("llama"), tiny_draft(tiny_target("llama")), fresh(size, seed=7)
-    draft.warm_start_head(target.head_weight)
-    kept = take_weights(draft, Head(before.config, draft_tensors(before, torch.float32)))
+    kept = take_weights(draft, Head(before.config, draft_tensors(before, torch.float32)), target.head_weight)
     old = {int(before.d2t[i]) + i: before.lm_head.weight[i] for i in range(48)}
     new = {int(draft.d2t[i]) + i: draft.lm_head.weight[i] for i in range(size)}
     assert kept == len(old.keys() & new.keys()) and 0 < kept < size
@@ -45,6 +44,30 @@ def test_rows_follow_their_tokens(size):
     for name, parameter in before.named_parameters():
         if name != "lm_head.weight":
             assert torch.equal(dict(draft.named_parameters())[name], parameter), name
+
+
+def test_new_rows_go_where_training_took_the_others():
+    """Rows that were trained to another scale and direction, as a lifted EAGLE-3.1 head's are: the target's own rows
+    beside them would be four times as loud."""
+    torch.manual_seed(0)
+    rows = torch.randn(300, 32)
+    moved = rows @ torch.randn(32, 32) / 24 + 0.01 * torch.randn(300, 32)
+    torch.testing.assert_close(as_trained(rows[200:], rows[:200], moved[:200]), moved[200:], rtol=0.1, atol=0.06)
+    assert (rows[200:] - moved[200:]).abs().mean() > 0.5
+    assert torch.equal(as_trained(rows[200:], rows[:63], moved[:63]), rows[200:])  # too few to tell
+
+
+def test_a_head_of_another_vocabulary_starts_as_good_as_it_was(monkeypatch):
+    """The rows of a new vocabulary go through the same map, whichever token they belong to."""
+    monkeypatch.setattr("fledge.train.warm_start.ROWS_PER_CHANNEL", 1)
+    target_head = tiny_target("llama").head_weight.float()
+    size = target_head.shape[1]
+    moved = target_head @ (torch.randn(size, size, generator=torch.Generator().manual_seed(1)) / 4 / size**0.5)
+    before, draft = fresh(110, seed=3), fresh(110, seed=7)
+    before.lm_head.weight.data.copy_(moved[before.target_ids(torch.arange(110))])
+    kept = take_weights(draft, Head(before.config, draft_tensors(before, torch.float32)), target_head)
+    assert size < kept < 110
+    torch.testing.assert_close(draft.lm_head.weight, moved[draft.target_ids(torch.arange(110))], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("layout", ["vllm", "sglang", "speculators"])
@@ -91,7 +114,7 @@ def test_an_eagle3_head_starts_an_eagle31_head(tmp_path):
     assert not overrides.keys() & {"fc_norm", "norm_output"} and "norm_before_residual" in overrides
     draft, naive = fresh(48, seed=1, eagle31=True), fresh(48, seed=1, eagle31=True)
     continue_from(draft, tmp_path / "head", tiny_target("llama").head_weight, LAYERS, lambda: [record])
-    take_weights(naive, Head(before.config, draft_tensors(before, torch.float32)))
+    take_weights(naive, Head(before.config, draft_tensors(before, torch.float32)), tiny_target("llama").head_weight)
 
     old, new, bad = (first_step(model, record) for model in (before, draft, naive))
     size = float((draft.midlayer.mlp.down_proj.weight / before.midlayer.mlp.down_proj.weight).detach().mean())
