@@ -155,13 +155,14 @@ def training(trained: Path) -> dict[str, Any]:
     """What the head saw: counts of its stores of hidden states, and the settings that matter.
 
     `stages` has a row for the run and one for each head it was started from (--init_from), the first run first; a
-    store that two of them read counts once in the sums.
+    store that two of them read counts once in the sums. Of a published head, stages are taken from its results.
     """
-    runs = runs_of(trained)
+    runs, published = runs_of(trained)
     if not all(stores_of(run) for run in runs):
         raise UserError(f"{trained}: trained online; only a store's manifest says how many tokens were trained on.")
     counts = {store: counts_of(store, trained) for run in runs for store in stores_of(run)}
-    stages = [
+    stages = [*published.get("stages", ())]
+    stages += [
         {
             **summed(counts[store] for store in stores_of(run)),
             "epochs": run["metrics"].get("epoch"), "steps": run["steps"],
@@ -170,16 +171,20 @@ def training(trained: Path) -> dict[str, Any]:
     ]  # fmt: skip
     last = runs[-1]
     return {
-        **summed(counts.values()), "stages": stages, "predicted_tau": last["metrics"].get("eval_tau"),
+        **summed([*counts.values(), *([published] if published else [])]), "stages": stages, "predicted_tau": last["metrics"].get("eval_tau"),
         **{key: last["config"].get(key) for key in SETTINGS},
     }  # fmt: skip
 
 
-def runs_of(trained: Path) -> list[dict[str, Any]]:
-    """The provenance of the head and of those before it, the first one first."""
+def runs_of(trained: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The provenance of the head and of those before it, the first one first; what is known of the training of the
+    published head that all of them began with, if they did."""
+    if not (trained / "provenance.json").is_file() and (trained / "results.json").is_file():
+        return [], json.loads((trained / "results.json").read_text(encoding="utf-8"))["training"]
     run = json.loads((trained / "provenance.json").read_text(encoding="utf-8"))
     before = run["config"].get("init_from")
-    return [*(runs_of(Path(before)) if before else []), run]
+    runs, published = runs_of(Path(before)) if before else ([], {})
+    return [*runs, run], published
 
 
 def counts_of(store: str, trained: Path) -> dict[str, int]:

@@ -156,6 +156,12 @@ def test_what_a_head_saw_counts_the_runs_before_it(script, tmp_path):
     results = importlib.import_module("reference_head_results")
     assert results.stages_text(script.training(one)["stages"]) == "1 pass"
     assert results.stages_text(facts["stages"][:2]).endswith(": 1 pass over 2, then 1 pass over 2")
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "results.json").write_text(json.dumps({"training": facts}))
+    four = run("four", "c", 100, init_from=str(tmp_path / "published"))
+    more = script.training(four)
+    assert (more["records"], more["supervised"]) == (6, 140)
+    assert [stage["supervised"] for stage in more["stages"]] == [10, 30, 10, 100]
     (tmp_path / "b" / "manifest.json").unlink()
     with pytest.raises(script.UserError, match="is not there any more"):
         script.training(three)
