@@ -171,7 +171,8 @@ def training(trained: Path) -> dict[str, Any]:
     ]  # fmt: skip
     last = runs[-1]
     return {
-        **summed([*counts.values(), *([published] if published else [])]), "stages": stages, "predicted_tau": last["metrics"].get("eval_tau"),
+        **summed([*counts.values(), *([published] if published else [])]),
+        "stages": stages, "predicted_tau": last["metrics"].get("eval_tau"),
         **{key: last["config"].get(key) for key in SETTINGS},
     }  # fmt: skip
 
