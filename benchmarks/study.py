@@ -291,10 +291,11 @@ class Study:
 
     def draw(self) -> None:
         """Two pictures of the first size and temperature: tau by shape, and what is accepted where."""
-        groups = self._groups(self.args.tokens[0], self.args.temperatures[0])
+        temperature = self.args.temperatures[0]
+        groups = self._groups(self.args.tokens[0], temperature)
         pictures = {
             "tau": (SHAPES, "tau by the shape of the draft", lambda found, shape: found["tau"]["all"].get(shape)),
-            "positions": (range(1, 8), "share accepted by position, chain of 7, if those before it were",
+            "positions": (range(1, 5), "accepted at a position if those before it were, chain of 7",
                           lambda found, at: found["by_position"][at - 1]),
         }  # fmt: skip
         for name, (keys, title, value) in pictures.items():
@@ -303,6 +304,7 @@ class Study:
                 for drafter, found in groups.items()
             ]
             if series:
+                title += f", T = {temperature:g}"
                 text = picture(series, [str(key) for key in keys], title, percent=name == "positions")
                 (self.args.out / f"{name}.svg").write_text(text, encoding="utf-8")
 
@@ -391,13 +393,14 @@ def picture(series: Sequence[charts.Line], labels: Sequence[str], title: str, *,
         f'<tspan class="s{number}" dx="{14 if number else 0}">{line.name}</tspan>' for number, line in enumerate(series)
     )
     colours = "".join(
-        f".s{number} {{ fill: {colour}; stroke: {colour} }} " for number, colour in enumerate(COLOURS[: len(series)])
+        f".s{number} {{ fill: {colour} }} polyline.s{number} {{ fill: none; stroke: {colour} }} "
+        for number, colour in enumerate(COLOURS[: len(series)])
     )
     width, height = charts.WIDTH, 246
     inner = chart.replace("<svg ", f'<svg y="36" width="{width}" height="210" ', 1)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width * 1.5:g}">'
-        f"<style>{colours}text, tspan {{ font: 12px system-ui, sans-serif; stroke: none }} polyline {{ fill: none; "
+        f"<style>{colours}text {{ font: 12px system-ui, sans-serif }} polyline {{ "
         f"stroke-width: 2 }} line {{ stroke: #d8dee4 }} .ink {{ fill: #1f2328 }} .faint {{ fill: #59636e }}</style>"
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>'
         f'<text class="ink" x="12" y="18">{title}</text><text x="12" y="36">{names}</text>'
