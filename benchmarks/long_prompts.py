@@ -4,16 +4,20 @@
     fledge regenerate --engine transformers --target TARGET --data long.jsonl --output-dir long \\
         --temperature 0.0:0.5,0.7:0.5 --max-new-tokens 256
 
-`answers.jsonl` holds single questions with the target's answers (ShareGPT). Two kinds are made of them: *reading*
+`answers.jsonl` holds single questions with the target's answers. Two kinds are made of them: *reading*
 quotes several of those texts and asks for something about them; *talking* asks several questions at once.
 """
 
 import argparse
 import json
 import random
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from fledge.data.conversations import Conversation, read_conversations
+from fledge.data.rejects import Rejects
+from fledge.errors import UserError
 
 TURNS = (4, 6)
 TASKS = (
@@ -32,14 +36,19 @@ TASKS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("answers", type=Path, help="single questions with answers, ShareGPT rows")
+    parser.add_argument("answers", type=Path, help="single questions with answers, in any format that training reads")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--reading", type=int, default=300, help="prompts that quote texts")
     parser.add_argument("--talking", type=int, default=120, help="prompts of several questions")
     parser.add_argument("--words", type=int, nargs=2, default=(350, 1000), help="of a quotation, least and most")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    pairs = [tuple(turn["value"] for turn in row["conversations"][:2]) for row in read(args.answers)]
+    try:
+        pairs = [pair for row in read_conversations(str(args.answers), rejects=Rejects()) if (pair := pair_of(row))]
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    if len(pairs) < TURNS[1]:
+        sys.exit(f"error: {args.answers}: {len(pairs)} questions with an answer; at least {TURNS[1]} are needed.")
     draw = random.Random(args.seed)
     rows = [(f"reading-{n}", [reading(draw, pairs, args.words)]) for n in range(args.reading)]
     rows += [(f"talking-{n}", talking(draw, pairs)) for n in range(args.talking)]
@@ -49,13 +58,14 @@ def main() -> None:
             file.write("\n")
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
+def pair_of(row: Conversation) -> tuple[str, str] | None:
+    """The first question and its answer."""
+    first = [message["content"] for message in row.messages if message["role"] in ("user", "assistant")][:2]
+    return (first[0], first[1]) if len(first) == 2 else None
 
 
-def reading(draw: random.Random, pairs: Sequence[tuple[str, ...]], words: Sequence[int]) -> str:
-    """Texts up to a length that is drawn, with a task before or behind them."""
+def reading(draw: random.Random, pairs: Sequence[tuple[str, str]], words: Sequence[int]) -> str:
+    """Texts up to a length that is drawn, with a task behind them."""
     room = draw.randint(*words)
     texts: list[str] = []
     while room > 0:
@@ -66,7 +76,7 @@ def reading(draw: random.Random, pairs: Sequence[tuple[str, ...]], words: Sequen
     return "\n\n".join([*texts, draw.choice(TASKS)])
 
 
-def talking(draw: random.Random, pairs: Sequence[tuple[str, ...]]) -> list[str]:
+def talking(draw: random.Random, pairs: Sequence[tuple[str, str]]) -> list[str]:
     """Turns of a user that nobody answers in between: one prompt."""
     return [question for question, _ in draw.sample(pairs, draw.randint(*TURNS))]
 

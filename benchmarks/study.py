@@ -18,7 +18,6 @@ them, what a machine would show whose passes cost what their bytes cost (large G
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 from replay import Answer, Round, columns, recorded, replay, tau
+from study_tables import FLOOR, mean, picture, table
 
 from fledge import provenance
 from fledge.bench import charts
@@ -53,14 +53,12 @@ DRAFTERS: dict[str, tuple[str, ...]] = {
     "dspark": ("--draft-type", "dspark", "--block-size", "7", *BLOCK),
 }
 BLOCK_DRAFTERS = ("dflash", "dspark")  # one pass a block
-FLOOR = "lookup"
 SHAPES = {
     "chain 3": TreeShape(4, 2, 1), "chain 5": TreeShape(6, 4, 1), "chain 7": TreeShape(8, 6, 1),
     "tree 8": TreeShape(8, 6, 4), "tree 16": TreeShape(16, 6, 6), "tree 32": TreeShape(32, 6, 8),
     "tree 60": TreeShape(60, 6, 10),
 }  # fmt: skip
 ENTROPIES = (0.0, 0.3, 1.0, 2.0, float("inf"))  # nats: from what the target is sure of to what it is not
-COLOURS = ("#1f63c7", "#b4530a", "#0b7361", "#7b3fb8", "#66707f")
 PREFIX = 128  # tokens of the text behind which costs are measured
 
 
@@ -379,52 +377,6 @@ def bytes_of(model: torch.nn.Module) -> int:
     heads = {id(one.weight) for one in model.modules() if isinstance(one, torch.nn.Linear)}
     known = {id(one): one for one in model.parameters() if id(one) not in looked_up - heads}
     return sum(one.numel() * one.element_size() for one in known.values())
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.mean(known) if known else None
-
-
-def picture(series: Sequence[charts.Line], labels: Sequence[str], title: str, *, percent: bool) -> str:
-    """A line chart of its own: on white, with the names of its lines above it."""
-    chart = charts.lines(series, labels, axis="", description=title, percent=percent, floor=0.0 if percent else 1.0)
-    names = "".join(
-        f'<tspan class="s{number}" dx="{14 if number else 0}">{line.name}</tspan>' for number, line in enumerate(series)
-    )
-    colours = "".join(
-        f".s{number} {{ fill: {colour} }} polyline.s{number} {{ fill: none; stroke: {colour} }} "
-        for number, colour in enumerate(COLOURS[: len(series)])
-    )
-    width, height = charts.WIDTH, 246
-    inner = chart.replace("<svg ", f'<svg y="36" width="{width}" height="210" ', 1)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width * 1.5:g}">'
-        f"<style>{colours}text {{ font: 12px system-ui, sans-serif }} polyline {{ "
-        f"stroke-width: 2 }} line {{ stroke: #d8dee4 }} .ink {{ fill: #1f2328 }} .faint {{ fill: #59636e }}</style>"
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>'
-        f'<text class="ink" x="12" y="18">{title}</text><text x="12" y="36">{names}</text>'
-        f"{inner}</svg>\n"
-    )
-
-
-def table(title: str, keys: Any, groups: dict[str, list[Any]], value: Any) -> Iterator[str]:
-    """A row for each drafter: mean (least to most) over its seeds."""
-    keys = list(keys)
-    yield f"| {title} | seeds | {' | '.join(map(str, keys))} |"
-    yield "|---|---|" + "---|" * len(keys)
-    for name, found in groups.items():
-        cells = [cell([value(one, key) for one in found]) for key in keys]
-        yield f"| {name} | {len(found) if name != FLOOR else '-'} | {' | '.join(cells)} |"
-    yield ""
-
-
-def cell(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    middle = f"{mean(known):.2f}"
-    return middle if len(known) == 1 else f"{middle} ({min(known):.2f} to {max(known):.2f})"
 
 
 if __name__ == "__main__":

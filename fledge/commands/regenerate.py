@@ -16,7 +16,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ from fledge.regeneration.turns import Asker, tally
 BATCH_READ = 64
 SYNC_EVERY_S = 2.0
 CHOSEN = ("duplicate prompt", "prompt too long", "answer cut", UNENDED, SHORT)  # rejects the user asked for
+OF_OWN_PROMPTS = ("own_prompts", "target", "system", "max_reject_share")  # what a run that writes prompts reads ...
+NOT_OF_THEM = ("thinking", "truncated")  # ... and what of the answers' settings it does not
 LASTING = (*CHOSEN, "context length", "broken image", "tool calls", "no question", "unknown part")
 
 
@@ -76,7 +78,7 @@ def regenerate(args: RegenerateArgs) -> None:
 async def _regenerate(args: RegenerateArgs) -> None:
     allow_image_urls(args.prompts.allow_image_urls)
     check(args.output_dir, ANSWERS, overwrite=args.overwrite)
-    _check_source(args.prompts)
+    _check_source(args.prompts, args.answers)
     _check_answers(args.answers, args.prompts.samples_per_prompt)
     for server in args.engines.server:
         base_url(server)
@@ -100,18 +102,25 @@ async def _regenerate(args: RegenerateArgs) -> None:
             _report(journal, args, run.rate())
 
 
-def _check_source(prompts: PromptSourceSettings) -> None:
+def _check_source(prompts: PromptSourceSettings, answers: AnswerSettings) -> None:
     if (prompts.data is None) == (prompts.own_prompts is None):
         raise UserError(
             "give one of --data (conversations to answer) and --own-prompts N (the target writes so many prompts)."
         )
-    for_answers = {
-        "--samples-per-prompt": prompts.samples_per_prompt > 1, "--deduplicate": prompts.deduplicate,
-        "--max-samples": prompts.max_samples is not None, "--max-prompt-length": prompts.max_prompt_length is not None,
-    }  # fmt: skip
-    if prompts.own_prompts and any(for_answers.values()):
-        named = ", ".join(flag for flag, given in for_answers.items() if given)
-        raise UserError(f"{named}: for the run that answers (--data), not for --own-prompts, which writes the prompts.")
+    if not prompts.own_prompts:
+        return
+    unread = [name for name in _changed(prompts) if name not in OF_OWN_PROMPTS]
+    unread += [name for name in _changed(answers) if name in NOT_OF_THEM]
+    if unread:
+        others = [f"--{name.replace('_', '-')}" for name in unread]
+        raise UserError(
+            f"{', '.join(others)}: for the run that answers (--data), not for --own-prompts, which writes the prompts."
+        )
+
+
+def _changed(settings: Any) -> list[str]:
+    """The fields that are not at their defaults."""
+    return [one.name for one in fields(settings) if getattr(settings, one.name) != one.default]
 
 
 def _check_answers(answers: AnswerSettings, samples: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fledge.console import say
 from fledge.data.row_files import SUFFIXES, Row, file_rows, open_parquet, row, suffix_of
+from fledge.data.sealed import is_unfinished
 from fledge.errors import UserError
 from fledge.offline import stop_asking_an_unknown_hub
 
@@ -51,7 +52,7 @@ def data_files(path: Path) -> list[Path]:
             raise UserError(f"{path}: unknown file type. Give {', '.join(SUFFIXES)}, a folder of those, or a hub name.")
         return [path]
     files = sorted(file for file in path.rglob("*") if _holds_rows(file, path))
-    if not files and any(path.glob(".journal/*.partial")):
+    if not files and is_unfinished(path):
         raise UserError(
             f"{path}: a run of `fledge regenerate` that has not finished a file yet. Start the same command again: it "
             "goes on where it was (--data-shard-size says how many rows make a file)."

@@ -67,6 +67,11 @@ def read_sealed(path: Path) -> Sealed:
     return sealed
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether a run has rows here that are in no shard yet."""
+    return any((folder / INNER).glob("*.partial"))
+
+
 def check_file(folder: Path, sealed: SealedFile) -> None:
     """Refuse a shard whose file is gone or no longer what it was when it was finished."""
     path = folder / sealed.file

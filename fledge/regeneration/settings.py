@@ -16,8 +16,9 @@ class PromptSourceSettings(RowSettings, LimitSettings):
     data: str | None = None
     """Conversations whose user turns are asked: a file, a folder, or a hub data set (`org/name`)."""
     own_prompts: Count | None = None
-    """No data at hand: have the target write so many prompts, as if it were the user (--temperature 1.0 for variety).
-    A second run answers them (--data OUTPUT_DIR --deduplicate). Chat models; in process, or by vLLM servers."""
+    """No data at hand: have the target write so many prompts of at most 256 tokens, as if it were the user
+    (--temperature 1.0 for variety). A second run answers them (--data OUTPUT_DIR --deduplicate). Chat models; in
+    process, or by vLLM servers."""
     samples_per_prompt: Count = 1
     """Answers to every conversation, each with draws of its own; their rows are named ID#answer1, ID#answer2, ..."""
     system: str | None = None

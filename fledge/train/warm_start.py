@@ -30,6 +30,7 @@ FLAGS = ("fc_norm", "norm_output", "norm_before_residual", "qk_norm", "sliding_w
 LIFTED = ("fc_norm", "norm_output")  # what EAGLE-3.1 adds
 HEAD = "lm_head.weight"
 ROWS_PER_CHANNEL = 2  # that a map of rows to rows is fitted to, at least
+RIDGE = 1e-5  # of the mean square, which keeps rows that are nearly dependent from a wild map
 WRITES = ("fc.weight", "midlayer.self_attn.o_proj.weight", "midlayer.mlp.down_proj.weight")  # to the residual
 
 
@@ -138,9 +139,11 @@ def as_trained(new: Tensor, before: Tensor, after: Tensor) -> Tensor:
     Without it, rows of another scale than the trained ones outshout them: a lifted EAGLE-3.1 head, whose rows are four
     times smaller than the target's, began at a loss of 43 and a tau of 1.0.
     """
-    if len(before) < ROWS_PER_CHANNEL * before.shape[1]:
+    if not len(new) or len(before) < ROWS_PER_CHANNEL * before.shape[1]:
         return new
-    return new @ torch.linalg.lstsq(before, after, driver="gelsd").solution
+    squares = (before.T @ before).double()
+    squares.diagonal().add_(RIDGE * squares.diagonal().mean())
+    return new @ torch.linalg.solve(squares, (before.T @ after).double()).float()
 
 
 def _check_fits(draft: DraftModel, before: Head, folder: Path) -> None:

@@ -1,10 +1,9 @@
 """`--own-prompts`: the target writes the prompts."""
 
 import asyncio
-import json
 
 import pytest
-from fakes.openai_server import FakeServer, ServerThread
+from fakes.openai_server import MODEL, FakeServer, ServerThread
 from regenerating import rejects_of, rows_of
 from stock_templates import FAMILIES, stock_tokenizer
 
@@ -51,6 +50,7 @@ def test_the_target_is_asked_to_go_on_with_a_users_turn(server, tmp_path):
         assert body["messages"][1]["content"] in OPENINGS
     for row in rows:
         body = bodies[row["sampling"]["seed"]]
+        assert row["sampling"] == {"temperature": 1.0, "top_p": 1.0, "seed": body["seed"]} and row["model"] == MODEL
         said = [(turn["from"], turn["value"]) for turn in row["conversations"]]
         assert said == [
             ("system", "Be short."),
@@ -90,11 +90,15 @@ def test_a_run_is_continued_only_as_it_was_begun(server, tmp_path):
 @pytest.mark.parametrize(
     ("prompts", "said"),
     [({}, "--own-prompts N"), ({"data": "d", "own_prompts": 2}, "give one of"),
-     ({"own_prompts": 2, "deduplicate": True, "max_samples": 1}, "--deduplicate, --max-samples")],
+     ({"own_prompts": 2, "deduplicate": True}, "--deduplicate, --thinking: for the run that answers"),
+     ({"own_prompts": 2, "columns": ("a=b",), "max_samples": 1, "system": "s"}, "--max-samples")],
 )  # fmt: skip
 def test_flags_of_the_other_run_are_refused(tmp_path, prompts, said):
+    """Every flag that a run of prompts would not obey."""
     with pytest.raises(UserError, match=said):
-        regenerate(RegenerateArgs(prompts=PromptSourceSettings(**prompts), output_dir=tmp_path / "out"))
+        regenerate(RegenerateArgs(
+            prompts=PromptSourceSettings(**prompts), output_dir=tmp_path / "out", answers=AnswerSettings(thinking="on")
+        ))  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 
@@ -120,9 +124,3 @@ def test_every_template_can_be_left_unfinished(name, make_tokenizer):
     ids = template.unfinished_ids([{"role": "user", "content": "Tell me"}])
     text = template.tokenizer.decode(ids)
     assert text.endswith("Tell me") and template.render([{"role": "user", "content": "Tell me"}]).startswith(text)
-
-
-def test_rows_are_json_of_a_kind(server, tmp_path):
-    """Every row says how it was drawn, as rows of answers do."""
-    for row in write_prompts(tmp_path / "out", server.url):
-        assert json.loads(json.dumps(row)) == row and row["sampling"]["temperature"] == 1.0 and row["model"]
