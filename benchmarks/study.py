@@ -49,6 +49,7 @@ BLOCK = ("--draft-layers", "2", "--num-anchors", "128")  # as many trained param
 DRAFTERS: dict[str, tuple[str, ...]] = {
     "eagle3": ("--draft-type", "eagle3"),
     "eagle3.1": ("--draft-type", "eagle3.1"),
+    "eagle3.1 of two layers": ("--draft-type", "eagle3.1", "--draft-layers", "2"),
     "dflash": ("--draft-type", "dflash", "--block-size", "8", *BLOCK),
     "dspark": ("--draft-type", "dspark", "--block-size", "7", *BLOCK),
 }
@@ -73,7 +74,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.drafter}-{self.tokens}-{self.budget.replace(' ', '')}-{self.seed}"
+        return f"{self.drafter.replace(' ', '_')}-{self.tokens}-{self.budget.replace(' ', '')}-{self.seed}"
 
 
 def main() -> None:

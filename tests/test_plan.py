@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,12 +32,14 @@ CONFIG = DraftConfig(
 )  # fmt: skip
 
 
-def held_bytes(*, bf16: bool, recompute: bool = False, share: Share | None = None) -> int:
+def held_bytes(
+    *, bf16: bool, recompute: bool = False, share: Share | None = None, layers: int = 1, prompt: int = 0
+) -> int:
     """What autograd keeps between forward and backward of the unrolled draft, each storage once."""
     torch.manual_seed(0)
-    draft = DraftModel(CONFIG, torch.randn(300, 96))
+    draft = DraftModel(replace(CONFIG, num_layers=layers), torch.randn(300, 96))
     record = TargetRecord(
-        sample_id="r", input_ids=torch.randint(300, (ROWS,)), loss_mask=torch.ones(ROWS, dtype=torch.bool),
+        sample_id="r", input_ids=torch.randint(300, (ROWS,)), loss_mask=torch.arange(ROWS) >= prompt,
         position_ids=torch.arange(ROWS), tap_hidden=torch.randn(ROWS, 3, 96), last_hidden=torch.randn(ROWS, 96),
     )  # fmt: skip
     batch = pack([record])
@@ -54,6 +57,17 @@ def held_bytes(*, bf16: bool, recompute: bool = False, share: Share | None = Non
             alignment = align(batch, STEPS, share=share)
             states = torch.stack(unroll(draft, batch, alignment, STEPS, recompute=recompute))
     return sum(sizes.values()) + states.nbytes
+
+
+@pytest.mark.parametrize("prompt", [0, 100])
+def test_activations_of_several_layers(prompt):
+    """All layers but the last unroll the prompt's rows too, once."""
+    config = replace(CONFIG, num_layers=3)
+    planned = step_memory(config, rows=ROWS, active_rows=ROWS - prompt, ttt_steps=STEPS, bf16=False, device_type="cpu")
+    assert planned.activations == pytest.approx(held_bytes(bf16=False, layers=3, prompt=prompt), rel=0.15)
+    assert planned.activations != pytest.approx(held_bytes(bf16=False, layers=1, prompt=prompt), rel=0.5)
+    draft = DraftModel(config, torch.zeros(300, 96))
+    assert sum(num_parameters(config).values()) == sum(parameter.numel() for parameter in draft.parameters())
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

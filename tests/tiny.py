@@ -6,6 +6,7 @@ are initialised, so that greedy outputs vary instead of repeating one token.
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -111,10 +112,12 @@ def tiny_draft(
     draft_vocab_size: int | None = 48,
     eagle31: bool = False,
     seed: int = 1,
+    **config: Any,
 ) -> DraftModel:
     """An untrained head. `zero` ties all its scores; `adversarial` is sure of the tokens it should like least."""
     torch.manual_seed(seed)
-    draft = DraftModel(tiny_config(target, draft_vocab_size, eagle31), target.embedding_weight)
+    derived = replace(tiny_config(target, draft_vocab_size, eagle31), **config)
+    draft = DraftModel(derived, target.embedding_weight)
     if not draft.config.full_vocab:
         draft.set_vocab(*tiny_vocab(target.vocab_size, draft.config.draft_vocab_size, seed))
     with torch.no_grad():

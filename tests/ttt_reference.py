@@ -16,13 +16,13 @@ from fledge.target.record import TargetRecord
 STEPS, VOCAB, DRAFT_VOCAB, SIZE = 4, 40, 24, 16
 
 
-def make_draft(*, eagle31: bool = False, window: int | None = None) -> DraftModel:
+def make_draft(*, eagle31: bool = False, window: int | None = None, layers: int = 1) -> DraftModel:
     torch.manual_seed(0)
     config = DraftConfig(
         hidden_size=SIZE, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         vocab_size=VOCAB, draft_vocab_size=DRAFT_VOCAB, tap_layers=(0, 1, 2),
         rope_parameters={"rope_type": "default", "rope_theta": 100.0}, fc_norm=eagle31, norm_output=eagle31,
-        sliding_window=window,
+        sliding_window=window, num_layers=layers,
     )  # fmt: skip
     draft = DraftModel(config, torch.randn(VOCAB, SIZE))
     chosen = torch.randperm(VOCAB)[:DRAFT_VOCAB].sort().values
@@ -62,33 +62,41 @@ def teacher_head(hidden: torch.Tensor) -> torch.Tensor:
 
 def reference_states(draft: DraftModel, record: TargetRecord) -> list[torch.Tensor]:
     """f'' of every row at every step, from whole matrices: K x (T, H)."""
-    length, layer = len(record), draft.midlayer
-    scale = 1 / math.sqrt(draft.config.head_dim)
+    length, scale = len(record), 1 / math.sqrt(draft.config.head_dim)
     tokens = record.input_ids
-    hidden, keys, values, states = draft.fuse(record.tap_hidden), [], [], []
+    keys: list[list[Tensor]] = [[] for _ in range(draft.config.num_layers)]
+    values: list[list[Tensor]] = [[] for _ in keys]
+    hidden, states = draft.fuse(record.tap_hidden), []
     for step in range(STEPS):
         ids = torch.tensor([int(tokens[min(t + 1 + step, length - 1)]) for t in range(length)])
-        x = torch.cat([layer.input_layernorm(draft.embedding[ids]), layer.hidden_norm(hidden)], dim=-1)
         cos, sin = draft.rope(record.position_ids + step)
+        out = hidden
+        for number in range(draft.config.num_layers):
+            layer = draft.layers[str(number)] if number else draft.midlayer
+            if number:
+                x = layer.input_layernorm(out)
+            else:
+                x = torch.cat([layer.input_layernorm(draft.embedding[ids]), layer.hidden_norm(hidden)], dim=-1)
 
-        def heads(linear, x=x):
-            return linear(x).view(length, -1, draft.config.head_dim)
+            def heads(linear, x=x):
+                return linear(x).view(length, -1, draft.config.head_dim)
 
-        def turn(s, cos=cos, sin=sin):
-            half = s.shape[-1] // 2
-            return s * cos[:, None] + torch.cat([-s[..., half:], s[..., :half]], -1) * sin[:, None]
+            def turn(s, cos=cos, sin=sin):
+                half = s.shape[-1] // 2
+                return s * cos[:, None] + torch.cat([-s[..., half:], s[..., :half]], -1) * sin[:, None]
 
-        q = turn(heads(layer.self_attn.q_proj))
-        keys.append(turn(heads(layer.self_attn.k_proj)).repeat_interleave(2, 1))
-        values.append(heads(layer.self_attn.v_proj).repeat_interleave(2, 1))
-        attended = torch.zeros_like(q)
-        for t in range(length):
-            seen_k = torch.cat([keys[0][: t + 1]] + [keys[j][t : t + 1] for j in range(1, step + 1)])
-            seen_v = torch.cat([values[0][: t + 1]] + [values[j][t : t + 1] for j in range(1, step + 1)])
-            weights = torch.einsum("hd,khd->hk", q[t], seen_k).mul(scale).softmax(-1)
-            attended[t] = torch.einsum("hk,khd->hd", weights, seen_v)
-        out = hidden + layer.self_attn.o_proj(attended.flatten(1))
-        out = out + layer.mlp(layer.post_attention_layernorm(out))
+            q = turn(heads(layer.self_attn.q_proj))
+            k, v = keys[number], values[number]
+            k.append(turn(heads(layer.self_attn.k_proj)).repeat_interleave(2, 1))
+            v.append(heads(layer.self_attn.v_proj).repeat_interleave(2, 1))
+            attended = torch.zeros_like(q)
+            for t in range(length):
+                seen_k = torch.cat([k[0][: t + 1]] + [k[j][t : t + 1] for j in range(1, step + 1)])
+                seen_v = torch.cat([v[0][: t + 1]] + [v[j][t : t + 1] for j in range(1, step + 1)])
+                weights = torch.einsum("hd,khd->hk", q[t], seen_k).mul(scale).softmax(-1)
+                attended[t] = torch.einsum("hk,khd->hd", weights, seen_v)
+            out = out + layer.self_attn.o_proj(attended.flatten(1))
+            out = out + layer.mlp(layer.post_attention_layernorm(out))
         states.append(out)
         hidden = draft.norm(out) if draft.config.norm_output else out
     return states

@@ -214,7 +214,7 @@ def costs_of(args: PlanArgs, text: Any) -> "StepCosts":
     size = DEFAULT_DRAFT_VOCAB if wanted is None else wanted or text.vocab_size
     draft = derive(
         text, vocab_size=text.vocab_size, tap_layers=default_tap_layers(layers), draft_vocab_size=size,
-        eagle31=args.draft_type == "eagle3.1",
+        eagle31=args.draft_type == "eagle3.1", overrides={"num_layers": args.draft_layers or 1},
     )  # fmt: skip
     return EagleCosts(draft, args.ttt_steps, args.depth_survival, args.activation_checkpointing, args.sequence_parallel)
 

@@ -23,7 +23,7 @@ from fledge.drafters.eagle3.foreign import (
     read_weights,
     stated_tap_ids,
 )
-from fledge.drafters.eagle3.head import Head, check_head_tensors
+from fledge.drafters.eagle3.head import Head, check_head_tensors, renamed
 from fledge.drafters.rope import described
 from fledge.errors import UserError
 from fledge.export.engine_rope import trained_rope
@@ -54,7 +54,7 @@ def examine(folder: Path, target_config: Any | None) -> Examination:
         head = read_any(folder, num_target_layers=num_layers, tap_convention="input", check=False)
         unstated = [Finding("warning", "taps", f"tap ids {list(stated_tap_ids(document))} may be inputs or outputs of "
                             "layers; read as inputs", "accept length falls to about 1 if wrong")]  # fmt: skip
-    raw = {our_name(name): tensor for name, tensor in read_weights(folder).items()}
+    raw = renamed(read_weights(folder), our_name, folder)
     vocabularies, vocab_findings, head = examine_vocab(head, raw)
     check_head_tensors(head, folder)
     found = [*unstated, *vocab_findings, *_file_findings(document, head)]

@@ -52,6 +52,8 @@ class LayerConfig:
     tap_layers: tuple[int, ...]
     """tap layer i = input of decoder layer i of the target"""
     rope_parameters: dict[str, Any]
+    num_layers: int = 1
+    """Decoder layers. An EAGLE-3 head has one in the paper; vLLM reads heads of several, SGLang does not"""
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 8192
     hidden_act: str = "silu"
@@ -62,7 +64,7 @@ class LayerConfig:
 
     def __post_init__(self) -> None:
         """What any head must be, whoever wrote its config."""
-        sizes = (*SIZES, "hidden_size", "vocab_size", "max_position_embeddings")
+        sizes = (*SIZES, "hidden_size", "num_layers", "vocab_size", "max_position_embeddings")
         if bad := next((name for name in sizes if getattr(self, name) < 1), None):
             raise UserError(f"draft config: {bad}={getattr(self, bad)} must be at least 1.")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -139,7 +141,7 @@ def layer_of_target(text_config: Any, *, vocab_size: int, draft_vocab_size: int 
     }
 
 
-def layer_json(config: LayerConfig, *, num_layers: int, dtype: str) -> dict[str, Any]:
+def layer_json(config: LayerConfig, *, dtype: str) -> dict[str, Any]:
     """What config.json says of any draft's layers, in the words of transformers' Llama-like configs."""
     rope = dict(config.rope_parameters)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -150,7 +152,7 @@ def layer_json(config: LayerConfig, *, num_layers: int, dtype: str) -> dict[str,
     return {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": num_layers,
+        "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from fledge.drafters.eagle3.checkpoint import WEIGHTS
 from fledge.drafters.eagle3.foreign import TAP_IDS, config_of, our_name, read_config, read_weights, stated_tap_ids
-from fledge.drafters.eagle3.head import expected_shapes
+from fledge.drafters.eagle3.head import FURTHER, expected_shapes
 from fledge.errors import UserError
 from fledge.export.engine_rope import rope_problem
 from fledge.target.record import default_tap_layers
@@ -79,6 +79,7 @@ def problems(engine: ServingEngine, document: JSON, shapes: Shapes, target_confi
     found = _speculators_problems(document) if speculators else _plain_problems(engine, document)
     layer = {**document, **(document.get("transformer_layer_config") or {})} if speculators else document
     found += _tensor_problems(engine, document, {our_name(name): shape for name, shape in shapes.items()})
+    found += _further_norm_problems(engine, shapes)
     found += _rope_problems(engine, document, layer)
     found += _tap_problems(engine, document, target_config, "input" if speculators else None)
     return found + (_target_problems(layer, target_config) if target_config is not None else [])
@@ -161,6 +162,13 @@ def _tensor_problems(engine: ServingEngine, document: JSON, shapes: Shapes) -> l
     if unknown:
         wrong.append(f"unknown tensors {', '.join(unknown[:4])}")
     return wrong
+
+
+def _further_norm_problems(engine: ServingEngine, shapes: Shapes) -> list[str]:
+    """vLLM norms the states of layers behind the first by input_layernorm, SGLang by hidden_norm; the other is left."""
+    read, left = ("hidden_norm", "input_layernorm") if engine.name == "sglang" else ("input_layernorm", "hidden_norm")
+    names = [name for name in shapes if FURTHER.search(name) and f".{left}." in name]
+    return [f"{names[0]} is passed over: it reads {read} there"] if names else []
 
 
 def _rope_problems(engine: ServingEngine, document: JSON, layer: JSON) -> list[str]:

@@ -38,6 +38,8 @@ class Layout:
     """The flag that tells a sliding window where config.json does not; it counts the keys before the query's own."""
     also_lost: Callable[[DraftConfig], list[str]] = lambda config: []
     """What else of a config its reader passes over, in words."""
+    further_norm: str = "input_layernorm"
+    """What the norm before the attention is called in layers behind the first."""
 
     def command(self, config: DraftConfig) -> str:
         """What serves HEAD with TARGET."""
@@ -51,7 +53,9 @@ class Layout:
 
     def tensor_name(self, ours: str) -> str:
         """The layout's name of one of our tensors."""
-        return ours.replace("midlayer.", self.layer_prefix, 1) if ours.startswith("midlayer.") else ours
+        if ours.startswith("midlayer."):
+            return ours.replace("midlayer.", self.layer_prefix, 1)
+        return ours.replace("input_layernorm", self.further_norm) if ours.startswith("layers.") else ours
 
     def refuse(self, head: Head) -> None:
         """An error when the layout's reader would run another network than the head was trained as."""
@@ -124,6 +128,7 @@ def _lost_in_llama_cpp(config: DraftConfig) -> list[str]:
     rope, taps = config.rope_parameters, len(config.tap_layers)
     kind, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor")
     return [
+        *([f"{config.num_layers} decoder layers (one is read)"] if config.num_layers > 1 else []),
         *([f"{taps} taps (three are read)"] if taps != 3 else []),
         *([f"a {kind!r} rope"] if kind not in ("default", "linear", "llama3") else []),
         *([f"a partial_rotary_factor of {share}"] if share not in (None, 1.0) else []),
@@ -153,6 +158,7 @@ LAYOUTS = {
             _sglang_config,
             ignores=("norm_before_residual", "qk_norm"),
             replaces_embedding=True,
+            further_norm="hidden_norm",
             serve=SGLANG,
             reader="SGLang",
             window_flag="--speculative-draft-window-size",

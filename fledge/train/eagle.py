@@ -67,6 +67,8 @@ def draft_config(args: DraftSettings, source: Source) -> DraftConfig:
         overrides = read_overrides(Path(args.draft_config))
     elif args.init_from:
         overrides = architecture_of(Path(args.init_from), source.text_config.num_hidden_layers, args.draft_type)
+    if args.draft_layers is not None:
+        overrides["num_layers"] = args.draft_layers
     vocab_size = source.head_weight.shape[0]
     wanted = args.draft_vocab_size if args.draft_vocab_size is not None else overrides.pop("draft_vocab_size", None)
     overrides.pop("draft_vocab_size", None)

@@ -6,7 +6,7 @@ keeps between forward and backward is listed here once; a test compares the sum 
 benchmarks/plan_memory.py the whole with a measured peak.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fledge.drafters.eagle3.config import DraftConfig
 from fledge.drafters.loss import pair_bytes, pairs_per_chunk
@@ -33,13 +33,15 @@ class StepMemory:
 
 def num_parameters(config: DraftConfig) -> dict[str, int]:
     """Trained weights of a draft by part."""
-    size, heads = config.hidden_size, config.num_attention_heads + 2 * config.num_key_value_heads
-    norms = size * (4 + (len(config.tap_layers) if config.fc_norm else 0)) + 2 * config.head_dim * config.qk_norm
+    size, layers = config.hidden_size, config.num_layers
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    norms = size * (2 + 2 * layers + (len(config.tap_layers) if config.fc_norm else 0))
+    mix = config.num_attention_heads * config.head_dim * size
     return {
         "fc": len(config.tap_layers) * size * size,
-        "attention": 2 * size * heads * config.head_dim + config.num_attention_heads * config.head_dim * size,
-        "mlp": 3 * size * config.intermediate_size,
-        "norms": norms,
+        "attention": (layers + 1) * size * heads * config.head_dim + layers * mix,  # the first reads twice the width
+        "mlp": 3 * size * config.intermediate_size * layers,
+        "norms": norms + 2 * config.head_dim * config.qk_norm * layers,
         "lm_head": config.draft_vocab_size * size,
     }
 
@@ -47,13 +49,16 @@ def num_parameters(config: DraftConfig) -> dict[str, int]:
 def kept_elements(config: DraftConfig, *, recompute: bool = False) -> int:
     """Numbers kept for each active row and TTT step."""
     size, head_dim = config.hidden_size, config.head_dim
-    keys = 2 * config.num_key_value_heads * head_dim
+    keys, layers = 2 * config.num_key_value_heads * head_dim, config.num_layers
     if recompute:
-        return 2 * size + keys  # the step's output and its normed state; keys and values, which later steps read
+        return (
+            2 * size + layers * keys
+        )  # the step's output and its normed state; keys and values, which later steps read
     queries = 2 * config.num_attention_heads * head_dim  # queries and what they attended
     if config.qk_norm:  # and both before their norm
         queries += (config.num_attention_heads + config.num_key_value_heads) * head_dim
-    return 6 * size + queries + keys + 2 * config.intermediate_size
+    further = (layers - 1) * (4 * size + queries + keys + 2 * config.intermediate_size)
+    return 6 * size + queries + keys + 2 * config.intermediate_size + further
 
 
 def step_memory(
@@ -70,7 +75,8 @@ def step_memory(
     parameters = num_parameters(config)
     total = sum(parameters.values())
     projections = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    once = rows * (taps * size + 3 * size + projections + 2 * config.num_key_value_heads * config.head_dim)
+    whole = (config.num_layers - 1) * (rows - active) * kept_elements(replace(config, num_layers=1))
+    once = whole + rows * (taps * size + 3 * size + projections + 2 * config.num_key_value_heads * config.head_dim)
     activations = element * (num_pairs * kept_elements(config, recompute=recompute) + once)
     activations += 2 * size * projections * element + (2 * total if bf16 else 0)  # split projections; bf16 copies
     if recompute:  # one step at a time is there in full
@@ -99,6 +105,9 @@ def flop_per_step(
     parameters, size = num_parameters(config), config.hidden_size
     layer = parameters["attention"] + parameters["mlp"]
     steps = sum(survival**step for step in range(ttt_steps))
-    attention = 7 * 2 * size * active_rows * rows / 2 * steps  # two products forward, five backward, causal
+    attention = (
+        7 * 2 * size * config.num_layers * active_rows * rows / 2 * steps
+    )  # two products forward, five backward, causal
     head = 6 * steps * taught * parameters["lm_head"] + 2 * taught * config.draft_vocab_size * size
-    return round(4 * rows * parameters["fc"] + 6 * steps * active_rows * layer + attention + head)
+    whole = 6 * (rows - active_rows) * layer * (config.num_layers - 1) // config.num_layers  # all but the last layer
+    return round(4 * rows * parameters["fc"] + 6 * steps * active_rows * layer + whole + attention + head)

@@ -203,8 +203,9 @@ def _resolve(args: TrainSettings, config: LayerConfig, source: Source) -> None:
         trainer.learning_rate = KINDS[args.draft.draft_type].learning_rate(config.hidden_size)
         say(f"learning rate {trainer.learning_rate:.1e} (by the hidden size {config.hidden_size}, at most 1e-3)")
     derived: dict[str, Any] = {"draft_vocab_size": config.draft_vocab_size, "tap_layers": tuple(config.tap_layers)}
+    derived["draft_layers"] = config.num_layers
     if isinstance(config, BlockConfig):
-        derived |= {"draft_layers": config.num_layers, "block_size": config.block_size}
+        derived["block_size"] = config.block_size
     args.draft = replace(args.draft, **derived)
     for dtype in get_args(Dtype):
         if source.target is not None and str(source.target.dtype) == f"torch.{dtype}":

@@ -56,7 +56,7 @@ class BlockSettings:
     """What dflash and dspark have instead of draft steps."""
 
     draft_layers: Count | None = None
-    """Decoder layers of a block draft. None: a seventh of the target's, at most five."""
+    """Decoder layers of the draft. None: one for EAGLE-3; for a block draft a seventh of the target's, at most five."""
     block_size: Count | None = None
     """Slots of a block. None: 16 for dflash, 7 for dspark."""
     num_anchors: Count = 512

@@ -4,7 +4,7 @@ The layer's weights are taken as they are. A row of lm_head belongs to a target 
 token into the new vocabulary. Tokens the old head could not say start from the target's own rows, which training has
 left behind: `as_trained` maps them to where they would be by now.
 
-An EAGLE-3 head may start an EAGLE-3.1 head: `lift_norms`.
+An EAGLE-3 head may start an EAGLE-3.1 head: `lift_norms`. One of more layers too: new ones begin by changing nothing.
 """
 
 import math
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.console import say, warn
@@ -26,12 +25,12 @@ from fledge.drafters.layer_config import SIZES
 from fledge.errors import UserError
 from fledge.target.record import TargetRecord
 
-FLAGS = ("fc_norm", "norm_output", "norm_before_residual", "qk_norm", "sliding_window")
+FLAGS = ("num_layers", "fc_norm", "norm_output", "norm_before_residual", "qk_norm", "sliding_window")
 LIFTED = ("fc_norm", "norm_output")  # what EAGLE-3.1 adds
 HEAD = "lm_head.weight"
 ROWS_PER_CHANNEL = 2  # that a map of rows to rows is fitted to, at least
 RIDGE = 1e-5  # of the mean square, which keeps rows that are nearly dependent from a wild map
-WRITES = ("fc.weight", "midlayer.self_attn.o_proj.weight", "midlayer.mlp.down_proj.weight")  # to the residual
+WRITES = ("fc.weight", "self_attn.o_proj.weight", "mlp.down_proj.weight")  # to the residual: how their names end
 
 
 def architecture_of(folder: Path, num_target_layers: int, draft_type: str) -> dict[str, Any]:
@@ -54,6 +53,8 @@ def continue_from(
     """
     before = read_any(folder, num_target_layers=num_target_layers)
     _check_fits(draft, before, folder)
+    for number in range(before.config.num_layers, draft.config.num_layers):
+        draft.layer(number).pass_on()
     kept = take_weights(draft, before, target_head)
     if EMBEDDING in before.tensors and not same_embedding(before.tensors[EMBEDDING], draft.embedding):
         draft.own_embedding(before.tensors[EMBEDDING].to(draft.embedding))
@@ -94,8 +95,9 @@ def lift_norms(draft: DraftModel, records: Sequence[TargetRecord], *, feedback_i
     had = median_rms(torch.cat([first_step(draft, record) for record in records]))
     size = read if draft.config.norm_before_residual else math.sqrt(read * had)
     if not draft.config.norm_before_residual:  # else the residual is a normed state, whose size is not free
-        for name in WRITES:
-            weights[name].mul_(size / had)
+        for name in weights:
+            if name.endswith(WRITES):
+                weights[name].mul_(size / had)
     draft.lm_head.weight.mul_(draft.norm.weight / size)
     draft.norm.weight.fill_(size)
 
@@ -108,10 +110,15 @@ def median_rms(states: Tensor) -> float:
 def first_step(draft: DraftModel, record: TargetRecord) -> Tensor:
     """f'' (T - 1, H) of the first draft step at every position."""
     f = draft.fuse(record.tap_hidden[:-1])
-    rope = draft.rope(record.position_ids[..., :-1].to(f.device))
-    q, k, v = (part.transpose(0, 1)[None] for part in draft.project(draft.embed(record.input_ids[1:]), f, rope))
-    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return draft.finish(f, attended[0].transpose(0, 1))
+    cos, sin = draft.rope(record.position_ids[..., :-1].to(f.device))
+    return draft.step(record.input_ids[None, 1:], f[None], None, WholeText(), rope=(cos[None], sin[None]))[0]
+
+
+class WholeText:
+    """A cache for a draft that reads a text at once."""
+
+    def update(self, keys: Tensor, values: Tensor, layer: int = 0) -> tuple[Tensor, Tensor]:
+        return keys, values
 
 
 @torch.no_grad()
@@ -157,12 +164,14 @@ def _check_fits(draft: DraftModel, before: Head, folder: Path) -> None:
     sizes = {name: tuple(parameter.shape) for name, parameter in draft.named_parameters()}
     common = sizes.keys() & before.tensors.keys() - {HEAD}
     differ = [name for name in common if tuple(before.tensors[name].shape) != sizes[name]]
-    missing = {name for name in sizes.keys() - before.tensors.keys() if not name.startswith("fc_norm.")}
+    missing = {name for name in sizes.keys() - before.tensors.keys() if not name.startswith(("fc_norm.", "layers."))}
     assert not differ and not missing, f"{differ=} {missing=} although the configs agree"
 
 
 def _check_same(ours: DraftConfig, theirs: DraftConfig, folder: Path) -> None:
     added = LIFTED if lifts(ours, theirs) else ()
+    if ours.num_layers > theirs.num_layers:
+        added = (*added, "num_layers")
     names = ("hidden_size", "vocab_size", *(name for name in SIZES if name != "draft_vocab_size"), *FLAGS)
     for name in (name for name in names if name not in added):
         if getattr(ours, name) != getattr(theirs, name):

@@ -87,22 +87,25 @@ def paths_of(trees: Trees, row: int = 0) -> set[tuple[int, ...]]:
     return set(paths[1:])
 
 
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("eagle31", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_tree_is_the_definitions(shape, eagle31):
-    draft, ids = tiny_draft(tiny_target("llama"), eagle31=eagle31), prompt(9)
+def test_the_tree_is_the_definitions(shape, eagle31, layers):
+    draft, ids = tiny_draft(tiny_target("llama"), eagle31=eagle31, num_layers=layers), prompt(9)
     with torch.inference_mode():
         trees = proposed(draft, shape, ids)
         assert trees.token_ids[0, 0] == ids[-1]
         assert paths_of(trees) == slow_tree(draft, ids, shape)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_batch_round_after_round_is_each_text_alone(shape, window, monkeypatch):
+def test_a_batch_round_after_round_is_each_text_alone(shape, window, layers):
     """Ragged sequences, rounds of different lengths, a tree in between that leaves no trace, a sequence that moves."""
-    draft = tiny_draft(tiny_target("llama"), eagle31=shape.depth == 3)
-    monkeypatch.setattr(draft, "config", dataclasses.replace(draft.config, sliding_window=window))
+    draft = tiny_draft(
+        tiny_target("llama"), eagle31=shape.depth == 3, num_layers=layers, sliding_window=window
+    )  # fmt: skip
     texts = [prompt(length + 8, seed=length) for length in (9, 2, 14)]
     ends = [9, 2, 14]
     with torch.inference_mode():
@@ -158,7 +161,7 @@ def test_the_draft_cache():
 
     for slot, known in enumerate(([1, 2, 3], [4])):
         states = rows([known])[0].transpose(0, 1)
-        cache.fill(slot, states, states)
+        cache.fill(slot, [(states, states)])
     cache.open(torch.tensor([[3, 4], [1, 2]]), 5)
     for states in cache.update(rows([[5, 6], [7, 8]]), rows([[5, 6], [7, 8]])):
         assert (states == states[:, :1, :, :1]).all()

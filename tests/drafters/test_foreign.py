@@ -111,7 +111,6 @@ def test_unusual_ids_have_to_be_explained(tmp_path):
 
 
 REFUSED = {
-    "eagle layers": ("eagle", {"num_hidden_layers": 3}, "several layers"),
     "eagle quantised": ("eagle", {"quantization_config": {"quant_method": "fp8"}}, "quantised"),
     "gpt-oss norm": ("specforge", {"norm_before_fc": True}, "one RMSNorm over all taps"),
     "modelopt eagle-1": ("modelopt", {"eagle_config": {**MODELOPT, "use_aux_hidden_state": False}}, "EAGLE-1"),

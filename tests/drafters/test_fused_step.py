@@ -16,7 +16,8 @@ from fledge.target.products import accelerate
 pytestmark = pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
 
 BATCH, ROWS, KEYS = 2, 3, 7
-KINDS = [{}, {"fc_norm": True, "norm_output": True}, {"norm_before_residual": True}, {"qk_norm": True}]
+KINDS = [{}, {"fc_norm": True, "norm_output": True}, {"norm_before_residual": True}, {"qk_norm": True},
+         {"num_layers": 3, "qk_norm": True}]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def both(draft: DraftModel, output_row: Tensor | None = None) -> tuple[Tensor, T
     generator, dtype = torch.Generator().manual_seed(0), draft.fc.weight.dtype
     size, tokens = draft.config.hidden_size, torch.randint(40, (BATCH, ROWS), generator=generator)
     hidden = torch.randn(BATCH, ROWS, size, generator=generator).to(dtype)
-    mask = torch.zeros(BATCH, 1, ROWS if output_row is None else 1, KEYS, dtype=dtype)
+    mask = torch.zeros(BATCH, 1, ROWS if output_row is None or draft.config.num_layers > 1 else 1, KEYS, dtype=dtype)
     mask[0, :, :, 1] = torch.finfo(dtype).min
     filled = torch.randn(2, 4, draft.config.num_key_value_heads, draft.config.head_dim, generator=generator).to(dtype)
     outputs = []
@@ -51,7 +52,7 @@ def both(draft: DraftModel, output_row: Tensor | None = None) -> tuple[Tensor, T
         cache = DraftCache(draft, BATCH)
         cache.reserve(KEYS)
         for slot in range(BATCH):
-            cache.fill(slot, *filled)
+            cache.fill(slot, [tuple(filled)] * draft.config.num_layers)
         rows = torch.arange(4, KEYS).expand(BATCH, -1)
         cache.open(rows, KEYS)
         outputs.append(one(tokens, hidden, None, cache, mask, rope=draft.rope(rows), output_row=output_row))
@@ -73,9 +74,9 @@ def test_new_weights_are_used():
     with torch.no_grad():
         draft.midlayer.mlp.down_proj.weight.mul_(2)
         draft.midlayer.post_attention_layernorm.weight.data = torch.rand(draft.config.hidden_size)
-    before = step.behind.mlp_norm
+    before = step.layers[0][1].mlp_norm
     step.refresh()
-    assert step.behind.mlp_norm != before
+    assert step.layers[0][1].mlp_norm != before
     torch.testing.assert_close(*both(draft), rtol=1e-4, atol=1e-5)
 
 

@@ -57,11 +57,12 @@ def run_loss(draft: DraftModel, batch: Batch, settings: LossSettings, *, short: 
 # -- the definition, row by row ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("eagle31", [False, True], ids=["eagle3", "eagle3.1"])
 @pytest.mark.parametrize("case", RECORDS)
 @pytest.mark.parametrize("positions", ["fixed", "dynamic"])
-def test_loss_and_gradients_equal_the_definition(case: str, eagle31: bool, positions: PositionWeights):
-    draft = make_draft(eagle31=eagle31)
+def test_loss_and_gradients_equal_the_definition(case: str, eagle31: bool, positions: PositionWeights, layers: int):
+    draft = make_draft(eagle31=eagle31, layers=layers)
     parameters = list(draft.parameters())
     found, dense = run_loss(draft, pack(RECORDS[case]), LossSettings(position_weights=positions))
     wanted = reference_loss(draft, RECORDS[case], positions=positions)
@@ -125,19 +126,20 @@ class GrowingCache:
     """The simplest cache there is: concatenation."""
 
     def __init__(self) -> None:
-        self.keys = self.values = None
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def update(self, keys, values):
-        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], dim=2)
-        self.values = values if self.values is None else torch.cat([self.values, values], dim=2)
-        return self.keys, self.values
+    def update(self, keys, values, layer=0):
+        before = self.layers.get(layer, (keys[:, :, :0], values[:, :, :0]))
+        self.layers[layer] = torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
+        return self.layers[layer]
 
 
+@pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("eagle31", [False, True], ids=["eagle3", "eagle3.1"])
 @pytest.mark.parametrize("window", [None, 5], ids=["", "window"])
-def test_unrolled_logits_equal_decoding_with_a_cache(eagle31: bool, window: int | None):
+def test_unrolled_logits_equal_decoding_with_a_cache(eagle31: bool, window: int | None, layers: int):
     """One draft definition: row t of the unrolled training is the draft decoding from prefix t."""
-    draft, record = make_draft(eagle31=eagle31, window=window), RECORDS["two turns"][0]
+    draft, record = make_draft(eagle31=eagle31, window=window, layers=layers), RECORDS["two turns"][0]
 
     def seen(num_rows: int) -> torch.Tensor | None:
         return None if window is None else window_mask(num_rows, window)
@@ -173,10 +175,10 @@ def window_mask(num_rows: int, window: int) -> torch.Tensor:
     return (distance >= 0) & (distance < window)
 
 
-@pytest.mark.parametrize("eagle31", [False, True], ids=["eagle3", "eagle3.1"])
-def test_recomputed_steps_give_the_same_gradients_and_keep_less(eagle31: bool):
+@pytest.mark.parametrize("eagle31, layers", [(False, 1), (True, 1), (True, 3)], ids=["eagle3", "eagle3.1", "3 layers"])
+def test_recomputed_steps_give_the_same_gradients_and_keep_less(eagle31: bool, layers: int):
     """Activation checkpointing changes no bit; what is saved for the backward shrinks."""
-    draft, batch = make_draft(eagle31=eagle31), pack(RECORDS["packed"] + RECORDS["two turns"])
+    draft, batch = make_draft(eagle31=eagle31, layers=layers), pack(RECORDS["packed"] + RECORDS["two turns"])
     alignment, results, kept = align(batch, STEPS), [], []
     for recompute in (False, True):
         sizes: dict[int, int] = {}

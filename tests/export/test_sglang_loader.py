@@ -21,10 +21,11 @@ T = 9
 LOADER = "srt/models/llama_eagle3.py"
 
 
-@pytest.fixture(params=[False, True], ids=["eagle3", "eagle3.1"])
+@pytest.fixture(params=[(False, 1), (True, 1), (True, 3)], ids=["eagle3", "eagle3.1", "three layers"])
 def pair(request, tmp_path, sglang_source):
     """(our draft, our head's folder, SGLang's model with our export's weights)"""
-    draft = tiny_draft(tiny_target("llama"), eagle31=request.param)
+    eagle31, layers = request.param
+    draft = tiny_draft(tiny_target("llama"), eagle31=eagle31, num_layers=layers)
     with torch.no_grad():
         for name, parameter in draft.named_parameters():
             if parameter.ndim == 1:  # norms of ones would hide an exchanged one
@@ -49,7 +50,8 @@ def test_every_parameter_arrives(pair):
     """Its loader passes over names it does not know and leaves the rest as they were: here, NaN."""
     _, folder, model = pair
     left = {name for name, parameter in model.named_parameters() if parameter.isnan().any()}
-    assert left == {"model.embed_tokens.weight"}  # taken from the target when the engine starts
+    unused = {f"model.layers.{layer}.input_layernorm.weight" for layer in range(1, len(model.model.layers))}
+    assert left == {"model.embed_tokens.weight", *unused}  # taken from the target when the engine starts; never read
     assert torch.equal(model.hot_token_id, read_head(folder).target_ids)
     assert not model.load_lm_head_from_target and model.lm_head.weight.shape[0] == len(model.hot_token_id)
 
@@ -73,7 +75,7 @@ def test_it_computes_what_our_head_computes(pair):
 
 
 def our_step(draft, ids, hidden, positions):
-    cache = SimpleNamespace(update=lambda keys, values: (keys, values))
+    cache = SimpleNamespace(update=lambda keys, values, layer: (keys, values))
     return draft.step(ids[None], hidden[None], positions[None], cache)[0]
 
 

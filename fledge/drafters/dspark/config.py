@@ -37,7 +37,6 @@ MOST_LAYERS = 5  # as published for targets of 36 layers; smaller targets get fe
 class BlockConfig(LayerConfig):
     """Decoder layers that draft a block of tokens in one pass, each slot seeing the target's states as keys."""
 
-    num_layers: int
     block_size: int
     """Slots of a block: an anchor token and mask tokens"""
     mask_token_id: int
@@ -53,10 +52,10 @@ class BlockConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_layers < 1 or self.num_drafts < 1 or self.markov_rank < 0:
+        if self.num_drafts < 1 or self.markov_rank < 0:
             raise UserError(
-                f"draft config: num_hidden_layers={self.num_layers}, block_size={self.block_size}, markov_rank="
-                f"{self.markov_rank}: needed are a layer, a slot that drafts and a rank of at least 0."
+                f"draft config: block_size={self.block_size}, markov_rank={self.markov_rank}: needed are a slot that "
+                f"drafts and a rank of at least 0."
             )
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise UserError(
@@ -147,7 +146,7 @@ def to_json(config: BlockConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
     return {
         "architectures": [DSPARK if config.markov_rank else DFLASH],
         "model_type": "qwen3",
-        **layer_json(config, num_layers=config.num_layers, dtype=dtype),
+        **layer_json(config, dtype=dtype),
         "layer_types": [layer_type] * config.num_layers,
         "num_target_layers": config.target_layers,
         "block_size": config.block_size,

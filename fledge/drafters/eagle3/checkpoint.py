@@ -1,6 +1,7 @@
 """Draft heads as folders: config.json + model.safetensors in the EAGLE names, and everything that must hold on loading.
 
-    fc.weight  midlayer.*  norm.weight  lm_head.weight  [fc_norm.{i}.weight]  [d2t  t2d]  [embed_tokens.weight]
+    fc.weight  midlayer.*  [layers.{n}.*]  norm.weight  lm_head.weight  [fc_norm.{i}.weight]  [d2t  t2d]
+    [embed_tokens.weight]
 
 A head that loads here is complete, finite and belongs to the target: a missing or unknown tensor, a broken d2t/t2d
 pair, NaN weights or another vocabulary are errors, because every one of them decodes "fine" at an acceptance of zero.

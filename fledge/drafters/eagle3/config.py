@@ -20,7 +20,7 @@ READ_ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM", QWEN3)  # EAGLE / 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftConfig(LayerConfig):
-    """One decoder layer between three target states and a reduced vocabulary."""
+    """Decoder layers, one as a rule, between three target states and a reduced vocabulary."""
 
     fc_norm: bool = False
     """EAGLE-3.1: one RMSNorm per tap before fc"""
@@ -62,6 +62,8 @@ def read_overrides(path: Path) -> dict[str, Any]:
     for flag in ("fc_norm", "norm_output", "norm_before_residual", "qk_norm"):
         if flag in document:
             overrides[flag] = bool(document[flag])
+    if document.get("num_hidden_layers"):
+        overrides["num_layers"] = document["num_hidden_layers"]
     return overrides
 
 
@@ -82,12 +84,12 @@ def to_json(config: DraftConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
     return {
         "architectures": [QWEN3 if config.qk_norm else ARCHITECTURE],
         "model_type": "qwen3" if config.qk_norm else "llama",
-        **layer_json(config, num_layers=1, dtype=dtype),
+        **layer_json(config, dtype=dtype),
         "target_hidden_size": config.hidden_size,
         "fc_norm": config.fc_norm,
         "norm_output": config.norm_output,
         **({"norm_before_residual": True} if config.norm_before_residual else {}),
-        **({"layer_types": ["sliding_attention"]} if windowed else {}),
+        **({"layer_types": ["sliding_attention"] * config.num_layers} if windowed else {}),
         "eagle_aux_hidden_state_layer_ids": list(config.tap_layers),
         "eagle_config": {
             "use_aux_hidden_state": True,
@@ -108,8 +110,6 @@ def from_json(path: Path) -> DraftConfig:
         )
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
     missing = [key for key in needed if document.get(key) is None]
-    if document.get("num_hidden_layers") not in (1, None):
-        raise UserError(f"{path}: num_hidden_layers={document['num_hidden_layers']}; a head has one decoder layer.")
     taps = document.get("eagle_aux_hidden_state_layer_ids") or (document.get("eagle_config") or {}).get(
         "eagle_aux_hidden_state_layer_ids"
     )
@@ -133,6 +133,7 @@ def config_of_fields(document: dict[str, Any], path: Path, **known: Any) -> Draf
     """A config from the fields that every layout spells alike; `known` are those it does not, or that need more."""
     values = {
         **layer_of_document(document),
+        "num_layers": document.get("num_hidden_layers") or 1,
         "fc_norm": bool(document.get("fc_norm")),
         "norm_output": bool(document.get("norm_output")),
         "norm_before_residual": bool(document.get("norm_before_residual")),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fledge.console import say, warn
 from fledge.drafters.eagle3.config import QWEN3, DraftConfig, config_of_fields
-from fledge.drafters.eagle3.head import WEIGHTS, Head, check_head, read_tensors
+from fledge.drafters.eagle3.head import WEIGHTS, Head, check_head, further_norm, read_tensors, renamed
 from fledge.drafters.eagle3.head_file import read_document
 from fledge.drafters.layer_config import JSON
 from fledge.drafters.settings import TapConvention
@@ -79,7 +79,6 @@ ORIGINS = (
 
 # Common to all: a field, the values our head can express, and what another one means.
 EXPRESSIBLE = (
-    ("num_hidden_layers", (1, None), "a draft of several layers"),
     ("quantization_config", (None,), "quantised weights"),
     ("attention_bias", (False, None), "biases in the attention"),
     ("mlp_bias", (False, None), "biases in the MLP"),
@@ -103,7 +102,7 @@ def read_any(
     document = read_config(folder)
     origin = origin_of(document)
     layer = {**document, **(document.get("transformer_layer_config") or {})}
-    tensors = {our_name(name): tensor for name, tensor in read_weights(folder).items()}
+    tensors = renamed(read_weights(folder), our_name, folder)
     _refuse_other_generations(tensors, layer, folder)
     _refuse_inexpressible(origin, layer, document, folder)
     taps = tap_layers_of(document, origin, num_target_layers, tap_convention, folder)
@@ -135,7 +134,7 @@ def our_name(name: str) -> str:
     for theirs, ours in RENAMED.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
-    return name
+    return further_norm(name)
 
 
 def tap_layers_of(
@@ -239,8 +238,8 @@ def _refuse_inexpressible(origin: Origin, layer: JSON, document: JSON, folder: P
         if isinstance(value, (bool, int, str, type(None))) and value in allowed:
             continue
         raise UserError(
-            f"{folder} ({origin.name}): {field}={value!r}, which is {meaning}. fledge's head is one layer of Llama "
-            f"or Qwen3 as in the EAGLE-3 paper; this head cannot be expressed in it."
+            f"{folder} ({origin.name}): {field}={value!r}, which is {meaning}. fledge's head is of Llama's "
+            f"or Qwen3's layers as in the EAGLE-3 paper; this head cannot be expressed in it."
         )
 
 

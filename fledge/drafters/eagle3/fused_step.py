@@ -1,4 +1,4 @@
-"""A draft step as two compiled calls around its attention, while a CPU drafts.
+"""A draft step as two compiled calls around the attention of each layer, while a CPU drafts.
 
 A step of a head multiplies ten megabytes and has sixty small operations around that, which took half of its time. The
 parts are those of the target's layers (`fledge.target.fused`): the input is token and feature side by side, so what
@@ -8,7 +8,7 @@ comes before the attention is twice as wide as what comes behind it. `DraftModel
 import torch
 from torch import Tensor
 
-from fledge.drafters.eagle3.model import DraftModel, KeyValueCache, rows_at
+from fledge.drafters.eagle3.model import DraftLayer, DraftModel, KeyValueCache, row_of_mask, rows_at
 from fledge.drafters.layers import RMSNorm
 from fledge.target import native
 from fledge.target.attention import grouped_sdpa
@@ -20,27 +20,34 @@ from fledge.target.products import Product, loop_of
 class FusedStep:
     """`DraftModel.step` of a head with full rotary embeddings whose products are those of `multiply.c`."""
 
-    def __init__(self, draft: DraftModel, products: dict[str, Product]) -> None:
-        self.draft, self.products = draft, products
+    def __init__(self, draft: DraftModel, products: list[dict[str, Product]]) -> None:
+        self.draft, self.products = draft, products  # of every layer
         self.refresh()
 
     def refresh(self) -> None:
         """Look at the weights again; they may have been trained since."""
-        layer, config = self.draft.midlayer, self.draft.config
+        self.layers = [self._layer(number, products) for number, products in enumerate(self.products)]
+
+    def _layer(self, number: int, products: dict[str, Product]) -> tuple[native.Layer, native.Layer]:
+        """What comes before the attention of a layer, and what behind it."""
+        layer, config = self.draft.layer(number), self.draft.config
         facts = {"eps": config.rms_norm_eps, "residual": 1.0, "heads": config.num_attention_heads}
         facts |= {"groups": config.num_key_value_heads, "size": config.head_dim}
-        self.before = native.Layer(hidden=2 * config.hidden_size, **facts)
-        self.behind = native.Layer(hidden=config.hidden_size, inner=config.intermediate_size, **facts)
-        for name, product in self.products.items():
+        before = native.Layer(hidden=config.hidden_size if number else 2 * config.hidden_size, **facts)
+        behind = native.Layer(hidden=config.hidden_size, inner=config.intermediate_size, **facts)
+        for name, product in products.items():
             weight, bias = product.parts()
             assert bias is None, "a head's layers have none"
-            setattr(self.before if name == "qkv" else self.behind, name, weight.data_ptr())
+            setattr(before if name == "qkv" else behind, name, weight.data_ptr())
+        if number:
+            before.in_norm = layer.input_layernorm.weight.data_ptr()
         attention = layer.self_attn
         if attention.q_norm is not None and attention.k_norm is not None:
-            self.before.query_norm, self.before.key_norm = (
+            before.query_norm, before.key_norm = (
                 norm.weight.data_ptr() for norm in (attention.q_norm, attention.k_norm)
             )
-        self.behind.mlp_norm = layer.post_attention_layernorm.weight.data_ptr()
+        behind.mlp_norm = layer.post_attention_layernorm.weight.data_ptr()
+        return before, behind
 
     def __call__(
         self, token_ids: Tensor, hidden: Tensor, position_ids: None, cache: KeyValueCache, mask: Tensor, *,
@@ -54,30 +61,40 @@ class FusedStep:
         if len(kinds) > 1 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return self.draft.step(token_ids, hidden, None, cache, mask, rope=rope, output_row=output_row)
         cos, sin = (one.contiguous() for one in rope)
-        query, keys, values = native.before_attention(self.before, inputs.flatten(0, 1), cos, sin, batch, rows)
         residual = normed if config.norm_before_residual else hidden
-        if output_row is not None:
-            query = rows_at(query.transpose(1, 2), output_row).transpose(1, 2)
-            residual = rows_at(residual, output_row)
-        keys, values = cache.update(keys, values)
-        mixed = native.attend(query, keys, values, mask, config.head_dim**-0.5)
-        if mixed is None:
-            mixed = grouped_sdpa(query, keys, values, mask).transpose(1, 2)
-        states = residual.reshape(-1, config.hidden_size).contiguous()
-        out, _ = native.behind_attention(self.behind, states, mixed.reshape(len(states), -1).contiguous())
-        return out.view(residual.shape)
+        seen: Tensor | None = mask
+        for number, (before, behind) in enumerate(self.layers):
+            inputs = (residual if number else inputs).flatten(0, 1).contiguous()
+            query, keys, values = native.before_attention(before, inputs, cos, sin, batch, rows)
+            if output_row is not None and number == len(self.layers) - 1:
+                query = rows_at(query.transpose(1, 2), output_row).transpose(1, 2)
+                residual, seen = rows_at(residual, output_row), row_of_mask(mask, output_row)
+            keys, values = cache.update(keys, values, number)
+            mixed = native.attend(query, keys, values, seen, config.head_dim**-0.5)
+            if mixed is None:
+                mixed = grouped_sdpa(query, keys, values, seen).transpose(1, 2)
+            states = residual.reshape(-1, config.hidden_size).contiguous()
+            out, _ = native.behind_attention(behind, states, mixed.reshape(len(states), -1).contiguous())
+            residual = out.view(residual.shape)
+        return residual
 
 
 def fused_step(draft: DraftModel) -> FusedStep | None:
     """None for a head that takes `DraftModel.step`."""
-    attention, mlp = draft.midlayer.self_attn, draft.midlayer.mlp
+    config, layers = draft.config, [draft.layer(number) for number in range(draft.config.num_layers)]
+    products = [found for layer in layers if (found := _products(layer)) is not None]
+    whole = 2 * draft.rotary.inv_freq.numel() == config.head_dim <= native.MOST_SIZE
+    kinds = {one.weight.dtype for layer in layers for one in layer.modules() if isinstance(one, RMSNorm)}
+    fits = config.intermediate_size % native.LANES == 0 and kinds == {draft.fc.weight.dtype}
+    return FusedStep(draft, products) if len(products) == len(layers) and whole and fits else None
+
+
+def _products(layer: DraftLayer) -> dict[str, Product] | None:
+    """Those of a layer, where all of them are the loop's."""
+    attention, mlp = layer.self_attn, layer.mlp
     products = {
         "qkv": loop_of(attention.q_proj, attention.k_proj, attention.v_proj), "mix": loop_of(attention.o_proj),
         "gate_up": loop_of(mlp.gate_proj, mlp.up_proj), "down": loop_of(mlp.down_proj),
     }  # fmt: skip
     found = {name: product for name, product in products.items() if product is not None}
-    config, kind = draft.config, attention.q_proj.weight.dtype
-    whole = 2 * draft.rotary.inv_freq.numel() == config.head_dim <= native.MOST_SIZE
-    norms = [one for one in draft.midlayer.modules() if isinstance(one, RMSNorm)]
-    fits = config.intermediate_size % native.LANES == 0 and all(norm.weight.dtype is kind for norm in norms)
-    return FusedStep(draft, found) if len(found) == len(products) and whole and fits else None
+    return found if len(found) == len(products) else None

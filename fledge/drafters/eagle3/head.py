@@ -4,6 +4,8 @@
 convert, export, examine or repair it.
 """
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +15,14 @@ from torch import Tensor
 from fledge.data.vocab import check_vocab
 from fledge.drafters.eagle3.config import DraftConfig, from_json
 from fledge.drafters.head_files import EMBEDDING, WEIGHTS, check_tensors, read_tensors
+from fledge.errors import UserError
 
 __all__ = [
     "EMBEDDING", "WEIGHTS", "Head", "check_head", "check_head_tensors", "expected_shapes", "read_head", "read_tensors",
 ]  # fmt: skip
+
+
+FURTHER = re.compile(r"(^|\.)layers\.[1-9]")  # a layer behind the first
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,26 @@ class Head:
 
 def read_head(folder: Path) -> Head:
     """A head of ours (the EAGLE layout), complete and consistent."""
-    head = Head(from_json(folder / "config.json"), read_tensors(folder / WEIGHTS))
+    head = Head(from_json(folder / "config.json"), renamed(read_tensors(folder / WEIGHTS), further_norm, folder))
     check_head(head, folder)
     return head
+
+
+def further_norm(name: str) -> str:
+    """Our name of the norm before the attention of a layer behind the first: SGLang calls it hidden_norm."""
+    return name.replace("hidden_norm", "input_layernorm") if FURTHER.search(name) else name
+
+
+def renamed(tensors: dict[str, Tensor], name_of: Callable[[str], str], folder: Path) -> dict[str, Tensor]:
+    """The tensors of a file under their names here; an error where two of them would be one."""
+    found: dict[str, str] = {}
+    for name in sorted(tensors):
+        if (other := found.setdefault(name_of(name), name)) != name:
+            raise UserError(
+                f"{folder}: {other} and {name} are both in the file, and one of them is used. Keep the one that the "
+                f"head was trained with."
+            )
+    return {ours: tensors[theirs] for ours, theirs in found.items()}
 
 
 def expected_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
@@ -50,23 +73,27 @@ def expected_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "fc.weight": (size, taps * size),
-        "midlayer.input_layernorm.weight": (size,),
         "midlayer.hidden_norm.weight": (size,),
-        "midlayer.post_attention_layernorm.weight": (size,),
-        "midlayer.self_attn.q_proj.weight": (q, 2 * size),
-        "midlayer.self_attn.k_proj.weight": (kv, 2 * size),
-        "midlayer.self_attn.v_proj.weight": (kv, 2 * size),
-        "midlayer.self_attn.o_proj.weight": (size, q),
-        "midlayer.mlp.gate_proj.weight": (inner, size),
-        "midlayer.mlp.up_proj.weight": (inner, size),
-        "midlayer.mlp.down_proj.weight": (size, inner),
         "norm.weight": (size,),
         "lm_head.weight": (config.draft_vocab_size, size),
     }
+    for number in range(config.num_layers):
+        prefix, inputs = (f"layers.{number}", size) if number else ("midlayer", 2 * size)
+        shapes |= {
+            f"{prefix}.input_layernorm.weight": (size,),
+            f"{prefix}.post_attention_layernorm.weight": (size,),
+            f"{prefix}.self_attn.q_proj.weight": (q, inputs),
+            f"{prefix}.self_attn.k_proj.weight": (kv, inputs),
+            f"{prefix}.self_attn.v_proj.weight": (kv, inputs),
+            f"{prefix}.self_attn.o_proj.weight": (size, q),
+            f"{prefix}.mlp.gate_proj.weight": (inner, size),
+            f"{prefix}.mlp.up_proj.weight": (inner, size),
+            f"{prefix}.mlp.down_proj.weight": (size, inner),
+        }
+        if config.qk_norm:
+            shapes |= {f"{prefix}.self_attn.{name}_norm.weight": (config.head_dim,) for name in "qk"}
     if config.fc_norm:
         shapes |= {f"fc_norm.{tap}.weight": (size,) for tap in range(taps)}
-    if config.qk_norm:
-        shapes |= {f"midlayer.self_attn.{name}_norm.weight": (config.head_dim,) for name in "qk"}
     if not config.full_vocab:
         shapes |= {"d2t": (config.draft_vocab_size,), "t2d": (config.vocab_size,)}
     return shapes

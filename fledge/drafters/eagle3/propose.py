@@ -16,6 +16,7 @@ Rows of the cache while a tree grows (top_k = 2). A beam row sees all committed 
 No shape depends on what was drafted or accepted unless a budget cuts levels or nodes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,7 +77,6 @@ class EagleProposer:
         self._offsets[goal] = self._offsets[source]
 
     def fill(self, slot: int, token_ids: Tensor, taps: Tensor | None, positions: Tensor) -> None:
-        """Keys and values of a layer need no attention, so nothing is computed that nobody reads."""
         assert taps is not None
         if self._rope_limit is not None:  # factors follow the text; one that outgrows them is filled again
             longer = len(token_ids) > self._rope_limit
@@ -84,16 +84,19 @@ class EagleProposer:
             self._tabulate(self.cache.capacity)
         self._offsets[slot] = positions[..., -1].max() + 1 - len(token_ids)
         cos, sin = self.draft.rope(positions.to(self._offsets.device))
-        features = self.draft.fuse(taps[:-1])
-        _, keys, values = self.draft.project(self.draft.embed(token_ids[1:]), features, (cos[:-1], sin[:-1]))
-        self.cache.fill(slot, keys, values)
+        rope = (cos[:-1], sin[:-1])
+        self.cache.fill(slot, self.draft.text_keys(token_ids[1:], self.draft.fuse(taps[:-1]), rope))
 
     def follow(self, emitted: Emitted, num_keys: int) -> None:
         assert emitted.taps is not None
         lengths, num_new = emitted.lengths, emitted.num_new
         rows = (lengths - num_new)[:, None] + torch.arange(emitted.token_ids.shape[1], device=lengths.device)
         self.cache.open(rows, num_keys)
-        mask = self._mask(self._committed(lengths, lengths - 1, num_keys)[:, None])
+        if self.draft.config.num_layers == 1:
+            seen = self._committed(lengths, lengths - 1, num_keys)[:, None]
+        else:  # the layers behind the first ask for every new row
+            seen = self._before(rows, num_keys)
+        mask = self._mask(seen)
         features = self.draft.fuse(emitted.taps)
         if self._fused is not None:
             self._fused.refresh()
@@ -156,6 +159,12 @@ class EagleProposer:
         seen = rows < lengths[:, None]
         return seen if self.window is None else seen & (rows > position[:, None] - self.window)
 
+    def _before(self, rows: Tensor, num_keys: int) -> Tensor:
+        """(B, E, K) bool: what the committed rows (B, E) see of each other."""
+        keys = torch.arange(num_keys, device=rows.device)
+        seen = keys <= rows[..., None]
+        return seen if self.window is None else seen & (keys > rows[..., None] - self.window)
+
     def _mask(self, seen: Tensor) -> Tensor:
         """(B, S, K) bool to the additive (B, 1, S, K)."""
         mask = torch.zeros(seen.shape, dtype=self._rope[0].dtype, device=seen.device)
@@ -168,44 +177,45 @@ class EagleProposer:
 
 
 class DraftCache:
-    """Keys and values of the head's one layer for B sequences, as `DraftModel.step` wants them."""
+    """Keys and values of the head's layers for B sequences, as `DraftModel.step` wants them."""
 
     def __init__(self, draft: DraftModel, batch: int) -> None:
         config, weight = draft.config, draft.fc.weight
-        size: Any = (2, batch, config.num_key_value_heads, 0, config.head_dim)
+        size: Any = (config.num_layers, 2, batch, config.num_key_value_heads, 0, config.head_dim)
         self._block = torch.zeros(size, dtype=weight.dtype, device=weight.device)
         self.rows = torch.zeros(0, dtype=torch.int64, device=weight.device)  # (B, S) that the next step writes
         self._num_keys = 0
 
     @property
     def capacity(self) -> int:
-        return self._block.shape[3]
+        return self._block.shape[4]
 
     def reserve(self, capacity: int) -> None:
         """Room for so many rows; what is there stays."""
         before = self._block
-        self._block = before.new_zeros((*before.shape[:3], capacity, before.shape[4]))
-        self._block[:, :, :, : before.shape[3]] = before
+        self._block = before.new_zeros((*before.shape[:4], capacity, before.shape[5]))
+        self._block[..., : before.shape[4], :] = before
 
     def move(self, source: int, goal: int) -> None:
-        self._block[:, goal] = self._block[:, source]
+        self._block[:, :, goal] = self._block[:, :, source]
 
-    def fill(self, slot: int, keys: Tensor, values: Tensor) -> None:
-        """The first rows of a sequence (S, g, d)."""
-        self._block[0, slot, :, : keys.shape[0]] = keys.transpose(0, 1)
-        self._block[1, slot, :, : keys.shape[0]] = values.transpose(0, 1)
+    def fill(self, slot: int, keys_values: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """The first rows of a sequence, (S, g, d) of every layer."""
+        for block, pair in zip(self._block, keys_values, strict=True):
+            for part, states in zip(block, pair, strict=True):
+                part[slot, :, : len(states)] = states.transpose(0, 1)
 
     def open(self, rows: Tensor, num_keys: int) -> None:
         """The next step writes these rows (B, S) and reads the first `num_keys`."""
         self.rows, self._num_keys = rows, num_keys
 
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, g, S, d); returns the rows read (B, g, K, d)."""
+    def update(self, keys: Tensor, values: Tensor, layer: int = 0) -> tuple[Tensor, Tensor]:
+        """Store (B, g, S, d) of a layer; returns the rows read (B, g, K, d)."""
         batch = len(self.rows)
         index = self.rows[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-        for block, states in zip(self._block, (keys, values), strict=True):
+        for block, states in zip(self._block[layer], (keys, values), strict=True):
             block[:batch].scatter_(2, index, states)
-        read = self._block[:, :batch, :, : self._num_keys]
+        read = self._block[layer, :, :batch, :, : self._num_keys]
         return read[0], read[1]
 
 

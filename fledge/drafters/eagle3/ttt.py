@@ -18,6 +18,8 @@ trained.
     rows at k = 1         . 1 2 . . .
 """
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -28,7 +30,7 @@ from fledge.drafters.cpu_kernels import linear, spare_rows
 from fledge.drafters.depth import RandomDepth, num_rows, pieces_of, unrolled
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.eagle3.ttt_attention import ttt_attention
-from fledge.drafters.runs import query_places, runs_of
+from fledge.drafters.runs import QueryPlaces, Run, query_places, runs_of
 from fledge.drafters.sequence_share import Piece, Share
 
 # N rows of all documents, P teacher positions, S active rows, R of them trained, K TTT steps, M pairs, H hidden
@@ -126,47 +128,64 @@ def unroll(
 ) -> tuple[Tensor, ...]:
     """K draft forwards. Returns for each step (S_k, H): normed states of the rows unrolled so far, ready for `lm_head`.
 
-    Prompt rows cost only their step-0 keys and values: nothing reads their outputs. With `recompute`, a step keeps what
-    the other steps need of it (its keys, values and output) and computes the rest again in the backward.
+    Prompt rows cost only their step-0 keys and values: nothing reads what the last layer would make of them. With
+    `recompute`, a step keeps what the other steps need of it (its keys, values and output) and computes the rest again
+    in the backward.
     """
     rows, last_row, alive = alignment.rows, alignment.last_row, alignment.alive
     features = draft.fuse(batch.tap_hidden)
     window = draft.config.sliding_window
+    num_layers, every = draft.config.num_layers, every_row(batch) if draft.config.num_layers > 1 else None
     of_tokens, of_states = (weight.to(features.dtype) for weight in draft.split_projection())
     # The tokens' half of q, k and v: row r holds that of x_{r+1}, and step k of row t reads row t + k.
     next_tokens = draft.embed(batch.input_ids.roll(-1)).to(features.dtype)
     tokens = linear(draft.midlayer.input_layernorm(next_tokens), of_tokens)
 
-    def step(number: int, hidden: Tensor, tokens: Tensor, *seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """f'' (S_k, H), keys and values of one step. `seen`: keys of all earlier steps, then their values."""
-        mine = rows[: alive[number]]
-        if number == 0:
-            q, k, v = draft.project_sum(tokens, hidden, of_states, draft.rope(batch.position_ids), queries=mine)
-            hidden, keys, values = hidden[mine], [k], [v]
-        else:
-            hidden = hidden[: len(mine)]
-            own = tokens.index_select(0, torch.minimum(mine + number, last_row[: len(mine)] - 1))
-            q, k, v = draft.project_sum(own, hidden, of_states, draft.rope(batch.position_ids[..., mine] + number))
-            keys, values = [*seen[:number], k], [*seen[number:], v]
+    def step(number: int, hidden: Tensor, tokens: Tensor, *seen: Tensor) -> tuple[Tensor, ...]:
+        """f'' (S_k, H), then keys and values of every layer. `seen`: those of all earlier steps."""
+        mine, found = rows[: alive[number]], []
         reach = None if window is None else window - number  # of the step-0 rows; the row itself has moved on
-        own_keys, own_values = ([own[: len(mine)] for own in part[1:]] for part in (keys, values))
-        attended = ttt_attention(
-            q, keys[0], values[0], own_keys, own_values, alignment.runs[number], reach, alignment.places
-        )  # fmt: skip
-        return draft.finish(hidden, attended), k, v
+        if number == 0:
+            rope = draft.rope(batch.position_ids)
+        else:
+            hidden, rope = hidden[: len(mine)], draft.rope(batch.position_ids[..., mine] + number)
+            tokens = tokens.index_select(0, torch.minimum(mine + number, last_row[: len(mine)] - 1))
+        for layer in range(num_layers):
+            queries, runs, places = None, alignment.runs[number], alignment.places
+            if number == 0 and layer < num_layers - 1:  # the next layer has keys of every row
+                assert every is not None
+                runs, places = every
+            elif number == 0:
+                queries = mine
+            if layer == 0:
+                q, k, v = draft.project_sum(tokens, hidden, of_states, rope, queries=queries)
+            else:
+                q, k, v = draft.project_further(layer, hidden, rope, queries=queries)
+            found += [k, v]
+            keys, values = ([*seen[part + 2 * layer :: 2 * num_layers], found[part - 2]] for part in (0, 1))
+            own_keys, own_values = ([own[: len(mine)] for own in part[1:]] for part in (keys, values))
+            attended = ttt_attention(q, keys[0], values[0], own_keys, own_values, runs, reach, places)
+            hidden = draft.finish(hidden if queries is None else hidden[mine], attended, layer)
+        return hidden, *found
 
     hidden, states = features, []
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
+    seen: list[Tensor] = []
     for number in range(ttt_steps):
         if recompute and torch.is_grad_enabled():
-            out, k, v = checkpoint(
-                step, number, hidden, tokens, *keys, *values, use_reentrant=False, preserve_rng_state=False
+            out, *found = checkpoint(
+                step, number, hidden, tokens, *seen, use_reentrant=False, preserve_rng_state=False
             )  # fmt: skip
         else:
-            out, k, v = step(number, hidden, tokens, *keys, *values)
-        keys.append(k)
-        values.append(v)
+            out, *found = step(number, hidden, tokens, *seen)
+        seen += found
         states.append(draft.norm(out))
         hidden = states[-1] if draft.config.norm_output else out
     return tuple(states)
+
+
+def every_row(batch: Batch) -> tuple[tuple[Run, ...], QueryPlaces | None]:
+    """All rows of every document, as queries."""
+    stops = list(accumulate(batch.lengths))
+    runs = tuple(Run(stop - length, stop - length, stop) for stop, length in zip(stops, batch.lengths, strict=True))
+    device = batch.input_ids.device
+    return runs, query_places(torch.arange(stops[-1]), batch.lengths, device) if device.type == "cuda" else None
