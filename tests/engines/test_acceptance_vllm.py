@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 CASES = [
     ("eagle3", "vllm", 1), ("eagle3", "vllm", 3), ("eagle3", "vllm", 5), ("eagle3", "speculators", 3),
     ("eagle3.1", "vllm", 1), ("eagle3.1", "vllm", 3), ("eagle3.1", "vllm", 5), ("eagle3.1", "speculators", 3),
+    ("two layers", "vllm", 3), ("two layers", "speculators", 3),
 ]  # fmt: skip
 
 
