@@ -202,7 +202,8 @@ def conclude(reports: dict[str, Path], head: Path, seconds: float) -> None:
 
     found = {name: read_summary(folder / "summary.json")["sets"]["quick"] for name, folder in reports.items()}
     console.print()
-    show_table("tokens per second, one answer at a time", ("", "tokens/s", "speed-up", "tau", "identical"), rows(found))
+    title, columns = "tokens per second, one answer at a time", ("", "plain", "with it", "speed-up", "tau", "identical")
+    show_table(title, columns, rows(found))
     console.print()
     say(f"report:  {reports['your head'] / 'report.html'}")
     say(f"head:    {head}")
@@ -210,14 +211,14 @@ def conclude(reports: dict[str, Path], head: Path, seconds: float) -> None:
 
 
 def rows(found: dict[str, dict]) -> list[tuple[str, ...]]:
-    """Plain decoding, then every head: what its benchmark found, as far as the answers are long enough to tell."""
-    plain = next(iter(found.values()))["baseline"]["tokens_per_s"]
-    lines: list[tuple[str, ...]] = [("plain", figure(plain, ".1f"), "1", "1", "")]
+    """What the benchmark of every head found: beside its own runs without it, as far as the answers tell."""
+    lines: list[tuple[str, ...]] = []
     for name, result in found.items():
-        speedup, quality = result["speedup"], result["quality"]
+        speeds = (figure(result[side]["tokens_per_s"], ".1f") for side in ("baseline", "eagle"))
+        quality = result["quality"]
         lines.append((
-            name, figure(result["eagle"]["tokens_per_s"], ".1f"), speedup_cell(speedup),
-            figure(result["acceptance"]["tau"], ".2f"), f"{quality['identical']} of {quality['compared']}",
+            name, *speeds, speedup_cell(result["speedup"]), figure(result["acceptance"]["tau"], ".2f"),
+            f"{quality['identical']} of {quality['compared']}",
         ))  # fmt: skip
     return lines
 
