@@ -13,7 +13,15 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -85,11 +93,20 @@ class _RichBar:
         self._bars.update(self._task, advance=steps, **fields)
 
 
+class _TimeLeft(TimeRemainingColumn):
+    """Nothing before the first steps tell how long one takes."""
+
+    def render(self, task: Task) -> Text:
+        if task.completed < task.fields["telling"]:
+            return Text("-:--:--", style="progress.remaining")
+        return super().render(task)
+
+
 class _PlainBar:
-    def __init__(self, title: str, total: int | None, done: int) -> None:
+    def __init__(self, title: str, total: int | None, done: int, at_once: int) -> None:
         self._title, self._total, self._done, self._note = title, total, done, ""
         self._start = self._last = time.monotonic()
-        self._first_done = done
+        self._first_done, self._telling = done, done + at_once
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
         self._done += steps
@@ -101,7 +118,7 @@ class _PlainBar:
 
     def _remaining(self, now: float) -> str:
         fresh = self._done - self._first_done
-        if not self._total or fresh <= 0 or self._done >= self._total:
+        if not self._total or self._done < self._telling or self._done >= self._total:
             return f"({now - self._start:.0f} s)"
         return f"({now - self._start:.0f} s, {(now - self._start) / fresh * (self._total - self._done):.0f} s left)"
 
@@ -110,14 +127,16 @@ _shown: list[Progress] = []  # what is on the terminal
 
 
 @contextmanager
-def progress(title: str, total: int | None, done: int = 0) -> Iterator[ProgressBar]:
+def progress(title: str, total: int | None, done: int = 0, at_once: int = 1) -> Iterator[ProgressBar]:
     """A progress bar over `total` steps (None: unknown), `done` of which a resumed run already has. Inside another one
-    it is drawn below it, for as long as it lasts."""
+    it is drawn below it, for as long as it lasts. Of steps that run `at_once`, so many have to end before the time that
+    is left can be told: the first to end say little of the others."""
     if not console.is_interactive:
-        yield _PlainBar(title, total, done)
+        yield _PlainBar(title, total, done, at_once)
         return
+    task_of: dict[str, Any] = {"total": total, "completed": done, "note": "", "telling": done + at_once}
     if _shown:
-        task = _shown[-1].add_task(title, total=total, completed=done, note="")
+        task = _shown[-1].add_task(title, **task_of)
         try:
             yield _RichBar(_shown[-1], task)
         finally:
@@ -125,12 +144,12 @@ def progress(title: str, total: int | None, done: int = 0) -> Iterator[ProgressB
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        _TimeLeft(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=console) as bars:
         _shown.append(bars)
         try:
-            yield _RichBar(bars, bars.add_task(title, total=total, completed=done, note=""))
+            yield _RichBar(bars, bars.add_task(title, **task_of))
         finally:
             _shown.pop()
 

@@ -269,7 +269,7 @@ class _Run:
         done = self.journal.num_done
         if done:
             say(f"{done} of {self.journal.total} rows are there already")
-        with progress("regenerate", self.journal.total, done) as bar:
+        with progress("regenerate", self.journal.total, done, self.engine.concurrency) as bar:
             syncing = asyncio.create_task(self._sync_forever())
             try:
                 async with asyncio.TaskGroup() as workers:
