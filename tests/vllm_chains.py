@@ -23,6 +23,8 @@ import torch
 
 from fledge.bench.client import acceptance_of, metrics_between, parse_metrics
 from fledge.bench.prompts import load_questions
+from fledge.cli import run_command
+from fledge.data.starter_prompts import write_starter_prompts
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.generate import generate
 from fledge.decoding.records import Sampling
@@ -33,6 +35,7 @@ from fledge.target.model import Target
 PORT = 8191
 NUM_PROMPTS, NEW_TOKENS = 12, 48
 NEAR_TIE = 1e-3  # logits closer than this are a matter of kernels
+UNROLLED = ("--ttt_steps", "3", "--num_train_epochs", "4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,3 +169,20 @@ def same_rounds(mine: Counts, theirs: Counts, title: str, *, least: float = 0.1)
     assert mine.at(0) > least, "a head this weak would compare nothing"
     assert abs(theirs.reached[0] - mine.reached[0]) <= 0.03 * mine.reached[0]
     assert all(deviation(mine, theirs, position) < 2 for position in range(len(mine.reached) - 1))
+
+
+def answers_of(cache: Path, target: str) -> Path:
+    """The target's greedy answers to some prompts, kept here."""
+    prompts, answers = cache / "prompts.jsonl", cache / "answers"
+    if not prompts.is_file():
+        write_starter_prompts(prompts, 64)
+    run(
+        "regenerate", "--data-name-or-path", str(prompts), "--output-dir", str(answers), "--engine", "transformers",
+        "--model", target, "--max-tokens", "64", "--temperature", "0.0", "--dtype", "float32",
+    )  # fmt: skip
+    return answers
+
+
+def run(*words: str) -> None:
+    """A fledge command in this process."""
+    assert run_command(words[0], words[1:]) == 0, f"fledge {' '.join(words)} failed"

@@ -9,6 +9,7 @@ that the row sees, in the order of the text, which is the order of the cache, al
 that as it is; `attention_by_rows` is its slow twin, where there is no compiler or heads have odd sizes.
 """
 
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from fledge.target.attention import attention_by_rows, grouped_sdpa
 
 NAME = "fledge_sdpa"
 EXACT_NAME = "fledge_exact"
+MOST_ROWS = 512  # of a text; with more, PyTorch's kernel, which leaves out what no row sees, is as fast
 UNUSUAL = ("position_bias", "softcap", "s_aux", "cache")  # what the stock function would have to look at
 
 
@@ -43,11 +45,12 @@ def grouped_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )  # fmt: skip
-    rows = query.shape[2]
+    rows, keys = query.shape[2], key.shape[2]
     causal = attention_mask is None and rows > 1 and is_causal is not False
-    if not causal and native.attention_is_faster():
+    if rows <= MOST_ROWS and (rows == keys or not causal) and native.attention_is_faster():
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if (found := native.attend(query, key, value, attention_mask, scale)) is not None:
+        seen = causal_mask(rows, query.dtype) if causal else attention_mask
+        if (found := native.attend(query, key, value, seen, scale, most_rows=sys.maxsize)) is not None:
             return found, None
     output = grouped_sdpa(
         query, key, value, attention_mask, causal=causal,
@@ -72,6 +75,12 @@ def exact_attention(
     beside: dict[str, Any] = {"softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
     found = native.attend(query, key, value, attention_mask, scale, most_rows=sys.maxsize, **beside)
     return attention_by_rows(query, key, value, attention_mask, scale, **beside) if found is None else found, None
+
+
+@functools.lru_cache(maxsize=4)
+def causal_mask(rows: int, dtype: torch.dtype) -> Tensor:
+    """(1, 1, S, S), added to scores; on a CPU."""
+    return torch.full((rows, rows), torch.finfo(dtype).min, dtype=dtype).triu(1)[None, None]
 
 
 AttentionInterface.register(NAME, grouped_attention)

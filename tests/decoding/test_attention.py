@@ -9,6 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fledge.decoding import attention
 from fledge.decoding.attention import NAME, decoding_attention, grouped_attention
+from fledge.target import native
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
@@ -26,6 +27,23 @@ def test_it_is_transformers_sdpa(dtype, tolerance, rows, masked):
     ours, _ = grouped_attention(module, query, key, value, mask, scaling=0.3)
     assert ours.shape == theirs.shape == (1, rows, 6, 16)
     torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
+
+
+@pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
+@pytest.mark.parametrize("rows, keys, by_the_loop", [(9, 9, True), (12, 12, False), (9, 12, False)])
+def test_a_prompt_goes_through_the_compiled_loop_while_it_is_short(rows, keys, by_the_loop, monkeypatch):
+    """The numbers of transformers, whoever computes them; rows behind cached keys are no causal block of that size."""
+    monkeypatch.setattr(attention, "MOST_ROWS", 10)
+    monkeypatch.setattr(native, "attention_is_faster", lambda: True)
+    query, key, value = (torch.randn(2, heads, size, 16) for heads, size in ((6, rows), (2, keys), (2, keys)))
+    calls, attend = [], native.attend
+    monkeypatch.setattr(native, "attend", lambda *args, **more: calls.append(args) or attend(*args, **more))
+    with torch.inference_mode():
+        ours, _ = grouped_attention(SimpleNamespace(), query, key, value, None, scaling=0.3)
+        alike = {"num_key_value_groups": 3, "is_causal": True}
+        theirs, _ = sdpa_attention_forward(SimpleNamespace(**alike), query, key, value, None, scaling=0.3)
+    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
+    assert bool(calls) == by_the_loop
 
 
 def test_what_it_does_not_know_goes_to_transformers(monkeypatch):

@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from vllm_chains import UNROLLED, answers_of, run
 
-UNROLLED = ("--ttt_steps", "3", "--num_train_epochs", "4")
 HEADS = {  # name: a variable with a finished one, and flags
     "eagle3": ("FLEDGE_TEST_HEAD", ("--draft_type", "eagle3", *UNROLLED)),
     "eagle3.1": ("FLEDGE_TEST_HEAD_31", ("--draft_type", "eagle3.1", *UNROLLED)),
@@ -59,10 +59,10 @@ def trained_block(request, smollm2_dir) -> Path:
 def _head(name: str, cache: Path, target: str, variable: str, flags: tuple[str, ...]) -> Path:
     if given := os.environ.get(variable):
         return Path(given)
-    folder, answers = cache / name.replace(" ", "-"), cache / "answers"
+    folder = cache / name.replace(" ", "-")
     if not (folder / "provenance.json").is_file():  # written last
-        _answer(cache / "prompts.jsonl", answers, target)
-        _fledge(
+        answers = answers_of(cache, target)
+        run(
             "train", "--target_model_name_or_path", target, "--train_data_path", str(answers),
             "--train_hidden_path", str(cache / ("states-dflash" if name == "dflash" else "states")),
             "--output_dir", str(folder), *flags,
@@ -70,20 +70,3 @@ def _head(name: str, cache: Path, target: str, variable: str, flags: tuple[str, 
             "--logging_steps", "20", "--save_strategy", "no", "--disable_tqdm", "True",
         )  # fmt: skip
     return folder
-
-
-def _answer(prompts: Path, answers: Path, target: str) -> None:
-    from fledge.data.starter_prompts import write_starter_prompts
-
-    if not prompts.is_file():
-        write_starter_prompts(prompts, 64)
-    _fledge(
-        "regenerate", "--data-name-or-path", str(prompts), "--output-dir", str(answers), "--engine", "transformers",
-        "--model", target, "--max-tokens", "64", "--temperature", "0.0", "--dtype", "float32",
-    )  # fmt: skip
-
-
-def _fledge(*words: str) -> None:
-    from fledge.cli import run_command
-
-    assert run_command(words[0], words[1:]) == 0, f"fledge {' '.join(words)} failed"
