@@ -81,3 +81,20 @@ def test_serve_regenerate_and_rows_that_train(url, smollm2_dir, tmp_path):
 def test_vllms_own_health_page_is_what_serve_waited_for(url):
     with urllib.request.urlopen(f"http://{url}/health", timeout=10) as response:
         assert response.status == 200
+
+
+def test_it_writes_prompts_of_its_own(url, smollm2_dir, tmp_path):
+    """Text completion behind the beginning of a user's turn; what comes back are questions, which it then answers."""
+    engines, open_law = EngineSettings(server=(url,), concurrency=4), AnswerSettings(temperature="1.0")
+    asked = PromptSourceSettings(own_prompts=12, target=str(smollm2_dir), max_reject_share=0.9)
+    regenerate(RegenerateArgs(prompts=asked, output_dir=tmp_path / "own", answers=open_law, engines=engines))
+    prompts = list(read_conversations(str(tmp_path / "own"), rejects=Rejects()))
+    assert len(prompts) >= 4
+    for prompt in prompts:
+        (message,) = prompt.messages
+        assert message["role"] == "user" and message["content"].strip() and "<|im_" not in message["content"]
+    again = PromptSourceSettings(data=str(tmp_path / "own"))
+    greedy = AnswerSettings(max_new_tokens=16)
+    regenerate(RegenerateArgs(prompts=again, output_dir=tmp_path / "out", answers=greedy, engines=engines))
+    answered = list(read_conversations(str(tmp_path / "out"), rejects=Rejects()))
+    assert [one.messages[0] for one in answered] == [one.messages[0] for one in prompts]
