@@ -1,8 +1,7 @@
 """Training data from files: stores of `fledge extract`. The target is not loaded; its two ends come from the store."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +15,6 @@ from fledge.storage.states.describe import plain_config, read_text_config
 from fledge.storage.states.manifest import Identity
 from fledge.storage.states.reader import HiddenStore
 from fledge.target.head import TargetEnds
-from fledge.target.record import TargetRecord
 from fledge.train.arguments import TrainSettings
 from fledge.train.records import Part, Records, as_it_is, split, warn_of_shared
 from fledge.train.sources import Source, limited
@@ -57,10 +55,11 @@ def source_from(
         raise UserError(f"{', '.join(args.inputs.states)}: no records. `fledge inspect` says what is there.")
     head = store.head(args.trainer.device)
     taps = tuple(args.draft.tap_layers or store.identity.tap_layers)
+    choose_taps(taps, [part.store for records in (train, held_out) if records is not None for part in records.parts])
     return Source(
         train=limited(train, args.inputs.max_samples),
         eval=held_out,
-        to_record=with_taps(store.identity.tap_layers, taps),
+        to_record=as_it_is,
         counts=counts,
         always=always,
         text_config=read_text_config(store.identity),
@@ -73,14 +72,6 @@ def source_from(
         device=args.trainer.device,
         states_digest=states_digest(train),
     )
-
-
-def with_taps(stored: Sequence[int], chosen: Sequence[int]) -> Callable[[TargetRecord], TargetRecord]:
-    """Records of these taps alone, from records of all that are stored."""
-    if list(stored) == list(chosen):
-        return as_it_is
-    columns = torch.tensor([list(stored).index(layer) for layer in chosen])
-    return lambda record: replace(record, tap_hidden=record.tap_hidden[:, columns])
 
 
 def states_digest(records: Records) -> str:
@@ -100,7 +91,7 @@ def open_stores(args: TrainSettings) -> tuple[list[HiddenStore], list[HiddenStor
     )
     first = train[0]
     for store in (*train, *held_out):
-        differ = store.identity.differences(first.identity, ignore=("max_length",))
+        differ = store.identity.differences(first.identity, ignore=("max_length", "tap_layers"))
         if differ:
             raise UserError(
                 f"{store.folder} was made with {'; '.join(differ)} (as in {first.folder}). States of different targets "
@@ -113,9 +104,21 @@ def open_stores(args: TrainSettings) -> tuple[list[HiddenStore], list[HiddenStor
     return train, held_out
 
 
+def choose_taps(wanted: Sequence[int], stores: Sequence[HiddenStore]) -> None:
+    """Stores may hold other taps beside those that are trained on; these they must have."""
+    common = set.intersection(*(set(store.identity.tap_layers) for store in stores))
+    for store in stores:
+        if missing := sorted(set(wanted) - set(store.identity.tap_layers)):
+            raise UserError(
+                f"{store.folder}: it has the inputs of layers {store.identity.tap_layers}, without {missing}, which "
+                f"this run taps. Choose among {sorted(common)}, which all stores have (--tap-layers), or extract again."
+            )
+        store.choose(wanted)
+
+
 def check_flags(args: TrainSettings, identity: Identity, folder: Path) -> None:
     """What the command line says about the target must be what the states were made with."""
-    inputs, draft = args.inputs, args.draft
+    inputs = args.inputs
     found = target_differs(inputs.target, identity) if inputs.target else []
     if inputs.chat_template_type and template_name(inputs.chat_template_type) != template_name(identity.template):
         found.append(f"chat template {identity.template!r}, not {inputs.chat_template_type!r}")
@@ -123,8 +126,6 @@ def check_flags(args: TrainSettings, identity: Identity, folder: Path) -> None:
         found.append("all turns supervised, not the last alone (--train_last_turn_only)")
     if inputs.dtype not in ("auto", identity.dtype):
         found.append(f"dtype {identity.dtype}, not {inputs.dtype}")
-    if missing := sorted(set(draft.tap_layers) - set(identity.tap_layers)):
-        found.append(f"tap layers {identity.tap_layers}, without {missing}")
     if inputs.lm_head_key and inputs.lm_head_key not in identity.head_keys:
         found.append(f"the head {' = '.join(identity.head_keys)}, not {inputs.lm_head_key} (--lm-head-key)")
     if found:

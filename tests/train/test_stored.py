@@ -153,7 +153,7 @@ def test_the_split_and_the_counts_are_those_of_online(work, tmp_path):
     [(["--chat_template_type", "qwen3"], "chat template 'own', not 'qwen3'"),
      (["--train_last_turn_only"], "all turns supervised, not the last alone"),
      (["--target_dtype", "bfloat16"], "dtype float32, not bfloat16"),
-     (["--tap_layers", "1", "2", "3"], r"tap layers \[2, 4, 5\], without \[1, 3\]"),
+     (["--tap_layers", "1", "2", "3"], r"the inputs of layers \[2, 4, 5\], without \[1, 3\].*among \[2, 4, 5\]"),
      (["--lm_head_key", "model.wte.weight"], "lm_head.weight"),
      (["--target_model_name_or_path", "meta/other"], "target .*target, not meta/other"),
      (["--eval_data_path", "x.jsonl"], "--target is needed beside conversations")],
@@ -162,6 +162,20 @@ def test_flags_that_contradict_the_store(work, tmp_path, flags, says):
     with pytest.raises(UserError, match=says) as raised:
         open_source(arguments(tmp_path, "--train_hidden_path", work / "first", *flags))
     assert "\n" not in str(raised.value)
+
+
+def test_stores_of_different_taps_mix_where_they_have_those_that_are_wanted(work, online, tmp_path):
+    more = store(work, tmp_path / "more", ["second.jsonl"], tap_layers=(1, 2, 4, 5))
+    flags = ("--train_hidden_path", work / "first", more)
+    assert same(trained(tmp_path / "out", *flags), online)  # the first store's taps, unless others are named
+    back = ("--train_hidden_path", more, work / "first")
+    with pytest.raises(UserError, match=r"first: .*layers \[2, 4, 5\], without \[1\].*Choose among \[2, 4, 5\]"):
+        open_source(arguments(tmp_path, *back))
+    source = open_source(arguments(tmp_path, *back, "--tap_layers", 2, 4, 5, "--eval_hidden_path", more))
+    assert source.tap_layers == (2, 4, 5)
+    for records, folder in ((source.train, work / "second"), (source.eval, work / "second")):
+        assert torch.equal(records[0].tap_hidden, HiddenStore(folder)[0].tap_hidden)
+    assert torch.equal(source.train[24].tap_hidden, HiddenStore(work / "first")[0].tap_hidden)
 
 
 def test_a_draft_reads_the_taps_it_wants(work, tmp_path):

@@ -5,6 +5,7 @@ Holds offsets and checksums, never states, so it travels to loader workers cheap
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -30,6 +31,7 @@ class HiddenStore(Sequence[TargetRecord]):
         self.folder, self.max_length = folder, max_length
         self.manifest = read_manifest(folder)
         self.identity = self.manifest.identity
+        self._columns: list[int] | None = None  # of the taps that records are given with; None: all
         if not self.manifest.complete and not allow_incomplete:
             raise UserError(
                 f"{folder}: incomplete, {self.manifest.records} of {self.manifest.planned_records} records. Run the "
@@ -55,7 +57,13 @@ class HiddenStore(Sequence[TargetRecord]):
 
     def __getitem__(self, index):  # type: ignore[override]
         shard, row = self._locate(int(index))
-        return self.shards[shard].record(row, self.max_length)
+        record = self.shards[shard].record(row, self.max_length)
+        return record if self._columns is None else replace(record, tap_hidden=record.tap_hidden[:, self._columns])
+
+    def choose(self, tap_layers: Sequence[int]) -> None:
+        """Give records with these of the stored taps, in this order."""
+        stored = self.identity.tap_layers
+        self._columns = None if list(tap_layers) == stored else [stored.index(layer) for layer in tap_layers]
 
     @cached_property
     def ids(self) -> list[str]:
