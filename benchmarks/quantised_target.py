@@ -54,6 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=20, help="of each set")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--chat-template-type", help="as in `fledge bench`; for a base model, which has none")
     return parser.parse_args()
 
 
@@ -109,7 +110,7 @@ def rounded(weight: Tensor, name: str) -> Tensor:
 
 
 def own_answers(target: Target, args: argparse.Namespace, name: str) -> list[Answer]:
-    template, found = ChatTemplate(target.tokenizer, None, eos_token_ids=target.eos_token_ids), []
+    template, found = ChatTemplate(target.tokenizer, args.chat_template_type, eos_token_ids=target.eos_token_ids), []
     for task in args.tasks:
         questions = load_questions(task, bench_dir=args.bench_dir, end=args.questions)
         prompts = [template.prompt_ids([{"role": "user", "content": one.turns[0]}]) for one in questions]
