@@ -89,7 +89,8 @@ def _network_of_block(config: BlockConfig) -> str:
 
 
 def _network_of_layer(config: DraftConfig) -> str:
-    return f"One decoder layer of hidden size {config.hidden_size}, fed by the inputs of"
+    layers = "One decoder layer" if config.num_layers == 1 else f"{config.num_layers} decoder layers"
+    return f"{layers} of hidden size {config.hidden_size}, fed by the inputs of"
 
 
 FORMS = (
