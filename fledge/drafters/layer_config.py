@@ -53,7 +53,7 @@ class LayerConfig:
     """tap layer i = input of decoder layer i of the target"""
     rope_parameters: dict[str, Any]
     num_layers: int = 1
-    """Decoder layers. An EAGLE-3 head has one in the paper; vLLM reads heads of several, SGLang does not"""
+    """Decoder layers"""
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 8192
     hidden_act: str = "silu"

@@ -48,8 +48,9 @@ def test_so_they_are_in_fp32(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "mistral", "glm4"])
-def test_with_the_librarys_attention_they_are_not(name):
-    """Negative control."""
+def test_with_the_librarys_attention_they_are_not(name, monkeypatch):
+    """Negative control. (The compiled loop, where it is faster, gives rows the same bits without being asked to.)"""
+    monkeypatch.setattr(native, "attention_is_faster", lambda: False)
     assert differing_nodes(target_of(name), exact=False) > 0
 
 
