@@ -53,6 +53,7 @@ DRAFTERS: dict[str, tuple[str, ...]] = {
     "dflash": ("--draft-type", "dflash", "--block-size", "8", *BLOCK),
     "dspark": ("--draft-type", "dspark", "--block-size", "7", *BLOCK),
 }
+ALIKE = ("eagle3", "eagle3.1", "dflash", "dspark")  # in their number of parameters
 BLOCK_DRAFTERS = ("dflash", "dspark")  # one pass a block
 SHAPES = {
     "chain 3": TreeShape(4, 2, 1), "chain 5": TreeShape(6, 4, 1), "chain 7": TreeShape(8, 6, 1),
@@ -109,7 +110,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--states", type=Path, required=True, help="hidden states made by `fledge extract`")
     parser.add_argument("--out", type=Path, required=True, help="heads and results; started again, it goes on")
     parser.add_argument("--bench-dir", type=Path, help="folder of the four sets; default: FLEDGE_BENCH_DIR")
-    parser.add_argument("--drafters", nargs="+", choices=DRAFTERS, default=list(DRAFTERS))
+    parser.add_argument("--drafters", nargs="+", choices=DRAFTERS, default=list(ALIKE))
     parser.add_argument("--tokens", type=int, nargs="+", default=[100_000], help="supervised tokens to train on")
     parser.add_argument("--passes", type=int, default=2, help="over the data")
     parser.add_argument("--seconds", type=int, help="train for so long by this machine's clock instead of --passes")

@@ -269,11 +269,12 @@ class _Run:
         done = self.journal.num_done
         if done:
             say(f"{done} of {self.journal.total} rows are there already")
-        with progress("regenerate", self.journal.total, done, self.engine.concurrency) as bar:
+        missing = self.journal.total - done
+        with progress("regenerate", self.journal.total, done, min(self.engine.concurrency, missing // 4)) as bar:
             syncing = asyncio.create_task(self._sync_forever())
             try:
                 async with asyncio.TaskGroup() as workers:
-                    for _ in range(min(self.engine.concurrency, max(self.journal.total - done, 1))):
+                    for _ in range(min(self.engine.concurrency, max(missing, 1))):
                         workers.create_task(self._worker(bar))
             except ExceptionGroup as errors:  # one reason is enough: the others follow from it
                 raise errors.exceptions[0] from None

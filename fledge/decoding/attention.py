@@ -47,7 +47,7 @@ def grouped_attention(
         )  # fmt: skip
     rows, keys = query.shape[2], key.shape[2]
     causal = attention_mask is None and rows > 1 and is_causal is not False
-    if rows <= MOST_ROWS and (rows == keys or not causal) and native.attention_is_faster():
+    if query.is_cpu and rows <= MOST_ROWS and (rows == keys or not causal) and native.attention_is_faster():
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         seen = causal_mask(rows, query.dtype) if causal else attention_mask
         if (found := native.attend(query, key, value, seen, scale, most_rows=sys.maxsize)) is not None:

@@ -230,7 +230,7 @@ class LayerFields(msgspec.Struct):
     hidden_size: Count | None = None
     target_hidden_size: Count | None = None
     intermediate_size: Count | None = None
-    num_hidden_layers: int | None = None
+    num_hidden_layers: Count | None = None
     num_attention_heads: Count | None = None
     num_key_value_heads: Count | None = None
     head_dim: Count | None = None

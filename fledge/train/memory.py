@@ -51,9 +51,7 @@ def kept_elements(config: DraftConfig, *, recompute: bool = False) -> int:
     size, head_dim = config.hidden_size, config.head_dim
     keys, layers = 2 * config.num_key_value_heads * head_dim, config.num_layers
     if recompute:
-        return (
-            2 * size + layers * keys
-        )  # the step's output and its normed state; keys and values, which later steps read
+        return 2 * size + layers * keys  # the step's output, plain and normed; keys and values, which later steps read
     queries = 2 * config.num_attention_heads * head_dim  # queries and what they attended
     if config.qk_norm:  # and both before their norm
         queries += (config.num_attention_heads + config.num_key_value_heads) * head_dim
@@ -105,9 +103,7 @@ def flop_per_step(
     parameters, size = num_parameters(config), config.hidden_size
     layer = parameters["attention"] + parameters["mlp"]
     steps = sum(survival**step for step in range(ttt_steps))
-    attention = (
-        7 * 2 * size * config.num_layers * active_rows * rows / 2 * steps
-    )  # two products forward, five backward, causal
+    attention = 7 * 2 * size * active_rows * rows / 2 * steps * config.num_layers  # 2 forward, 5 backward, causal
     head = 6 * steps * taught * parameters["lm_head"] + 2 * taught * config.draft_vocab_size * size
     whole = 6 * (rows - active_rows) * layer * (config.num_layers - 1) // config.num_layers  # all but the last layer
     return round(4 * rows * parameters["fc"] + 6 * steps * active_rows * layer + whole + attention + head)

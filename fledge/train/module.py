@@ -77,7 +77,7 @@ class TTTModule(DraftModule):
         if given or every_n_layers != 1 or offload:
             raise UserError(
                 f"--activation_checkpointing_kwargs {given or ''} every_n_layers={every_n_layers} offload={offload}: "
-                f"the draft has one layer, whose TTT steps are all checkpointed and not offloaded. Leave it out."
+                f"a draft's TTT steps are all checkpointed and not offloaded. Leave it out."
             )
         self.recompute = True
 

@@ -37,11 +37,13 @@ class InputSettings(SampleSettings, LimitSettings, BackendSettings, DtypeSetting
 
 @dataclass(frozen=True, kw_only=True)
 class UnrollSettings:
-    """The draft's kind, and how far it is unrolled."""
+    """The draft's kind and layers, and how far it is unrolled."""
 
     draft_type: Literal["eagle3", "eagle3.1", "dflash", "dspark"] = "eagle3"
     """eagle3.1 adds a norm per tap and post-norm feedback. dflash drafts a block of tokens in one pass; dspark adds a
     Markov head that ties them together."""
+    draft_layers: Count | None = None
+    """Decoder layers of the draft. None: one for EAGLE-3; for a block draft a seventh of the target's, at most five."""
     ttt_steps: Count = 7
     """Draft steps unrolled per position (training-time test)."""
     depth_survival: PositiveShare = 0.8  # dev/log, "Our recipe beside the common one, 40 questions a set"
@@ -55,8 +57,6 @@ class UnrollSettings:
 class BlockSettings:
     """What dflash and dspark have instead of draft steps."""
 
-    draft_layers: Count | None = None
-    """Decoder layers of the draft. None: one for EAGLE-3; for a block draft a seventh of the target's, at most five."""
     block_size: Count | None = None
     """Slots of a block. None: 16 for dflash, 7 for dspark."""
     num_anchors: Count = 512

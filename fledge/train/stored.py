@@ -55,7 +55,9 @@ def source_from(
         raise UserError(f"{', '.join(args.inputs.states)}: no records. `fledge inspect` says what is there.")
     head = store.head(args.trainer.device)
     taps = tuple(args.draft.tap_layers or store.identity.tap_layers)
-    choose_taps(taps, [part.store for records in (train, held_out) if records is not None for part in records.parts])
+    for records in (train, held_out):
+        for part in records.parts if records is not None else ():
+            part.store.choose(taps)
     return Source(
         train=limited(train, args.inputs.max_samples),
         eval=held_out,
@@ -101,19 +103,20 @@ def open_stores(args: TrainSettings) -> tuple[list[HiddenStore], list[HiddenStor
         if cut:
             warn(f"{store.folder}: {cut} of {len(store)} records are cut to {inputs.model_max_length} tokens.")
     check_flags(args, first.identity, first.folder)
+    check_taps(args.draft.tap_layers or first.identity.tap_layers, [*train, *held_out])
     return train, held_out
 
 
-def choose_taps(wanted: Sequence[int], stores: Sequence[HiddenStore]) -> None:
+def check_taps(wanted: Sequence[int], stores: Sequence[HiddenStore]) -> None:
     """Stores may hold other taps beside those that are trained on; these they must have."""
-    common = set.intersection(*(set(store.identity.tap_layers) for store in stores))
+    common = sorted(set.intersection(*(set(store.identity.tap_layers) for store in stores)))
     for store in stores:
         if missing := sorted(set(wanted) - set(store.identity.tap_layers)):
+            choose = f"Choose among {common}, which all stores have (--tap-layers), or extract" if common else "Extract"
             raise UserError(
                 f"{store.folder}: it has the inputs of layers {store.identity.tap_layers}, without {missing}, which "
-                f"this run taps. Choose among {sorted(common)}, which all stores have (--tap-layers), or extract again."
+                f"this run taps. {choose} again."
             )
-        store.choose(wanted)
 
 
 def check_flags(args: TrainSettings, identity: Identity, folder: Path) -> None:

@@ -177,6 +177,6 @@ def _check_same(ours: DraftConfig, theirs: DraftConfig, folder: Path) -> None:
         if getattr(ours, name) != getattr(theirs, name):
             raise UserError(
                 f"--init-from {folder}: its {name} is {getattr(theirs, name)}, this draft's {getattr(ours, name)}. "
-                f"Leave out --draft_config (the head's own sizes are used), or start a fresh head; a head "
-                f"of another target cannot be continued."
+                f"Leave out --draft_config and --draft_layers (the head's own sizes are used), or start a fresh head; "
+                f"one of another target cannot be continued."
             )

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from round_trip import there_and_back
 from safetensors.torch import load_file, save_file
 from tiny import prompt, tiny_config, tiny_target, tiny_vocab
 
 from fledge.decoding.generate import generate
 from fledge.drafters.batch import pack
-from fledge.drafters.eagle3.config import from_json
 from fledge.drafters.eagle3.foreign import read_any
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.drafters.eagle3.propose import DraftCache
@@ -19,9 +19,9 @@ from fledge.drafters.eagle3.ttt import align, unroll
 from fledge.drafters.head_files import WEIGHTS, save_draft
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
-from fledge.export.convert import convert_head, export_head
+from fledge.export.convert import export_head
 from fledge.export.servable import check_draft
-from fledge.export.settings import ConvertSettings, ExportSettings
+from fledge.export.settings import ExportSettings
 from fledge.target.record import TargetRecord
 
 
@@ -90,20 +90,12 @@ def test_text_is_the_targets():
 @pytest.mark.parametrize("layout", ["vllm", "speculators"])
 def test_there_and_back(layout, tmp_path):
     """vLLM reads such a head by another class: its name in our layout, the layer's type in the speculators layout."""
-    draft = qk_draft()
-    save_draft(draft, tmp_path / "head", dtype=torch.float32)
-    out = tmp_path / "out"
-    export_head(ExportSettings(head=str(tmp_path / "head"), to=layout, output_dir=out, target="T"))
+    out = there_and_back(qk_draft(), layout, tmp_path)
     document = json.loads((out / "config.json").read_text())
     layer = document if layout == "vllm" else document["transformer_layer_config"]
     assert layer["model_type"] == "qwen3"
     assert layout != "vllm" or document["architectures"] == ["Eagle3Qwen3ForCausalLM"]
     check_draft(str(out), "T", 3)
-    convert_head(ConvertSettings(head=str(out), output_dir=tmp_path / "back"))
-    after = from_json(tmp_path / "back" / "config.json")
-    assert dataclasses.replace(after, target_layers=draft.config.target_layers) == draft.config
-    before, kept = load_file(tmp_path / "head" / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
-    assert before.keys() == kept.keys() and all(torch.equal(kept[name], one) for name, one in before.items())
 
 
 def test_what_would_be_another_network_is_refused(tmp_path):

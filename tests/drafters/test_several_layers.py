@@ -3,11 +3,11 @@
 Their loss, gradients and unrolling: test_ttt.py; their compiled step: test_fused_step.py; their memory: test_plan.py.
 """
 
-import dataclasses
 import json
 
 import pytest
 import torch
+from round_trip import there_and_back
 from safetensors.torch import load_file, save_file
 from saved_target import save_target, write_conversations
 from tiny import prompt, tiny_draft, tiny_target
@@ -57,21 +57,13 @@ def test_batches_draft_what_each_alone_would():
 
 @pytest.mark.parametrize("layout", ["vllm", "speculators", "eagle", "sglang"])
 def test_there_and_back(layout, tmp_path):
-    draft = deep_draft()
-    save_draft(draft, tmp_path / "head", dtype=torch.float32)
-    out = tmp_path / "out"
-    export_head(ExportSettings(head=str(tmp_path / "head"), to=layout, output_dir=out, target="T"))
+    out = there_and_back(deep_draft(), layout, tmp_path)
     document = json.loads((out / "config.json").read_text())
     layer = document if layout != "speculators" else document["transformer_layer_config"]
     assert layer["num_hidden_layers"] == LAYERS
     assert {name.split(".")[1] for name in load_file(out / WEIGHTS) if name.startswith("layers.")} >= {"1", "2"}
     if layout != "sglang":
         check_draft(str(out), "T", 3)
-    convert_head(ConvertSettings(head=str(out), output_dir=tmp_path / "back"))
-    after = from_json(tmp_path / "back" / "config.json")
-    assert dataclasses.replace(after, target_layers=draft.config.target_layers) == draft.config
-    before, kept = load_file(tmp_path / "head" / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
-    assert before.keys() == kept.keys() and all(torch.equal(kept[name], one) for name, one in before.items())
 
 
 def test_llama_cpp_is_not_given_what_it_does_not_read(tmp_path):

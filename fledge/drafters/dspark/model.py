@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fledge.drafters.bound_head import BoundHead
 from fledge.drafters.cpu_kernels import linear, through
 from fledge.drafters.dspark.config import BlockConfig, to_json
+from fledge.drafters.layer_cache import KeysValues
 from fledge.drafters.layers import RMSNorm, SwiGLU, rotate
 from fledge.target.linear import head_linear
 from fledge.target.model import Target
@@ -30,7 +31,6 @@ from fledge.target.model import Target
 # h heads, g kv heads, d head_dim, B slots of a block
 
 Rope = tuple[Tensor, Tensor]
-KeysValues = tuple[Tensor, Tensor]
 MARKOV_STD = 0.01  # of a fresh Markov embedding
 
 

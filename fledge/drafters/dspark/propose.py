@@ -18,14 +18,13 @@ is min(q, c), and its products along the block are DSpark's survival. A budget s
 No shape depends on what was drafted or accepted unless a budget cuts levels or nodes.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.drafters.base import Budget, Emitted
-from fledge.drafters.dspark.model import BlockDraft, KeysValues
+from fledge.drafters.dspark.model import BlockDraft
+from fledge.drafters.layer_cache import LayerCache
 from fledge.drafters.rope_table import RopeTable
 from fledge.drafters.tree import Trees, TreeShape, best_scores, build_trees, candidate_levels
 from fledge.target.attention import grouped_sdpa
@@ -46,7 +45,7 @@ class BlockProposer:
         levels = candidate_levels(self.width, self.num_levels)
         self.num_drafted = min(shape.total_token - 1, len(levels))
         self.rows_ahead = self.num_levels + 1
-        self.cache = ContextCache(draft, batch)
+        self.cache = LayerCache(config, batch, weight)
         self._rope = RopeTable(draft, batch)
         self.reserve(capacity)
         self._levels = levels.to(weight.device)
@@ -77,7 +76,8 @@ class BlockProposer:
         lengths, num_new = emitted.lengths, emitted.num_new
         rows = (lengths - num_new)[:, None] + torch.arange(emitted.token_ids.shape[1], device=lengths.device)
         context = self.draft.context(emitted.taps)
-        self.cache.write(rows, self.draft.context_keys(context, self._rope.of(rows)))
+        for layer, (keys, values) in enumerate(self.draft.context_keys(context, self._rope.of(rows))):
+            self.cache.write(layer, rows, keys.transpose(1, 2), values.transpose(1, 2))
         self._roots = emitted.roots
         normed = self._forward(emitted.roots[:, 0], lengths, num_keys)
         first = self.draft.config.first_slot
@@ -155,43 +155,3 @@ class BlockProposer:
             log_probs = log_probs.nan_to_num_(nan=float("-inf"), neginf=float("-inf"))
         shape = (*parents.shape, self.width)
         return log_probs.expand(shape), self.draft.target_ids(draft_ids).expand(shape)
-
-
-class ContextCache:
-    """Keys and values of the committed positions of B sequences, for every layer."""
-
-    def __init__(self, draft: BlockDraft, batch: int) -> None:
-        config, weight = draft.config, draft.fc.weight
-        size: Any = (2, config.num_layers, batch, config.num_key_value_heads, 0, config.head_dim)
-        self._block = torch.zeros(size, dtype=weight.dtype, device=weight.device)
-
-    @property
-    def capacity(self) -> int:
-        return self._block.shape[4]
-
-    def reserve(self, capacity: int) -> None:
-        """Room for so many rows; what is there stays."""
-        before = self._block
-        self._block = before.new_zeros((*before.shape[:4], capacity, before.shape[5]))
-        self._block[..., : before.shape[4], :] = before
-
-    def move(self, source: int, goal: int) -> None:
-        self._block[:, :, goal] = self._block[:, :, source]
-
-    def fill(self, slot: int, keys_values: list[KeysValues]) -> None:
-        """The first rows of a sequence, (S, g, d) of every layer."""
-        for layer, pair in enumerate(keys_values):
-            for part, states in zip(self._block, pair, strict=True):
-                part[layer, slot, :, : len(states)] = states.transpose(0, 1)
-
-    def write(self, rows: Tensor, keys_values: list[KeysValues]) -> None:
-        """These rows (B, E) of the sequences, (B, E, g, d) of every layer."""
-        for layer, pair in enumerate(keys_values):
-            for part, states in zip(self._block, pair, strict=True):
-                index = rows[:, None, :, None].expand(-1, states.shape[2], -1, states.shape[3])
-                part[layer, : len(rows)].scatter_(2, index, states.transpose(1, 2))
-
-    def read(self, layer: int, batch: int, num_keys: int) -> KeysValues:
-        """The first rows of a layer (B, g, K, d)."""
-        read = self._block[:, layer, :batch, :, :num_keys]
-        return read[0], read[1]

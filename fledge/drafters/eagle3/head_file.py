@@ -32,7 +32,6 @@ class HeadFields(LayerFields):
 
     architectures: list[str] | None = None
     draft_vocab_size: Count | None = None
-    num_hidden_layers: Count | None = None
     fc_norm: bool | None = None
     use_aux_norm: bool | None = None
     norm_output: bool | None = None

@@ -23,6 +23,7 @@ from fledge.drafters.bound_head import BoundHead
 from fledge.drafters.cpu_kernels import linear, through
 from fledge.drafters.eagle3.config import DraftConfig, to_json
 from fledge.drafters.eagle3.ttt_attention import ttt_attention
+from fledge.drafters.layer_cache import KeysValues
 from fledge.drafters.layers import RMSNorm, SwiGLU, rotate
 from fledge.drafters.runs import Run
 from fledge.target.attention import grouped_sdpa
@@ -35,7 +36,7 @@ from fledge.target.model import Target
 class KeyValueCache(Protocol):
     """What `DraftModel.step` needs of a cache: store new keys and values of a layer, return all of them."""
 
-    def update(self, keys: Tensor, values: Tensor, layer: int = 0) -> tuple[Tensor, Tensor]: ...
+    def update(self, keys: Tensor, values: Tensor, layer: int = 0) -> KeysValues: ...
 
 
 class Attention(nn.Module):
@@ -43,8 +44,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: DraftConfig, inputs: int) -> None:
         super().__init__()
-        size, self.head_dim = config.hidden_size, config.head_dim
-        head_dim = self.head_dim
+        size, head_dim = config.hidden_size, config.head_dim
+        self.head_dim = head_dim
         self.q_proj = nn.Linear(inputs, config.num_attention_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(inputs, config.num_key_value_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(inputs, config.num_key_value_heads * head_dim, bias=False)
@@ -218,9 +219,7 @@ class DraftModel(BoundHead):
         hidden = residual + through(layer.self_attn.o_proj, attended.flatten(-2))
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
-    def text_keys(
-        self, token_ids: Tensor, features: Tensor, rope: tuple[Tensor, Tensor]
-    ) -> list[tuple[Tensor, Tensor]]:
+    def text_keys(self, token_ids: Tensor, features: Tensor, rope: tuple[Tensor, Tensor]) -> list[KeysValues]:
         """Keys and values (S, g, d) of every layer over a text: the tokens (S,) behind the features (S, H).
 
         Those of the first layer need no attention, so for a head of one layer nothing is computed that nobody reads.

@@ -16,15 +16,13 @@ Rows of the cache while a tree grows (top_k = 2). A beam row sees all committed 
 No shape depends on what was drafted or accepted unless a budget cuts levels or nodes.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fledge.drafters.base import Budget, Emitted
 from fledge.drafters.eagle3.fused_step import fused_step
 from fledge.drafters.eagle3.model import DraftModel
+from fledge.drafters.layer_cache import KeysValues, LayerCache
 from fledge.drafters.tree import Trees, TreeShape, best_scores, build_trees, candidate_levels
 from fledge.target.model import longrope_limit
 from fledge.target.products import accelerate
@@ -176,47 +174,22 @@ class EagleProposer:
         return self._rope[0][positions], self._rope[1][positions]
 
 
-class DraftCache:
-    """Keys and values of the head's layers for B sequences, as `DraftModel.step` wants them."""
+class DraftCache(LayerCache):
+    """What `DraftModel.step` writes to and reads from."""
 
     def __init__(self, draft: DraftModel, batch: int) -> None:
-        config, weight = draft.config, draft.fc.weight
-        size: Any = (config.num_layers, 2, batch, config.num_key_value_heads, 0, config.head_dim)
-        self._block = torch.zeros(size, dtype=weight.dtype, device=weight.device)
-        self.rows = torch.zeros(0, dtype=torch.int64, device=weight.device)  # (B, S) that the next step writes
+        super().__init__(draft.config, batch, draft.fc.weight)
+        self.rows = torch.zeros(0, dtype=torch.int64, device=draft.fc.weight.device)  # (B, S) that the next step writes
         self._num_keys = 0
-
-    @property
-    def capacity(self) -> int:
-        return self._block.shape[4]
-
-    def reserve(self, capacity: int) -> None:
-        """Room for so many rows; what is there stays."""
-        before = self._block
-        self._block = before.new_zeros((*before.shape[:4], capacity, before.shape[5]))
-        self._block[..., : before.shape[4], :] = before
-
-    def move(self, source: int, goal: int) -> None:
-        self._block[:, :, goal] = self._block[:, :, source]
-
-    def fill(self, slot: int, keys_values: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """The first rows of a sequence, (S, g, d) of every layer."""
-        for block, pair in zip(self._block, keys_values, strict=True):
-            for part, states in zip(block, pair, strict=True):
-                part[slot, :, : len(states)] = states.transpose(0, 1)
 
     def open(self, rows: Tensor, num_keys: int) -> None:
         """The next step writes these rows (B, S) and reads the first `num_keys`."""
         self.rows, self._num_keys = rows, num_keys
 
-    def update(self, keys: Tensor, values: Tensor, layer: int = 0) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer: int = 0) -> KeysValues:
         """Store (B, g, S, d) of a layer; returns the rows read (B, g, K, d)."""
-        batch = len(self.rows)
-        index = self.rows[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-        for block, states in zip(self._block[layer], (keys, values), strict=True):
-            block[:batch].scatter_(2, index, states)
-        read = self._block[layer, :, :batch, :, : self._num_keys]
-        return read[0], read[1]
+        self.write(layer, self.rows, keys, values)
+        return self.read(layer, len(self.rows), self._num_keys)
 
 
 def beam_width(shape: TreeShape, draft_vocab_size: int) -> int:
