@@ -38,7 +38,7 @@ def learned(answers: Path, tokenizer_dir: Path, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     model = MiniMaxM2ForCausalLM(MiniMaxM2Config(
         hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, rotary_dim=16, vocab_size=49152, num_local_experts=1, num_experts_per_tok=1,
+        head_dim=32, vocab_size=49152, num_local_experts=1, num_experts_per_tok=1,
         max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=2, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
     ))  # fmt: skip
@@ -58,7 +58,8 @@ def learned(answers: Path, tokenizer_dir: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
     model.save_pretrained(out)
     config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**config, "scoring_func": "softmax", "use_routing_bias": True}))
+    for_vllm = {"rotary_dim": 16, "scoring_func": "softmax", "use_routing_bias": True}
+    (out / "config.json").write_text(json.dumps({**config, **for_vllm}))
 
 
 @pytest.fixture(scope="module")
