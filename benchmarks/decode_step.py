@@ -30,7 +30,7 @@ PREFIX, WIDTH = 256, 4
 OURS = {  # what makes the difference, and what stands in for it on the other side
     "fledge.decoding.exact.accelerate": lambda _model: None,
     "fledge.drafters.eagle3.propose.accelerate": lambda _model: None,
-    "fledge.decoding.verifier.rms_norms": lambda _model: [],
+    "fledge.decoding.verifier.rms_norms": lambda _model: {},
     "fledge.decoding.verifier.usual_ropes": lambda _model: [],
     "fledge.decoding.verifier.fused_layers": lambda _model, _layers: [],
 }

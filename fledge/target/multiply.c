@@ -16,7 +16,7 @@
 #define BLOCKS(rows) ((rows) == 1 ? 8 : (rows) <= 6 ? 4 : 2)
 #else /* 16 */
 #define MOST_LINES 6
-#define BLOCKS(rows) ((rows) == 1 ? 4 : (rows) <= 3 ? 2 : 1)
+#define BLOCKS(rows) ((rows) == 1 ? 8 : (rows) <= 3 ? 4 : 2)
 #endif
 #define MOST_BLOCKS 8
 
@@ -26,21 +26,17 @@
 #define UNROLLED _Pragma("GCC unroll 16")
 #endif
 
-static inline vector added_f32(vector sum, wide weights, uint32_t input) {
-    float number;
-    memcpy(&number, &input, 4);
-    return sum + (vector)weights * number;
-}
+static inline vector added_f32(vector sum, wide weights, const f32 *in) { return sum + (vector)weights * *in; }
 
-static inline vector added_bf16(vector sum, wide weights, uint32_t inputs) {
+static inline vector added_bf16(vector sum, wide weights, const bf16 *in) {
+    uint32_t both;
+    memcpy(&both, in, 4);
 #ifdef __AVX512BF16__
-    return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32((int)inputs));
+    return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32((int)both));
 #else
-    uint32_t halves[2] = {inputs << 16, inputs & 0xffff0000u};
-    float numbers[2];
-    memcpy(numbers, halves, 8);
-    sum += (vector)(weights << 16) * numbers[0];
-    return sum + (vector)(weights & 0xffff0000u) * numbers[1];
+    wide spread = (wide){} + both; /* both in every lane: two alone are slow to get there */
+    sum += (vector)(weights << 16) * (vector)(spread << 16);
+    return sum + (vector)(weights & 0xffff0000u) * (vector)(spread & 0xffff0000u);
 #endif
 }
 
@@ -64,11 +60,9 @@ static inline vector added_bf16(vector sum, wide weights, uint32_t inputs) {
                 __builtin_prefetch(at + blocks * units * sizeof(wide), 0, 2); /* of the next tile */                  \
                 memcpy(&weights[b], at, sizeof(wide));                                                                \
             }                                                                                                         \
-            UNROLLED for (int r = 0; r < rows; r++) {                                                                 \
-                uint32_t unit;                                                                                        \
-                memcpy(&unit, (const char *)(of.in + r * of.stride) + u * 4, 4);                                      \
-                UNROLLED for (int b = 0; b < blocks; b++) sums[r][b] = added_##T(sums[r][b], weights[b], unit);       \
-            }                                                                                                         \
+            UNROLLED for (int r = 0; r < rows; r++)                                                                   \
+                UNROLLED for (int b = 0; b < blocks; b++)                                                             \
+                    sums[r][b] = added_##T(sums[r][b], weights[b], of.in + r * of.stride + u * 4 / sizeof(T));        \
         }                                                                                                             \
         UNROLLED for (int r = 0; r < rows; r++)                                                                       \
             UNROLLED for (int b = 0; b < blocks; b++) store_##T(of.out + r * of.outputs + b * LANES, sums[r][b]);     \
@@ -121,8 +115,9 @@ static inline vector added_bf16(vector sum, wide weights, uint32_t inputs) {
     TILE(T, 12, 1) TILE(T, 12, 2) TILE(T, 13, 1) TILE(T, 13, 2) TILE(T, 14, 1) TILE(T, 14, 2)
 #else
 #define EVERY_TILE(T)                                                                                                 \
-    TILE(T, 1, 1) TILE(T, 1, 2) TILE(T, 1, 4) TILE(T, 2, 1) TILE(T, 2, 2) TILE(T, 3, 1) TILE(T, 3, 2)                 \
-    TILE(T, 4, 1) TILE(T, 5, 1) TILE(T, 6, 1)
+    TILE(T, 1, 1) TILE(T, 1, 2) TILE(T, 1, 4) TILE(T, 1, 8) TILE(T, 2, 1) TILE(T, 2, 2) TILE(T, 2, 4)                 \
+    TILE(T, 3, 1) TILE(T, 3, 2) TILE(T, 3, 4) TILE(T, 4, 1) TILE(T, 4, 2) TILE(T, 5, 1) TILE(T, 5, 2)                 \
+    TILE(T, 6, 1) TILE(T, 6, 2)
 #endif
 
 PRODUCTS(f32)
