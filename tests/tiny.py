@@ -191,8 +191,8 @@ class ScriptedDraft(DraftModel):
             place = torch.stack((position, same.int().argmax(1, keepdim=True)), dim=-1)
         return torch.cat((place.to(output.dtype), torch.zeros_like(output[..., 2:])), dim=-1)
 
-    def feedback(self, hidden: Tensor) -> Tensor:  # noqa: D102
-        return hidden
+    def logits_and_feedback(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return self.logits(hidden), hidden
 
     def logits(self, hidden: Tensor) -> Tensor:  # noqa: D102
         position = (hidden[..., 0].long() + 2).clamp(max=self.script.shape[1] - 1)

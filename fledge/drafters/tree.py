@@ -56,9 +56,8 @@ def best_scores(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
     A draft that overflows still gives a well-formed tree: NaN would break the order `build_trees` relies on.
     """
-    best = logits.topk(width, dim=-1)
-    log_probs = best.values - logits.logsumexp(dim=-1, keepdim=True)
-    return log_probs.nan_to_num_(nan=float("-inf"), neginf=float("-inf")), best.indices
+    best = logits.log_softmax(-1).topk(width, dim=-1)
+    return best.values.nan_to_num_(nan=float("-inf"), neginf=float("-inf")), best.indices
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ static long low(long total, long part, long parts) { return total * part / parts
 
 /* All matrices are contiguous.
    rms_norm: rows x cols.
+   beside: rows of `table` by their numbers and rows of states, both normed, side by side: (rows, 2 * cols).
    rope: states (batch, heads, rows, size) with these strides, the last of them 1, to a contiguous result; cos and sin
    (batch, rows, size).
    before: states (batch * rows, hidden), cos and sin (batch, rows, size) to query (batch, heads, rows, size), key and
@@ -100,6 +101,13 @@ static long low(long total, long part, long parts) { return total * part / parts
     void rms_norm_##T(const T *in, const T *weight, T *out, long rows, long cols, long one_more, float eps) {         \
         for (long row = 0; row < rows; row++)                                                                         \
             norm_##T(in + row * cols, weight, out + row * cols, cols, eps, one_more);                                 \
+    }                                                                                                                 \
+    void beside_##T(const long *ids, const T *table, const T *first, const T *states, const T *second, T *out,         \
+                    long rows, long cols, float eps) {                                                                \
+        for (long row = 0; row < rows; row++, out += 2 * cols) {                                                      \
+            norm_##T(table + ids[row] * cols, first, out, cols, eps, 0);                                              \
+            norm_##T(states + row * cols, second, out + cols, cols, eps, 0);                                          \
+        }                                                                                                             \
     }                                                                                                                 \
     void rope_##T(const T *in, const T *cos, const T *sin, T *out, long batch, long heads, long rows, long size,      \
                   long batch_stride, long head_stride, long row_stride) {                                             \

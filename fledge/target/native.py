@@ -44,6 +44,7 @@ SHARED_ROWS, LANES, MOST_HEAD = 4, 16, 256  # BLOCK, LANES, LANES * MOST_VECTORS
 POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 ARGUMENTS: dict[str, list[Any]] = {
     "rms_norm": [POINTER] * 3 + [NUMBER] * 3 + [REAL],
+    "beside": [POINTER] * 6 + [NUMBER] * 2 + [REAL],
     "rope": [POINTER] * 4 + [NUMBER] * 7,
     "before": [POINTER] * 8 + [NUMBER] * 3,
     "behind": [POINTER] * 6 + [NUMBER] * 2,
@@ -167,6 +168,23 @@ def rms_norm(
     _kernel("rms_norm", NAMES[states.dtype])(
         states.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, size, one_more, eps
     )
+    return out
+
+
+def beside(ids: Tensor, table: Tensor, first: Tensor, states: Tensor, second: Tensor, eps: float) -> Tensor | None:
+    """Rows of a table (V, H) by their ids (..) int64 and states (.., H), normed by `first` and `second` (H,), side by
+    side: (.., 2H). None where PyTorch should do it."""
+    kind, rows, size = states.dtype, ids.numel(), states.shape[-1]
+    alike = all(one.dtype is kind and one.is_cpu for one in (table, first, second)) and ids.is_cpu
+    if not alike or not table.is_contiguous() or not _suits(states) or not 0 < rows <= MOST_ROWS or library() is None:
+        return None
+    ids, states, out = ids.contiguous(), states.contiguous(), torch.empty(*ids.shape, 2 * size, dtype=kind)
+    least, most = ids.aminmax()
+    assert states.shape == (*ids.shape, size) and 0 <= int(least) <= int(most) < len(table)
+    _kernel("beside", NAMES[kind])(
+        ids.data_ptr(), table.data_ptr(), first.data_ptr(), states.data_ptr(), second.data_ptr(), out.data_ptr(),
+        rows, size, eps,
+    )  # fmt: skip
     return out
 
 

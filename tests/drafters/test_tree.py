@@ -2,7 +2,7 @@
 
 import torch
 
-from fledge.drafters.tree import Trees, ancestors_of, build_trees, candidate_levels, chains, roots_only
+from fledge.drafters.tree import Trees, ancestors_of, best_scores, build_trees, candidate_levels, chains, roots_only
 
 WIDTH, LEVELS, BATCH, VOCAB = 3, 4, 5, 6
 
@@ -86,3 +86,14 @@ def test_trees_of_a_batch_are_the_definitions():
         for row, parts in enumerate(rows):
             scores_of, tokens_of, parents_of = (part.tolist() for part in parts)
             assert paths_of(trees, row) == slow_tree(scores_of, tokens_of, parents_of, num_drafted)
+
+
+def test_best_scores_are_log_chances_and_never_nan():
+    logits = torch.randn(3, 2, 50, generator=torch.Generator().manual_seed(0)) * 20
+    expected = logits.log_softmax(-1).topk(4)
+    scores, ids = best_scores(logits, 4)
+    torch.testing.assert_close(scores, expected.values)
+    assert torch.equal(ids, expected.indices)
+    for overflow in (float("inf"), float("-inf"), float("nan")):
+        scores, _ = best_scores(torch.full((1, 5), overflow), 2)
+        assert scores.isneginf().all()

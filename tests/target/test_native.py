@@ -49,6 +49,23 @@ def test_norms(dtype, shape):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 7)])
+@torch.inference_mode()
+def test_embeddings_and_states_side_by_side(dtype, shape):
+    torch.manual_seed(0)
+    ids, table = torch.randint(9, shape), torch.randn(9, 40).to(dtype)
+    states, norms = 3 * torch.randn(*shape, 40).to(dtype), (stock_norm(dtype), stock_norm(dtype))
+    given = (table, norms[0].weight, states, norms[1].weight, 1e-5)
+    expected = torch.cat((norms[0](table[ids]), norms[1](states)), dim=-1)
+    found = native.beside(ids, *given)
+    torch.testing.assert_close(found, expected, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
+    assert native.beside(ids, table.half(), *given[1:]) is None
+    with pytest.raises(AssertionError):
+        native.beside(ids + 9, *given)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 5, native.MOST_ROWS])
 @torch.inference_mode()
 def test_rotations_have_the_same_bits(dtype, rows):
@@ -85,6 +102,7 @@ def test_what_is_left_to_pytorch():
         assert native.rms_norm(states.expand(99, 2, 16), weight, 0.0) is None
         assert native.rope(heads, turns, turns) is not None
         assert native.rope(heads, turns[..., :8], turns[..., :8]) is None
+    assert native.beside(torch.zeros(2, dtype=torch.int64), states, weight, states, weight, 0.0) is None
 
 
 def test_without_a_compiler(monkeypatch, tmp_path):

@@ -50,25 +50,27 @@ class FusedStep:
         return before, behind
 
     def __call__(
-        self, token_ids: Tensor, hidden: Tensor, position_ids: None, cache: KeyValueCache, mask: Tensor, *,
+        self, token_ids: Tensor, hidden: Tensor, position_ids: None, cache: KeyValueCache, mask: Tensor | None, *,
         rope: tuple[Tensor, Tensor], output_row: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `DraftModel.step`."""
         layer, config, (batch, rows) = self.draft.midlayer, self.draft.config, token_ids.shape
-        normed = layer.hidden_norm(hidden)
-        inputs = torch.cat((layer.input_layernorm(self.draft.embed(token_ids)), normed), dim=-1)
-        kinds = {inputs.dtype, hidden.dtype, rope[0].dtype, mask.dtype, layer.self_attn.o_proj.weight.dtype}
-        if len(kinds) > 1 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        norms = layer.input_layernorm.weight, layer.hidden_norm.weight
+        kinds = {hidden.dtype, rope[0].dtype, norms[0].dtype, hidden.dtype if mask is None else mask.dtype}
+        inputs = None
+        if len(kinds) == 1 and not torch.is_autocast_enabled("cpu"):
+            inputs = native.beside(token_ids, self.draft.embedding, norms[0], hidden, norms[1], config.rms_norm_eps)
+        if inputs is None:
             return self.draft.step(token_ids, hidden, None, cache, mask, rope=rope, output_row=output_row)
         cos, sin = (one.contiguous() for one in rope)
-        residual = normed if config.norm_before_residual else hidden
-        seen: Tensor | None = mask
+        residual = inputs[..., config.hidden_size :] if config.norm_before_residual else hidden
+        seen = mask
         for number, (before, behind) in enumerate(self.layers):
             inputs = (residual if number else inputs).flatten(0, 1).contiguous()
             query, keys, values = native.before_attention(before, inputs, cos, sin, batch, rows)
             if output_row is not None and number == len(self.layers) - 1:
                 query = rows_at(query.transpose(1, 2), output_row).transpose(1, 2)
-                residual, seen = rows_at(residual, output_row), row_of_mask(mask, output_row)
+                residual, seen = rows_at(residual, output_row), row_of_mask(seen, output_row)
             keys, values = cache.update(keys, values, number)
             mixed = native.attend(query, keys, values, seen, config.head_dim**-0.5)
             if mixed is None:

@@ -239,7 +239,12 @@ class DraftModel(BoundHead):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """f'' (.., H) -> (.., D)."""
-        return head_logits(self.lm_head, self.norm(hidden))
+        return self.logits_and_feedback(hidden)[0]
+
+    def logits_and_feedback(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Both of f'', with one norm."""
+        normed = self.norm(hidden)
+        return head_logits(self.lm_head, normed), normed if self.config.norm_output else hidden
 
     # -- decoding ------------------------------------------------------------------------------------------------------
 

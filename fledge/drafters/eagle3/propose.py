@@ -89,12 +89,14 @@ class EagleProposer:
         assert emitted.taps is not None
         lengths, num_new = emitted.lengths, emitted.num_new
         rows = (lengths - num_new)[:, None] + torch.arange(emitted.token_ids.shape[1], device=lengths.device)
+        mask = None
+        if self.draft.config.num_layers > 1:  # the layers behind the first ask for every new row
+            mask = self._mask(self._before(rows, num_keys))
+        elif self._sees_all(lengths):
+            num_keys = int(lengths)
+        else:
+            mask = self._mask(self._committed(lengths, lengths - 1, num_keys)[:, None])
         self.cache.open(rows, num_keys)
-        if self.draft.config.num_layers == 1:
-            seen = self._committed(lengths, lengths - 1, num_keys)[:, None]
-        else:  # the layers behind the first ask for every new row
-            seen = self._before(rows, num_keys)
-        mask = self._mask(seen)
         features = self.draft.fuse(emitted.taps)
         if self._fused is not None:
             self._fused.refresh()
@@ -115,10 +117,9 @@ class EagleProposer:
         """Scores, target ids and parents (B, C) of all drafts, level by level; parent -1 is the root."""
         assert self._hidden is not None, "follow comes before propose"
         batch, width = len(lengths), self.width
-        hidden = self._hidden
-        log_probs, tokens = best_children(self.draft, hidden, width)  # (B, 1, k)
+        log_probs, tokens, feedback = best_children(self.draft, self._hidden, width)  # (B, 1, k)
         beam_scores, beam_tokens, beam_ids = log_probs[:, 0], tokens[:, 0], self._ids.expand(batch, -1)
-        beam_hidden = self.draft.feedback(hidden).expand(-1, width, -1)
+        beam_hidden = feedback.expand(-1, width, -1)
         scores, all_tokens, parents = [beam_scores], [beam_tokens], [torch.full_like(beam_ids, -1)]
         itself = self._itself.expand(batch, -1, -1)
         tree_part, num_candidates = itself, width
@@ -126,7 +127,7 @@ class EagleProposer:
             if budget is not None and not budget.deeper(beam_scores[0]):
                 break
             hidden = self._forward_beam(lengths, beam_tokens, beam_hidden, tree_part, level, num_keys)
-            log_probs, tokens = best_children(self.draft, hidden, width)  # (B, k, k)
+            log_probs, tokens, feedback = best_children(self.draft, hidden, width)  # (B, k, k)
             scores.append((beam_scores[..., None] + log_probs).flatten(1))
             all_tokens.append(tokens.flatten(1))
             parents.append(beam_ids.repeat_interleave(width, dim=1))
@@ -134,7 +135,7 @@ class EagleProposer:
                 beam_scores, best = scores[-1].topk(width, dim=-1)
                 row = best // width
                 beam_tokens, beam_ids = all_tokens[-1].gather(1, best), best + num_candidates
-                beam_hidden = gather_rows(self.draft.feedback(hidden), row)
+                beam_hidden = gather_rows(feedback, row)
                 tree_part = torch.cat((gather_rows(tree_part, row), itself), dim=-1)
             num_candidates += width * width
         return torch.cat(scores, dim=1), torch.cat(all_tokens, dim=1), torch.cat(parents, dim=1)
@@ -144,12 +145,19 @@ class EagleProposer:
     ) -> Tensor:
         """The beams' tokens (B, k) with their parents' feedback (B, k, H) -> f'' (B, k, H). tree_part (B, k, W)."""
         position = lengths + level - 1
+        rope = self._rope_of(position[:, None].expand_as(tokens))
+        if self.width == 1 and self._sees_all(lengths):
+            self.cache.open(position[:, None], int(position) + 1)
+            return self._step(tokens, hidden, None, self.cache, None, rope=rope)
         columns = lengths[:, None] + torch.arange(tree_part.shape[2], device=lengths.device)
         self.cache.open(columns[:, -self.width :], num_keys)
         seen = self._committed(lengths, position, num_keys)[:, None].expand(-1, self.width, -1)
         seen = seen.scatter(2, columns[:, None].expand_as(tree_part), tree_part)
-        rope = self._rope_of(position[:, None].expand_as(tokens))
         return self._step(tokens, hidden, None, self.cache, self._mask(seen), rope=rope)
+
+    def _sees_all(self, lengths: Tensor) -> bool:
+        """Whether a single row sees all rows before it, as many as can be known without waiting."""
+        return len(lengths) == 1 and self.window is None and lengths.device.type == "cpu"
 
     def _committed(self, lengths: Tensor, position: Tensor, num_keys: int) -> Tensor:
         """(B, K) bool: the committed rows that a row at `position` (B,) sees."""
@@ -197,10 +205,11 @@ def beam_width(shape: TreeShape, draft_vocab_size: int) -> int:
     return min(shape.top_k, max(shape.total_token - 1, 1), draft_vocab_size)
 
 
-def best_children(draft: DraftModel, hidden: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and target ids (.., k) of the k best next tokens, from f'' (.., H)."""
-    log_probs, draft_ids = best_scores(draft.logits(hidden).float(), width)
-    return log_probs, draft.target_ids(draft_ids)
+def best_children(draft: DraftModel, hidden: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities and target ids (.., k) of the k best next tokens, and the feedback (.., H), of f'' (.., H)."""
+    logits, feedback = draft.logits_and_feedback(hidden)
+    log_probs, draft_ids = best_scores(logits.float(), width)
+    return log_probs, draft.target_ids(draft_ids), feedback
 
 
 def gather_rows(states: Tensor, index: Tensor) -> Tensor:
