@@ -123,25 +123,26 @@ def steps(args: QuickstartArgs, work: Path, target: str, prompts: str) -> None:
 
 
 def template_flags(args: QuickstartArgs, target: str) -> tuple[str, ...]:
-    """The chat template: the given one, else the tokenizer's; a base model, which has none, gets the plainest."""
-    name = args.chat_template_type
-    if name is None and not has_template(target):
-        name = "chatml"
+    """The chat template: the given one, else the tokenizer's; a base model, which has none, gets one that fits."""
+    name = args.chat_template_type or needed_template(target)
+    if name and not args.chat_template_type:
         say(f"{target} has no chat template; its prompts are written as {name} (--chat-template-type names another).")
     return ("--chat-template-type", name) if name else ()
 
 
-def has_template(target: str) -> bool:
-    """Whether the target brings a chat template."""
+def needed_template(target: str) -> str | None:
+    """The name of a template that fits a target without one; None where it brings its own."""
+    from fledge.data.templates import fitting_template
     from fledge.data.tokenize import load_tokenizer, own_template
     from fledge.data.vision import load_vision
 
     vision = load_vision(target)
     tokenizer = vision.tokenizer if vision else load_tokenizer(target)
     try:
-        return bool(own_template(tokenizer, vision))
+        own_template(tokenizer, vision)
     except UserError:
-        return False
+        return fitting_template(tokenizer)
+    return None
 
 
 def same_bits() -> tuple[str, ...]:

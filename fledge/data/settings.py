@@ -31,7 +31,7 @@ class TemplateSettings:
     """The chat template."""
 
     chat_template_type: str | None = None
-    """Named chat template instead of the tokenizer's own (qwen3, hunyuan, llama3, gemma, gpt_oss, chatml ...)."""
+    """Named chat template instead of the tokenizer's own (qwen3, hunyuan, llama3, gemma, chatml, plain ...)."""
 
 
 @dataclass(frozen=True, kw_only=True)

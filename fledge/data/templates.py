@@ -33,6 +33,7 @@ TEMPLATES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {  # name -> (fi
     "gpt_oss": (("gpt_oss", HARMONY),),
     "deepseek": (("deepseek", ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>")),),
     "mistral": (("mistral", ("<s>", "[INST]", "[/INST]", "</s>")),),
+    "plain": (("plain", ()),),
 }
 ALIASES = {
     "qwen": "qwen2", "qwen2_5": "qwen2", "qwen2.5": "qwen2", "llama": "llama3", "llama_3": "llama3", "gemma2": "gemma",
@@ -67,6 +68,14 @@ def read_template(name: str, tokenizer: Any) -> str:
         f"{'is' if len(missing) == 1 else 'are'} no control token of its vocabulary, so the text would be taken apart. "
         f"Use the template of this model's family, or leave --chat-template-type empty for the tokenizer's own."
     )
+
+
+def fitting_template(tokenizer: Any) -> str:
+    """The name of a template for a tokenizer that brings none: the first whose control tokens it has."""
+    return next(
+        name for name, choices in TEMPLATES.items()
+        if any(all(is_one_token(tokenizer, token) for token in control) for _, control in choices)
+    )  # fmt: skip
 
 
 def is_one_token(tokenizer: Any, text: str) -> bool:

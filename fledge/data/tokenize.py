@@ -34,7 +34,7 @@ from fledge.data.samples import (
     sample_from_token_ids,
 )
 from fledge.data.spans import Ends, Messages, Rendering, Unmaskable, trained_answers
-from fledge.data.templates import OWN, read_template, template_name
+from fledge.data.templates import OWN, fitting_template, read_template, template_name
 from fledge.data.traces import Untraced, refuse_untraced
 from fledge.data.vision import Vision, load_vision
 from fledge.data.vocab import vocab_size_of
@@ -310,7 +310,8 @@ def own_template(tokenizer: Any, vision: Vision | None = None) -> str:
         return tokenizer.get_chat_template()
     except ValueError:
         raise UserError(
-            f"{_where(tokenizer)}: the tokenizer has no (default) chat template. Name one with --chat-template-type."
+            f"{_where(tokenizer)}: the tokenizer has no (default) chat template. Name one with --chat-template-type; "
+            f"{fitting_template(tokenizer)!r} fits it."
         ) from None
 
 

@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from fledge.cli import run_command
-from fledge.data.templates import ALIASES, OWN, TEMPLATES, read_template, template_name
+from fledge.data.conversations import Conversation
+from fledge.data.templates import ALIASES, OWN, TEMPLATES, fitting_template, read_template, template_name
 from fledge.data.tokenize import ChatTemplate
 from fledge.errors import UserError
 
@@ -26,6 +27,7 @@ RENDERED = {  # user a, assistant b, user c, with the generation prompt, after t
                "<|start|>assistant<|channel|>final<|message|>b<|end|><|start|>user<|message|>c<|end|><|start|>assistant",
     "deepseek": "<｜begin▁of▁sentence｜>s<｜User｜>a<｜Assistant｜>b<｜end▁of▁sentence｜><｜User｜>c<｜Assistant｜>",
     "mistral": "<s>[INST] s\n\na [/INST] b</s>[INST] c [/INST]",
+    "plain": "s\n\nUser: a\n\nAssistant: b\n\nUser: c\n\nAssistant:",
 }  # fmt: skip
 RENDERED |= dict.fromkeys(("qwen2", "qwen3", "qwen2_5_vl", "qwen3_vl", "smollm2"), RENDERED["chatml"])
 VARIANTS = [(name, file, control) for name, files in TEMPLATES.items() for file, control in files]
@@ -93,6 +95,23 @@ def test_a_template_of_another_family_must_not_train(make_tokenizer):
         ChatTemplate(make_tokenizer(), "llama3")
     with pytest.raises(UserError, match="'<think>', '</think>'"):
         ChatTemplate(make_tokenizer(), "qwen3")
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "mistral", "plain"])
+def test_a_template_for_a_tokenizer_without_one(make_tokenizer, talk, name):
+    """Of a base model; GPT-2's tokenizer, for one, has no control token but the end of a text."""
+    ((_, control),) = TEMPLATES[name]
+    tokenizer = make_tokenizer(control, None)
+    assert fitting_template(tokenizer) == name
+    assert ChatTemplate(tokenizer, name).render(talk("a"), True)
+
+
+def test_plain_text_ends_as_the_model_ends_it(make_tokenizer, talk):
+    """And what is learned from it are the answers with their end."""
+    template = ChatTemplate(make_tokenizer(("<|endoftext|>",), None, eos="<|endoftext|>"), "plain")
+    assert template.render(talk("a", "b")) == "User: a\n\nAssistant: b<|endoftext|>\n\n"
+    sample = template.encode(Conversation("c", talk("a", "b")))
+    assert template.tokenizer.decode(sample.input_ids[sample.loss_mask]) == " b<|endoftext|>"
 
 
 def test_hunyuan_takes_the_format_whose_tokens_exist(make_tokenizer, talk):

@@ -15,7 +15,7 @@ from fledge.data.tokenize import ChatTemplate
 from fledge.errors import UserError
 
 CHATML = ("<|im_start|>", "<|im_end|>")
-END_OF_TURN = {
+END_OF_TURN = {"plain": "", 
     "hunyuan_dense": "<｜hy_place▁holder▁no▁2｜>", "hunyuan_moe": "<|eos|>", "llama3": "<|eot_id|>",
     "gemma": "<end_of_turn>", "gpt_oss": "<|return|>", "deepseek": "<｜end▁of▁sentence｜>", "mistral": "</s>",
 }  # fmt: skip
@@ -54,7 +54,7 @@ def named(make_tokenizer):
 def test_every_named_template_masks_exactly_the_answers(named, talk, name, file, control, system):
     template = named(name, control)
     end = END_OF_TURN.get(file, "<|im_end|>")
-    lead = "<|channel|>final<|message|>" if file == "gpt_oss" else " " if file == "mistral" else ""
+    lead = "<|channel|>final<|message|>" if file == "gpt_oss" else " " if file in ("mistral", "plain") else ""
     samples = template.samples(conversation(talk("One?", WORDS, "Two?", "Yes.", system=system)))
     answers = [run for sample in samples for run in runs(template, sample)]
     assert sorted(answers) == sorted([lead + WORDS + end, lead + "Yes." + end])
