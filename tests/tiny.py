@@ -16,7 +16,7 @@ from fledge.drafters.eagle3.config import derive
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.target import native
 from fledge.target.model import Target
-from fledge.target.products import ProductChoice
+from fledge.target.products import KERNELS, ProductChoice
 
 VOCAB = 128
 WINDOW = 7  # smaller than every test sequence, so that a forgotten sliding mask shows
@@ -147,6 +147,16 @@ def tiny_vocab(vocab_size: int, draft_vocab_size: int, seed: int = 1) -> tuple[T
     return chosen - torch.arange(draft_vocab_size), t2d
 
 
+@functools.cache
+def onednn_packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products of this dtype for this processor: of bf16 it has none without AVX-512."""
+    try:
+        KERNELS["onednn"].pack(torch.zeros(16, 16, dtype=dtype))
+    except RuntimeError:
+        return False
+    return True
+
+
 def always_packed(kernel: str) -> Callable[..., ProductChoice]:
     """In place of `products.choice_for`: this kernel where it takes the layers, else oneDNN's with rows filled up."""
 
@@ -154,7 +164,7 @@ def always_packed(kernel: str) -> Callable[..., ProductChoice]:
         outputs, weight = sum(layer.out_features for layer in groups[0]), groups[0][0].weight
         if kernel == "loop" and native.can_multiply(outputs, weight.shape[1], weight.dtype):
             return ProductChoice("loop", (), True)
-        return ProductChoice("onednn", (2, 4, 4), True)
+        return ProductChoice("onednn" if onednn_packs(weight.dtype) else None, (2, 4, 4), True)
 
     return choice
 

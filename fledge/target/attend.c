@@ -84,7 +84,7 @@ static inline vector capped(vector x, float cap) { /* cap * tanh(x / cap) */
                 for (int c = 0; c < vectors; c++) read[c] = load_##T(at + c * LANES);                                 \
                 for (int r = 0; r < rows; r++) {                                                                      \
                     vector sum = asked[r][0] * read[0];                                                               \
-                    for (int c = 1; c < vectors; c++) sum += asked[r][c] * read[c];                                   \
+                    for (int c = 1; c < vectors; c++) sum = fused(asked[r][c], read[c], sum);                         \
                     products[r][k] = sum;                                                                             \
                 }                                                                                                     \
             }                                                                                                         \
@@ -116,8 +116,9 @@ static inline vector capped(vector x, float cap) { /* cap * tanh(x / cap) */
             for (int c = 0; c < value_vectors; c++) read[c] = load_##T(at + c * LANES);                               \
             for (int r = 0; r < rows; r++) {                                                                          \
                 float weight = of->scores[r * filled + k];                                                            \
+                vector spread = weight - (vector){};                                                                  \
                 total[r] += weight;                                                                                   \
-                for (int c = 0; c < value_vectors; c++) mixed[r][c] += weight * read[c];                              \
+                for (int c = 0; c < value_vectors; c++) mixed[r][c] = fused(spread, read[c], mixed[r][c]);            \
             }                                                                                                         \
         }                                                                                                             \
         for (int r = 0; r < rows; r++)                                                                                \

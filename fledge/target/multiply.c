@@ -7,9 +7,7 @@
 
 #include "vectors.h"
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+#include <stdlib.h>
 
 #if LANES == 16 /* 32 registers: sums, their weights and one input */
 #define MOST_LINES 14
@@ -26,17 +24,46 @@
 #define UNROLLED _Pragma("GCC unroll 16")
 #endif
 
-static inline vector added_f32(vector sum, wide weights, const f32 *in) { return sum + (vector)weights * *in; }
+/* Inputs as they are multiplied. Without an instruction for bf16 they are numbers of fp32: to widen them once is less
+   work than with every weight. The room for that stays with its thread. */
+typedef f32 input_f32;
+static const input_f32 *ready_f32(const f32 *in, long *stride, long rows, long inputs) {
+    (void)stride, (void)rows, (void)inputs;
+    return in;
+}
 
-static inline vector added_bf16(vector sum, wide weights, const bf16 *in) {
+#ifdef __AVX512BF16__
+typedef bf16 input_bf16;
+static const input_bf16 *ready_bf16(const bf16 *in, long *stride, long rows, long inputs) {
+    (void)stride, (void)rows, (void)inputs;
+    return in;
+}
+#else
+typedef f32 input_bf16;
+static const input_bf16 *ready_bf16(const bf16 *in, long *stride, long rows, long inputs) {
+    static _Thread_local float *room;
+    static _Thread_local long size;
+    long apart = APART(f32, inputs);
+    if (size < rows * apart) free(room), size = rows * apart, room = malloc(size * sizeof(float));
+    for (long r = 0; r < rows; r++)
+        for (long i = 0; i < inputs; i++) room[r * apart + i] = one_bf16(in + r * *stride + i);
+    *stride = apart;
+    return room;
+}
+#endif
+
+static inline vector added_f32(vector sum, wide weights, const input_f32 *in) {
+    return fused((vector)weights, *in - (vector){}, sum);
+}
+
+static inline vector added_bf16(vector sum, wide weights, const input_bf16 *in) {
+#ifdef __AVX512BF16__
     uint32_t both;
     memcpy(&both, in, 4);
-#ifdef __AVX512BF16__
     return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32((int)both));
 #else
-    wide spread = (wide){} + both; /* both in every lane: two alone are slow to get there */
-    sum += (vector)(weights << 16) * (vector)(spread << 16);
-    return sum + (vector)(weights & 0xffff0000u) * (vector)(spread & 0xffff0000u);
+    sum = fused((vector)(weights << 16), in[0] - (vector){}, sum);
+    return fused((vector)(weights & 0xffff0000u), in[1] - (vector){}, sum);
 #endif
 }
 
@@ -44,7 +71,8 @@ static inline vector added_bf16(vector sum, wide weights, const bf16 *in) {
    units of four bytes; bias (outputs) or none. `parts`: threads. pack: a weight in the order that multiply reads. */
 #define PRODUCTS(T)                                                                                                   \
     struct tile_##T {                                                                                                 \
-        const T *in, *weight, *bias;                                                                                  \
+        const input_##T *in;                                                                                          \
+        const T *weight, *bias;                                                                                       \
         T *out;                                                                                                       \
         long stride, inputs, outputs;                                                                                 \
     };                                                                                                                \
@@ -80,10 +108,11 @@ static inline vector added_bf16(vector sum, wide weights, const bf16 *in) {
                            long outputs, long part, long parts) {                                                     \
         long pieces = (rows + MOST_LINES - 1) / MOST_LINES, most = BLOCKS(rows / pieces);                             \
         long blocks = outputs / LANES, end = blocks * (part + 1) / parts;                                             \
+        const input_##T *ready = ready_##T(in, &stride, rows, inputs);                                                \
         for (long first = blocks * part / parts; first < end; first += most)                                          \
             for (long piece = 0; piece < pieces; piece++) {                                                           \
                 long row = rows * piece / pieces, to = rows * (piece + 1) / pieces, place = first * LANES;            \
-                struct tile_##T of = {in + row * stride, weight + place * inputs, bias ? bias + place : 0,            \
+                struct tile_##T of = {ready + row * stride, weight + place * inputs, bias ? bias + place : 0,            \
                                       out + row * outputs + place, stride, inputs, outputs};                          \
                 tiles_##T(of, to - row, end - first < most ? end - first : most);                                     \
             }                                                                                                         \

@@ -3,6 +3,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __FMA__
+#include <immintrin.h>
+#endif
 
 #ifdef __AVX512F__
 #define LANES 16
@@ -40,6 +43,18 @@ static inline void store_bf16(bf16 *at, vector numbers) { /* to the nearest, tie
     bits = (nan & 0x7fc00000) | (~nan & (bits + 0x7fff + ((bits >> 16) & 1)));
     narrow found = __builtin_convertvector(bits >> 16, narrow);
     memcpy(at, &found, sizeof found);
+}
+
+/* a * b + sum, rounded once wherever the processor can. Left to itself GCC rounds twice in some of the loops over sums
+   (on Zen 2 and 3), and then a row's bits depend on the loop that it is in. */
+static inline vector fused(vector a, vector b, vector sum) {
+#if defined(__AVX512F__)
+    return (vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__)
+    return (vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+    return a * b + sum;
+#endif
 }
 
 static inline float one_f32(const f32 *at) { return *at; }

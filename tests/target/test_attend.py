@@ -103,6 +103,8 @@ def test_a_row_has_the_same_bits_in_any_company(call, dtype):
     found = call(asked, *caches, additive(seen, dtype), 0.125)
     for depth, node in enumerate(path):
         assert torch.equal(found[1, node], alone[depth][0, 0])
+    if dtype != torch.float32:  # bf16 hides it on a processor without AVX-512
+        return
     # PyTorch's kernel, the negative control, has other bits somewhere
     stock = F.scaled_dot_product_attention(
         asked, *caches, attn_mask=additive(seen, dtype), scale=0.125, enable_gqa=True

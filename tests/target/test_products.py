@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import onednn_packs
 from torch import nn
 
 from fledge.target import native, products
@@ -39,6 +40,11 @@ def always(request, monkeypatch):
     return request.param.kernel
 
 
+def skip_without_kernel(name: str, dtype: torch.dtype) -> None:
+    if name == "onednn" and not onednn_packs(dtype):
+        pytest.skip(f"oneDNN has no products of {dtype} for this processor")
+
+
 def replaced(monkeypatch, name: str, multiply) -> None:
     """Another product in this kernel's place; the other kernel is taken away."""
     monkeypatch.setattr(products, "KERNELS", {name: Kernel(KERNELS[name].pack, multiply)})
@@ -58,6 +64,7 @@ def both(block: Block, inputs: torch.Tensor) -> list[tuple[torch.Tensor, torch.T
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(1,), (3,), (2, 1), (2, 5), (1, 40)])
 def test_it_is_the_linear_layer(always, dtype, bias, rows):
+    skip_without_kernel(always, dtype)
     block = Block(dtype, bias)
     accelerate(block, least_bytes=0)
     assert all(map(is_packed, block.children()))
@@ -90,6 +97,7 @@ def test_neighbours_are_one_product_of_one_input(always, monkeypatch):
 @pytest.mark.parametrize("name", ["onednn", pytest.param("loop", marks=needs_compiler)])
 def test_a_row_has_the_same_bits_in_any_company(monkeypatch, name, dtype):
     """What makes speculative decoding emit plain decoding's tokens: a row alone and one of many are the same."""
+    skip_without_kernel(name, dtype)
     replaced(monkeypatch, name, KERNELS[name].multiply)
     torch.manual_seed(0)
     layer = nn.Linear(192, 320, bias=False, dtype=dtype).requires_grad_(False)
@@ -150,6 +158,7 @@ def test_dependence_on_the_number_of_rows_is_noticed(monkeypatch):
 def test_a_difference_that_few_rows_show_is_noticed():
     """Of SmolLM2's down_proj in bf16 one row in twelve shows that single rows are summed in another order. One random
     row was compared, and the product was called independent."""
+    skip_without_kernel("onednn", torch.bfloat16)
     layer = nn.Linear(32, 32, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     asked: list[int] = []
 
