@@ -11,10 +11,10 @@
 
 #if LANES == 16 /* 32 registers: sums, their weights and one input */
 #define MOST_LINES 14
-#define BLOCKS(rows) ((rows) == 1 ? 8 : (rows) <= 6 ? 4 : 2)
-#else /* 16 */
+#define BLOCKS(T, rows) ((rows) == 1 ? 8 : (rows) <= 6 ? 4 : 2)
+#else /* 16; of fp32, eight streams of memory are more than help */
 #define MOST_LINES 6
-#define BLOCKS(rows) ((rows) == 1 ? 8 : (rows) <= 3 ? 4 : 2)
+#define BLOCKS(T, rows) ((rows) == 1 && sizeof(T) == 2 ? 8 : (rows) <= 3 ? 4 : 2)
 #endif
 #define MOST_BLOCKS 8
 
@@ -98,7 +98,7 @@ static inline vector added_bf16(vector sum, wide weights, const input_bf16 *in) 
     static void tiles_##T(struct tile_##T of, int rows, int blocks) { /* 1 <= rows <= MOST_LINES */                   \
         while (blocks) {                                                                                              \
             int now = 1;                                                                                              \
-            while (now * 2 <= blocks && now * 2 <= BLOCKS(rows)) now *= 2;                                            \
+            while (now * 2 <= blocks && now * 2 <= BLOCKS(T, rows)) now *= 2;                                         \
             switch (rows * 16 + now) { EVERY_TILE(T) }                                                                \
             of.weight += now * LANES * of.inputs, of.out += now * LANES, blocks -= now;                               \
             if (of.bias) of.bias += now * LANES;                                                                      \
@@ -106,7 +106,7 @@ static inline vector added_bf16(vector sum, wide weights, const input_bf16 *in) 
     }                                                                                                                 \
     void multiply_part_##T(const T *in, long stride, const T *weight, const T *bias, T *out, long rows, long inputs,  \
                            long outputs, long part, long parts) {                                                     \
-        long pieces = (rows + MOST_LINES - 1) / MOST_LINES, most = BLOCKS(rows / pieces);                             \
+        long pieces = (rows + MOST_LINES - 1) / MOST_LINES, most = BLOCKS(T, rows / pieces);                          \
         long blocks = outputs / LANES, end = blocks * (part + 1) / parts;                                             \
         const input_##T *ready = ready_##T(in, &stride, rows, inputs);                                                \
         for (long first = blocks * part / parts; first < end; first += most)                                          \
