@@ -11,6 +11,7 @@ from fledge.console import say
 from fledge.drafters.loss import LossSettings
 from fledge.errors import UserError, nearest
 from fledge.ranges import Count, Natural, NotNegative, PartialShare, Positive, Seed, Share, Whole
+from fledge.target.linear import multiplies_bf16
 from fledge.train.settings import DraftSettings, EvaluationSettings, InputSettings
 
 
@@ -54,7 +55,9 @@ class TrainerArguments(TrainingArguments):
         "muon where the head is whole on every process, same under FSDP and DeepSpeed."
     )  # fmt: skip
     max_grad_norm: NotNegative = _flag(0.5, "Gradient clipping.")
-    bf16: bool = _flag(True, "bfloat16 mixed precision with fp32 master weights.")
+    bf16: bool = _flag(
+        True, "bfloat16 mixed precision with fp32 master weights; fp32 on a processor without products of bfloat16."
+    )
     logging_steps: NotNegative = _flag(10, "Steps between log lines.")
     verbose: bool = _flag(False, "Print the draft's config, and every metric at each log step.")
     save_total_limit: Natural | None = _flag(2, "Checkpoints kept for resuming.")
@@ -80,6 +83,9 @@ class TrainerArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.bf16 and self.use_cpu and not multiplies_bf16():
+            self.bf16 = False
+            say("training in fp32: this processor has no products of bf16, which would take many times as long")
         if self.warmup_steps is None:
             self.warmup_steps = self.warmup_ratio or 0.0  # below 1, the library reads it as a share
         if self.report_to and "," in self.report_to:

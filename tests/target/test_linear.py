@@ -47,3 +47,22 @@ def test_a_head_with_hooks_computes_for_itself():
     with torch.inference_mode():
         head_logits(head, torch.randn(2, 8))
     assert seen
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_bf16_on_a_processor_without_it(biased, monkeypatch):
+    """Many rows go by way of fp32; few are left to PyTorch, and so is everything where bf16 has products."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 20, 96).bfloat16(), torch.randn(4100, 96).bfloat16()
+    bias = torch.randn(4100).bfloat16() if biased else None
+    calls: list[int] = []
+    widened = linear._widened
+    monkeypatch.setattr(linear, "_widened", lambda *given: calls.append(len(given)) or widened(*given))
+    for able in (True, False):
+        monkeypatch.setattr(linear, "multiplies_bf16", lambda able=able: able)
+        with torch.inference_mode():
+            found, expected = head_linear(hidden, weight, bias), F.linear(hidden, weight, bias)
+            head_linear(hidden[0, :4], weight, bias)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+        assert len(calls) == (not able)

@@ -7,7 +7,8 @@ import pytest
 from fledge.commands.plan import PlanArgs
 from fledge.commands.train import TrainArgs, parse_args
 from fledge.errors import UserError
-from fledge.train.arguments import TrainSettings
+from fledge.target.linear import multiplies_bf16
+from fledge.train.arguments import TrainerArguments, TrainSettings
 
 
 def parse(*words: str) -> TrainSettings:
@@ -26,7 +27,11 @@ def test_angelslim_command_line(tmp_path):
     assert (args.inputs.target, args.inputs.data) == ("T", ("a.jsonl",))
     assert (args.inputs.model_max_length, args.inputs.chat_template_type, args.inputs.num_proc) == (2048, "qwen3", 4)
     assert (args.trainer.num_train_epochs, args.trainer.save_steps, args.trainer.run_name) == (20, 20, "r")
-    assert args.trainer.warmup_steps == 0.1 and args.trainer.bf16 and args.trainer.learning_rate == 1e-4
+    assert (
+        args.trainer.warmup_steps == 0.1
+        and args.trainer.bf16 == multiplies_bf16()
+        and args.trainer.learning_rate == 1e-4
+    )
 
 
 def test_dashes_and_underscores_are_the_same(tmp_path):
@@ -141,3 +146,11 @@ def test_resolved_config_repeats_the_run(tmp_path):
     recipe.write_text(yaml.safe_dump({k: v for k, v in own.items() if v not in (None, ())}))
     again = parse("--config", str(recipe), "--output_dir", str(tmp_path))
     assert (again.draft, again.inputs) == (first.draft, first.inputs)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_bf16_where_the_processor_has_it(able, monkeypatch, tmp_path, capsys):
+    """Without AVX-512 a training step in bf16 took minutes, in fp32 seconds."""
+    monkeypatch.setattr("fledge.train.arguments.multiplies_bf16", lambda: able)
+    assert TrainerArguments(output_dir=str(tmp_path), use_cpu=True).bf16 == able
+    assert ("training in fp32" in capsys.readouterr().err) == (not able)

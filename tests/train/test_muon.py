@@ -7,8 +7,10 @@ import torch
 from tiny_trainer import losses, make_trainer, samples
 from torch import nn
 from torch.optim import AdamW, Muon
+from torch.optim import _muon as torch_muon
 
 from fledge.errors import UserError
+from fledge.train import muon
 from fledge.train.muon import MuonWithAuxiliary, split_parameters
 
 
@@ -36,7 +38,8 @@ def take_steps(model: Small, optimizers: list, num: int, *, first: int = 0) -> N
             optimizer.zero_grad()
 
 
-def test_matrices_by_muon_and_the_rest_beside():
+def test_matrices_by_muon_and_the_rest_beside(monkeypatch):
+    monkeypatch.setattr(muon, "multiplies_bf16", lambda: True)  # else ours iterates in fp32
     model, twin = Small(), Small()
     assert [len(part) for part in split_parameters(model)] == [1, 3]
     take_steps(model, [both(model)], 4)
@@ -91,3 +94,24 @@ def test_the_flag_is_obeyed(tmp_path, monkeypatch):
     sharded.args.matrix_optim = "auto"  # type: ignore[attr-defined]  # the arguments are ours
     sharded.optimizer = None
     assert not isinstance(sharded.create_optimizer(), MuonWithAuxiliary)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+def test_in_fp32_where_the_processor_has_no_bf16(shape, monkeypatch):
+    """PyTorch's own iteration to what bf16 rounds away; afterwards PyTorch's is in place again."""
+    theirs, grad = (
+        torch_muon._zeropower_via_newtonschulz,
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)),
+    )
+    given = (grad, (3.4445, -4.775, 2.0315), 5, 1e-7)
+    torch.testing.assert_close(muon.orthogonalised(*given), theirs(*given).float(), rtol=0.05, atol=0.02)
+    used: list[torch.Tensor] = []
+    ours = muon.orthogonalised
+    monkeypatch.setattr(muon, "orthogonalised", lambda *given: used.append(given[0]) or ours(*given))
+    for able in (True, False):
+        monkeypatch.setattr(muon, "multiplies_bf16", lambda able=able: able)
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        weight.grad = grad.clone()
+        MuonWithAuxiliary([weight], [torch.nn.Parameter(torch.zeros(2))], AdamW, lr=0.1, weight_decay=0.0).step()
+        assert len(used) == (not able) and weight.abs().max() > 0
+        assert torch_muon._zeropower_via_newtonschulz is theirs
