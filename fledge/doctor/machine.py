@@ -98,10 +98,12 @@ def version_of(package: str) -> str | None:
 def torch_works() -> Found:
     import torch
 
+    from fledge.target.linear import multiplies_bf16
+
     assert torch.equal(torch.ones(2, 3) @ torch.ones(3, 1), torch.full((2, 1), 3.0)), "a product is wrong"
     cuda, hip = torch.version.cuda, torch.version.hip
     build = f"CUDA {cuda}" if cuda else f"ROCm {hip}" if hip else "CPU"
-    cpu = torch.backends.cpu.get_cpu_capability()
+    cpu = torch.backends.cpu.get_cpu_capability() + ("" if multiplies_bf16() else ", training on it is in fp32")
     return Found("ok", "torch", f"{torch.__version__} ({build} build), {torch.get_num_threads()} threads, {cpu}")
 
 
