@@ -139,10 +139,10 @@ def needed_template(target: str) -> str | None:
     vision = load_vision(target)
     tokenizer = vision.tokenizer if vision else load_tokenizer(target)
     try:
-        own_template(tokenizer, vision)
+        own = own_template(tokenizer, vision)
     except UserError:
-        return fitting_template(tokenizer)
-    return None
+        own = ""
+    return None if own else fitting_template(tokenizer)
 
 
 def same_bits() -> tuple[str, ...]:

@@ -7,6 +7,7 @@
 
 #include "vectors.h"
 
+#include <limits.h>
 #include <stdlib.h>
 
 #if LANES == 16 /* 32 registers: sums, their weights and one input */
@@ -24,8 +25,9 @@
 #define UNROLLED _Pragma("GCC unroll 16")
 #endif
 
-/* Inputs as they are multiplied. Without an instruction for bf16 they are numbers of fp32: to widen them once is less
-   work than with every weight. The room for that stays with its thread. */
+/* Inputs as they are multiplied, of so many rows at once. Without an instruction for bf16 they are numbers of fp32: to
+   widen them once is less work than with every weight. The room for that stays with its thread. */
+#define AT_ONCE_f32 LONG_MAX
 typedef f32 input_f32;
 static const input_f32 *ready_f32(const f32 *in, long *stride, long rows, long inputs) {
     (void)stride, (void)rows, (void)inputs;
@@ -33,12 +35,14 @@ static const input_f32 *ready_f32(const f32 *in, long *stride, long rows, long i
 }
 
 #ifdef __AVX512BF16__
+#define AT_ONCE_bf16 LONG_MAX
 typedef bf16 input_bf16;
 static const input_bf16 *ready_bf16(const bf16 *in, long *stride, long rows, long inputs) {
     (void)stride, (void)rows, (void)inputs;
     return in;
 }
 #else
+#define AT_ONCE_bf16 96
 typedef f32 input_bf16;
 static const input_bf16 *ready_bf16(const bf16 *in, long *stride, long rows, long inputs) {
     static _Thread_local float *room;
@@ -106,13 +110,15 @@ static inline vector added_bf16(vector sum, wide weights, const input_bf16 *in) 
     }                                                                                                                 \
     void multiply_part_##T(const T *in, long stride, const T *weight, const T *bias, T *out, long rows, long inputs,  \
                            long outputs, long part, long parts) {                                                     \
+        for (; rows > AT_ONCE_##T; rows -= AT_ONCE_##T, in += AT_ONCE_##T * stride, out += AT_ONCE_##T * outputs)     \
+            multiply_part_##T(in, stride, weight, bias, out, AT_ONCE_##T, inputs, outputs, part, parts);              \
         long pieces = (rows + MOST_LINES - 1) / MOST_LINES, most = BLOCKS(T, rows / pieces);                          \
         long blocks = outputs / LANES, end = blocks * (part + 1) / parts;                                             \
         const input_##T *ready = ready_##T(in, &stride, rows, inputs);                                                \
         for (long first = blocks * part / parts; first < end; first += most)                                          \
             for (long piece = 0; piece < pieces; piece++) {                                                           \
                 long row = rows * piece / pieces, to = rows * (piece + 1) / pieces, place = first * LANES;            \
-                struct tile_##T of = {ready + row * stride, weight + place * inputs, bias ? bias + place : 0,            \
+                struct tile_##T of = {ready + row * stride, weight + place * inputs, bias ? bias + place : 0,         \
                                       out + row * outputs + place, stride, inputs, outputs};                          \
                 tiles_##T(of, to - row, end - first < most ? end - first : most);                                     \
             }                                                                                                         \

@@ -136,6 +136,7 @@ def test_the_loop_is_the_product_for_every_number_of_rows(monkeypatch, dtype, ou
         assert (whole.double() - exact).abs().max() <= tolerance
         for rows in range(1, 46):
             assert torch.equal(native.multiply(inputs[-rows:], packed, bias), whole[-rows:]), rows
+        assert torch.equal(native.multiply(inputs.repeat(5, 1), packed, bias), whole.repeat(5, 1))  # not all at once
     finally:
         torch.set_num_threads(before)
 
