@@ -317,6 +317,15 @@ def write_file(path: Path, content: bytes | str, tag: str = "") -> None:
         file.write(content)
 
 
+def in_full(value: Any) -> Any:
+    """Names of files that are there, as absolute paths: one folder may be named from two places. Lists, each entry."""
+    if isinstance(value, list | tuple):
+        return [in_full(entry) for entry in value]
+    if isinstance(value, str) and value and os.path.exists(path := os.path.expanduser(value)):
+        return os.path.realpath(path)
+    return value
+
+
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

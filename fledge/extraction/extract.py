@@ -125,7 +125,7 @@ def fill(
             say(f"extracting {sum(s.tokens for s in todo)} tokens in {len(todo)} shards{done}")
         with _shown(ranks, total, total - left) as bar:
             for shard in todo:
-                buffer = ShardBuffer(shard, identity, pinned=pinned)
+                buffer = ShardBuffer(shard, writer.identity, pinned=pinned)
                 for record in producer.records(samples.ahead([planned.id for planned in shard.samples])):
                     buffer.put(record)
                     bar.advance(len(record))

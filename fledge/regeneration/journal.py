@@ -32,7 +32,7 @@ import msgspec
 from fledge.console import warn
 from fledge.data.sealed import JournalManifest, Sealed, check_file, read_sealed, shard_name
 from fledge.errors import UserError, naming
-from fledge.outputs import Output, claim, write_file, write_json, writing
+from fledge.outputs import Output, claim, in_full, write_file, write_json, writing
 from fledge.parsing import parse_json, read_json
 from fledge.redaction import redact, redacted
 
@@ -205,7 +205,7 @@ class Journal:
         different = [
             f"{name} was {then.get(name)!r}, now {self.settings.get(name)!r}"
             for name in sorted({*then, *self.settings})
-            if then.get(name) != self.settings.get(name)
+            if in_full(then.get(name)) != in_full(self.settings.get(name))
         ]
         if different:
             raise UserError(

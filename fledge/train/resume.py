@@ -14,7 +14,20 @@ import msgspec
 from fledge.console import warn
 from fledge.drafters.head_files import WEIGHTS
 from fledge.errors import UserError
-from fledge.outputs import MARKER, Claim, Output, check, claim, delete, document_has, is_own, mark, owner, write_json
+from fledge.outputs import (
+    MARKER,
+    Claim,
+    Output,
+    check,
+    claim,
+    delete,
+    document_has,
+    in_full,
+    is_own,
+    mark,
+    owner,
+    write_json,
+)
 from fledge.parsing import read_json, read_python_json
 from fledge.ranges import Natural
 from fledge.redaction import redacted
@@ -162,7 +175,7 @@ def check_same_run(output_dir: Path, resolved: dict[str, Any], resuming: bool) -
         plain = json.loads(json.dumps(redacted(resolved), default=str))
         for key, value in plain.items():
             derived = key in DERIVED and before.get(key) in (None, [], "auto")
-            if key not in FREE and key in before and before[key] != value and not derived:
+            if key not in FREE and key in before and in_full(before[key]) != in_full(value) and not derived:
                 raise UserError(
                     f"{output_dir}: the run there has {key}={before[key]!r}, this one {value!r}. Continue with its "
                     f"settings, choose another --output_dir, or delete that run with --resume_from_checkpoint False "

@@ -53,6 +53,19 @@ def test_a_shard_appears_only_when_it_is_full(tmp_path):
     assert not manifest["complete"] and manifest["counts"]["rows"] == 3
 
 
+def test_a_second_start_from_another_folder(tmp_path, monkeypatch):
+    """The target's path is relative this time; it was refused as another run."""
+    for name in ("target", "other"):
+        (tmp_path / name).mkdir()
+    with journal(tmp_path / "out", model=str(tmp_path / "target")) as out:
+        out.add(0, row(0))
+    monkeypatch.chdir(tmp_path)
+    with journal(tmp_path / "out", model="target") as out:
+        assert out.is_done(0)
+    with pytest.raises(UserError, match="model was .*target', now 'other'"), journal(tmp_path / "out", model="other"):
+        pass
+
+
 def test_a_second_start_knows_what_is_done(tmp_path):
     with journal(tmp_path) as out:
         for index in (0, 1, 2, 3, 5):

@@ -91,6 +91,17 @@ def test_more_data_is_appended(opened, extract_args, tmp_path):
     assert torch.equal(stored.counts(), stored.counts(range(len(stored) - 1)) + stored.counts([len(stored) - 1]))
 
 
+def test_more_data_is_appended_from_another_folder(store, saved_target, extract_args, tmp_path, monkeypatch):
+    """The target's path is relative this time; it was refused as another target."""
+    folder = tmp_path / "grown"
+    extract(extract_args(folder, max_samples=9))
+    monkeypatch.chdir(saved_target.parent)
+    extract(extract_args(folder, target=saved_target.name))
+    stored = HiddenStore(folder)
+    stored.verify()
+    assert stored.ids == HiddenStore(store).ids and stored.manifest.complete
+
+
 def test_same_id_with_other_tokens_is_refused(store, extract_args, tmp_path):
     folder = shutil.copytree(store, tmp_path / "copy")
     other = write_conversations(tmp_path / "other.jsonl", 24, seed=9)

@@ -119,6 +119,17 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     assert json.loads((tmp_path / "train_config.json").read_text())["learning_rate"] == 1e-3
 
 
+def test_a_run_is_the_same_from_another_folder(tmp_path, monkeypatch):
+    """A rerun of the same command with a relative path was refused as another run."""
+    for name in ("answers", "others"):
+        (tmp_path / name).mkdir()
+    check_same_run(tmp_path, {"data": [str(tmp_path / "answers")]}, resuming=False)
+    monkeypatch.chdir(tmp_path)
+    check_same_run(tmp_path, {"data": ["answers"]}, resuming=True)
+    with pytest.raises(UserError, match=r"data=\['answers'\], this one \['others'\]"):
+        check_same_run(tmp_path, {"data": ["others"]}, resuming=True)
+
+
 def test_a_finished_run_takes_no_more_steps(tmp_path):
     """The Trainer by itself would take one more step at every further start."""
     saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from fledge.errors import UserError
+from fledge.outputs import in_full
 from fledge.parsing import convert, read_python_json
 from fledge.ranges import Count, Natural
 
@@ -61,7 +62,7 @@ class Identity:
         found = []
         for field in dataclasses.fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine != theirs and field.name not in ignore:
+            if field.name not in ignore and in_full(mine) != in_full(theirs):
                 found.append(f"{field.name} {_short(mine)}, not {_short(theirs)}")
         return found
 

@@ -167,12 +167,13 @@ class StoreWriter:
     def _check_identity(self) -> None:
         if not (self.folder / MANIFEST).is_file():
             return
-        differ = read_manifest(self.folder).identity.differences(self.identity)
-        if differ:
+        before = read_manifest(self.folder).identity
+        if differ := before.differences(self.identity):
             raise UserError(
                 f"{self.folder}: holds states made with {'; '.join(differ)}. Repeat those settings to continue it, or "
                 f"choose another --output-dir."
             )
+        self.identity = before  # the target may be named from another place
 
     def _begin(self) -> None:
         strangers = [path.name for path in self.folder.glob("shard-*.safetensors")]
