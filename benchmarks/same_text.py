@@ -2,11 +2,11 @@
 
     python benchmarks/same_text.py MODEL HEAD QUESTIONS --log FILE [--per-set 25] [--no-exact] [--dtype bfloat16]
 
-QUESTIONS is a folder of question sets (SET/question.jsonl, EAGLE's format). The sets take turns, and an answered
-question is a line of FILE: run again, the answered ones are skipped. Answers of four questions at once are compared
-with those of each alone. --no-exact leaves the order of sums to the library. Says for every way to decode how many
-answers are plain decoding's, and its seconds beside plain decoding's. The seconds are the process's own: with
---threads 1 they hold on a machine that others use.
+QUESTIONS is a folder of question sets (SET/question.jsonl, EAGLE's format). The sets take turns, and an answer is a
+line of FILE: run again, the questions there are skipped. A question of two turns has two answers, the second behind
+plain decoding's first. Answers of four questions at once are compared with those of each alone. --no-exact leaves the
+order of sums to the library. Says for every way to decode how many answers are plain decoding's, and its seconds beside
+plain decoding's. The seconds are the process's own: with --threads 1 they hold on a machine that others use.
 """
 
 import argparse
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("questions", type=Path)
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--per-set", type=int, default=25)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="SHAPE")
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
@@ -52,7 +53,7 @@ def main() -> None:
     with options.log.open("a") as log:
         for group in groups(options.questions, options.per_set):
             if group[0][0] not in {row["question"] for row in rows}:
-                for row in compared(target, head, group, options.new_tokens):
+                for row in answers(target, head, group, options.shapes, options.new_tokens):
                     rows.append(row)
                     log.write(json.dumps(row) + "\n")
                 log.flush()
@@ -60,8 +61,8 @@ def main() -> None:
     report(rows)
 
 
-def groups(folder: Path, per_set: int) -> Iterator[list[tuple[str, str]]]:
-    """Names and texts of a batch's questions, the sets in turn."""
+def groups(folder: Path, per_set: int) -> Iterator[list[tuple[str, list[str]]]]:
+    """Names and turns of a batch's questions, the sets in turn."""
     sets = {
         path.parent.name: path.read_text().splitlines()[:per_set] for path in sorted(folder.glob("*/question.jsonl"))
     }
@@ -69,18 +70,36 @@ def groups(folder: Path, per_set: int) -> Iterator[list[tuple[str, str]]]:
         for name, lines in sets.items():
             chosen = [json.loads(line) for line in lines[start : start + BATCH]]
             if chosen:
-                yield [(f"{name} {row['question_id']}", row["turns"][0]) for row in chosen]
+                yield [(f"{name} {row['question_id']}", row["turns"]) for row in chosen]
 
 
-def compared(target: Target, head, group: list[tuple[str, str]], new_tokens: int) -> Iterator[dict]:
-    """A row for each question: whether each way gave plain decoding's tokens, and its seconds."""
-    prompts = [
-        target.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)[
-            "input_ids"
+def answers(
+    target: Target, head, group: list[tuple[str, list[str]]], shapes: list[str], new_tokens: int
+) -> Iterator[dict]:
+    """The rows of a group's first turns, then of its second ones."""
+    chats: dict[str, list[dict[str, str]]] = {name: [] for name, _ in group}
+    for turn in range(max(len(turns) for _, turns in group)):
+        asked = {name: turns[turn] for name, turns in group if turn < len(turns)}
+        for name, text in asked.items():
+            chats[name].append({"role": "user", "content": text})
+        prompts = [
+            target.tokenizer.apply_chat_template(chats[name], add_generation_prompt=True)["input_ids"] for name in asked
         ]
-        for _, text in group
-    ]
-    rows = [{"question": name, "same": {}, "seconds": {}} for name, _ in group]
+        names = [f"{name}, turn {turn + 1}" if turn else name for name in asked]
+        rows, plain = compared(target, head, names, prompts, shapes, new_tokens)
+        yield from rows
+        for name, ids in zip(asked, plain, strict=True):
+            text = target.tokenizer.decode(ids, skip_special_tokens=True)
+            chats[name].append({"role": "assistant", "content": text})
+
+
+def compared(
+    target: Target, head, names: list[str], prompts: list[list[int]], shapes: list[str], new_tokens: int
+) -> tuple[list[dict], list[list[int]]]:
+    """A row for each prompt: whether each way gave plain decoding's tokens, and its seconds. And plain decoding's
+    greedy answers."""
+    rows = [{"question": name, "same": {}, "seconds": {}} for name in names]
+    greedy = []
     for law_name, law in LAWS.items():
         plain = []
         for row, prompt in zip(rows, prompts, strict=True):
@@ -88,12 +107,13 @@ def compared(target: Target, head, group: list[tuple[str, str]], new_tokens: int
                 generate, target, None, prompt, max_new_tokens=new_tokens, sampling=law
             )
             plain.append(answer.token_ids)
-            for name, shape in SHAPES.items():
+            for name in shapes:
                 way = f"{law_name}, {name}"
                 found, row["seconds"][way] = timed(
-                    generate, target, head, prompt, max_new_tokens=new_tokens, sampling=law, tree=shape
+                    generate, target, head, prompt, max_new_tokens=new_tokens, sampling=law, tree=SHAPES[name]
                 )
                 row["same"][way] = found.token_ids == plain[-1]
+        greedy = greedy or plain
         if law.seed is not None:  # the i-th prompt of a batch draws with the seed plus i
             plain = [
                 generate(
@@ -109,7 +129,7 @@ def compared(target: Target, head, group: list[tuple[str, str]], new_tokens: int
             way = f"{law_name}, {name}, {BATCH} at once"
             for row, found, expected in zip(rows, together, plain, strict=True):
                 row["same"][way], row["seconds"][way] = found.token_ids == expected, seconds / len(rows)
-    yield from rows
+    return rows, greedy
 
 
 def timed(function, *args, **options):
@@ -120,11 +140,12 @@ def timed(function, *args, **options):
 
 
 def report(rows: list[dict]) -> None:
-    for way in rows[0]["seconds"]:
-        seconds = sum(row["seconds"][way] for row in rows)
-        plain_s = sum(row["seconds"][f"{way.split(',')[0]}, plain"] for row in rows)
-        same = f"{sum(row['same'][way] for row in rows)} of {len(rows)}" if way in rows[0]["same"] else ""
-        print(f"{way:28} {same:12} {plain_s / seconds:.2f} x plain ({seconds / len(rows):.2f} s per answer)")
+    for way in dict.fromkeys(way for row in rows for way in row["seconds"]):
+        its = [row for row in rows if way in row["seconds"]]  # of other --shapes, some rows do not have it
+        seconds = sum(row["seconds"][way] for row in its)
+        plain_s = sum(row["seconds"][f"{way.split(',')[0]}, plain"] for row in its)
+        same = f"{sum(row['same'][way] for row in its)} of {len(its)}" if way in its[0]["same"] else ""
+        print(f"{way:28} {same:12} {plain_s / seconds:.2f} x plain ({seconds / len(its):.2f} s per answer)")
     print(flush=True)
 
 
