@@ -12,9 +12,11 @@ from types import ModuleType
 
 import fledge
 from fledge.console import console, show_error
+from fledge.cores import wait_asleep_beside_others
 from fledge.errors import UserError, explained, nearest
 
 INTERRUPTED = 130  # exit status, as shells have it
+COMPUTING = {"regenerate", "decode", "chat", "bench", "extract", "train", "inspect", "quickstart"}  # here, with a model
 
 # Whose own exception types speak of files, templates and the network. Errors are named where a file is read; this is
 # the last net for what a library reads behind our back.
@@ -110,6 +112,8 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         if (asked := asks_for_help(argv)) is not None:
             show(help_text(name, module, everything=asked == "--help-all"))
             return 0
+        if name in COMPUTING:
+            wait_asleep_beside_others()
         args_class = getattr(module, command.args)
         parser = getattr(module, "parse_args", parse)  # `train` adds the Trainer's own arguments
         args = parser(args_class, argv, prog=f"fledge {name}", description=sentence(getattr(module, command.run)))

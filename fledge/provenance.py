@@ -75,7 +75,8 @@ def costs_key(*models: Any) -> str:
         digest.update(type(model).__name__.encode())
         for parameter in model.parameters():
             digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
-    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {digest.hexdigest()}"
+    waiting = " that wait asleep" if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" else ""
+    return f"{processor()}, {torch.get_num_threads()} threads{waiting}, torch {torch.__version__}, {digest.hexdigest()}"
 
 
 def collect(config: Any = None) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import pytest
 from filelock import FileLock
 
 # Files of a minute and more. Two processes end together if these come first (`make test` keeps this order).
-LONG = ("test_processes.py", "test_readme.py", "test_scripts.py", "test_store.py", "test_workers.py")
+LONG = ("test_processes.py", "test_output_folders.py", "test_readme.py", "test_scripts.py", "test_store.py",
+        "test_batches.py", "test_sampling_law.py")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,10 +22,8 @@ def folder(tmp_path_factory):
     target = Target.from_pretrained(str(folder / "target"), dtype=torch.float32, device="cpu", tap_layers=(1, 2, 3))
     save_draft(tiny_draft(target), folder / "head", dtype=torch.float32)
     (folder / "bench" / "mt_bench").mkdir(parents=True)
-    rows = [
-        {"question_id": number, "turns": [text]} for number, text in enumerate(("the fox", "a dog", "water", "run"))
-    ]
-    rows[1]["turns"].append("and then?")
+    asked = (["the fox"], ["a dog", "and then?"], ["water"], ["run"])
+    rows = [{"question_id": number, "turns": turns} for number, turns in enumerate(asked)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "bench" / "mt_bench" / "question.jsonl").write_text(lines)
     return folder
