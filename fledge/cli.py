@@ -16,7 +16,6 @@ from fledge.cores import wait_asleep_beside_others
 from fledge.errors import UserError, explained, nearest
 
 INTERRUPTED = 130  # exit status, as shells have it
-COMPUTING = {"regenerate", "decode", "chat", "bench", "extract", "train", "inspect", "quickstart"}  # here, with a model
 
 # Whose own exception types speak of files, templates and the network. Errors are named where a file is read; this is
 # the last net for what a library reads behind our back.
@@ -33,12 +32,16 @@ class Command:
     help: str
     loads_target: bool = True
     """False: its --target is a name only."""
+    computes: bool = True
+    """False: no model runs in this process."""
     kept: str = ""
     """What Ctrl-C leaves, where there is something and the command does not say it itself."""
 
 
 COMMANDS: dict[str, Command] = {
-    "serve": Command("fledge.commands.serve", "ServeArgs", "serve", "start vLLM servers, one per GPU group"),
+    "serve": Command(
+        "fledge.commands.serve", "ServeArgs", "serve", "start vLLM servers, one per GPU group", computes=False
+    ),
     "regenerate": Command(
         "fledge.commands.regenerate",
         "RegenerateArgs",
@@ -50,9 +53,15 @@ COMMANDS: dict[str, Command] = {
     "chat": Command("fledge.commands.chat", "AnswerArgs", "chat", "talk to the target with a draft head"),
     "bench": Command("fledge.commands.bench", "BenchArgs", "bench", "measure plain against speculative decoding"),
     "report": Command(
-        "fledge.commands.report", "ReportArgs", "report", "draw a benchmark report again, or compare several"
+        "fledge.commands.report",
+        "ReportArgs",
+        "report",
+        "draw a benchmark report again, or compare several",
+        computes=False,
     ),
-    "plan": Command("fledge.commands.plan", "PlanArgs", "plan", "what a training run will need: memory, disk, hours"),
+    "plan": Command(
+        "fledge.commands.plan", "PlanArgs", "plan", "what a training run will need: memory, disk, hours", computes=False
+    ),
     "extract": Command(
         "fledge.commands.extract",
         "ExtractArgs",
@@ -67,12 +76,17 @@ COMMANDS: dict[str, Command] = {
         "export_head",
         "write a head as vLLM or SGLang read it",
         loads_target=False,
+        computes=False,
     ),
-    "convert": Command("fledge.commands.convert", "ConvertArgs", "convert_head", "bring another trainer's head here"),
+    "convert": Command(
+        "fledge.commands.convert", "ConvertArgs", "convert_head", "bring another trainer's head here", computes=False
+    ),
     "inspect": Command(
         "fledge.commands.inspect", "InspectArgs", "inspect", "look into data, stored hidden states or a head"
     ),
-    "doctor": Command("fledge.commands.doctor", "DoctorArgs", "doctor", "check this machine: packages, GPU, disk, hub"),
+    "doctor": Command(
+        "fledge.commands.doctor", "DoctorArgs", "doctor", "check this machine: packages, GPU, disk, hub", computes=False
+    ),
     "quickstart": Command(
         "fledge.commands.quickstart",
         "QuickstartArgs",
@@ -112,7 +126,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         if (asked := asks_for_help(argv)) is not None:
             show(help_text(name, module, everything=asked == "--help-all"))
             return 0
-        if name in COMPUTING:
+        if command.computes:
             wait_asleep_beside_others()
         args_class = getattr(module, command.args)
         parser = getattr(module, "parse_args", parse)  # `train` adds the Trainer's own arguments

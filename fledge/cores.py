@@ -15,8 +15,9 @@ from typing import NamedTuple
 from fledge.console import say
 
 CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # any of them: the user has decided
-LOOK_S = 0.15
+LOOK_S, AGAIN_S = 0.15, 0.5  # a short look; a longer one where it sees something, which may be over soon
 BUSY = 0.5  # of a core
+STAT = Path("/proc/stat")
 IDLE = (3, 4)  # columns of /proc/stat: idle, waiting for a disk
 
 
@@ -35,14 +36,14 @@ def wait_asleep_beside_others() -> None:
         return
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     threads = threads_wanted(cores)
-    if threads < 2 or (others := busy_elsewhere(cores)) is None:
+    enough = max(BUSY, len(cores) + BUSY - threads)
+    if threads < 2 or busy_elsewhere(cores, LOOK_S) <= enough or (others := busy_elsewhere(cores, AGAIN_S)) <= enough:
         return
-    if others > BUSY and others + threads > len(cores) + BUSY:
-        os.environ["OMP_WAIT_POLICY"] = "passive"
-        say(
-            f"other programs keep {others:.1f} of {len(cores)} cores busy: threads wait for each other asleep, else "
-            f"they would hold each other up. Slower than on a quiet machine (OMP_WAIT_POLICY=active waits as there)."
-        )
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    say(
+        f"other programs keep {others:.1f} of {len(cores)} cores busy: threads wait for each other asleep, else they "
+        f"would hold each other up. Slower than on a quiet machine (OMP_WAIT_POLICY=active waits as there)."
+    )
 
 
 def threads_wanted(cores: list[int]) -> int:
@@ -53,24 +54,26 @@ def threads_wanted(cores: list[int]) -> int:
     return len({_siblings(core) for core in cores})
 
 
-def busy_elsewhere(cores: list[int], seconds: float = LOOK_S) -> float | None:
-    """How many of these cores others used during so many seconds; None where that cannot be seen."""
+def busy_elsewhere(cores: list[int], seconds: float) -> float:
+    """How many of these cores others use during so many seconds; 0 where that cannot be seen."""
     before = clocks(cores)
+    if before is None:
+        return 0.0
     time.sleep(seconds)
     after = clocks(cores)
-    if before is None or after is None or after.total <= before.total:
-        return None
+    if after is None or after.total <= before.total:
+        return 0.0
     used = (after.total - before.total) - (after.idle - before.idle) - (after.own - before.own)
     return max(0.0, used * len(cores) / (after.total - before.total))
 
 
 def clocks(cores: list[int]) -> Clocks | None:
-    """From /proc/stat, whose figures are ticks of 10 ms or so."""
+    """From /proc/stat, whose figures are ticks of 10 ms or so; None where there is none."""
     try:
-        lines = Path("/proc/stat").read_text().splitlines()
-        tick = os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError):
+        lines = STAT.read_text().splitlines()
+    except OSError:
         return None
+    tick = os.sysconf("SC_CLK_TCK")
     rows = {line.split()[0]: [int(word) for word in line.split()[1:9]] for line in lines if line.startswith("cpu")}
     mine = [rows[f"cpu{core}"] for core in cores if f"cpu{core}" in rows]
     total, idle = sum(map(sum, mine)), sum(row[column] for row in mine for column in IDLE)

@@ -14,6 +14,7 @@ import argparse
 import itertools
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -61,6 +62,8 @@ def played(recording: str, columns: int, until: str | None) -> Text:
     recording = re.sub(r"^Script started on .*?\n|\nScript done on .*$", "", recording)
     if until:
         before, found, after = recording.rpartition(until)
+        if not found:
+            sys.exit(f"--until {until}: not in the recording.")
         recording = before + found + after.split("\r\x1b[2K")[0]
     screen = pyte.Screen(columns, ROWS)
     screen.set_mode(pyte.modes.LNM)  # a plain log has no carriage returns

@@ -42,8 +42,13 @@ KEY_FIELDS = ("dataset", "question_id", "question_sha", "repeat", "side", "concu
 
 def fingerprint(settings: dict[str, Any]) -> str:
     """12 hex digits that change when any setting does."""
-    text = json.dumps(settings, sort_keys=True, default=str)
+    text = json.dumps(without_names(settings), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def without_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, but no name of a model whose files are told apart: one folder has many paths."""
+    return {key: value for key, value in settings.items() if f"{key}_files" not in settings}
 
 
 def code_fingerprint() -> str:
@@ -64,13 +69,15 @@ def measured_files(root: Path) -> list[Path]:
 
 
 def folder_fingerprint(name_or_path: str) -> str:
-    """What a model path stands for now: its name, and for a local folder its model files' sizes and contents.
+    """What a model path stands for now: for a local folder its model files' sizes and contents, else its name.
 
     Files above 256 MB count with size and modification time only: reading a large target twice costs minutes.
     """
     folder = Path(name_or_path)
-    digest = hashlib.sha256(name_or_path.encode())
-    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+    if not folder.is_dir():
+        return hashlib.sha256(name_or_path.encode()).hexdigest()[:12]
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
         if path.suffix not in (".safetensors", ".bin", ".gguf") and path.name not in MODEL_FILES:
             continue
         stat = path.stat()

@@ -27,7 +27,7 @@ from fledge.decoding.tree_profile import profile_path, resolve_tree, write_profi
 from fledge.drafters.registry import read_drafter
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError, refuse_missing_folder
-from fledge.outputs import check, document_has, in_full
+from fledge.outputs import check, document_has
 from fledge.workers import run_jobs
 
 NAMED_ANSWERS = 5  # of those that differ, in the error
@@ -251,9 +251,9 @@ def settings_of(args: BenchSettings, law: Sampling, tree: dict[str, int], placem
     """Everything that may change a measured figure; its fingerprint keeps rows of different settings apart."""
     versions = provenance.versions()
     return {
-        "target": in_full(args.model.target),
+        "target": args.model.target,
         "target_files": folder_fingerprint(args.model.target),
-        "head": in_full(args.model.draft),
+        "head": args.model.draft,
         "head_files": folder_fingerprint(args.model.draft) if args.model.draft else None,
         "mode": args.model.mode,
         "dtype": args.model.dtype,

@@ -16,7 +16,7 @@ import fledge.provenance as provenance
 from fledge.bench.measure import BenchEngine
 from fledge.bench.quality import compare_outputs
 from fledge.bench.questions import Question
-from fledge.bench.rows import KEY_FIELDS, Key, Row, row_key, rows_of
+from fledge.bench.rows import KEY_FIELDS, Key, Row, row_key, rows_of, without_names
 from fledge.console import say, warn
 from fledge.errors import UserError
 from fledge.parsing import read_python_json
@@ -79,7 +79,7 @@ def read_run(path: Path) -> MeasuredRun | None:
 
 def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that plain decoding depends on, as a JSON document holds them."""
-    some = {name: value for name, value in settings.items() if name not in OF_THE_HEAD}
+    some = {name: value for name, value in without_names(settings).items() if name not in OF_THE_HEAD}
     return json.loads(json.dumps(redacted(some), default=str))
 
 

@@ -101,3 +101,18 @@ def test_fingerprints_see_every_setting_and_retrained_heads(tmp_path):
     before = folder_fingerprint(str(head))
     (head / "model.safetensors").write_bytes(b"new")
     assert folder_fingerprint(str(head)) != before
+
+
+def test_a_folder_under_another_path_is_the_same_and_another_folder_is_not(tmp_path, monkeypatch):
+    """A rerun with a relative path measured everything again."""
+    for name in ("head", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(name)
+    monkeypatch.chdir(tmp_path)
+
+    def of(path: str) -> str:
+        return fingerprint({"head": path, "head_files": folder_fingerprint(path)})
+
+    assert of("head") == of(str(tmp_path / "head")) == of("other/../head") != of("other")
+    assert of("org/head") != of("org/other")  # names of the hub
+    assert fingerprint({"head": "head"}) != fingerprint({"head": "other"})  # a server's, whose files are elsewhere

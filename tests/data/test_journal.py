@@ -53,7 +53,7 @@ def test_a_shard_appears_only_when_it_is_full(tmp_path):
     assert not manifest["complete"] and manifest["counts"]["rows"] == 3
 
 
-def test_a_second_start_from_another_folder(tmp_path, monkeypatch):
+def test_a_second_start_under_a_relative_path(tmp_path, monkeypatch):
     """The target's path is relative this time; it was refused as another run."""
     for name in ("target", "other"):
         (tmp_path / name).mkdir()

@@ -91,7 +91,7 @@ def test_more_data_is_appended(opened, extract_args, tmp_path):
     assert torch.equal(stored.counts(), stored.counts(range(len(stored) - 1)) + stored.counts([len(stored) - 1]))
 
 
-def test_more_data_is_appended_from_another_folder(store, saved_target, extract_args, tmp_path, monkeypatch):
+def test_more_data_is_appended_under_a_relative_path(store, saved_target, extract_args, tmp_path, monkeypatch):
     """The target's path is relative this time; it was refused as another target."""
     folder = tmp_path / "grown"
     extract(extract_args(folder, max_samples=9))

@@ -119,7 +119,7 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     assert json.loads((tmp_path / "train_config.json").read_text())["learning_rate"] == 1e-3
 
 
-def test_a_run_is_the_same_from_another_folder(tmp_path, monkeypatch):
+def test_a_run_is_the_same_under_a_relative_path(tmp_path, monkeypatch):
     """A rerun of the same command with a relative path was refused as another run."""
     for name in ("answers", "others"):
         (tmp_path / name).mkdir()
