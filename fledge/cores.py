@@ -2,8 +2,9 @@
 
 OpenMP's threads wait for each other awake, which is quickest where each has a core. Where another program uses one of
 the cores, the thread there spends its share of the time on waiting, and at the next barrier all wait until it has its
-turn again. SmolLM2 in bf16 on two cores of an AMD EPYC (Zen 3), plain tokens per second: 47 with nothing else running;
-1 with one core used by another process, and 28 there if threads wait asleep. With nothing else running that gives 27.
+turn again. SmolLM2 in bf16 on two cores of an AMD EPYC (Zen 3), plain tokens per second: 45 with nothing else running,
+12 to 17 beside an endless loop, 1 beside another process that decodes with one thread. With threads that wait asleep 24
+to 33 and 20 to 30; with nothing else running these give 15 to 30, so it is not the default (dev/log has the table).
 """
 
 import os
