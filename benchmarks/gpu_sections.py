@@ -7,10 +7,13 @@ for one H100 and Qwen3-8B shapes; a rehearsal prints them all the same.
 
 import argparse
 import copy
+import functools
 import itertools
 import statistics
 import sys
 import tempfile
+import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,6 +35,7 @@ from fledge.target.model import Target
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 NAMES = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3", "gpt_oss", "hunyuan_v1_dense")
 TREES = {"60/5/10": TreeShape(60, 5, 10), "16/3/4": TreeShape(16, 3, 4), "6/4/1": TreeShape(6, 4, 1)}
+KERNELS = 40  # shown of a profile
 TAU = 3.5  # of a trained head, for tokens per second from the time of a round
 
 
@@ -160,6 +164,56 @@ def device(bench: Bench) -> dict[str, Any]:
     return found
 
 
+@section(90)
+def commands(bench: Bench) -> dict[str, Any]:
+    """A user's commands on the device, with a tiny target: extract, train, bench, regenerate, decode."""
+    tiny_module()
+    from saved_target import save_target, write_conversations
+
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        target, data = save_target(work / "target", "qwen3"), write_conversations(work / "data.jsonl", 40)
+        both = ["--target", target, "--num-gpus-total", "1"] if bench.on_gpu else ["--target", target]
+        train = ["train", "--target", target, "--max-steps", "3"]
+        bench_ = ["bench", *both, "--bench-name", "quick", "--question-end", "2", "--max-new-tokens", "24"]
+        online = {kind: [*train, "--data", data, "--draft-type", kind, "--output-dir", work / kind]
+                  for kind in ("eagle3.1", "dflash", "dspark")}  # fmt: skip
+        words: dict[str, list[Any]] = {
+            "extract": ["extract", "--target", target, "--data", data, "--output-dir", work / "states"],
+            "train --states": [*train, "--states", work / "states", "--output-dir", work / "eagle3"],
+            **{f"train {kind}": given for kind, given in online.items()},
+            "bench": [*bench_, "--draft", work / "eagle3", "--output-dir", work / "b1"],
+            "bench, T 1": [*bench_, "--draft", work / "eagle3.1", "--temperature", "1", "--output-dir", work / "b2"],
+            "bench dflash": [*bench_, "--draft", work / "dflash", "--output-dir", work / "b3"],
+            "bench dspark": [*bench_, "--draft", work / "dspark", "--output-dir", work / "b4"],
+            "bench lookup": [*bench_, "--draft", "lookup", "--output-dir", work / "b5"],
+            "regenerate": ["regenerate", "--engine", "transformers", "--target", target, "--data", data, "--output-dir", work / "answers",
+                           "--max-new-tokens", "16"],
+            "decode": ["decode", "--target", target, "--draft", work / "eagle3", "--prompt", "the quick",
+                       "--max-new-tokens", "16"],
+        }  # fmt: skip
+        found = {name: how_it_ended([str(word) for word in given]) for name, given in words.items()}
+    failed = {name: end for name, end in found.items() if isinstance(end, str)}
+    assert not failed, f"{failed}"
+    return found
+
+
+def how_it_ended(words: list[str]) -> float | str:
+    """Seconds of a command, or what stopped it."""
+    from fledge.cli import main as fledge
+
+    begin = time.monotonic()
+    try:
+        fledge(words)
+    except SystemExit as end:
+        if end.code:
+            return f"ended with {end.code}"
+    except Exception as error:
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}"[:200]
+    return round(time.monotonic() - begin, 1)
+
+
 @section(60)
 def captured(bench: Bench) -> dict[str, Any]:
     """Captured rounds beside eager ones, token for token, for eight architectures; a seed repeats its text."""
@@ -262,9 +316,12 @@ def rounds(bench: Bench, drafter: DraftModel | None, tree: TreeShape, batch: int
         part: 1e3 * statistics.median(one.phases_s[part] / one.num_forwards for one in made)
         for part in ("draft", "verify", "accept", "other")
     }
+    whole = 1e3 * statistics.median(one.decode_s / one.num_forwards for one in made)
     reason = refusal(target)
-    assert not reason, f"rounds are not captured: {reason}"
-    return parts | {"round": 1e3 * statistics.median(one.decode_s / one.num_forwards for one in made)}
+    return parts | {
+        "round": whole, "forwards": sum(one.num_forwards for one in made) * (1 + 1 / len(made)),
+        **({"not captured": reason} if reason else {}),
+    }  # fmt: skip
 
 
 @section(45)
@@ -297,6 +354,78 @@ def tree_rounds(bench: Bench) -> dict[str, Any]:
             peer="SGLang, EAGLE-3 chain, MT-bench, 8B on an H100: 379",
         )  # fmt: skip
     return found
+
+
+@section(40)
+def profile(bench: Bench) -> dict[str, Any]:
+    """Microseconds of a round by kernel, and launches: plain decoding and the largest tree."""
+    _, draft = bench.pair()
+    cases = {"plain": (None, TreeShape()), "60/5/10": (draft, TREES["60/5/10"])}
+    return {
+        name: kernels(bench, functools.partial(rounds, bench, *case), per="forwards") for name, case in cases.items()
+    }
+
+
+def kernels(bench: Bench, call: Callable[[], Any], per: str = "") -> dict[str, Any]:
+    """The device's kernels of a call by name: [microseconds, launches], the slowest first. `per` forwards of a model,
+    or the whole call."""
+    call()
+    bench.wait()
+    activity = torch.profiler.ProfilerActivity.CUDA if bench.on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as trace:
+        made = call()
+        bench.wait()
+    number = made[per] if per else 1
+    found: dict[str, list[float]] = {}
+    for event in trace.key_averages():
+        us = event.self_device_time_total if bench.on_gpu else event.self_cpu_time_total
+        found[event.key[:110]] = [round(us / number, 2), round(event.count / number, 2)]
+    ranked = dict(sorted(found.items(), key=lambda one: -one[1][0])[:KERNELS])
+    return {
+        "us": round(sum(us for us, _ in found.values()), 1),
+        "launches": sum(n for _, n in found.values()),
+        "kernels": ranked,
+    }
+
+
+@section(30)
+def products(bench: Bench) -> dict[str, Any]:
+    """Products of few rows in a graph, matrices apart and together: microseconds a layer; and an empty kernel's."""
+    apart = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096), "gate": (12288, 4096),
+             "up": (12288, 4096), "down": (4096, 12288)}  # fmt: skip
+    together = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
+    layers, found = 2 if bench.small else 6, {}
+    for name, shapes in {"apart": apart, "together": together, "head": {"head": (151936, 4096)}}.items():
+        shapes = (
+            {key: (rows // 64, columns // 64) for key, (rows, columns) in shapes.items()} if bench.small else shapes
+        )
+        kept = [
+            [torch.randn(*shape, device=bench.device, dtype=torch.bfloat16) for shape in shapes.values()]
+            for _ in range(1 if name == "head" else layers)
+        ]
+        least = 1e6 * sum(one.nbytes for one in kept[0]) / bench.bytes_per_s
+        for rows in (1, 2, 4, 8, 16, 32, 60, 64, 128):
+            inputs = {size: torch.randn(rows, size, device=bench.device, dtype=torch.bfloat16)
+                      for size in {one.shape[1] for one in kept[0]}}  # fmt: skip
+            us = 1e3 * graph_ms(bench, lambda kept=kept, inputs=inputs: [
+                F.linear(inputs[one.shape[1]], one) for layer in kept for one in layer
+            ]) / len(kept)  # fmt: skip
+            found[f"{name}, {rows}"] = {"us": round(us, 1), "ceiling": round(least, 1), "share": round(least / us, 3)}
+    small = torch.zeros(4096, device=bench.device)
+    found["empty kernel"] = {"us": graph_ms(bench, lambda: [small.add_(1) for _ in range(1000)])}
+    return found
+
+
+def graph_ms(bench: Bench, call: Callable[[], Any]) -> float:
+    """Milliseconds of a call that is captured and replayed."""
+    if not bench.on_gpu:
+        return bench.ms(call)
+    call()
+    bench.wait()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return bench.ms(graph.replay)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -356,6 +485,18 @@ def train_2048_depths(bench: Bench) -> dict[str, Any]:
 def train_turns(bench: Bench) -> dict[str, Any]:
     """A training step of four documents of 2048 tokens in six turns, depths at random."""
     return training(bench, "fledge-depths", [2048] * 4, turns=6, goal=110)
+
+
+@section(60)
+def train_profile(bench: Bench) -> dict[str, Any]:
+    """Microseconds of a training step by kernel: all steps of all rows, and four documents at random depths."""
+    bench.drop_pair()
+    found, cases = {}, {"2048": ("fledge", [2048], 1), "turns": ("fledge-depths", [2048] * 4, 6)}
+    for name, (trainer, lengths, turns) in cases.items():
+        lengths = [length // 32 for length in lengths] if bench.small else lengths
+        args = train_args(trainer, "tiny" if bench.small else "qwen3-8b", bench.device)
+        found[name] = kernels(bench, train_step_worker.fledge(args, documents(lengths, turns, args)))
+    return found
 
 
 @section(90)

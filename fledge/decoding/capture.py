@@ -7,8 +7,10 @@ either, they are functions of seeds and positions.
 
 import functools
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,12 +78,18 @@ class Captured:
                         self._pool = graph.pool()
                         graphs[name] = graph
         except RuntimeError as error:  # an operation of this model that waits for the device
-            self.refused = str(error).strip().splitlines()[0]
+            self.refused = f"{str(error).strip().splitlines()[0]} at {place_of(error)}"
             warn(f"{self._name}: not captured ({self.refused}); rounds run launch by launch.")
         finally:
             torch.cuda.current_stream().wait_stream(stream)
         if not self.refused:
             self._graphs[bucket] = graphs
+
+
+def place_of(error: BaseException) -> str:
+    """File and line that raised it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(last.filename).name}:{last.lineno}"
 
 
 @functools.cache
