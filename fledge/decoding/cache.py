@@ -69,6 +69,7 @@ class TargetCache(Cache):
         self._write: dict[tuple[int, int], Tensor] = {}
         self._read: dict[tuple[int, int], Tensor] = {}
         self._rows: dict[int, Tensor] | None = None  # by number of heads: matrix rows to write; None: `_write`
+        self._positions: Tensor | None = None  # (B, S) of the rows to write, where each sequence has its own
 
     @property
     def num_bytes(self) -> int:
@@ -90,7 +91,7 @@ class TargetCache(Cache):
         """The next forward writes rows start .. start + num_rows - 1 of these slots and reads all up to them."""
         end = start + num_rows
         assert end <= self.capacity, f"{end=} {self.capacity=}"
-        self._rows, self._length = None, start
+        self._rows, self._positions, self._length = None, None, start
         for block, users in zip(self._blocks, self._users, strict=True):
             part = block[:, slots, :, :end]
             self._read.update(zip(users, part.unbind(0), strict=True))
@@ -99,7 +100,7 @@ class TargetCache(Cache):
     def open_rows(self, lengths: Tensor, num_rows: int, num_keys: int) -> None:
         """The next forward writes `num_rows` rows behind the lengths (B,) and reads the first `num_keys` rows."""
         positions = lengths[:, None] + torch.arange(num_rows, device=lengths.device)
-        self._rows, self._length = {}, 0
+        self._rows, self._positions, self._length = {}, positions, 0
         for block, users in zip(self._blocks, self._users, strict=True):
             self._rows.setdefault(block.shape[2], matrix_rows(block.shape[1:], positions))
             self._read.update(zip(users, block[:, : len(lengths), :, :num_keys].unbind(0), strict=True))
@@ -117,6 +118,17 @@ class TargetCache(Cache):
                 rows = self._rows[states.shape[1]]
                 goal.view(-1, goal.shape[-1]).index_copy_(0, rows, states.reshape(-1, states.shape[-1]))
         return self._read[layer_idx, 0], self._read[layer_idx, 1]
+
+    def goal(self, layer: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Where the next forward writes: keys and values (slots, g, R, d) of a layer and the rows (B, S). None: a
+        block, which `update` writes."""
+        if self._positions is None:
+            return None
+        return self._write[layer, 0], self._write[layer, 1], self._positions
+
+    def rows_read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """What `update` returns."""
+        return self._read[layer, 0], self._read[layer, 1]
 
     def compact(self, lengths: Tensor, path: Tensor) -> None:
         """Move the accepted nodes (B, E), counted from the lengths, together. What lies behind them is left over."""

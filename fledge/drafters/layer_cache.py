@@ -51,6 +51,11 @@ class LayerCache:
         for part, states in zip(self._block[layer], (keys, values), strict=True):
             part[: len(rows)].scatter_(2, index, states)
 
+    def block(self, layer: int) -> KeysValues:
+        """All rows of a layer (slots, g, R, d)."""
+        keys, values = self._block[layer]
+        return keys, values
+
     def read(self, layer: int, batch: int, num_keys: int) -> KeysValues:
         """The first rows of a layer (B, g, K, d)."""
         read = self._block[layer, :, :batch, :, :num_keys]

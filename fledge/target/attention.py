@@ -1,12 +1,15 @@
 """Scaled dot-product attention of grouped heads, for the target while it decodes and for drafters.
 
-Knows tensors alone. A mask together with `enable_gqa` has no fused kernel on a GPU, which then repeats keys and values
-and keeps the scores. So there the query heads that share a key head become rows of one head.
+Knows tensors alone. Few rows on a GPU take a kernel that splits the keys (`gpu.py`). A mask together with `enable_gqa`
+has no fused kernel of PyTorch's there, which then repeats keys and values and keeps the scores. So the query heads that
+share a key head become rows of one head.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fledge.target import gpu
 
 # B sequences, h query heads, g key heads, S rows, K keys, d head_dim
 
@@ -19,6 +22,8 @@ def grouped_sdpa(
     they are computed. `packs_rows`: pack on a CPU, too, where that is faster."""
     batch, heads, rows, head_dim = query.shape
     groups = heads // key.shape[1]
+    if not causal and gpu.can_attend(query, key, value, mask):
+        return gpu.attend(query, key, value, mask, head_dim**-0.5 if scale is None else scale).transpose(1, 2)
     if groups == 1 or causal or not (packs_rows or query.is_cuda):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups > 1

@@ -1,29 +1,29 @@
-"""Decoder layers of stock models as two operations and their attention, where a CPU decodes or extracts.
+"""Decoder layers of stock models as two operations and their attention, where fledge decodes or extracts.
 
 Of a step of SmolLM2 (bf16, two cores) the products take 10 ms, and 14 ms went to the beginnings of eight hundred small
-operations and to the Python between them. Here a layer is two calls of `native.c`, with its attention function and the
-cache between them:
+operations and to the Python between them. Here a layer is two calls of `native.c`, or of `gpu.py`'s few kernels, with
+its attention function and the cache between them:
 
     norm | q k v | norm and rope of q, of k;   o | norm | add, norm | gate up | silu or gelu, times | down | norm | add
 
 A layer that may be built like Llama's, Gemma's, Hunyuan's or Granite's has these parts under these names, some of them
 none. Whether it computes what they make together is asked of it: on random states, the stock layer and ours must give
 the cache, the attention function and the next layer the same numbers. What the layer hands to its attention function
-beside them (a window, a soft cap, sinks) is noted then and handed on. Layers whose products are not those of
-`multiply.c`, others and gradients take the stock forward, the slow twin in the tests.
+beside them (a window, a soft cap, sinks) is noted then and handed on. On a CPU, layers whose products are not those of
+`multiply.c`, and everywhere others and gradients take the stock forward, the slow twin in the tests.
 """
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fledge.target import native
+from fledge.target import gpu, native
 from fledge.target.norms import eps_of, rms_norms
 from fledge.target.products import Product, accelerate, is_independent, loop_of
 
@@ -36,7 +36,7 @@ TRIED = ((1, 1), (2, 3))  # B, S
 HEAD_NORMS = ("query_norm", "key_norm")
 SCALE = 0.05  # of the states that are tried: what a layer adds is not lost beside them
 FIRST_POSITION = 1 << 20  # far enough that a factor which grows with the position shows
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest number: rounding
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest number: rounding
 
 
 class NoSuchLayer(Exception):
@@ -75,14 +75,15 @@ class FusedLayer:
         if not 0 < size <= native.MOST_SIZE or size % 2 or (heads + 2 * groups) * size != outputs:
             raise NoSuchLayer
         self.shape = {"hidden": hidden, "heads": heads, "groups": groups, "size": size}
-        self.dtype = qkv.layers[0].weight.dtype
+        self.dtype, self.device = qkv.layers[0].weight.dtype, qkv.layers[0].weight.device
+        self.operations: Any = gpu if gpu.runs_on(self.device) else native
         sizes = {name: size if name in HEAD_NORMS else hidden for name in self.norms}
         weights = [(_weight(norm), sizes[name]) for name, norm in self.norms.items() if norm is not None]
         # what is read by pointers must be as large and of the kind that it is taken for
         if mix.shape != (hidden, heads * size) or any(w.dtype is not self.dtype or len(w) != n for w, n in weights):
             raise NoSuchLayer
         self._kept: list[Tensor] = []
-        self._layer: native.Layer | None = None
+        self._layer: Any = None
         self.constants: dict[str, Any] = {}  # what the attention function is given that the layer is not
         layers = [one for product in self.products.values() for one in product.layers]
         self._bypassed = [attention, *layers, *used, *([mlp, activation] if self.fuses_mlp else [])]
@@ -98,13 +99,19 @@ class FusedLayer:
             return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
         batch, rows, hidden = shape = hidden_states.shape
         states = hidden_states.reshape(-1, hidden).contiguous()
-        query, key, value = native.before_attention(self.facts, states, *self.turns.of(turns, batch, rows), batch, rows)
-        if cache is not None:
-            key, value = cache.update(key, value, self.attention.layer_idx)
+        its_turns, place = self.turns.of(turns, batch, rows), self.attention.layer_idx
+        goal = cache.goal(place) if self.operations is gpu and isinstance(cache, HasGoals) else None
+        if isinstance(cache, HasGoals) and goal is not None:
+            query, *_ = gpu.before_attention(self.facts, states, *its_turns, batch, rows, goal)
+            key, value = cache.rows_read(place)
+        else:
+            query, key, value = self.operations.before_attention(self.facts, states, *its_turns, batch, rows)
+            if cache is not None:
+                key, value = cache.update(key, value, place)
         given = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
         attend = ALL_ATTENTION_FUNCTIONS[self.attention.config._attn_implementation]
         mixed, _ = attend(self.attention, query, key, value, kwargs.get("attention_mask"), **self.constants, **given)
-        out, normed = native.behind_attention(self.facts, states, mixed.reshape(len(states), -1).contiguous())
+        out, normed = self.operations.behind_attention(self.facts, states, mixed.reshape(len(states), -1).contiguous())
         if self.fuses_mlp:
             return out.view(shape)
         return out.view(shape) + self.mlp(normed.view(shape))
@@ -115,7 +122,7 @@ class FusedLayer:
             return False
         cos, sin = turns
         return (
-            states.numel() > 0 and states.is_cpu
+            states.numel() > 0 and states.device == cos.device == self.device
             and cos.dim() == 3 and cos.shape == sin.shape and cos.shape[-1] == self.size
             and states.dtype is cos.dtype is sin.dtype is self.dtype
         )  # fmt: skip
@@ -132,22 +139,21 @@ class FusedLayer:
         return self.__dict__ | {"_layer": None, "_kept": []}  # pointers are not for copies
 
     @property
-    def facts(self) -> native.Layer:
-        """The layer as `native.c` reads it, made anew when it is entered."""
+    def facts(self) -> Any:
+        """The layer as the operations read it, made anew when it is entered."""
         if self._layer is None:
             self._layer = self._facts()
         return self._layer
 
-    def _facts(self) -> native.Layer:
-        self._kept = [_weight(norm) for norm in self.norms.values() if norm is not None]
-        facts = native.Layer(**self.shape, eps=self.eps, one_more=self.one_more)
-        for name, norm in self.norms.items():
-            setattr(facts, name, None if norm is None else _weight(norm).data_ptr())
+    def _facts(self) -> Any:
+        facts = self.operations.Layer(**self.shape, eps=self.eps, one_more=self.one_more)
+        parts = {name: None if norm is None else _weight(norm) for name, norm in self.norms.items()}
         for name, product in self.products.items():
-            weight, bias = product.parts()
-            self._kept += [weight] if bias is None else [weight, bias]
-            setattr(facts, name, weight.data_ptr())
-            setattr(facts, f"{name}_bias", None if bias is None else bias.data_ptr())
+            parts[name], parts[f"{name}_bias"] = product.parts()
+        self._kept = [part for part in parts.values() if part is not None]
+        for name, part in parts.items():
+            given = part if self.operations is gpu or part is None else part.data_ptr()
+            setattr(facts, name, given)
         facts.inner = self.products["down"].layers[0].in_features if self.fuses_mlp else 0
         facts.gelu = self.activation == "gelu"
         facts.turned_first = hasattr(self.attention, "query_layernorm")
@@ -170,10 +176,20 @@ class Turns:
         return last[1]
 
 
+@runtime_checkable
+class HasGoals(Protocol):
+    """A cache that can say where the next rows go."""
+
+    def goal(self, layer: int) -> "gpu.Goal | None": ...
+
+    def rows_read(self, layer: int) -> tuple[Tensor, Tensor]: ...
+
+
 @torch.inference_mode()
 def fused_layers(model: Any, layers: Iterable[Any]) -> list[FusedLayer]:
-    """The decoder layers of a model that can be computed so; none where the operations are not compiled."""
-    if next(model.parameters()).device.type != "cpu" or native.library() is None:
+    """The decoder layers of a model that can be computed so; none where the operations cannot be compiled."""
+    device = next(model.parameters()).device
+    if not gpu.runs_on(device) and (device.type != "cpu" or native.library() is None):
         return []
     if not getattr(model, "_supports_attention_backend", False):
         return []
@@ -239,11 +255,16 @@ def _norms_of(layer: Any, attention: Any) -> dict[str, nn.Module | None]:
     return found | {"mixed_norm": mixed_norm, "mlp_norm": mlp_norm, "out_norm": last}
 
 
-def _together(module: Any, names: Sequence[str], joint: str = "") -> Product | None:
-    """The product by `multiply.c` that these layers are, or the one layer that has them all."""
+def _together(module: Any, names: Sequence[str], joint: str = "") -> "Product | gpu.Joined | None":
+    """The product by `multiply.c` or on a GPU that these layers are, or the one layer that has them all."""
     layers: list[Any] = [getattr(module, name, None) for name in names]
     layers = [getattr(module, joint, None)] if None in layers else layers
-    return None if None in layers else loop_of(*layers)
+    return None if None in layers else together(*layers)
+
+
+def together(*layers: nn.Module) -> "Product | gpu.Joined | None":
+    """The product that these layers are, in this order and no others."""
+    return loop_of(*layers) or gpu.joined_of(*layers)
 
 
 def _activation(function: Any) -> str | None:
@@ -293,7 +314,14 @@ def _trial(one: FusedLayer, batch: int, rows: int) -> tuple[Tensor, dict[str, An
         "use_cache": True,
         next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0]): _Notes(),
     }
-    return states.to(dtype), arguments
+    moved = {name: _moved(value, one.device) for name, value in arguments.items()}
+    return states.to(dtype).to(one.device), moved
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(part, device) for part in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 class _Notes:

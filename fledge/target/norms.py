@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fledge.target import native
+from fledge.target import gpu, native
 
 ROWS = 4  # tried
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of a value, relative: rounding
@@ -20,14 +20,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # 
 
 @torch.no_grad()
 def rms_norms(model: nn.Module) -> dict[nn.Module, bool]:
-    """The modules of a model that are RMS norms, up to rounding, with whether they scale by 1 + weight, which PyTorch's
-    kernel for a GPU does not; on a CPU none without a compiler."""
+    """The modules of a model that are RMS norms, up to rounding, with whether they scale by 1 + weight; on a CPU none
+    without a compiler."""
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and native.library() is None:
         return {}
     looking = [module for module in model.modules() if _may_be_one(module)]
     found: dict[nn.Module, bool] = {}
-    for one_more in (False, True) if on_cpu else (False,):
+    for one_more in (False, True):
         left = [module for module in looking if module not in found]
         errors = torch.stack([_error(module, one_more) for module in left]).tolist() if left else []
         good = [error < TOLERANCE.get(_weight(one).dtype, 0) for one, error in zip(left, errors, strict=True)]
@@ -66,8 +66,14 @@ def _error(module: nn.Module, one_more: bool) -> Tensor:
 
 def _fused(module: nn.Module, one_more: bool, most_rows: int = native.MOST_ROWS) -> Callable[[Tensor], Tensor]:
     weight, eps = _weight(module), eps_of(module)
-    if weight.device.type != "cpu":
-        return lambda hidden: F.rms_norm(hidden, weight.shape, weight, eps)
+    if weight.device.type != "cpu" or gpu.runs_on(weight.device):
+
+        def on_gpu(hidden: Tensor) -> Tensor:
+            if hidden.dtype is weight.dtype and gpu.fits(hidden, weight):
+                return gpu.rms_norm(hidden, weight, eps, one_more=one_more)
+            return F.rms_norm(hidden, weight.shape, weight + 1 if one_more else weight, eps)
+
+        return on_gpu
     stock, kernel_weight = type(module).forward, weight.detach().contiguous()
 
     def forward(hidden: Tensor) -> Tensor:

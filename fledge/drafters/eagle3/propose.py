@@ -197,6 +197,13 @@ class DraftCache(LayerCache):
     def update(self, keys: Tensor, values: Tensor, layer: int = 0) -> KeysValues:
         """Store (B, g, S, d) of a layer; returns the rows read (B, g, K, d)."""
         self.write(layer, self.rows, keys, values)
+        return self.rows_read(layer)
+
+    def goal(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where `update` stores: keys and values (slots, g, R, d), rows (B, S)."""
+        return *self.block(layer), self.rows.contiguous()
+
+    def rows_read(self, layer: int) -> KeysValues:
         return self.read(layer, len(self.rows), self._num_keys)
 
 
