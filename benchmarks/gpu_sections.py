@@ -187,7 +187,8 @@ def commands(bench: Bench) -> dict[str, Any]:
             "bench dflash": [*bench_, "--draft", work / "dflash", "--output-dir", work / "b3"],
             "bench dspark": [*bench_, "--draft", work / "dspark", "--output-dir", work / "b4"],
             "bench lookup": [*bench_, "--draft", "lookup", "--output-dir", work / "b5"],
-            "regenerate": ["regenerate", "--engine", "transformers", "--target", target, "--data", data, "--output-dir", work / "answers",
+            "regenerate": ["regenerate", "--engine", "transformers", "--target", target, "--data", data,
+                           "--output-dir", work / "answers",
                            "--max-new-tokens", "16"],
             "decode": ["decode", "--target", target, "--draft", work / "eagle3", "--prompt", "the quick",
                        "--max-new-tokens", "16"],
@@ -305,10 +306,13 @@ def streamed_bytes(target: Target) -> int:
     return decode_shapes.size_of(target.model) - table
 
 
-def rounds(bench: Bench, drafter: DraftModel | None, tree: TreeShape, batch: int = 1, **more: Any) -> dict[str, float]:
+def rounds(
+    bench: Bench, drafter: DraftModel | None, tree: TreeShape, batch: int = 1, *, few: bool = False, **more: Any
+) -> dict[str, float]:
     """Milliseconds of a round by part, and tokens per second at one token a round."""
     target, _ = bench.pair()
-    options = argparse.Namespace(new_tokens=16 if bench.small else 64, repeats=1 if bench.small else 3)
+    few = few or bench.small
+    options = argparse.Namespace(new_tokens=16 if few else 64, repeats=1 if few else 3)
     length = more.pop("prompt", 20 if bench.small else 512)
     prompt = torch.randint(4, 100, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     made = decode_shapes.repeated(target, drafter, tree, prompt, "fixed", batch, options, **more)
@@ -362,7 +366,8 @@ def profile(bench: Bench) -> dict[str, Any]:
     _, draft = bench.pair()
     cases = {"plain": (None, TreeShape()), "60/5/10": (draft, TREES["60/5/10"])}
     return {
-        name: kernels(bench, functools.partial(rounds, bench, *case), per="forwards") for name, case in cases.items()
+        name: kernels(bench, functools.partial(rounds, bench, *case, few=True), per="forwards")
+        for name, case in cases.items()
     }
 
 
@@ -533,6 +538,7 @@ def attention(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (heads, groups, rows, keys, masked, causal) in cases.items():
         for extra in (0, 1):
+            rows = rows if masked else keys + extra
             q = torch.randn(1, heads, rows, 128, device=bench.device, dtype=torch.bfloat16)
             k = torch.randn(1, groups, keys + extra, 128, device=bench.device, dtype=torch.bfloat16)
             mask = torch.zeros(1, 1, rows, keys + extra, device=bench.device, dtype=torch.bfloat16) if masked else None
