@@ -335,7 +335,16 @@ def counted(numbers: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return aten.histc(numbers.float(), *args, **kwargs).to(numbers.dtype)
 
 
+def add_product(
+    total: Tensor, left: Tensor, right: Tensor, out_dtype: torch.dtype, *, out: Tensor, beta: float = 1,
+    alpha: float = 1,
+) -> Tensor:  # fmt: skip
+    """`aten.addmm` of 16-bit numbers into fp32."""
+    return out.copy_(beta * total + alpha * (left.float() @ right.float()))
+
+
 EMULATED = {
+    aten.addmm.dtype_out: add_product,
     aten.histc.default: counted,
     aten._flash_attention_forward.default: flash_varlen,
     aten._flash_attention_backward.default: flash_varlen_backward,

@@ -25,6 +25,7 @@ from torch import Tensor
 from fledge.decoding.noise import uniforms
 from fledge.decoding.records import Sampling
 from fledge.drafters.tree import Trees
+from fledge.target import gpu
 
 PART = 256  # tokens; a cumulative sum over 49152 of them takes 20 ms for 64 rows on a CPU, over 192 parts half a one
 NUCLEUS_GUESS = (
@@ -198,6 +199,10 @@ def least_kept_unsorted(probabilities: Tensor, top_p: float) -> Tensor:
     A probability is in the nucleus if those above it hold less than top_p. Positive numbers are ordered like their
     bits, so 31 halvings of all bit patterns find the least such number, and it is one of the probabilities.
     """
+    if gpu.fits(probabilities):
+        from fledge.decoding import kernels
+
+        return kernels.least_kept(probabilities, top_p)
     low = torch.zeros(len(probabilities), 1, dtype=torch.int32, device=probabilities.device)
     high = probabilities.amax(dim=-1, keepdim=True).view(torch.int32)  # nothing lies above the most likely one
     for _ in range(31):

@@ -259,11 +259,18 @@ def _add_chunk(
     if dtype == torch.float32:
         sums.grad_weight.addmm_(q.T, right)
         sums.grad_weight.addmm_(p.T, of_positions, alpha=-1)
-    else:
-        right = torch.cat((right, -of_positions)).to(dtype)
-        for total, columns in zip(sums.grad_weight.split(WEIGHT_ROWS), block.split(WEIGHT_ROWS, dim=1), strict=True):
-            made = sums.scratch("weight", *total.shape, dtype=dtype)
-            total += torch.mm(columns.T, right, out=made)  # adding makes an fp32 copy of the part
+        return
+    add_product(sums.grad_weight, block, torch.cat((right, -of_positions)).to(dtype), sums.scratch)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, scratch: Scratch) -> None:
+    """Add left.T @ right, of 16-bit numbers (R, C) and (R, X), to `total` (C, X) float32."""
+    if total.is_cuda:
+        torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)
+        return
+    for part, columns in zip(total.split(WEIGHT_ROWS), left.split(WEIGHT_ROWS, dim=1), strict=True):
+        made = scratch("weight", *part.shape, dtype=left.dtype)
+        part += torch.mm(columns.T, right, out=made)  # adding makes an fp32 copy of the part
 
 
 def _chosen(q: Tensor, teacher: "TeacherChunk", own: Tensor) -> Tensor:

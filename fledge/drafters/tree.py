@@ -23,6 +23,9 @@ from torch import Tensor
 
 from fledge.errors import UserError
 from fledge.ranges import Count, Natural, TreeNodes
+from fledge.target import gpu
+
+MOST_WIDTH = 32  # of a beam, for the kernel that picks one after the other
 
 # B sequences, N tree nodes, C candidates
 
@@ -56,7 +59,11 @@ def best_scores(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
     A draft that overflows still gives a well-formed tree: NaN would break the order `build_trees` relies on.
     """
-    best = logits.log_softmax(-1).topk(width, dim=-1)
+    if width <= MOST_WIDTH and gpu.fits(logits):
+        from fledge.drafters import kernels
+
+        return kernels.best_scores(logits, width)
+    best = logits.float().log_softmax(-1).topk(width, dim=-1)
     return best.values.nan_to_num_(nan=float("-inf"), neginf=float("-inf")), best.indices
 
 

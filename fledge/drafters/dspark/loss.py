@@ -28,13 +28,13 @@ from fledge.drafters.cpu_kernels import MULTIPLE, is_argmax, pad_index, product
 from fledge.drafters.dspark.blocks import Blocks
 from fledge.drafters.loss import (
     CHUNK_BYTES,
-    WEIGHT_ROWS,
     Average,
     LossOutput,
     PositionWeights,
     Scratch,
     Teacher,
     TeacherChunk,
+    add_product,
 )
 from fledge.drafters.position_weights import CONFIDENCE_FLOOR, dynamic_weights
 
@@ -245,10 +245,7 @@ class _BlockSums:
             return
         assert self.embeddings is not None and self.markov is not None
         self.grad_embeddings[part] = product(grad, self.markov.T)[:num_pairs]
-        before = _padded(self.embeddings[part])
-        for total, columns in zip(self.grad_markov.split(WEIGHT_ROWS), grad.split(WEIGHT_ROWS, dim=1), strict=True):
-            made = self.scratch("markov", *total.shape, dtype=grad.dtype)
-            total += torch.mm(columns.T, before, out=made)
+        add_product(self.grad_markov, grad, _padded(self.embeddings[part]), self.scratch)
 
 
 def _padded(rows: Tensor) -> Tensor:

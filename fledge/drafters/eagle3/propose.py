@@ -215,7 +215,7 @@ def beam_width(shape: TreeShape, draft_vocab_size: int) -> int:
 def best_children(draft: DraftModel, hidden: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities and target ids (.., k) of the k best next tokens, and the feedback (.., H), of f'' (.., H)."""
     logits, feedback = draft.logits_and_feedback(hidden)
-    log_probs, draft_ids = best_scores(logits.float(), width)
+    log_probs, draft_ids = best_scores(logits, width)
     return log_probs, draft.target_ids(draft_ids), feedback
 
 

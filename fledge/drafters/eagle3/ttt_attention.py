@@ -11,7 +11,7 @@ of its own row (EAGLE-3 paper, section 3.2):
 
 The step-0 part is flash attention over a few rectangular blocks (attention_blocks.py) or, for 16-bit numbers, one
 kernel for all documents on a GPU (varlen_attention.py) and blocked matrix products on a CPU
-(`fledge.drafters.cpu_kernels`); the later steps are one score per row. The parts are merged by
+(`fledge.drafters.cpu_kernels`); the later steps are one score per row (on a GPU `kernels.py`). The parts are merged by
 their log-sum-exp. The trick is in the backward: the backward of a block only uses the output and the log-sum-exp of a
 row to know its softmax. Given the *merged* ones it returns the exact gradient of its own block (ring attention does the
 same across devices), and the per-row part is elementwise.
@@ -30,6 +30,7 @@ from fledge.drafters.eagle3 import varlen_attention
 from fledge.drafters.eagle3.attention_blocks import BlockAttention
 from fledge.drafters.eagle3.varlen_attention import VarlenAttention
 from fledge.drafters.runs import QueryPlaces, Run
+from fledge.target import gpu
 
 # N rows of all documents, S query rows, h query heads, g key heads, d head_dim, k later steps
 
@@ -76,7 +77,12 @@ class _TTTAttention(torch.autograd.Function):
         num_later = len(later) // 2
         later_k, later_v = later[:num_later], later[num_later:]
         out, lse = of_step_0.attend(q, k, v)
-        if num_later:
+        if num_later and gpu.fits(q, *later):
+            from fledge.drafters.eagle3 import kernels
+
+            q = q.contiguous()
+            out, lse = kernels.merge(q, out.contiguous(), lse, torch.stack(later_k), torch.stack(later_v))
+        elif num_later:
             scores = _own_scores(q, later_k)  # (S, h, k) fp32
             merged = torch.logsumexp(torch.cat((lse.unsqueeze(-1), scores), dim=-1), dim=-1)
             weights = torch.exp(scores - merged.unsqueeze(-1))
@@ -95,7 +101,16 @@ class _TTTAttention(torch.autograd.Function):
         later_k, later_v = later[:num_later], later[num_later:]
         grad_out = grad_out.contiguous()
         grad_q, grad_k, grad_v = ctx.of_step_0.attend_backward(grad_out, q, k, v, out, lse)
-        grad_later = _own_backward(grad_out, q, out, lse, later_k, later_v, grad_q) if num_later else ()
+        grad_later: tuple[Tensor, ...] = ()
+        if num_later and gpu.fits(q, *later):
+            from fledge.drafters.eagle3 import kernels
+
+            stacked = torch.stack(later_k), torch.stack(later_v)
+            grad_q = grad_q.contiguous()
+            grads_of_them = kernels.merge_backward(grad_out, q, out, lse, *stacked, grad_q)
+            grad_later = tuple(one for part in grads_of_them for one in part)
+        elif num_later:
+            grad_later = _own_backward(grad_out, q, out, lse, later_k, later_v, grad_q)
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, *grad_later
 
 
