@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+if not list(
+    Path("/dev").glob("nvidia[0-9]*")
+):  # kernels of a GPU run in an interpreter; said before Triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Files of a minute and more. Two processes end together if these come first (`make test` keeps this order).
 LONG = ("test_processes.py", "test_output_folders.py", "test_readme.py", "test_scripts.py", "test_store.py",
         "test_batches.py", "test_sampling_law.py")  # fmt: skip

@@ -8,16 +8,17 @@ without it, for other devices and for odd shapes, PyTorch does it, the slow twin
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fledge.target.linear import is_plain
+from fledge.outputs import cached
 
 # B sequences, S rows, R = B S, H hidden size, h query heads, g key heads, d head_dim, K keys, I inner size
 
@@ -26,8 +27,9 @@ LEAST_CAPABILITY = (8, 0)  # of a card whose matrix units know bf16
 MOST_HEAD = 256
 MOST_ROWS = 128  # of a sequence; with more, PyTorch's kernels have enough to do
 PROGRAMS = 264  # of attention, two for each of an H100's multiprocessors
-KEYS = 64  # that a program of attention takes at a time
+KEYS = 64  # the least that a program of attention takes
 MOST_PARTS = 128
+CUTS = ((64, 2), (32, 2), (32, 1), (16, 1))  # keys at a time and how many times they are kept, the fastest first
 GATES = 1024  # numbers of a program
 
 
@@ -52,7 +54,7 @@ def runs_on(device: torch.device) -> bool:
 
 def fits(*tensors: Tensor) -> bool:
     """Whether the kernels take these: plain numbers on a card, without gradient."""
-    plain = all(is_plain(one) and one.dtype in DTYPES for one in tensors)
+    plain = all(type(one.data) is Tensor and one.dtype in DTYPES for one in tensors)
     return plain and not torch.is_grad_enabled() and all(runs_on(one.device) for one in tensors)
 
 
@@ -105,6 +107,105 @@ def _joined(parts: Sequence[nn.Parameter]) -> Tensor:
     return joint
 
 
+# -- products of few rows by a weight ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a product is cut."""
+
+    outputs: int  # of a program
+    inputs: int  # at a time
+    warps: int
+    stages: int
+
+
+SHAPES = {  # by the most rows that they are for
+    1: (Shape(4, 1024, 4, 3), Shape(2, 2048, 4, 3)),
+    16: (Shape(64, 256, 4, 4), Shape(64, 128, 4, 5)),
+    64: (Shape(64, 128, 4, 4), Shape(64, 64, 4, 6), Shape(128, 64, 8, 5)),
+}
+TIMED_BYTES = 160 << 20  # of weights that are read in turn: more than a card's cache holds
+
+
+class Faster(msgspec.Struct, frozen=True):
+    """What was measured to be best for one product, kept in the user's cache folder."""
+
+    shape: int | None  # which of SHAPES; None: PyTorch's
+
+
+_faster: dict[tuple[Any, ...], Faster] = {}
+
+
+def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear(states (R, X), weight (C, X), bias (C,)); few rows by whatever was measured to be fastest here."""
+    most = next((most for most in SHAPES if len(states) <= most), None)
+    suits = weight.dtype in (torch.bfloat16, torch.float16) and states.dtype is weight.dtype and weight.is_contiguous()
+    if most is None or not suits or not states.is_contiguous() or not fits(states, weight):
+        return F.linear(states, weight, bias)
+    key = (most, *weight.shape, weight.dtype, bias is None, weight.device.index)
+    if key not in _faster:
+        if torch.cuda.is_current_stream_capturing():
+            return F.linear(states, weight, bias)
+        facts = (SHAPES, torch.cuda.get_device_name(), torch.__version__, _found().triton.__version__, *key[:-1])
+        try:
+            _faster[key] = cached("products", repr(facts), Faster, lambda: _fastest(most, weight, bias))
+        except torch.OutOfMemoryError:
+            _faster[key] = Faster(None)
+    number = _faster[key].shape
+    return F.linear(states, weight, bias) if number is None else multiply(states, weight, bias, SHAPES[most][number])
+
+
+def multiply(states: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:
+    """states (R, X) by weight (C, X), plus bias (C,): (R, C)."""
+    (rows, inputs), outputs = states.shape, len(weight)
+    out = states.new_empty(rows, outputs)
+    more: dict[str, Any] = {"HAS_BIAS": bias is not None, "BLOCK_C": shape.outputs, "BLOCK_X": shape.inputs}
+    more |= {"num_warps": shape.warps, "num_stages": shape.stages}
+    grid = (-(-outputs // shape.outputs),)
+    if rows == 1:
+        _found().multiply_row[grid](states, weight, bias, out, outputs, inputs, **more)
+    else:
+        block = max(16, _power(rows))
+        _found().multiply_rows[grid](states, weight, bias, out, rows, outputs, inputs, BLOCK_R=block, **more)
+    return out
+
+
+def _fastest(most: int, weight: Tensor, bias: Tensor | None) -> Faster:
+    """Times PyTorch's product and ours, over weights that the cache does not hold."""
+    states = torch.randn(most, weight.shape[1], device=weight.device).to(weight.dtype)
+    weights = [weight, *(weight.clone() for _ in range(-(-TIMED_BYTES // weight.nbytes) - 1))]
+    ways: list[Callable[[Tensor], Tensor]] = [lambda one: F.linear(states, one, bias)]
+    ways += [functools.partial(multiply, states, bias=bias, shape=shape) for shape in SHAPES[most]]
+    graphs = {number: graph for number, way in enumerate(ways) if (graph := _captured(way, weights)) is not None}
+    times = [{number: _seconds(graph) for number, graph in graphs.items()} for _ in range(5)]
+    best = min(graphs, key=lambda number: min(each[number] for each in times))
+    return Faster(best - 1 if best else None)
+
+
+def _captured(way: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> Any:
+    """None where the card has no room for it."""
+    try:
+        for one in weights[:2]:
+            way(one)
+    except _found().OutOfResources:
+        return None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for one in weights:
+            way(one)
+    return graph
+
+
+def _seconds(graph: Any) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
 # -- a decoder layer but for its attention -----------------------------------------------------------------------------
 
 
@@ -149,7 +250,7 @@ def before_attention(
     heads, groups, size = layer.heads, layer.groups, layer.size
     normed = states if layer.in_norm is None else rms_norm(states, layer.in_norm, layer.eps, one_more=layer.one_more)
     assert layer.qkv is not None
-    product = F.linear(normed, layer.qkv, layer.qkv_bias)
+    product = linear(normed, layer.qkv, layer.qkv_bias)
     query = states.new_empty(batch, rows, heads, size)
     if goal is None:
         made = (states.new_empty(batch, rows, groups, size).transpose(1, 2) for _ in range(2))
@@ -170,15 +271,15 @@ def behind_attention(layer: Layer, states: Tensor, mixed: Tensor) -> tuple[Tenso
     """states (R, H) and the attention's result (R, h * d), both contiguous -> the layer's result (R, H); where it has
     no gated product here the sum of states and attention, and beside it that sum's norm."""
     assert layer.mix is not None
-    added = F.linear(mixed, layer.mix, layer.mix_bias)
+    added = linear(mixed, layer.mix, layer.mix_bias)
     total, normed = _add_norm(layer, states, added, layer.mixed_norm, layer.mlp_norm)
     if layer.gate_up is None or layer.down is None:
         return total, normed
-    gates = F.linear(normed, layer.gate_up, layer.gate_up_bias)
+    gates = linear(normed, layer.gate_up, layer.gate_up_bias)
     opened = states.new_empty(len(states), layer.inner)
     grid = (len(states), -(-layer.inner // GATES))
     _found().gate[grid](gates, opened, layer.inner, GELU=bool(layer.gelu), BLOCK=GATES)
-    added = F.linear(opened, layer.down, layer.down_bias)
+    added = linear(opened, layer.down, layer.down_bias)
     out, _ = _add_norm(layer, total, added, layer.out_norm, None)
     return out, normed
 
@@ -242,7 +343,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     (batch, heads, rows, size), (groups, keys) = query.shape, key.shape[1:3]
     query, value = (one if one.stride(3) == 1 else one.contiguous() for one in (query, value))
     lines = rows * heads // groups
-    block = min(64, max(16, _power(lines)))
+    block = 16 if query.dtype is torch.float32 else min(64, max(16, _power(lines)))
+    at_a_time, stages = _cut(max(16, _power(size)), block, query.element_size())
     blocks = -(-lines // block)
     parts = min(-(-PROGRAMS // (batch * groups * blocks)), -(-keys // KEYS), MOST_PARTS)
     split = -(-keys // (parts * KEYS)) * KEYS
@@ -257,13 +359,31 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     operations.attend[blocks, parts, batch * groups](
         query, key, value, mask, mixed, sums, scale, rows, keys, split, heads, groups, size, *query.stride()[:3],
         *key.stride()[:3], *value.stride()[:3], *masked, HAS_MASK=mask is not None, IN_PARTS=parts > 1,
-        PRECISION="ieee", SIZE=max(16, _power(size)), BLOCK_M=block, BLOCK_N=KEYS, num_warps=4, num_stages=2,
+        PRECISION="ieee", SIZE=max(16, _power(size)), BLOCK_M=block, BLOCK_N=at_a_time, num_warps=4, num_stages=stages,
     )  # fmt: skip
     if parts > 1:
         operations.join_parts[batch * rows * heads,](
             mixed, sums, out, batch * rows * heads, parts, size, SIZE=_power(size), PARTS=_power(parts), num_warps=2
         )
     return out
+
+
+def _cut(size: int, block: int, itemsize: int) -> tuple[int, int]:
+    """How many keys at a time, and how many such are under way, that a multiprocessor's memory holds beside the
+    queries. Without matrix units (float32) registers are what is short."""
+    if itemsize == 4:
+        return CUTS[-1]
+    fits = (cut for cut in CUTS if (2 * cut[0] * cut[1] * size + block * (size + cut[0])) * itemsize <= _room())
+    return next(fits, CUTS[-1])
+
+
+@functools.cache
+def _room() -> int:
+    """Bytes that a program can share."""
+    if not torch.cuda.is_available():
+        return 1 << 30
+    card = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return int(getattr(card, "shared_memory_per_block_optin", 99 << 10))
 
 
 def _found() -> Any:

@@ -5,6 +5,7 @@ They round where transformers' own code does, operation by operation.
 
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources as OutOfResources
 
 
 @triton.jit
@@ -133,6 +134,46 @@ def gate(gates, out, inner, GELU: tl.constexpr, BLOCK: tl.constexpr):
     up = tl.load(gates + (2 * row + 1) * inner + c, mask=inside, other=0.0).to(tl.float32)
     slope = 1.5957691216 * (g + 0.044715 * g * g * g) if GELU else g
     tl.store(out + row * inner + c, ((g * tl.sigmoid(slope)).to(kind).to(tl.float32) * up).to(kind), mask=inside)
+
+
+@triton.jit
+def multiply_row(
+    states, weight, bias, out, outputs, inputs, HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr
+):
+    """One row (X,) by a block of a weight's (C, X) outputs."""
+    c, x = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_X)
+    wanted, total = c < outputs, tl.zeros((BLOCK_C, BLOCK_X), tl.float32)
+    at = weight + c[:, None].to(tl.int64) * inputs + x[None, :]
+    for first in range(0, inputs, BLOCK_X):
+        there = first + x < inputs
+        some = tl.load(at + first, mask=wanted[:, None] & there[None, :], other=0.0)
+        total += some.to(tl.float32) * tl.load(states + first + x, mask=there, other=0.0).to(tl.float32)[None, :]
+    found = tl.sum(total, 1)
+    if HAS_BIAS:
+        found += tl.load(bias + c, mask=wanted, other=0.0).to(tl.float32)
+    tl.store(out + c, found.to(out.dtype.element_ty), mask=wanted)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def multiply_rows(
+    states, weight, bias, out, rows, outputs, inputs,
+    HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """Few rows (R, X) by a block of a weight's (C, X) outputs."""
+    c, x, r = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_R)
+    wanted, asked = c < outputs, r < rows
+    total = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    of_weight = weight + c[:, None].to(tl.int64) * inputs + x[None, :]
+    of_states = states + r[None, :] * inputs + x[:, None]
+    for first in range(0, inputs, BLOCK_X):
+        there = first + x < inputs
+        some = tl.load(of_weight + first, mask=wanted[:, None] & there[None, :], other=0.0)
+        their = tl.load(of_states + first, mask=there[:, None] & asked[None, :], other=0.0)
+        total = tl.dot(some, their, total)
+    if HAS_BIAS:
+        total += tl.load(bias + c, mask=wanted, other=0.0).to(tl.float32)[:, None]
+    goal = out + r[None, :] * outputs + c[:, None]
+    tl.store(goal, total.to(out.dtype.element_ty), mask=wanted[:, None] & asked[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "keys"])

@@ -20,14 +20,15 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # 
 
 @torch.no_grad()
 def rms_norms(model: nn.Module) -> dict[nn.Module, bool]:
-    """The modules of a model that are RMS norms, up to rounding, with whether they scale by 1 + weight; on a CPU none
-    without a compiler."""
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if on_cpu and native.library() is None:
+    """The modules of a model that are RMS norms, up to rounding, with whether they scale by 1 + weight, which PyTorch's
+    kernel for a GPU does not; on a CPU none without a compiler."""
+    device = next(model.parameters()).device
+    if device.type == "cpu" and not gpu.runs_on(device) and native.library() is None:
         return {}
+    kinds = (False, True) if device.type == "cpu" or gpu.runs_on(device) else (False,)
     looking = [module for module in model.modules() if _may_be_one(module)]
     found: dict[nn.Module, bool] = {}
-    for one_more in (False, True):
+    for one_more in kinds:
         left = [module for module in looking if module not in found]
         errors = torch.stack([_error(module, one_more) for module in left]).tolist() if left else []
         good = [error < TOLERANCE.get(_weight(one).dtype, 0) for one, error in zip(left, errors, strict=True)]

@@ -1,0 +1,283 @@
+"""The kernels of a GPU beside their slow twins: on a card as they are, elsewhere in Triton's interpreter.
+
+The interpreter multiplies no bf16 matrices; there float16 stands in for it.
+"""
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fledge.decoding.accept import least_kept_unsorted
+from fledge.drafters.eagle3 import ttt_attention
+from fledge.drafters.eagle3.ttt_attention import dense_ttt_attention
+from fledge.drafters.runs import Run
+from fledge.target import gpu
+from fledge.target.attention import attention_by_rows
+from fledge.target.fused import fused_layers
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+ON_CARD = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_CARD else "cpu")
+SHORT = torch.bfloat16 if ON_CARD else torch.float16
+CLOSE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # of the largest number
+DTYPES = [torch.float32, SHORT]
+
+
+@pytest.fixture(autouse=True)
+def anywhere(monkeypatch):
+    """The kernels, also on a CPU."""
+    if not ON_CARD:
+        found = importlib.import_module("fledge.target.kernels")
+        monkeypatch.setattr(gpu, "kernels", lambda: found)
+        monkeypatch.setattr(gpu, "runs_on", lambda device: True)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def some(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    return (scale * torch.randn(*shape)).to(DEVICE, dtype)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    assert found.shape == expected.shape
+    error = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+    assert error < CLOSE[dtype or found.dtype], float(error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("one_more", [False, True])
+def test_norm(dtype, one_more):
+    states, weight = some(2, 3, 72, dtype=dtype), some(72, dtype=dtype)
+    expected = F.rms_norm(states.float(), (72,), weight.float() + one_more, 1e-6)
+    assert_close(gpu.rms_norm(states, weight, 1e-6, one_more=one_more), expected, dtype)
+
+
+def test_beside():
+    ids, table, states = torch.tensor([[3, 0], [7, 3]], device=DEVICE), some(8, 24), some(2, 2, 24)
+    first, second = some(24), some(24)
+    halves = F.rms_norm(table[ids], (24,), first, 1e-6), F.rms_norm(states, (24,), second, 1e-6)
+    found = gpu.beside(ids, table, first, states, second, 1e-6)
+    assert found is not None
+    assert_close(found, torch.cat(halves, -1))
+    assert gpu.beside(ids, table.double(), first, states, second, 1e-6) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "heads", "groups", "rows", "keys", "size"),
+    [(1, 8, 2, 1, 40, 16), (2, 6, 2, 5, 300, 24), (1, 4, 4, 33, 130, 32), (3, 8, 2, 1, 65, 80), (1, 2, 1, 2, 20, 256)],
+)
+def test_attention(dtype, batch, heads, groups, rows, keys, size):
+    """Queries, keys and values as a cache has them: not contiguous. Some rows see one key of the first part alone."""
+    query = some(batch, rows, heads, size, dtype=dtype).transpose(1, 2)
+    key, value = some(2, batch, groups, keys + 7, size, dtype=dtype)[:, :, :, :keys]
+    seen = torch.rand(batch, 1, rows, keys, device=DEVICE) < 0.5
+    seen[..., 0], seen[..., -1, 1:] = True, False
+    mask = torch.zeros(seen.shape, dtype=dtype, device=DEVICE).masked_fill_(~seen, torch.finfo(dtype).min)
+    assert gpu.can_attend(query, key, value, mask)
+    wide = (one.float() for one in (query, key, value))
+    low = torch.zeros(seen.shape, device=DEVICE).masked_fill_(~seen, torch.finfo(torch.float32).min)
+    found, expected = gpu.attend(query, key, value, mask, size**-0.5), attention_by_rows(*wide, low, size**-0.5)
+    assert_close(found, expected, dtype)
+
+
+def test_attention_without_a_mask():
+    query, key, value = some(2, 4, 1, 16), some(2, 2, 70, 16), some(2, 2, 70, 16)
+    assert gpu.can_attend(query, key, value, None)
+    assert_close(gpu.attend(query, key, value, None, 0.3), attention_by_rows(query, key, value, None, 0.3))
+    assert not gpu.can_attend(some(2, 4, 3, 16), key, value, None), "several rows without a mask are a causal block"
+    assert not gpu.can_attend(query, key, value, some(2, 4, 1, 70)), "a mask for each head"
+
+
+@pytest.mark.parametrize("normed", [None, "before", "behind"])
+@pytest.mark.parametrize("one_more", [False, True])
+def test_turn_writes_where_it_is_told(normed, one_more):
+    """Norm and rotation of heads, into rows of a cache, beside PyTorch's operations."""
+    batch, rows, heads, groups, size, hidden = 2, 3, 4, 2, 16, 24
+    norms = {name: some(size) for name in ("query_norm", "key_norm")} if normed else {}
+    layer = gpu.Layer(
+        hidden=hidden, heads=heads, groups=groups, size=size, eps=1e-6, one_more=one_more,
+        turned_first=normed == "behind", qkv=some((heads + 2 * groups) * size, hidden), **norms,
+    )  # fmt: skip
+    states, cos, sin = some(batch * rows, hidden), some(batch, rows, size), some(batch, rows, size)
+    product = (states @ layer.qkv.T).view(batch, rows, -1, size)
+
+    def turned(part, norm):
+        def scaled(one):
+            return one if norm is None else F.rms_norm(one, (size,), norm + one_more, 1e-6)
+
+        def rotated(one):
+            low, high = one.chunk(2, -1)
+            return one * cos[:, :, None] + torch.cat((-high, low), -1) * sin[:, :, None]
+
+        return scaled(rotated(part)) if normed == "behind" else rotated(scaled(part))
+
+    parts = product.split((heads, groups, groups), 2)
+    expected = turned(parts[0], layer.query_norm), turned(parts[1], layer.key_norm), parts[2]
+    for one, other in zip(gpu.before_attention(layer, states, cos, sin, batch, rows), expected, strict=True):
+        assert_close(one.transpose(1, 2), other)
+    cache = torch.zeros(2, 3, groups, 11, size, device=DEVICE)
+    places = torch.tensor([[4, 5, 6], [1, 2, 9]], device=DEVICE)
+    _, *written = gpu.before_attention(layer, states, cos, sin, batch, rows, (cache[0], cache[1], places))
+    for one, other in zip(written, expected[1:], strict=True):
+        for slot in range(batch):
+            assert_close(one[slot, :, places[slot]].transpose(0, 1), other[slot])
+    assert (cache != 0).sum() == 2 * batch * rows * groups * size, "no other row is touched"
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("around", [False, True])
+def test_behind_attention(gelu, around):
+    rows, width, hidden, inner = 5, 32, 24, 40
+    norms = {name: some(hidden) for name in ("mixed_norm", "out_norm")} if around else {}
+    layer = gpu.Layer(
+        hidden=hidden, heads=2, groups=1, size=16, eps=1e-6, gelu=gelu, residual=0.5, inner=inner,
+        mix=some(hidden, width), mlp_norm=some(hidden), gate_up=some(2 * inner, hidden), down=some(hidden, inner),
+        **norms,
+    )  # fmt: skip
+    states, mixed = some(rows, hidden), some(rows, width)
+
+    def normed(one, norm):
+        return one if norm is None else F.rms_norm(one, (hidden,), norm, 1e-6)
+
+    total = states + 0.5 * normed(mixed @ layer.mix.T, layer.mixed_norm)
+    gate, up = (normed(total, layer.mlp_norm) @ layer.gate_up.T).chunk(2, -1)
+    opened = F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)
+    expected = total + 0.5 * normed((opened * up) @ layer.down.T, layer.out_norm)
+    found, _ = gpu.behind_attention(layer, states, mixed)
+    assert_close(found, expected)
+    layer.gate_up = None
+    sums, of_sums = gpu.behind_attention(layer, states, mixed)
+    assert_close(sums, total)
+    assert_close(of_sums, normed(total, layer.mlp_norm))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 33, 64])
+@pytest.mark.parametrize(("outputs", "inputs"), [(70, 96), (192, 1100)])
+def test_products(rows, outputs, inputs):
+    """Every shape that may be chosen, with outputs and inputs that it does not divide."""
+    states, weight = some(rows, inputs, dtype=SHORT), some(outputs, inputs, dtype=SHORT, scale=0.1)
+    bias = some(outputs, dtype=SHORT)
+    most = next(most for most in gpu.SHAPES if rows <= most)
+    shapes = [shape if ON_CARD else gpu.Shape(32, min(shape.inputs, 512), 4, 2) for shape in gpu.SHAPES[most]]
+    for shape in shapes if ON_CARD else shapes[:1]:
+        for beside in (None, bias):
+            expected = F.linear(states.float(), weight.float(), None if beside is None else beside.float())
+            assert_close(gpu.multiply(states, weight, beside, shape), expected, SHORT)
+
+
+@pytest.mark.skipif(not ON_CARD, reason="what is measured needs a card")
+@pytest.mark.parametrize("rows", [1, 5, 60, 200])
+def test_the_fastest_product_is_the_same_product(rows, monkeypatch, tmp_path):
+    monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path))
+    states, weight = some(rows, 512, dtype=SHORT), some(1024, 512, dtype=SHORT, scale=0.1)
+    assert_close(gpu.linear(states, weight), F.linear(states.float(), weight.float()), SHORT)
+    assert rows > max(gpu.SHAPES) or list(tmp_path.rglob("*.json")), "what was measured is kept"
+
+
+def test_joined_weights_are_kept_once():
+    layers = [nn.Linear(8, outputs, bias=True, device=DEVICE) for outputs in (6, 2, 2)]
+    before = torch.cat([layer.weight for layer in layers])
+    joined = gpu.joined_of(*layers)
+    assert joined is not None and joined.shape == (10, 8)
+    weight, bias = joined.parts()
+    assert torch.equal(weight, before) and bias is not None
+    assert torch.equal(bias, torch.cat([layer.bias for layer in layers]))
+    assert layers[1].weight.data_ptr() == weight[6:].data_ptr()
+    layers[1].weight.zero_()
+    assert not weight[6:8].any(), "the layers' own are views"
+    assert joined.parts()[0].data_ptr() == weight.data_ptr(), "nothing is moved twice"
+    layers[0].forward = lambda inputs: inputs
+    assert gpu.joined_of(*layers) is None, "somebody else computes it"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_layers_of_stock_models(name):
+    """All of them are found, and what they make is tried against the stock forward on the way."""
+    from tiny import tiny_model
+
+    model = tiny_model(name).to(DEVICE, torch.float32)
+    layers = list(model.model.layers)[:2]
+    found = fused_layers(model, layers)
+    assert [one.layer for one in found] == layers
+    assert all(one.operations is gpu for one in found)
+
+
+# -- drafting and choosing ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "cols", "width"), [(3, 700, 4), (2, 1500, 10), (1, 40, 8), (2, 9000, 3)])
+def test_best_scores(dtype, rows, cols, width):
+    from fledge.drafters import kernels
+
+    logits = some(1, rows, cols, dtype=dtype, scale=3)
+    scores, ids = kernels.best_scores(logits, width)
+    expected = logits.float().log_softmax(-1).topk(width, -1)
+    assert torch.allclose(scores, expected.values, atol=1e-5)
+    assert torch.equal(logits.gather(-1, ids), logits.gather(-1, expected.indices)), "of equals, any"
+    assert all(len(set(row)) == width for row in ids[0].tolist())
+
+
+def test_best_scores_of_an_overflow():
+    from fledge.drafters import kernels
+
+    logits = some(4, 600)
+    logits[1, 5], logits[2, 3], logits[3] = float("nan"), float("inf"), float("-inf")
+    scores, ids = kernels.best_scores(logits, 4)
+    assert scores[0].isfinite().all() and (scores[1:] == float("-inf")).all()
+    assert all(len(set(row)) == 4 for row in ids.tolist()) and ids.min() >= 0 and ids.max() < 600
+
+
+@pytest.mark.parametrize("cols", [100, 9000])
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999])
+def test_nucleus(cols, top_p, monkeypatch):
+    from fledge.decoding import kernels
+
+    probabilities = some(3, cols, scale=3).softmax(-1)
+    found = kernels.least_kept(probabilities, top_p)
+    monkeypatch.setattr(gpu, "fits", lambda *_: False)
+    assert torch.allclose(found, least_kept_unsorted(probabilities, top_p), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "heads", "groups", "size", "steps"), [(5, 6, 2, 24, 3), (3, 4, 4, 16, 1)])
+def test_later_steps(dtype, rows, heads, groups, size, steps):
+    from fledge.drafters.eagle3 import kernels
+
+    q, out, grad_out = (some(rows, heads, size, dtype=dtype) for _ in range(3))
+    keys, values = ([some(rows, groups, size, dtype=dtype) for _ in range(steps)] for _ in range(2))
+    lse, grad_q = some(rows, heads), some(rows, heads, size)
+    scores = ttt_attention._own_scores(q, keys)
+    merged = torch.logsumexp(torch.cat((lse[..., None], scores), -1), -1)
+    weights = torch.exp(scores - merged[..., None])
+    mixed = out.float() * torch.exp(lse - merged)[..., None] + ttt_attention._weighted(weights, values, heads)
+    found, found_lse = kernels.merge(q, out, lse, torch.stack(keys), torch.stack(values))
+    assert_close(found, mixed, dtype)
+    assert_close(found_lse, merged)
+    other_grad_q = grad_q.clone()
+    grads = ttt_attention._own_backward(grad_out, q, found, merged, keys, values, grad_q)
+    stacked = torch.stack(keys), torch.stack(values)
+    found_grads = kernels.merge_backward(grad_out, q, found, merged, *stacked, other_grad_q)
+    assert_close(other_grad_q, grad_q)
+    assert_close(torch.cat(found_grads), torch.stack(grads), dtype)
+
+
+def test_training_takes_the_kernels():
+    """Attention of training-time test and its gradients, beside the dense twin."""
+    q, k, v = (some(7, heads, 16).requires_grad_() for heads in (4, 2, 2))
+    later = [some(7, 2, 16).requires_grad_() for _ in range(4)]
+    runs, seed = (Run(0, 0, 4), Run(4, 4, 7)), some(7, 4, 16)
+    with torch.enable_grad():
+        made = ttt_attention.ttt_attention(q, k, v, later[:2], later[2:], runs)
+        expected = dense_ttt_attention(q.cpu(), k.cpu(), v.cpu(), [one.cpu() for one in later[:2]],
+                                       [one.cpu() for one in later[2:]], runs)  # fmt: skip
+    assert made.grad_fn is not None
+    assert_close(made.cpu(), expected)
+    of_twin = torch.autograd.grad(expected, (q, k, v, *later), seed.cpu())
+    for one, other in zip(torch.autograd.grad(made, (q, k, v, *later), seed), of_twin, strict=True):
+        assert_close(one, other)
