@@ -506,7 +506,7 @@ def train_profile(bench: Bench) -> dict[str, Any]:
 
 @section(90)
 def head(bench: Bench) -> dict[str, Any]:
-    """A real target with its head (--target, --draft): acceptance length and speed-up, at temperature 0 and 1."""
+    """A real target with its head (--target, --draft): acceptance length and speed-up by temperature and tree."""
     if bench.target is None or bench.draft is None:
         raise LeftOut("no --target and --draft")
     import json
@@ -514,16 +514,18 @@ def head(bench: Bench) -> dict[str, Any]:
     from fledge.cli import main as fledge
 
     found = {}
-    for temperature in ("0", "1"):
+    largest = ["--total-token", "60", "--depth", "5", "--top-k", "10"]
+    cases = {"temperature 0": ["0"], "temperature 1": ["1"], "temperature 0, tree 60/5/10": ["0", *largest]}
+    questions, tokens = ("1", "8") if bench.small else ("6", "128")
+    for name, law in cases.items():
         with tempfile.TemporaryDirectory() as folder:
             words = ["bench", "--target", str(bench.target), "--draft", str(bench.draft), "--bench-name", "quick"]
-            questions, tokens = ("1", "8") if bench.small else ("6", "128")
-            more = ["--temperature", temperature, "--question-end", questions, "--max-new-tokens", tokens]
+            more = ["--question-end", questions, "--max-new-tokens", tokens, "--temperature", *law]
             try:
                 fledge([*words, *more, "--output-dir", folder, *([] if bench.on_gpu else ["--num-gpus-total", "0"])])
             except SystemExit as end:
                 assert not end.code, f"fledge bench ended with {end.code}"
-            found[f"temperature {temperature}"] = json.loads((Path(folder) / "summary.json").read_text())
+            found[name] = json.loads((Path(folder) / "summary.json").read_text())
     return found
 
 
