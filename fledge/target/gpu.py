@@ -111,7 +111,7 @@ def _joined(parts: Sequence[nn.Parameter]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ProductShape:
     """How a product is cut."""
 
     outputs: int  # of a program
@@ -121,20 +121,20 @@ class Shape:
 
 
 SHAPES = {  # by the most rows that they are for
-    1: (Shape(4, 1024, 4, 3), Shape(2, 2048, 4, 3)),
-    16: (Shape(64, 256, 4, 4), Shape(64, 128, 4, 5)),
-    64: (Shape(64, 128, 4, 4), Shape(64, 64, 4, 6), Shape(128, 64, 8, 5)),
+    1: (ProductShape(4, 1024, 4, 3), ProductShape(2, 2048, 4, 3)),
+    16: (ProductShape(64, 256, 4, 4), ProductShape(64, 128, 4, 5)),
+    64: (ProductShape(64, 128, 4, 4), ProductShape(64, 64, 4, 6), ProductShape(128, 64, 8, 5)),
 }
 TIMED_BYTES = 160 << 20  # of weights that are read in turn: more than a card's cache holds
 
 
-class Faster(msgspec.Struct, frozen=True):
+class BestShape(msgspec.Struct, frozen=True):
     """What was measured to be best for one product, kept in the user's cache folder."""
 
     shape: int | None  # which of SHAPES; None: PyTorch's
 
 
-_faster: dict[tuple[Any, ...], Faster] = {}
+_best: dict[tuple[Any, ...], BestShape] = {}
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -144,19 +144,19 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if most is None or not suits or not states.is_contiguous() or not fits(states, weight):
         return F.linear(states, weight, bias)
     key = (most, *weight.shape, weight.dtype, bias is None, weight.device.index)
-    if key not in _faster:
+    if key not in _best:
         if torch.cuda.is_current_stream_capturing():
             return F.linear(states, weight, bias)
         facts = (SHAPES, torch.cuda.get_device_name(), torch.__version__, _found().triton.__version__, *key[:-1])
         try:
-            _faster[key] = cached("products", repr(facts), Faster, lambda: _fastest(most, weight, bias))
+            _best[key] = cached("products", repr(facts), BestShape, lambda: _fastest(most, weight, bias))
         except torch.OutOfMemoryError:
-            _faster[key] = Faster(None)
-    number = _faster[key].shape
+            _best[key] = BestShape(None)
+    number = _best[key].shape
     return F.linear(states, weight, bias) if number is None else multiply(states, weight, bias, SHAPES[most][number])
 
 
-def multiply(states: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:
+def multiply(states: Tensor, weight: Tensor, bias: Tensor | None, shape: ProductShape) -> Tensor:
     """states (R, X) by weight (C, X), plus bias (C,): (R, C)."""
     (rows, inputs), outputs = states.shape, len(weight)
     out = states.new_empty(rows, outputs)
@@ -171,7 +171,7 @@ def multiply(states: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) 
     return out
 
 
-def _fastest(most: int, weight: Tensor, bias: Tensor | None) -> Faster:
+def _fastest(most: int, weight: Tensor, bias: Tensor | None) -> BestShape:
     """Times PyTorch's product and ours, over weights that the cache does not hold."""
     states = torch.randn(most, weight.shape[1], device=weight.device).to(weight.dtype)
     weights = [weight, *(weight.clone() for _ in range(-(-TIMED_BYTES // weight.nbytes) - 1))]
@@ -180,7 +180,7 @@ def _fastest(most: int, weight: Tensor, bias: Tensor | None) -> Faster:
     graphs = {number: graph for number, way in enumerate(ways) if (graph := _captured(way, weights)) is not None}
     times = [{number: _seconds(graph) for number, graph in graphs.items()} for _ in range(5)]
     best = min(graphs, key=lambda number: min(each[number] for each in times))
-    return Faster(best - 1 if best else None)
+    return BestShape(best - 1 if best else None)
 
 
 def _captured(way: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> Any:
@@ -210,7 +210,7 @@ def _seconds(graph: Any) -> float:
 
 
 @dataclass
-class Layer:
+class LayerTensors:
     """`native.Layer`, with tensors."""
 
     hidden: int
@@ -239,11 +239,12 @@ class Layer:
     down_bias: Tensor | None = None
 
 
+Layer = LayerTensors  # its name among the operations of `native`
 Goal = tuple[Tensor, Tensor, Tensor]  # keys and values (E, g, R, d) of the slots, rows (B, S) to write
 
 
 def before_attention(
-    layer: Layer, states: Tensor, cos: Tensor, sin: Tensor, batch: int, rows: int, goal: Goal | None = None
+    layer: LayerTensors, states: Tensor, cos: Tensor, sin: Tensor, batch: int, rows: int, goal: Goal | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """states (R, H), cos and sin (B, S, d), all contiguous -> query (B, h, S, d), key and value (B, g, S, d), or,
     with a goal, all of its rows (E, g, R, d), the new ones written there."""
@@ -267,7 +268,7 @@ def before_attention(
     return query.transpose(1, 2), key, value
 
 
-def behind_attention(layer: Layer, states: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+def behind_attention(layer: LayerTensors, states: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
     """states (R, H) and the attention's result (R, h * d), both contiguous -> the layer's result (R, H); where it has
     no gated product here the sum of states and attention, and beside it that sum's norm."""
     assert layer.mix is not None
@@ -285,7 +286,7 @@ def behind_attention(layer: Layer, states: Tensor, mixed: Tensor) -> tuple[Tenso
 
 
 def _add_norm(
-    layer: Layer, states: Tensor, addend: Tensor, its_norm: Tensor | None, next_norm: Tensor | None
+    layer: LayerTensors, states: Tensor, addend: Tensor, its_norm: Tensor | None, next_norm: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """states + residual * addend (R, H), and its norm; itself where there is none."""
     out = torch.empty_like(states)

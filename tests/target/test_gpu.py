@@ -163,7 +163,7 @@ def test_products(rows, outputs, inputs):
     states, weight = some(rows, inputs, dtype=SHORT), some(outputs, inputs, dtype=SHORT, scale=0.1)
     bias = some(outputs, dtype=SHORT)
     most = next(most for most in gpu.SHAPES if rows <= most)
-    shapes = [shape if ON_CARD else gpu.Shape(32, min(shape.inputs, 512), 4, 2) for shape in gpu.SHAPES[most]]
+    shapes = [shape if ON_CARD else gpu.ProductShape(32, min(shape.inputs, 512), 4, 2) for shape in gpu.SHAPES[most]]
     for shape in shapes if ON_CARD else shapes[:1]:
         for beside in (None, bias):
             expected = F.linear(states.float(), weight.float(), None if beside is None else beside.float())
