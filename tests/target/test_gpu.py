@@ -8,12 +8,17 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny_draft, tiny_model, tiny_target
 from torch import nn
 
 from fledge.decoding.accept import least_kept_unsorted
+from fledge.drafters.base import Emitted
 from fledge.drafters.eagle3 import ttt_attention
+from fledge.drafters.eagle3.fused_step import FusedStep, fused_step
+from fledge.drafters.eagle3.propose import EagleProposer
 from fledge.drafters.eagle3.ttt_attention import dense_ttt_attention
 from fledge.drafters.runs import Run
+from fledge.drafters.tree import TreeShape
 from fledge.target import gpu
 from fledge.target.attention import attention_by_rows
 from fledge.target.fused import fused_layers
@@ -198,8 +203,6 @@ def test_joined_weights_are_kept_once():
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 def test_layers_of_stock_models(name):
     """All of them are found, and what they make is tried against the stock forward on the way."""
-    from tiny import tiny_model
-
     model = tiny_model(name).to(DEVICE, torch.float32)
     layers = list(model.model.layers)[:2]
     found = fused_layers(model, layers)
@@ -281,3 +284,37 @@ def test_training_takes_the_kernels():
     of_twin = torch.autograd.grad(expected, (q, k, v, *later), seed.cpu())
     for one, other in zip(torch.autograd.grad(made, (q, k, v, *later), seed), of_twin, strict=True):
         assert_close(one, other)
+
+
+def on_cpu(monkeypatch):
+    """From now on nothing is computed by the kernels."""
+    monkeypatch.setattr(gpu, "runs_on", lambda device: False)
+    monkeypatch.setattr(gpu, "fits", lambda *_: False)
+
+
+@pytest.mark.parametrize("config", [{}, {"num_layers": 2, "norm_output": True}])
+def test_trees_are_those_of_the_slow_step(config, monkeypatch):
+    """Two rounds of an EAGLE head: all candidates with their scores, from caches that the kernels write."""
+    target = tiny_target("llama")
+    draft = tiny_draft(target, **config).to(DEVICE)
+    tokens, new = torch.randint(4, 100, (2, 12), device=DEVICE), torch.randint(4, 100, (2, 2), device=DEVICE)
+    taps = some(2, 14, len(target.tap_layers), target.hidden_size)
+
+    def candidates() -> list[torch.Tensor]:
+        proposer = EagleProposer(draft, TreeShape(20, 3, 3), 2, 64)
+        for slot in range(2):
+            proposer.fill(slot, tokens[slot], taps[slot, :12], torch.arange(12, device=DEVICE))
+        found = []
+        for length, emitted in ((12, tokens[:, -1:]), (14, new)):
+            count = torch.full((2,), emitted.shape[1], device=DEVICE)
+            before = taps[:, length - 1 - emitted.shape[1] : length - 1]
+            lengths = torch.full((2,), length - 1, device=DEVICE)
+            proposer.follow(Emitted(emitted, count, before, lengths), 40)
+            found += proposer.candidates(lengths, proposer.num_levels, 40)
+        return found
+
+    found = candidates()
+    assert isinstance(fused_step(draft), FusedStep)
+    on_cpu(monkeypatch)
+    for one, other in zip(found, candidates(), strict=True):
+        assert torch.equal(one, other) if one.dtype == torch.int64 else torch.allclose(one, other, atol=1e-4)
