@@ -23,7 +23,7 @@ def on_gpu(monkeypatch):
     import on_gpu
 
     yield on_gpu
-    for name in {"on_gpu", "gpu_sections", "decode_shapes", "train_step_worker"} - before:
+    for name in {"on_gpu", "gpu_bench", "gpu_decoding", "gpu_training", "gpu_commands", "decode_shapes", "train_step_worker"} - before:
         sys.modules.pop(name, None)
 
 
