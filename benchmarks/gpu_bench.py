@@ -143,7 +143,8 @@ def tiny_module() -> Any:
 def kernels(bench: Bench, call: Callable[[], Any], per: str = "") -> dict[str, Any]:
     """The device's kernels of a call by name: [microseconds, launches], the slowest first. `per` forwards of a model,
     or the whole call."""
-    call()
+    if not bench.small:
+        call()
     bench.wait()
     activity = torch.profiler.ProfilerActivity.CUDA if bench.on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as trace:

@@ -79,8 +79,9 @@ def rounds(
 ) -> dict[str, float]:
     """Milliseconds of a round by part, and tokens per second at one token a round."""
     target, _ = bench.pair()
-    few = few or bench.small
-    options = argparse.Namespace(new_tokens=16 if few else 64, repeats=1 if few else 3)
+
+    tokens = 4 if few and bench.small else 16 if few or bench.small else 64
+    options = argparse.Namespace(new_tokens=tokens, repeats=1 if few or bench.small else 3)
     length = more.pop("prompt", 20 if bench.small else 512)
     prompt = torch.randint(4, 100, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     made = decode_shapes.repeated(target, drafter, tree, prompt, "fixed", batch, options, **more)

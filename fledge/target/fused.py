@@ -76,7 +76,7 @@ class FusedLayer:
             raise NoSuchLayer
         self.shape = {"hidden": hidden, "heads": heads, "groups": groups, "size": size}
         self.dtype, self.device = qkv.layers[0].weight.dtype, qkv.layers[0].weight.device
-        self.operations: Any = gpu if gpu.runs_on(self.device) else native
+        self.on_gpu = gpu.runs_on(self.device)
         sizes = {name: size if name in HEAD_NORMS else hidden for name in self.norms}
         weights = [(_weight(norm), sizes[name]) for name, norm in self.norms.items() if norm is not None]
         # what is read by pointers must be as large and of the kind that it is taken for
@@ -87,6 +87,11 @@ class FusedLayer:
         self.constants: dict[str, Any] = {}  # what the attention function is given that the layer is not
         layers = [one for product in self.products.values() for one in product.layers]
         self._bypassed = [attention, *layers, *used, *([mlp, activation] if self.fuses_mlp else [])]
+
+    @property
+    def operations(self) -> Any:
+        """The module that has them; not kept, for a copy of a model could not have it."""
+        return gpu if self.on_gpu else native
 
     @property
     def fuses_mlp(self) -> bool:
@@ -100,7 +105,7 @@ class FusedLayer:
         batch, rows, hidden = shape = hidden_states.shape
         states = hidden_states.reshape(-1, hidden).contiguous()
         its_turns, place = self.turns.of(turns, batch, rows), self.attention.layer_idx
-        goal = cache.goal(place) if self.operations is gpu and isinstance(cache, HasGoals) else None
+        goal = cache.goal(place) if self.on_gpu and isinstance(cache, HasGoals) else None
         if isinstance(cache, HasGoals) and goal is not None:
             query, *_ = gpu.before_attention(self.facts, states, *its_turns, batch, rows, goal)
             key, value = cache.rows_read(place)
@@ -152,7 +157,7 @@ class FusedLayer:
             parts[name], parts[f"{name}_bias"] = product.parts()
         self._kept = [part for part in parts.values() if part is not None]
         for name, part in parts.items():
-            given = part if self.operations is gpu or part is None else part.data_ptr()
+            given = part if self.on_gpu or part is None else part.data_ptr()
             setattr(facts, name, given)
         facts.inner = self.products["down"].layers[0].in_features if self.fuses_mlp else 0
         facts.gelu = self.activation == "gelu"

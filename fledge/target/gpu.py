@@ -126,6 +126,7 @@ SHAPES = {  # by the most rows that they are for
     64: (ProductShape(64, 128, 4, 4), ProductShape(64, 64, 4, 6), ProductShape(128, 64, 8, 5)),
 }
 TIMED_BYTES = 160 << 20  # of weights that are read in turn: more than a card's cache holds
+MOST_TIMED = 64  # such weights; a model of so small ones is in the cache while it decodes, too
 
 
 class BestShape(msgspec.Struct, frozen=True):
@@ -174,12 +175,13 @@ def multiply(states: Tensor, weight: Tensor, bias: Tensor | None, shape: Product
 def _fastest(most: int, weight: Tensor, bias: Tensor | None) -> BestShape:
     """Times PyTorch's product and ours, over weights that the cache does not hold."""
     states = torch.randn(most, weight.shape[1], device=weight.device).to(weight.dtype)
-    weights = [weight, *(weight.clone() for _ in range(-(-TIMED_BYTES // weight.nbytes) - 1))]
+    number = min(-(-TIMED_BYTES // weight.nbytes), MOST_TIMED)
+    weights = [weight, *(weight.clone() for _ in range(number - 1))]
     ways: list[Callable[[Tensor], Tensor]] = [lambda one: F.linear(states, one, bias)]
     ways += [functools.partial(multiply, states, bias=bias, shape=shape) for shape in SHAPES[most]]
-    graphs = {number: graph for number, way in enumerate(ways) if (graph := _captured(way, weights)) is not None}
-    times = [{number: _seconds(graph) for number, graph in graphs.items()} for _ in range(5)]
-    best = min(graphs, key=lambda number: min(each[number] for each in times))
+    graphs = {place: graph for place, way in enumerate(ways) if (graph := _captured(way, weights)) is not None}
+    times = [{place: _seconds(graph) for place, graph in graphs.items()} for _ in range(5)]
+    best = min(graphs, key=lambda place: min(each[place] for each in times))
     return BestShape(best - 1 if best else None)
 
 

@@ -339,7 +339,7 @@ def test_what_the_device_will_not_capture_runs_launch_by_launch(fake_cuda, monke
     refused_session()
     assert fake_cuda.modes[-1] == "default" and fake_cuda.current == ["main"]
     shown = " ".join(capsys.readouterr().err.split())
-    assert shown.count("not captured (called a synchronizing CUDA operation)") == 1
+    assert shown.count("not captured (called a synchronizing CUDA operation at test_captured_rounds.py:") == 1
 
 
 def test_a_capture_that_fails_half_way_leaves_stream_and_generator(fake_cuda, capsys):
