@@ -2,10 +2,13 @@
 
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from warm_commands import WarmCommands
 
 if not list(
     Path("/dev").glob("nvidia[0-9]*")
@@ -29,6 +32,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}; set FLEDGE_SHARED_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def warm_path(tmp_path_factory) -> Iterator[str]:
+    """A PATH on which `fledge` starts at once (`warm_commands.py`); this Python's programs come next."""
+    with WarmCommands(tmp_path_factory.mktemp("warm")) as folder:
+        yield f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,18 @@ def code_cells(path: Path) -> list[str]:
     return ["".join(cell["source"]) for cell in document["cells"] if cell["cell_type"] == "code"]
 
 
-def run_cell(cell: str, names: dict[str, Any]) -> None:
+def run_cell(cell: str, names: dict[str, Any], path: str) -> None:
     """A cell of Python, or one command behind `!`, as IPython runs them."""
     if not cell.startswith("!"):
         exec(compile(cell, "cell", "exec"), names)
         return
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "-c", cell[1:]], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{cell}\n{done.stderr[-3000:]}"
 
 
 @pytest.mark.timeout(600)
-def test_the_notebook_runs(tiny_model_dir, tmp_path, monkeypatch):
+def test_the_notebook_runs(tiny_model_dir, tmp_path, monkeypatch, warm_path):
     first, *others = code_cells(NOTEBOOK)
     assert commands(first[1:])[0][:3] == ["fledge", "quickstart", "--prepare-only"]
     shutil.copytree(tiny_model_dir, tmp_path / "quickstart" / "target")
@@ -43,18 +42,18 @@ def test_the_notebook_runs(tiny_model_dir, tmp_path, monkeypatch):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         names: dict[str, Any] = {}
         for cell in others:
-            run_cell(cell, names)
+            run_cell(cell, names, warm_path)
     assert names["drafted"].token_ids == names["plain"].token_ids
     assert "tokens per pass of the target" in printed.getvalue() and "10 of 10 answers" not in printed.getvalue()
     assert "answers are identical to plain decoding" in printed.getvalue()
 
 
-def test_a_cell_that_fails_is_noticed(tmp_path):
+def test_a_cell_that_fails_is_noticed(warm_path):
     """Negative control."""
     with pytest.raises(AssertionError, match="invalid choice|no-such-command|unknown command"):
-        run_cell("!fledge no-such-command", {})
+        run_cell("!fledge no-such-command", {}, warm_path)
     with pytest.raises(NameError):
-        run_cell("print(nothing)", {})
+        run_cell("print(nothing)", {}, warm_path)
 
 
 def test_it_is_kept_without_outputs():

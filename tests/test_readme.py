@@ -128,11 +128,11 @@ def test_an_indented_command_is_noticed(tmp_path):
     assert mentioned(str(page)) == [["fledge", "vocab", "--size", "3"]]
 
 
-def run_blocks(document: str, folder: Path, target: Path) -> subprocess.CompletedProcess:
+def run_blocks(document: str, folder: Path, target: Path, path: str) -> subprocess.CompletedProcess:
     """The `yes` blocks of a document in one shell, as a newcomer would type them, with a tiny model as $TARGET."""
     environment = {
         **os.environ, "TARGET": str(target), "PROMPTS": "prompts.jsonl", "FLEDGE_CACHE": str(folder / "cache"),
-        "FLEDGE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "FLEDGE": str(ROOT), "PATH": path,
     }  # fmt: skip
     script = "\n".join(text for how, text in blocks(document) if how == "yes")
     return subprocess.run(
@@ -142,13 +142,13 @@ def run_blocks(document: str, folder: Path, target: Path) -> subprocess.Complete
 
 
 @pytest.fixture(scope="module")
-def worked(tmp_path_factory, tiny_model_dir) -> tuple[Path, str]:
+def worked(tmp_path_factory, tiny_model_dir, warm_path) -> tuple[Path, str]:
     """The folder in which the README's five lines were typed, and what they printed."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "prompts.jsonl").write_text(
         "".join(f'{{"id": "p{n}", "messages": [{{"role": "user", "content": "say {n} words"}}]}}\n' for n in range(24))
     )
-    done = run_blocks("README.md", folder, tiny_model_dir)
+    done = run_blocks("README.md", folder, tiny_model_dir, warm_path)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stderr + done.stdout
 
@@ -161,15 +161,15 @@ def test_the_five_lines_run(worked):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", [page for page in PAGES if any(how == "yes" for how, _ in blocks(page))])
-def test_the_blocks_of_a_page_run(page, worked, tiny_model_dir, tmp_path):
+def test_the_blocks_of_a_page_run(page, worked, tiny_model_dir, tmp_path, warm_path):
     shutil.copytree(worked[0], tmp_path / "work")
-    done = run_blocks(page, tmp_path / "work", tiny_model_dir)
+    done = run_blocks(page, tmp_path / "work", tiny_model_dir, warm_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_command_that_fails_would_be_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "blocks", lambda document: [("yes", "true\nfalse\ntrue\n")])
-    assert run_blocks("README.md", tmp_path, tmp_path).returncode == 1
+    assert run_blocks("README.md", tmp_path, tmp_path, os.environ["PATH"]).returncode == 1
 
 
 # ---- links and pages -------------------------------------------------------------------------------------------------

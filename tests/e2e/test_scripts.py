@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,13 @@ SCRIPTS = Path(__file__).parents[2] / "scripts" / "speculative"
 SHORT = ("--max_steps", "2", "--ttt_steps", "2", "--draft_vocab_size", "64", "--save_strategy", "no")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def started_at_once(warm_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", warm_path)
+        yield
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("work with a space")
@@ -26,7 +32,7 @@ def work(tmp_path_factory) -> Path:
 
 def run_script(work: Path, name: str, *flags: str, **variables: str) -> subprocess.CompletedProcess:
     environment = {
-        **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+        **os.environ, "OMP_NUM_THREADS": "1",
         "FLEDGE_CACHE": str(work / "cache"), "CUDA_VISIBLE_DEVICES": "", "NPROC_PER_NODE": "1", **variables,
     }  # fmt: skip
     return subprocess.run(
