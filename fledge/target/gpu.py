@@ -89,9 +89,10 @@ def joined_of(*layers: nn.Module) -> Joined | None:
         return Joined(linear) if len(alike) == 1 and fits(*(one.weight for one in linear)) else None
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _joined(parts: Sequence[nn.Parameter]) -> Tensor:
-    """All of these (C, ..) as one tensor. Where they do not lie so yet, they are moved."""
+    """All of these (C, ..) as one tensor. Where they do not lie so yet, they are moved; they can still be trained."""
     tensors = [part.data for part in parts]
     end, behind = tensors[0].data_ptr(), True
     for one in tensors:

@@ -200,6 +200,20 @@ def test_joined_weights_are_kept_once():
     assert gpu.joined_of(*layers) is None, "somebody else computes it"
 
 
+def test_weights_that_were_joined_while_decoding_can_be_trained():
+    """An evaluation decodes between two training steps: what it makes must not be of inference mode."""
+    layers = [nn.Linear(8, outputs, device=DEVICE) for outputs in (6, 2)]
+    joined = gpu.joined_of(*layers)
+    assert joined is not None
+    with torch.inference_mode():
+        weight, _ = joined.parts()
+    inputs = some(3, 8)
+    with torch.enable_grad():
+        sum(layer(inputs).square().sum() for layer in layers).backward()
+    torch.optim.AdamW([one for layer in layers for one in layer.parameters()], lr=0.1, fused=ON_CARD).step()
+    assert torch.equal(weight[:6], layers[0].weight), "and the joint weight is the trained one"
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 def test_layers_of_stock_models(name):
     """All of them are found, and what they make is tried against the stock forward on the way."""
