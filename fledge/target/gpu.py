@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fledge.console import warn
 from fledge.outputs import cached
 
 # B sequences, S rows, R = B S, H hidden size, h query heads, g key heads, d head_dim, K keys, I inner size
@@ -35,7 +36,7 @@ GATES = 1024  # numbers of a program
 
 @functools.cache
 def kernels() -> ModuleType | None:
-    """The kernels; None where there is no Triton or no card for it."""
+    """The kernels; None where there is no Triton or no card for it, or where Triton cannot compile."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         return None
     if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
@@ -44,7 +45,22 @@ def kernels() -> ModuleType | None:
         from fledge.target import kernels
     except ImportError:
         return None
+    try:
+        _try(kernels)
+    except Exception as error:  # no C compiler for what starts its kernels, a card that it does not know, a full disk
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warn(
+            f"Triton compiles no kernels here ({reason}): PyTorch's are used, which decode at two thirds of the speed."
+        )
+        return None
     return kernels
+
+
+def _try(found: ModuleType) -> None:
+    """Compile and run one of the kernels."""
+    states = torch.ones(2, 16, device="cuda")
+    out = torch.empty_like(states)
+    found.rms_norm[2,](states, states[0], out, 16, 16, 16, 1e-6, ONE_MORE=False, BLOCK=16, num_warps=1)
 
 
 def runs_on(device: torch.device) -> bool:

@@ -53,6 +53,33 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
     assert error < CLOSE[dtype or found.dtype], float(error)
 
 
+REAL = gpu.kernels
+
+
+@pytest.mark.skipif(ON_CARD, reason="a card is made up")
+def test_without_a_compiler_pytorch_does_it(monkeypatch, capsys):
+    """Containers that only run programs have no C compiler, without which Triton starts nothing."""
+
+    def refuse(*_):
+        raise RuntimeError("Failed to find C compiler.\nMore lines")
+
+    monkeypatch.setattr(gpu, "kernels", REAL)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "_try", lambda found: None)
+    REAL.cache_clear()
+    try:
+        assert gpu.kernels() is importlib.import_module("fledge.target.kernels"), "negative control"
+        REAL.cache_clear()
+        monkeypatch.setattr(gpu, "_try", refuse)
+        assert gpu.kernels() is None and gpu.kernels() is None
+        shown = " ".join(capsys.readouterr().err.split())
+        assert shown.count("Triton compiles no kernels here (Failed to find C compiler.)") == 1
+    finally:
+        REAL.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("one_more", [False, True])
 def test_norm(dtype, one_more):
