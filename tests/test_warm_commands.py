@@ -22,10 +22,13 @@ def test_status_and_streams_are_the_commands(warm_path, tmp_path):
     assert "unknown command 'nothing'" in done.stderr and "absent" in done.stderr
 
 
-def test_a_pipe_and_the_folder_are_the_shells(warm_path, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"conversations": [{"from": "human", "value": "a"}]}\n')
-    done = typed("fledge inspect rows.jsonl | cat > out; echo ${PIPESTATUS[0]}", warm_path, tmp_path)
-    assert done.stdout.strip() in ("0", "1") and "rows.jsonl" in (tmp_path / "out").read_text() + done.stderr
+def test_a_pipe_the_folder_and_variables_are_the_shells(warm_path, tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "recipe.yaml").write_text("nonsense: 1\n")
+    script = "fledge --version | cat > out; cd below; COLUMNS=300 fledge decode --config recipe.yaml; echo $?"
+    done = typed(script, warm_path, tmp_path)
+    assert (tmp_path / "out").read_text() == f"fledge {fledge.__version__}\n"
+    assert done.stdout.strip() in ("1", "2") and "nonsense" in done.stderr, "a recipe of the folder it was changed to"
 
 
 def test_a_signal_reaches_the_command(warm_path, tmp_path):

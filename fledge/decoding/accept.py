@@ -183,6 +183,10 @@ def least_kept(probabilities: Tensor, top_p: float, at_most: int) -> Tensor:
 
     at_most bounds the number of tokens with probability > 0, up to ties; only they are sorted.
     """
+    if at_most > NUCLEUS_GUESS and gpu.fits(probabilities):
+        from fledge.decoding import kernels
+
+        return kernels.least_kept(probabilities, top_p)
     if probabilities.is_cuda and at_most > NUCLEUS_GUESS:
         return least_kept_unsorted(probabilities, top_p)
     ranked = probabilities.topk(min(at_most, NUCLEUS_GUESS), dim=-1).values
@@ -199,10 +203,6 @@ def least_kept_unsorted(probabilities: Tensor, top_p: float) -> Tensor:
     A probability is in the nucleus if those above it hold less than top_p. Positive numbers are ordered like their
     bits, so 31 halvings of all bit patterns find the least such number, and it is one of the probabilities.
     """
-    if gpu.fits(probabilities):
-        from fledge.decoding import kernels
-
-        return kernels.least_kept(probabilities, top_p)
     low = torch.zeros(len(probabilities), 1, dtype=torch.int32, device=probabilities.device)
     high = probabilities.amax(dim=-1, keepdim=True).view(torch.int32)  # nothing lies above the most likely one
     for _ in range(31):

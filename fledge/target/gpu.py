@@ -1,7 +1,7 @@
 """A decoder layer's operations on a GPU as few kernels: `native.py` there.
 
 Of a captured step of Qwen3-8B on an H100 (9.5 ms, torch 2.11) the products took 6.2 ms, attention 1.2 ms at 640 keys
-and 11 ms at 8,200 (a few thread blocks for all keys of a head), and some thirty small operations a layer the rest.
+and some 12 at 8,200 (a few thread blocks for all keys of a head), and some thirty small operations a layer the rest.
 Here projections of the same input are one product of joined weights, what stands between products is one kernel each,
 and attention splits the keys. Kernels are Triton's (`kernels.py`), which PyTorch brings along for CUDA on Linux;
 without it, for other devices and for odd shapes, PyTorch does it, the slow twin.
