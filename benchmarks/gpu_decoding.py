@@ -17,7 +17,7 @@ from gpu_bench import Bench, LeftOut, figure, graph_ms, kernels, section, tiny_m
 from fledge.decoding.capture import Timer
 from fledge.decoding.generate import Sampling, TreeShape, drop_sessions, generate_batch
 from fledge.drafters.eagle3.model import DraftModel
-from fledge.target import gpu
+from fledge.target import gpu_products
 from fledge.target.model import Target
 
 NAMES = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3", "gpt_oss", "hunyuan_v1_dense")
@@ -159,7 +159,7 @@ def products(bench: Bench) -> dict[str, Any]:
         for rows in (1, 2, 4, 8, 16, 32, 60, 64, 128):
             inputs = {size: torch.randn(rows, size, device=bench.device, dtype=torch.bfloat16)
                       for size in {one.shape[1] for one in kept[0]}}  # fmt: skip
-            for way, linear in {"": F.linear, ", measured": gpu.linear}.items():
+            for way, linear in {"": F.linear, ", measured": gpu_products.linear}.items():
                 us = 1e3 * graph_ms(bench, lambda linear=linear, kept=kept, inputs=inputs: [
                     linear(inputs[one.shape[1]], one) for layer in kept for one in layer
                 ]) / len(kept)  # fmt: skip

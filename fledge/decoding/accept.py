@@ -25,7 +25,7 @@ from torch import Tensor
 from fledge.decoding.noise import uniforms
 from fledge.decoding.records import Sampling
 from fledge.drafters.tree import Trees
-from fledge.target import gpu
+from fledge.target import card
 
 PART = 256  # tokens; a cumulative sum over 49152 of them takes 20 ms for 64 rows on a CPU, over 192 parts half a one
 NUCLEUS_GUESS = (
@@ -183,7 +183,7 @@ def least_kept(probabilities: Tensor, top_p: float, at_most: int) -> Tensor:
 
     at_most bounds the number of tokens with probability > 0, up to ties; only they are sorted.
     """
-    if at_most > NUCLEUS_GUESS and gpu.fits(probabilities):
+    if at_most > NUCLEUS_GUESS and card.fits(probabilities):
         from fledge.decoding import kernels
 
         return kernels.least_kept(probabilities, top_p)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fledge.errors import UserError
 from fledge.ranges import Count, Natural, TreeNodes
-from fledge.target import gpu
+from fledge.target import card
 
 MOST_WIDTH = 32  # of a beam, for the kernel that picks one after the other
 
@@ -59,7 +59,7 @@ def best_scores(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
     A draft that overflows still gives a well-formed tree: NaN would break the order `build_trees` relies on.
     """
-    if width <= MOST_WIDTH and gpu.fits(logits):
+    if width <= MOST_WIDTH and card.fits(logits):
         from fledge.drafters import kernels
 
         return kernels.best_scores(logits, width)

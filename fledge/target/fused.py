@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fledge.target import gpu, native
+from fledge.target import card, gpu, gpu_products, native
 from fledge.target.norms import eps_of, rms_norms
 from fledge.target.products import Product, accelerate, is_independent, loop_of
 
@@ -76,7 +76,7 @@ class FusedLayer:
             raise NoSuchLayer
         self.shape = {"hidden": hidden, "heads": heads, "groups": groups, "size": size}
         self.dtype, self.device = qkv.layers[0].weight.dtype, qkv.layers[0].weight.device
-        self.on_gpu = gpu.runs_on(self.device)
+        self.on_gpu = card.runs_on(self.device)
         sizes = {name: size if name in HEAD_NORMS else hidden for name in self.norms}
         weights = [(_weight(norm), sizes[name]) for name, norm in self.norms.items() if norm is not None]
         # what is read by pointers must be as large and of the kind that it is taken for
@@ -194,7 +194,7 @@ class HasGoals(Protocol):
 def fused_layers(model: Any, layers: Iterable[Any]) -> list[FusedLayer]:
     """The decoder layers of a model that can be computed so; none where the operations cannot be compiled."""
     device = next(model.parameters()).device
-    if not gpu.runs_on(device) and (device.type != "cpu" or native.library() is None):
+    if not card.runs_on(device) and (device.type != "cpu" or native.library() is None):
         return []
     if not getattr(model, "_supports_attention_backend", False):
         return []
@@ -260,16 +260,16 @@ def _norms_of(layer: Any, attention: Any) -> dict[str, nn.Module | None]:
     return found | {"mixed_norm": mixed_norm, "mlp_norm": mlp_norm, "out_norm": last}
 
 
-def _together(module: Any, names: Sequence[str], joint: str = "") -> "Product | gpu.Joined | None":
+def _together(module: Any, names: Sequence[str], joint: str = "") -> "Product | gpu_products.Joined | None":
     """The product by `multiply.c` or on a GPU that these layers are, or the one layer that has them all."""
     layers: list[Any] = [getattr(module, name, None) for name in names]
     layers = [getattr(module, joint, None)] if None in layers else layers
     return None if None in layers else together(*layers)
 
 
-def together(*layers: nn.Module) -> "Product | gpu.Joined | None":
+def together(*layers: nn.Module) -> "Product | gpu_products.Joined | None":
     """The product that these layers are, in this order and no others."""
-    return loop_of(*layers) or gpu.joined_of(*layers)
+    return loop_of(*layers) or gpu_products.joined_of(*layers)
 
 
 def _activation(function: Any) -> str | None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fledge.target import gpu
+from fledge.target import gpu_products
 
 LEAST_OUTPUTS = 4096
 WIDENED_ROWS = 16  # of bf16, from which on it is less work to widen the weights than to multiply by them
@@ -38,7 +38,9 @@ def head_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     if weight.shape[0] < LEAST_OUTPUTS or torch.is_grad_enabled():
         return F.linear(hidden, weight, bias)
     if hidden.is_cuda:
-        return gpu.linear(hidden.reshape(-1, hidden.shape[-1]), weight, bias).view(*hidden.shape[:-1], len(weight))
+        return gpu_products.linear(hidden.reshape(-1, hidden.shape[-1]), weight, bias).view(
+            *hidden.shape[:-1], len(weight)
+        )
     if fits_onednn(hidden, weight):
         return onednn_product(hidden.contiguous(), weight, bias)
     kinds = {hidden.dtype, weight.dtype} if bias is None else {hidden.dtype, weight.dtype, bias.dtype}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fledge.target import gpu, native
+from fledge.target import card, gpu, native
 
 ROWS = 4  # tried
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of a value, relative: rounding
@@ -23,9 +23,9 @@ def rms_norms(model: nn.Module) -> dict[nn.Module, bool]:
     """The modules of a model that are RMS norms, up to rounding, with whether they scale by 1 + weight, which PyTorch's
     kernel for a GPU does not; on a CPU none without a compiler."""
     device = next(model.parameters()).device
-    if device.type == "cpu" and not gpu.runs_on(device) and native.library() is None:
+    if device.type == "cpu" and not card.runs_on(device) and native.library() is None:
         return {}
-    kinds = (False, True) if device.type == "cpu" or gpu.runs_on(device) else (False,)
+    kinds = (False, True) if device.type == "cpu" or card.runs_on(device) else (False,)
     looking = [module for module in model.modules() if _may_be_one(module)]
     found: dict[nn.Module, bool] = {}
     for one_more in kinds:
@@ -67,10 +67,10 @@ def _error(module: nn.Module, one_more: bool) -> Tensor:
 
 def _fused(module: nn.Module, one_more: bool, most_rows: int = native.MOST_ROWS) -> Callable[[Tensor], Tensor]:
     weight, eps = _weight(module), eps_of(module)
-    if weight.device.type != "cpu" or gpu.runs_on(weight.device):
+    if weight.device.type != "cpu" or card.runs_on(weight.device):
 
         def on_gpu(hidden: Tensor) -> Tensor:
-            if hidden.dtype is weight.dtype and gpu.fits(hidden, weight):
+            if hidden.dtype is weight.dtype and card.fits(hidden, weight):
                 return gpu.rms_norm(hidden, weight, eps, one_more=one_more)
             return F.rms_norm(hidden, weight.shape, weight + 1 if one_more else weight, eps)
 

@@ -19,7 +19,7 @@ from fledge.drafters.eagle3.propose import EagleProposer
 from fledge.drafters.eagle3.ttt_attention import dense_ttt_attention
 from fledge.drafters.runs import Run
 from fledge.drafters.tree import TreeShape
-from fledge.target import gpu
+from fledge.target import card, gpu, gpu_products
 from fledge.target.attention import attention_by_rows
 from fledge.target.fused import fused_layers
 
@@ -36,8 +36,8 @@ def anywhere(monkeypatch):
     """The kernels, also on a CPU."""
     if not ON_CARD:
         found = importlib.import_module("fledge.target.kernels")
-        monkeypatch.setattr(gpu, "kernels", lambda: found)
-        monkeypatch.setattr(gpu, "runs_on", lambda device: True)
+        monkeypatch.setattr(card, "kernels", lambda: found)
+        monkeypatch.setattr(card, "runs_on", lambda device: True)
     torch.manual_seed(0)
     with torch.no_grad():
         yield
@@ -53,7 +53,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
     assert error < CLOSE[dtype or found.dtype], float(error)
 
 
-REAL = gpu.kernels
+REAL = card.kernels
 
 
 @pytest.mark.skipif(ON_CARD, reason="a card is made up")
@@ -63,17 +63,17 @@ def test_without_a_compiler_pytorch_does_it(monkeypatch, capsys):
     def refuse(*_):
         raise RuntimeError("Failed to find C compiler.\nMore lines")
 
-    monkeypatch.setattr(gpu, "kernels", REAL)
+    monkeypatch.setattr(card, "kernels", REAL)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(gpu, "_try", lambda found: None)
+    monkeypatch.setattr(card, "_try", lambda found: None)
     REAL.cache_clear()
     try:
-        assert gpu.kernels() is importlib.import_module("fledge.target.kernels"), "negative control"
+        assert card.kernels() is importlib.import_module("fledge.target.kernels"), "negative control"
         REAL.cache_clear()
-        monkeypatch.setattr(gpu, "_try", refuse)
-        assert gpu.kernels() is None and gpu.kernels() is None
+        monkeypatch.setattr(card, "_try", refuse)
+        assert card.kernels() is None and card.kernels() is None
         shown = " ".join(capsys.readouterr().err.split())
         assert shown.count("Triton compiles no kernels here (Failed to find C compiler.)") == 1
     finally:
@@ -194,12 +194,15 @@ def test_products(rows, outputs, inputs):
     """Every shape that may be chosen, with outputs and inputs that it does not divide."""
     states, weight = some(rows, inputs, dtype=SHORT), some(outputs, inputs, dtype=SHORT, scale=0.1)
     bias = some(outputs, dtype=SHORT)
-    most = next(most for most in gpu.SHAPES if rows <= most)
-    shapes = [shape if ON_CARD else gpu.ProductShape(32, min(shape.inputs, 512), 4, 2) for shape in gpu.SHAPES[most]]
+    most = next(most for most in gpu_products.SHAPES if rows <= most)
+    shapes = [
+        shape if ON_CARD else gpu_products.ProductShape(32, min(shape.inputs, 512), 4, 2)
+        for shape in gpu_products.SHAPES[most]
+    ]
     for shape in shapes if ON_CARD else shapes[:1]:
         for beside in (None, bias):
             expected = F.linear(states.float(), weight.float(), None if beside is None else beside.float())
-            assert_close(gpu.multiply(states, weight, beside, shape), expected, SHORT)
+            assert_close(gpu_products.multiply(states, weight, beside, shape), expected, SHORT)
 
 
 @pytest.mark.skipif(not ON_CARD, reason="what is measured needs a card")
@@ -207,14 +210,14 @@ def test_products(rows, outputs, inputs):
 def test_the_fastest_product_is_the_same_product(rows, monkeypatch, tmp_path):
     monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path))
     states, weight = some(rows, 512, dtype=SHORT), some(1024, 512, dtype=SHORT, scale=0.1)
-    assert_close(gpu.linear(states, weight), F.linear(states.float(), weight.float()), SHORT)
-    assert rows > max(gpu.SHAPES) or list(tmp_path.rglob("*.json")), "what was measured is kept"
+    assert_close(gpu_products.linear(states, weight), F.linear(states.float(), weight.float()), SHORT)
+    assert rows > max(gpu_products.SHAPES) or list(tmp_path.rglob("*.json")), "what was measured is kept"
 
 
 def test_joined_weights_are_kept_once():
     layers = [nn.Linear(8, outputs, bias=True, device=DEVICE) for outputs in (6, 2, 2)]
     before = torch.cat([layer.weight for layer in layers])
-    joined = gpu.joined_of(*layers)
+    joined = gpu_products.joined_of(*layers)
     assert joined is not None and joined.shape == (10, 8)
     weight, bias = joined.parts()
     assert torch.equal(weight, before) and bias is not None
@@ -224,13 +227,13 @@ def test_joined_weights_are_kept_once():
     assert not weight[6:8].any(), "the layers' own are views"
     assert joined.parts()[0].data_ptr() == weight.data_ptr(), "nothing is moved twice"
     layers[0].forward = lambda inputs: inputs
-    assert gpu.joined_of(*layers) is None, "somebody else computes it"
+    assert gpu_products.joined_of(*layers) is None, "somebody else computes it"
 
 
 def test_weights_that_were_joined_while_decoding_can_be_trained():
     """An evaluation decodes between two training steps: what it makes must not be of inference mode."""
     layers = [nn.Linear(8, outputs, device=DEVICE) for outputs in (6, 2)]
-    joined = gpu.joined_of(*layers)
+    joined = gpu_products.joined_of(*layers)
     assert joined is not None
     with torch.inference_mode():
         weight, _ = joined.parts()
@@ -329,8 +332,8 @@ def test_training_takes_the_kernels():
 
 def on_cpu(monkeypatch):
     """From now on nothing is computed by the kernels."""
-    monkeypatch.setattr(gpu, "runs_on", lambda device: False)
-    monkeypatch.setattr(gpu, "fits", lambda *_: False)
+    monkeypatch.setattr(card, "runs_on", lambda device: False)
+    monkeypatch.setattr(card, "fits", lambda *_: False)
 
 
 @pytest.mark.parametrize("config", [{}, {"num_layers": 2, "norm_output": True}])

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fledge.drafters.eagle3.model import DraftLayer, DraftModel, KeyValueCache, row_of_mask, rows_at
 from fledge.drafters.layers import RMSNorm
-from fledge.target import gpu, native
+from fledge.target import card, gpu, gpu_products, native
 from fledge.target.attention import grouped_sdpa
 from fledge.target.fused import HasGoals, together
 from fledge.target.products import Product
 
-Joint = Product | gpu.Joined
+Joint = Product | gpu_products.Joined
 
 # B sequences, S rows, R = B S, H hidden size, h query heads, d head_dim
 
@@ -27,7 +27,7 @@ class FusedStep:
 
     def __init__(self, draft: DraftModel, products: list[dict[str, Joint]]) -> None:
         self.draft, self.products = draft, products  # of every layer
-        self.operations: Any = gpu if gpu.runs_on(draft.fc.weight.device) else native
+        self.operations: Any = gpu if card.runs_on(draft.fc.weight.device) else native
         self.refresh()
 
     def refresh(self) -> None:

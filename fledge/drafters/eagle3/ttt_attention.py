@@ -30,7 +30,7 @@ from fledge.drafters.eagle3 import varlen_attention
 from fledge.drafters.eagle3.attention_blocks import BlockAttention
 from fledge.drafters.eagle3.varlen_attention import VarlenAttention
 from fledge.drafters.runs import QueryPlaces, Run
-from fledge.target import gpu
+from fledge.target import card
 
 # N rows of all documents, S query rows, h query heads, g key heads, d head_dim, k later steps
 
@@ -77,7 +77,7 @@ class _TTTAttention(torch.autograd.Function):
         num_later = len(later) // 2
         later_k, later_v = later[:num_later], later[num_later:]
         out, lse = of_step_0.attend(q, k, v)
-        if num_later and gpu.fits(q, *later):
+        if num_later and card.fits(q, *later):
             from fledge.drafters.eagle3 import kernels
 
             q = q.contiguous()
@@ -102,7 +102,7 @@ class _TTTAttention(torch.autograd.Function):
         grad_out = grad_out.contiguous()
         grad_q, grad_k, grad_v = ctx.of_step_0.attend_backward(grad_out, q, k, v, out, lse)
         grad_later: tuple[Tensor, ...] = ()
-        if num_later and gpu.fits(q, *later):
+        if num_later and card.fits(q, *later):
             from fledge.drafters.eagle3 import kernels
 
             stacked = torch.stack(later_k), torch.stack(later_v)
