@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from gpu_bench import Bench, LeftOut, figure, graph_ms, kernels, section, tiny_module
 
 from fledge.decoding.capture import Timer
+from fledge.decoding.exact import obstacle_to_bits, want_exact
 from fledge.decoding.generate import Sampling, TreeShape, drop_sessions, generate_batch
 from fledge.drafters.eagle3.model import DraftModel
 from fledge.target import gpu_products
@@ -129,6 +130,30 @@ def tree_rounds(bench: Bench) -> dict[str, Any]:
     return found
 
 
+@section(60)
+def same_bits(bench: Bench) -> dict[str, Any]:
+    """What `--exact` costs: plain steps and rounds with it, in turns with `plain` and `tree_rounds`; what is in its
+    way, if anything; and how many bf16 texts of a random model equal plain decoding's, without and with it."""
+    target, draft = bench.pair()
+    found: dict[str, Any] = {"in the way": obstacle_to_bits(target)}
+    cases = {"plain": (None, TreeShape()), "60/5/10": (draft, TREES["60/5/10"]), "6/4/1": (draft, TREES["6/4/1"])}
+    prompts = [torch.randint(4, 100, (20,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(4)]
+    for asked in (False, True):
+        want_exact(target, asked)
+        texts = [
+            [one.token_ids for one in generate_batch(target, drafter, prompts, tree=tree, max_new_tokens=48,
+                                                     eos_token_ids=())]
+            for drafter, tree in cases.values()
+        ]  # fmt: skip
+        found["exact" if asked else "as usual"] = {
+            **{name: rounds(bench, *case, few=True) for name, case in cases.items()},
+            "equal texts": [sum(map(list.__eq__, one, texts[0])) for one in texts[1:]],
+        }
+        drop_sessions(target)
+    want_exact(target, False)
+    return found
+
+
 @section(40)
 def profile(bench: Bench) -> dict[str, Any]:
     """Microseconds of a round by kernel, and launches: plain decoding and the largest tree."""
@@ -212,7 +237,8 @@ def head(bench: Bench) -> dict[str, Any]:
 
     found = {}
     largest = ["--total-token", "60", "--depth", "5", "--top-k", "10"]
-    cases = {"temperature 0": ["0"], "temperature 1": ["1"], "temperature 0, tree 60/5/10": ["0", *largest]}
+    cases = {"temperature 0": ["0"], "temperature 1": ["1"], "temperature 0, tree 60/5/10": ["0", *largest],
+             "temperature 0, exact": ["0", "--exact"]}  # fmt: skip
     questions, tokens = ("1", "8") if bench.small else ("6", "128")
     for name, law in cases.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -38,8 +38,8 @@ from fledge.outputs import write_json
 for module in ("gpu_decoding", "gpu_training", "gpu_commands"):
     importlib.import_module(module)
 FIRST = (  # the others follow as they stand in their files
-    "device", "commands", "captured", "train_equal", "extract_equal", "plain", "tree_rounds", "profile", "products",
-    "train_2048", "train_2048_depths", "train_turns", "train_profile", "head", "attention",
+    "device", "commands", "captured", "train_equal", "extract_equal", "plain", "tree_rounds", "same_bits", "profile",
+    "products", "train_2048", "train_2048_depths", "train_turns", "train_profile", "head", "attention",
 )  # fmt: skip
 SECTIONS = {name: KNOWN[name] for name in (*FIRST, *(name for name in KNOWN if name not in FIRST))}
 LINES, RECORD = "on_gpu.jsonl", "on_gpu.json"

@@ -6,7 +6,8 @@ it for few rows where that is faster, elsewhere PyTorch's kernels.
 
 `exact_attention` gives a row the same bits alone, in a chain, in a tree and in a batch: sums are taken over the keys
 that the row sees, in the order of the text, which is the order of the cache, also in a tree. The compiled loop does
-that as it is; `attention_by_rows` is its slow twin, where there is no compiler or heads have odd sizes.
+that as it is, a GPU's kernel (`gpu_exact.py`) is told where a node's ancestors lie. `attention_by_rows` is the slow
+twin of both, and does it on a CPU where there is no compiler or heads have odd sizes.
 """
 
 import functools
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fledge.target import native
+from fledge.target import gpu_exact, native
 from fledge.target.attention import attention_by_rows, grouped_sdpa
 
 NAME = "fledge_sdpa"
@@ -70,8 +71,12 @@ def exact_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The same, but a row's bits do not depend on what is computed beside it."""
+    """The same, but a row's bits do not depend on what is computed beside it. `paths` beside it: on a GPU."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if (paths := kwargs.get("paths")) is not None:
+        if any(kwargs.get(name) is not None for name in UNUSUAL):
+            raise ValueError(f"there it knows nothing of {' and '.join(UNUSUAL)}")
+        return gpu_exact.attend(query, key, value, attention_mask, paths, scale), None
     beside: dict[str, Any] = {"softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
     found = native.attend(query, key, value, attention_mask, scale, most_rows=sys.maxsize, **beside)
     return attention_by_rows(query, key, value, attention_mask, scale, **beside) if found is None else found, None

@@ -4,8 +4,9 @@ A verified token is the target's own choice. It is the token that plain decoding
 is the same with and without drafts, in trees and chains, alone and in a batch, at every temperature with one seed. In
 exact arithmetic logits are. In bf16 they differ in the last bits where a sum is taken in another order, and of two
 tokens that are nearly tied the other one is chosen: measured, in four of ten answers of 48 tokens. `attention.py`
-takes the sums of attention in one order; products of matrices, norms and experts are the library's. So a self-test
-compares bits: a few random tokens one by one, as a chain, and in the trees of a batch.
+takes the sums of attention in one order; on a CPU, products of matrices, norms and experts may be the library's, on a
+GPU all must be our kernels, of which one cuts any number of rows alike. A self-test compares bits: a few random tokens
+one by one, as a chain, and in the trees of a batch.
 """
 
 import weakref
@@ -23,15 +24,16 @@ from fledge.decoding.running_state import RunningStateVerifier
 from fledge.decoding.verifier import AttentionVerifier, Lengths, Verifier
 from fledge.drafters.tree import Trees, ancestors_of, chains
 from fledge.outputs import cached
-from fledge.target import native
+from fledge.target import card, gpu_exact, native
 from fledge.target.fused import fused_layers, sums_alone
 from fledge.target.model import Target
 from fledge.target.products import accelerate, is_independent, is_packed
 
-ENGINE = 2  # one more when the engine computes in another way, and findings that are kept no longer hold
+ENGINE = 3  # one more when the engine computes in another way, and findings that are kept no longer hold
+HALF = (torch.bfloat16, torch.float16)
 LEVELS = 5  # of the self-test
 WIDTH = 8  # nodes of every level but the root's
-LENGTH = 44  # of its prompt
+LENGTH = 44  # of its prompt; longer on a GPU
 
 _wanted: "weakref.WeakKeyDictionary[Target, bool]" = weakref.WeakKeyDictionary()  # True: at any cost
 _found: "weakref.WeakKeyDictionary[Target, str]" = weakref.WeakKeyDictionary()  # what is in the way; "" for nothing
@@ -67,6 +69,8 @@ def is_exact(target: Target) -> bool:
 
 def costs_nothing(target: Target) -> bool:
     """On a CPU, where all products and the attention are compiled loops: those have one order anyhow."""
+    if target.device.type != "cpu":
+        return False
     if target not in _free:
         accelerate(target.model)
         layers = fused_layers(target.model, target.layers)
@@ -82,6 +86,8 @@ def key_of(target: Target) -> str:
     linear = [module for module in target.model.modules() if isinstance(module, torch.nn.Linear)]
     packed, alone = sum(map(is_packed, linear)), sum(map(is_independent, linear))
     kernels = f"{packed} of {len(linear)} packed, {alone} by loops, compiled {native.fingerprint()}, engine {ENGINE}"
+    if target.device.type == "cuda" and card.runs_on(target.device):
+        kernels += f", Triton {card.found().triton.__version__}, {torch.cuda.get_device_name(target.device)}"
     return f"{provenance.costs_key(target.model)}, {target.dtype}, {target.device.type}, {kernels}"
 
 
@@ -100,10 +106,12 @@ def obstacle_to_bits(target: Target) -> str | None:
     ability = ability_of(target)
     if not ability.own_cache:
         return ability.reason
-    if target.device.type != "cpu":
-        return f"the attention that sums in one order runs on a CPU, and the target is on {target.device.type}"
     if not can_be_exact(target.model):
         return "its attention is its own, where the order of sums cannot be chosen"
+    if target.device.type != "cpu" or card.runs_on(target.device):
+        reason = obstacle_on_a_card(target)
+        if reason is not None:
+            return reason
     try:
         different = differing_nodes(target)
     except Exception as crash:  # models are written for the library's own attention functions, and fail in any way
@@ -113,21 +121,33 @@ def obstacle_to_bits(target: Target) -> str | None:
     return None
 
 
+def obstacle_on_a_card(target: Target) -> str | None:
+    """Why not all of its sums are our kernels'."""
+    if not card.runs_on(target.device):
+        return f"the kernels that sum in one order do not run on {target.device}"
+    if target.dtype not in HALF:
+        return "on a GPU products in float32 are the library's, whose sums depend on the number of rows"
+    if not sums_alone(target.model, fused_layers(target.model, target.layers), target.num_layers):
+        return "some of its layers are not built like Llama's, so their products on a GPU are the library's"
+    return None
+
+
 def differing_nodes(target: Target, *, exact: bool = True) -> int:
     """Of a path's nodes, in a chain and in the trees of a batch, those whose logits are not those of plain decoding."""
     draw = random_tokens(target, 0)
-    text, other, path = draw(LENGTH), draw(LENGTH - 19), draw(LEVELS)
-    alone = AttentionVerifier(target, 1, LENGTH + LEVELS, exact=exact)
+    length = gpu_exact.PART - LEVELS // 2 if card.runs_on(target.device) else LENGTH  # into the next part
+    text, other, path = draw(length), draw(length * 4 // 7), draw(LEVELS)
+    alone = AttentionVerifier(target, 1, length + LEVELS, exact=exact)
     device = target.device
     with alone.running():
         alone.prefill(slice(0, 1), torch.tensor([text], device=device), taps=False)
-        in_a_chain = _logits(alone, chains(torch.tensor([path], device=device)), [LENGTH])[0]
+        in_a_chain = _logits(alone, chains(torch.tensor([path], device=device)), [length])[0]
         steps = []
         for step, token in enumerate(path):  # over the rows of the chain, of which nothing was kept
-            steps.append(_logits(alone, chains(torch.tensor([[token]], device=device)), [LENGTH + step])[0])
-            alone.keep(_known([LENGTH + step], device), one_node(device))
+            steps.append(_logits(alone, chains(torch.tensor([[token]], device=device)), [length + step])[0])
+            alone.keep(_known([length + step], device), one_node(device))
     tree, nodes = _tree_around(path, draw((LEVELS - 1) * WIDTH), device)
-    company = AttentionVerifier(target, 2, LENGTH + tree.num_nodes, exact=exact)
+    company = AttentionVerifier(target, 2, length + tree.num_nodes, exact=exact)
     with company.running():
         for slot, prompt in enumerate((other, text)):
             company.prefill(slice(slot, slot + 1), torch.tensor([prompt], device=device), taps=False)

@@ -67,7 +67,8 @@ class DraftingSettings:
     target. auto: fixed on a GPU wherever it can be."""
     exact: bool = False
     """Take all sums in one order, so that the text is the same with and without a draft, alone and in a batch, bit for
-    bit, in bf16 too. On a CPU; on without the flag where it costs nothing (bf16, layers like Llama's, a C compiler)."""
+    bit, in bf16 too. On a CPU, where it is on without the flag if it costs nothing (bf16, layers like Llama's, a C
+    compiler); on a GPU with Triton for layers like Llama's in bf16 or fp16. A self-test says where it cannot be."""
 
     @property
     def own_choice(self) -> bool:

@@ -25,8 +25,10 @@ from fledge.decoding.attention import can_replace, decoding_attention, row_atten
 from fledge.decoding.cache import TargetCache, layout_of
 from fledge.decoding.masks import Masks, kinds_of
 from fledge.drafters.tree import Trees, filled_up
-from fledge.target import native
-from fledge.target.fused import fused, fused_layers, sums_alone
+from fledge.target import card, native
+from fledge.target.fused import exact_rows, fused, fused_layers, sums_alone
+from fledge.target.gpu_exact import Paths
+from fledge.target.gpu_products import linear_exact
 from fledge.target.model import Target
 from fledge.target.norms import as_one_kernel, rms_norms
 from fledge.target.record import TargetOutput
@@ -99,7 +101,9 @@ class AttentionVerifier:
         config = target.text_config
         self._layers = fused_layers(target.model, target.layers)
         self._exact = exact
-        self._fills = exact and not sums_alone(target.model, self._layers, target.num_layers)
+        alone = exact and sums_alone(target.model, self._layers, target.num_layers)
+        self._fills = exact and not alone
+        self._on_card = alone and card.runs_on(target.device)
         # a prompt is other bits beside another one, and filling shorter ones up costs time on a CPU
         self.one_by_one = exact or target.device.type == "cpu"
         self._target = weakref.ref(target)
@@ -193,7 +197,8 @@ class AttentionVerifier:
         positions = (first[:, None] + trees.levels).clamp(max=self._last_position)
         if not self._exact:
             return self._forward(trees.token_ids, positions, mask, taps)
-        with row_attention(self.target.text_config):
+        paths = Paths.of(lengths.device, trees.levels, trees.ancestors) if self._on_card else None
+        with row_attention(self.target.text_config), exact_rows(self._layers, paths):
             return self._forward(trees.token_ids, positions, mask, taps).first(asked)
 
     def _filled(self, trees: Trees) -> Trees:
@@ -206,9 +211,13 @@ class AttentionVerifier:
 
     def head(self, last_hidden: Tensor) -> Tensor:
         """See `Verifier`."""
+        rows = last_hidden.flatten(0, -2)
+        if self._on_card:
+            head: Any = self.target.model.get_output_embeddings()
+            logits = linear_exact(rows, head.weight, head.bias).view(*last_hidden.shape[:-1], -1)
+            return self.target.quirks.apply(logits)
         if not self._fills:
             return self.target.head(last_hidden)
-        rows = last_hidden.flatten(0, -2)
         missing = -len(rows) % ROWS if self.target.dtype is torch.float32 or len(rows) < ROWS else 0
         if not missing:
             return self.target.head(last_hidden)

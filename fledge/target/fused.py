@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fledge.target import card, gpu, gpu_products, native
+from fledge.target import card, gpu, gpu_exact, gpu_products, native
 from fledge.target.norms import eps_of, rms_norms
 from fledge.target.products import Product, accelerate, is_independent, loop_of
 
@@ -84,6 +84,7 @@ class FusedLayer:
             raise NoSuchLayer
         self._kept: list[Tensor] = []
         self._layer: Any = None
+        self._paths: gpu_exact.Paths | None = None  # on a GPU: of rows whose bits do not depend on each other
         self.constants: dict[str, Any] = {}  # what the attention function is given that the layer is not
         layers = [one for product in self.products.values() for one in product.layers]
         self._bypassed = [attention, *layers, *used, *([mlp, activation] if self.fuses_mlp else [])]
@@ -105,18 +106,22 @@ class FusedLayer:
         batch, rows, hidden = shape = hidden_states.shape
         states = hidden_states.reshape(-1, hidden).contiguous()
         its_turns, place = self.turns.of(turns, batch, rows), self.attention.layer_idx
+        exact: dict[str, Any] = {} if self._paths is None else {"exact": True}
         goal = cache.goal(place) if self.on_gpu and isinstance(cache, HasGoals) else None
         if isinstance(cache, HasGoals) and goal is not None:
-            query, *_ = gpu.before_attention(self.facts, states, *its_turns, batch, rows, goal)
+            query, *_ = gpu.before_attention(self.facts, states, *its_turns, batch, rows, goal, **exact)
             key, value = cache.rows_read(place)
         else:
-            query, key, value = self.operations.before_attention(self.facts, states, *its_turns, batch, rows)
+            query, key, value = self.operations.before_attention(self.facts, states, *its_turns, batch, rows, **exact)
             if cache is not None:
                 key, value = cache.update(key, value, place)
         given = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
+        if self._paths is not None:
+            given["paths"] = self._paths
         attend = ALL_ATTENTION_FUNCTIONS[self.attention.config._attn_implementation]
         mixed, _ = attend(self.attention, query, key, value, kwargs.get("attention_mask"), **self.constants, **given)
-        out, normed = self.operations.behind_attention(self.facts, states, mixed.reshape(len(states), -1).contiguous())
+        mixed = mixed.reshape(len(states), -1).contiguous()
+        out, normed = self.operations.behind_attention(self.facts, states, mixed, **exact)
         if self.fuses_mlp:
             return out.view(shape)
         return out.view(shape) + self.mlp(normed.view(shape))
@@ -141,7 +146,7 @@ class FusedLayer:
         return self.attention.config._attn_implementation in ALL_ATTENTION_FUNCTIONS
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_layer": None, "_kept": []}  # pointers are not for copies
+        return self.__dict__ | {"_layer": None, "_kept": [], "_paths": None}  # pointers are not for copies
 
     @property
     def facts(self) -> Any:
@@ -219,10 +224,25 @@ def fuse(target: Any) -> None:
 
 
 def sums_alone(model: Any, layers: Sequence[FusedLayer], num_layers: int) -> bool:
-    """Whether all products of a model are the loop's, so that a row has the same bits in any company."""
+    """Whether all products of a model are the loop's, or can be `linear_exact` on a GPU, so that a row has the same
+    bits in any company."""
     head = model.get_output_embeddings()
     whole = len(layers) == num_layers and all(layer.fuses_mlp for layer in layers)
-    return whole and head is not None and is_independent(head)
+    if not whole or head is None:
+        return False
+    return gpu_products.joined_of(head) is not None if layers[0].on_gpu else is_independent(head)
+
+
+@contextmanager
+def exact_rows(layers: Sequence[FusedLayer], paths: "gpu_exact.Paths | None") -> Iterator[None]:
+    """Inside the block the rows of these layers are the nodes of trees, and have the same bits alone."""
+    for one in layers:
+        one._paths = paths
+    try:
+        yield
+    finally:
+        for one in layers:
+            one._paths = None
 
 
 @contextmanager

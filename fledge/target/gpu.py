@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fledge.target import card
 from fledge.target.card import found, power
-from fledge.target.gpu_products import linear
+from fledge.target.gpu_products import linear, linear_exact
 
 # B sequences, S rows, R = B S, H hidden size, h query heads, g key heads, d head_dim, K keys, I inner size
 
@@ -66,14 +66,16 @@ Goal = tuple[Tensor, Tensor, Tensor]  # keys and values (E, g, R, d) of the slot
 
 
 def before_attention(
-    layer: LayerTensors, states: Tensor, cos: Tensor, sin: Tensor, batch: int, rows: int, goal: Goal | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    layer: LayerTensors, states: Tensor, cos: Tensor, sin: Tensor, batch: int, rows: int, goal: Goal | None = None,
+    *, exact: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """states (R, H), cos and sin (B, S, d), all contiguous -> query (B, h, S, d), key and value (B, g, S, d), or,
-    with a goal, all of its rows (E, g, R, d), the new ones written there."""
+    with a goal, all of its rows (E, g, R, d), the new ones written there. `exact`: a row's bits do not depend on the
+    others."""
     heads, groups, size = layer.heads, layer.groups, layer.size
     normed = states if layer.in_norm is None else rms_norm(states, layer.in_norm, layer.eps, one_more=layer.one_more)
     assert layer.qkv is not None
-    product = linear(normed, layer.qkv, layer.qkv_bias)
+    product = (linear_exact if exact else linear)(normed, layer.qkv, layer.qkv_bias)
     query = states.new_empty(batch, rows, heads, size)
     if goal is None:
         made = (states.new_empty(batch, rows, groups, size).transpose(1, 2) for _ in range(2))
@@ -90,19 +92,22 @@ def before_attention(
     return query.transpose(1, 2), key, value
 
 
-def behind_attention(layer: LayerTensors, states: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+def behind_attention(
+    layer: LayerTensors, states: Tensor, mixed: Tensor, *, exact: bool = False
+) -> tuple[Tensor, Tensor]:
     """states (R, H) and the attention's result (R, h * d), both contiguous -> the layer's result (R, H); where it has
     no gated product here the sum of states and attention, and beside it that sum's norm."""
     assert layer.mix is not None
-    added = linear(mixed, layer.mix, layer.mix_bias)
+    product = linear_exact if exact else linear
+    added = product(mixed, layer.mix, layer.mix_bias)
     total, normed = _add_norm(layer, states, added, layer.mixed_norm, layer.mlp_norm)
     if layer.gate_up is None or layer.down is None:
         return total, normed
-    gates = linear(normed, layer.gate_up, layer.gate_up_bias)
+    gates = product(normed, layer.gate_up, layer.gate_up_bias)
     opened = states.new_empty(len(states), layer.inner)
     grid = (len(states), -(-layer.inner // GATES))
     found().gate[grid](gates, opened, layer.inner, GELU=bool(layer.gelu), BLOCK=GATES)
-    added = linear(opened, layer.down, layer.down_bias)
+    added = product(opened, layer.down, layer.down_bias)
     out, _ = _add_norm(layer, total, added, layer.out_norm, None)
     return out, normed
 
@@ -171,7 +176,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     query, value = (one if one.stride(3) == 1 else one.contiguous() for one in (query, value))
     lines = rows * heads // groups
     block = 16 if query.dtype is torch.float32 else min(64, max(16, power(lines)))
-    at_a_time, stages = _cut(max(16, power(size)), block, query.element_size())
+    at_a_time, stages = cut(max(16, power(size)), block, query.element_size())
     blocks = -(-lines // block)
     parts = min(-(-PROGRAMS // (batch * groups * blocks)), -(-keys // KEYS), MOST_PARTS)
     split = -(-keys // (parts * KEYS)) * KEYS
@@ -203,7 +208,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     return out
 
 
-def _cut(size: int, block: int, itemsize: int) -> tuple[int, int]:
+def cut(size: int, block: int, itemsize: int) -> tuple[int, int]:
     """How many keys at a time, and how many such are under way, that a multiprocessor's memory holds beside the
     queries. Without matrix units (float32) registers are what is short."""
     if itemsize == 4:

@@ -84,6 +84,7 @@ SHAPES = {  # by the most rows that they are for
     16: (ProductShape(64, 256, 4, 4), ProductShape(64, 128, 4, 5)),
     64: (ProductShape(64, 128, 4, 4), ProductShape(64, 64, 4, 6), ProductShape(128, 64, 8, 5)),
 }
+EXACT, EXACT_ROWS = ProductShape(64, 128, 4, 4), 64  # of products whose rows do not depend on their number
 TIMED_BYTES = 160 << 20  # of weights that are read in turn: more than a card's cache holds
 MOST_TIMED = 64  # such weights; a model of so small ones is in the cache while it decodes, too
 
@@ -116,18 +117,27 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return F.linear(states, weight, bias) if number is None else multiply(states, weight, bias, SHAPES[most][number])
 
 
-def multiply(states: Tensor, weight: Tensor, bias: Tensor | None, shape: ProductShape) -> Tensor:
-    """states (R, X) by weight (C, X), plus bias (C,): (R, C)."""
+def linear_exact(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear; a row has the same bits whatever rows stand beside it: any number of them is cut in one way."""
+    return multiply(states.contiguous(), weight, bias, EXACT, EXACT_ROWS)
+
+
+def multiply(
+    states: Tensor, weight: Tensor, bias: Tensor | None, shape: ProductShape, block: int | None = None
+) -> Tensor:
+    """states (R, X) by weight (C, X), plus bias (C,): (R, C). `block`: rows of a program; all of them without it."""
     (rows, inputs), outputs = states.shape, len(weight)
     out = states.new_empty(rows, outputs)
     more: dict[str, Any] = {"HAS_BIAS": bias is not None, "BLOCK_C": shape.outputs, "BLOCK_X": shape.inputs}
     more |= {"num_warps": shape.warps, "num_stages": shape.stages}
-    grid = (-(-outputs // shape.outputs),)
-    if rows == 1:
-        found().multiply_row[grid](states, weight, bias, out, outputs, inputs, **more)
-    else:
-        block = max(16, power(rows))
-        found().multiply_rows[grid](states, weight, bias, out, rows, outputs, inputs, BLOCK_R=block, **more)
+    blocks = -(-outputs // shape.outputs)
+    if rows == 1 and block is None:
+        found().multiply_row[(blocks,)](states, weight, bias, out, outputs, inputs, **more)
+        return out
+    block = block or max(16, power(rows))
+    found().multiply_rows[blocks, -(-rows // block)](
+        states, weight, bias, out, rows, outputs, inputs, BLOCK_R=block, **more
+    )
     return out
 
 

@@ -159,8 +159,9 @@ def multiply_rows(
     states, weight, bias, out, rows, outputs, inputs,
     HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
-    """Few rows (R, X) by a block of a weight's (C, X) outputs."""
-    c, x, r = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_R)
+    """A block of the rows (R, X) by a block of a weight's (C, X) outputs."""
+    c, x = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_X)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     wanted, asked = c < outputs, r < rows
     total = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     of_weight = weight + c[:, None].to(tl.int64) * inputs + x[None, :]
@@ -236,3 +237,82 @@ def join_parts(mixed, sums, out, lines, parts, size, SIZE: tl.constexpr, PARTS: 
     each = tl.load(mixed + at, mask=there[:, None] & whole[None, :], other=0.0)
     found = tl.sum(each * (weights / tl.sum(weights, 0))[:, None], 0)
     tl.store(out + line * size + d, found.to(out.dtype.element_ty), mask=whole)
+
+
+@triton.jit(do_not_specialize=["rows", "blocks", "joint"])
+def attend_exact(
+    query, key, value, mask, lengths, levels, path, mixed, sums, scale, rows, blocks, joint, heads, groups, size,
+    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
+    mask_batch, mask_row,
+    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    PART: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One part of the positions, the same for every row and every tree. To `mixed` (parts, B, S, h, d) and `sums`
+    (parts, B, S, h), as `attend` in parts.
+
+    The first `joint` programs have a block of rows each and a part within the prefix, which all rows see alike. Each of
+    the others has one node and a part behind it, where a position's key is that of the node's own ancestor.
+    """
+    program, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    batch, group, shared = pair // groups, pair % groups, heads // groups
+    length = tl.load(lengths + batch)
+    own = program >= joint
+    node = tl.where(own, (program - joint) % rows, 0)
+    part = tl.where(own, length // PART + (program - joint) // rows, program // blocks)
+    line = tl.where(own, node * shared, (program % blocks) * BLOCK_M)
+    last_line = tl.where(own, line + shared, rows * shared)
+    seen = tl.where(own, length + tl.load(levels + batch * rows + node) + 1, length // PART * PART)
+    start = part * PART
+    m, d = line + tl.arange(0, BLOCK_M), tl.arange(0, SIZE)
+    row, head = m // shared, group * shared + m % shared
+    wanted, whole = (m < last_line) & (start < seen), d < size
+    at = query + batch * query_batch + row[:, None] * query_row + head[:, None] * query_head
+    q = tl.load(at + d[None, :], mask=wanted[:, None] & whole[None, :], other=0.0)
+    most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    out = tl.zeros((BLOCK_M, SIZE), tl.float32)
+    key += batch * key_batch + group * key_head
+    value += batch * value_batch + group * value_head
+    path += (batch * rows + node) * rows
+    for first in range(start, tl.minimum(start + PART, seen), BLOCK_N):
+        p = first + tl.arange(0, BLOCK_N)
+        there, drawn = p < seen, (p < seen) & (p >= length)
+        n = tl.where(drawn, length + tl.load(path + p - length, mask=drawn, other=0), p)
+        k = tl.load(key + n[None, :] * key_row + d[:, None], mask=there[None, :] & whole[:, None], other=0.0)
+        scores = tl.dot(q, k, input_precision=PRECISION) * scale
+        if HAS_MASK:
+            shown = mask + batch * mask_batch + row[:, None] * mask_row + n[None, :]
+            scores += tl.load(shown, mask=wanted[:, None] & there[None, :], other=0.0).to(tl.float32)
+        scores = tl.where(there[None, :], scores, float("-inf"))
+        more = tl.maximum(most, tl.max(scores, 1))
+        weights, kept = tl.exp(scores - more[:, None]), tl.exp(most - more)
+        total = total * kept + tl.sum(weights, 1)
+        v = tl.load(value + n[:, None] * value_row + d[None, :], mask=there[:, None] & whole[None, :], other=0.0)
+        out = out * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        most = more
+    place = ((part * (tl.num_programs(1) // groups) + batch) * rows + row) * heads + head
+    tl.store(sums + place, most + tl.log(total), mask=wanted)
+    goal = mixed + place[:, None] * size + d[None, :]
+    tl.store(goal, out / total[:, None], mask=wanted[:, None] & whole[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "lines"])
+def join_exact(
+    mixed, sums, lengths, levels, out, rows, heads, lines, size, PART: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
+    """The parts that one head of one row has, one after the other: to (lines, d)."""
+    line, d = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    whole, row = d < size, line // heads
+    last = tl.load(lengths + row // rows) + tl.load(levels + row)
+    most = tl.load(sums + line)
+    total = most * 0.0 + 1.0
+    found = tl.load(mixed + line * size + d, mask=whole, other=0.0)
+    for part in range(1, last // PART + 1):
+        at = part * lines + line
+        its = tl.load(sums + at)
+        more = tl.maximum(most, its)
+        kept, weight = tl.exp(most - more), tl.exp(its - more)
+        total = total * kept + weight
+        found = found * kept + weight * tl.load(mixed + at * size + d, mask=whole, other=0.0)
+        most = more
+    tl.store(out + line * size + d, (found / total).to(out.dtype.element_ty), mask=whole)

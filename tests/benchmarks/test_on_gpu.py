@@ -60,7 +60,7 @@ def test_a_real_head_is_measured(on_gpu, tmp_path):
     words = ["--device", "cpu", "--small", "--seconds", "10000", "--out", str(tmp_path), "--only", "head"]
     assert on_gpu.main([*words, "--target", str(target), "--draft", str(tmp_path / "head")]) == 0
     found = lines(tmp_path)[0]["result"]
-    assert list(found) == ["temperature 0", "temperature 1", "temperature 0, tree 60/5/10"]
+    assert list(found) == ["temperature 0", "temperature 1", "temperature 0, tree 60/5/10", "temperature 0, exact"]
 
 
 def test_short_runs_add_up(on_gpu, tmp_path):

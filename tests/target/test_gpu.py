@@ -5,12 +5,14 @@ The interpreter multiplies no bf16 matrices; there float16 stands in for it.
 
 import importlib
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny_draft, tiny_model, tiny_target
 from torch import nn
 
+from fledge.decoding import exact
 from fledge.decoding.accept import least_kept, least_kept_unsorted
 from fledge.drafters.base import Emitted
 from fledge.drafters.eagle3 import ttt_attention
@@ -19,9 +21,10 @@ from fledge.drafters.eagle3.propose import EagleProposer
 from fledge.drafters.eagle3.ttt_attention import dense_ttt_attention
 from fledge.drafters.runs import Run
 from fledge.drafters.tree import TreeShape
-from fledge.target import card, gpu, gpu_products
+from fledge.target import card, gpu, gpu_exact, gpu_products
 from fledge.target.attention import attention_by_rows
 from fledge.target.fused import fused_layers
+from fledge.target.model import Target
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 ON_CARD = torch.cuda.is_available()
@@ -362,3 +365,115 @@ def test_trees_are_those_of_the_slow_step(config, monkeypatch):
     on_cpu(monkeypatch)
     for one, other in zip(found, candidates(), strict=True):
         assert torch.equal(one, other) if one.dtype == torch.int64 else torch.allclose(one, other, atol=1e-4)
+
+
+# -- the same bits in any company --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dots_of_any_row(monkeypatch):
+    """The interpreter multiplies by NumPy, whose sums depend on where in a block a row stands; a card's do not."""
+    if ON_CARD:
+        return
+    from triton.runtime import interpreter
+
+    def dot(self, a, b, d, *_):
+        found = np.matmul(a.data, b.data, dtype=np.float64).astype(np.float32)
+        return interpreter.TensorHandle(found + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+def ancestors_in(parents: list[int]) -> torch.Tensor:
+    seen = torch.eye(len(parents), dtype=torch.bool)
+    for node, parent in enumerate(parents[1:], start=1):
+        seen[node] |= seen[parent]
+    return seen
+
+
+def test_paths_of_a_tree():
+    ancestors, levels = ancestors_in([0, 0, 0, 2]), torch.tensor([[0, 1, 1, 2]])
+    paths = gpu_exact.Paths.of(torch.tensor([7]), levels, ancestors[None])
+    expected = [[0, 0, 0, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 2, 3, 0]]
+    below = torch.ones(4, 4).tril().bool() & (torch.arange(4) <= levels[0][:, None])
+    assert torch.equal(paths.nodes[0] * below, torch.tensor(expected) * below)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "size", "length", "window"),
+    [(8, 2, 16, 30, None), (8, 2, 16, 254, 40), (3, 3, 24, 256, None), (6, 1, 80, 300, None), (8, 2, 16, 520, 300)],
+)
+def test_attention_has_the_same_bits_in_any_company(heads, groups, size, length, window, dots_of_any_row):
+    """A path alone, step by step behind what it has grown to; as a chain; and in a tree beside another sequence, with
+    keys behind that are nobody's. Beside the slow twin, which computes row by row."""
+    parents = [0, 0, 0, 2, 2, 3, 4, 4, 6, 6]
+    path, num_nodes = [0, 2, 4, 6, 9], len(parents)
+    levels = torch.tensor([ancestors_in(parents)[node].sum() - 1 for node in range(num_nodes)])
+    keys, lengths = length + num_nodes + 21, torch.tensor([length - 7, length], device=DEVICE)
+    query = some(2, num_nodes, heads, size, dtype=SHORT).transpose(1, 2)
+    cache = some(2, 2, groups, keys, size, dtype=SHORT)
+
+    def attended(rows, tree_levels, ancestors, lengths, cache):
+        """With the mask that `Masks` makes of it."""
+        batch, num, num_keys = len(lengths), rows.shape[2], cache.shape[3]
+        seen, at = torch.zeros(batch, num, num_keys, dtype=torch.bool), torch.zeros(batch, num_keys)
+        for b, its in enumerate(lengths.tolist()):
+            at[b] = torch.arange(num_keys)
+            at[b, its : its + num] = its + tree_levels
+            seen[b, :, :its], seen[b, :, its : its + num] = True, ancestors
+            if window:
+                seen[b] &= at[b] > (its + tree_levels)[:, None] - window
+        mask = torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(SHORT).min)[:, None].to(DEVICE, SHORT)
+        of_trees = (one.expand(batch, *one.shape).to(DEVICE) for one in (tree_levels, ancestors))
+        paths = gpu_exact.Paths.of(lengths, *of_trees)
+        return gpu_exact.attend(rows, *cache, mask, paths, 0.3), attention_by_rows(rows, *cache, mask, 0.3)
+
+    in_a_tree, twin = attended(query, levels, ancestors_in(parents), lengths, cache)
+    assert_close(in_a_tree, twin, SHORT)
+    rows = torch.tensor([*range(length), *(length + node for node in path)], device=DEVICE)
+    own, its_rows = cache[:, 1:, :, rows], query[1:, :, path]
+    line, last = torch.arange(len(path)), torch.tensor([length], device=DEVICE)
+    in_a_chain, _ = attended(its_rows, line, ancestors_in([max(0, one - 1) for one in line.tolist()]), last, own)
+    assert torch.equal(in_a_tree[1, path], in_a_chain[0])
+    for step in range(len(path)):
+        one, node = its_rows[:, :, step : step + 1], torch.ones(1, 1, dtype=torch.bool)
+        alone, _ = attended(one, torch.tensor([0]), node, last + step, own[:, :, :, : length + step + 1])
+        assert torch.equal(alone[0, 0], in_a_chain[0, step]), step
+    elsewhere = in_a_tree[1, 5] if not window else in_a_tree[0, 9]
+    assert not torch.equal(elsewhere, in_a_tree[1, 9]), "negative control"
+
+
+def test_products_have_the_same_bits_in_any_company(dots_of_any_row):
+    states, weight = some(130, 300, dtype=SHORT), some(70, 300, dtype=SHORT, scale=0.1)
+    whole = gpu_products.linear_exact(states, weight)
+    assert_close(whole, F.linear(states.float(), weight.float()), SHORT)
+    for first, rows in ((0, 1), (129, 1), (3, 5), (60, 9), (64, 66)):
+        assert torch.equal(gpu_products.linear_exact(states[first : first + rows], weight), whole[first : first + rows])
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_models_have_the_same_bits_in_any_company(name, monkeypatch, dots_of_any_row):
+    """By the self-test, with windows, over the end of a part. A model that is small enough for the interpreter."""
+    if not ON_CARD:
+        monkeypatch.setattr(gpu_exact, "PART", 16)
+        monkeypatch.setattr(gpu_exact, "cut", lambda *_: (16, 1))
+        monkeypatch.setattr(gpu, "linear", F.linear)  # nothing is measured
+        monkeypatch.setattr(exact, "LEVELS", 3)
+        monkeypatch.setattr(exact, "WIDTH", 2)
+
+    def target_of(dtype):
+        few = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+        if name == "gemma3":
+            few["layer_types"] = ["sliding_attention", "full_attention"]
+        model = tiny_model(name, **few)
+        return Target(model.to(DEVICE, dtype), tap_layers=(1,), name=f"tiny-{name}")
+
+    target = target_of(SHORT)
+    assert exact.obstacle_on_a_card(target) is None
+    assert exact.differing_nodes(target) == 0
+    if name == "gemma3":
+        return
+    assert "float32" in (exact.obstacle_on_a_card(target_of(torch.float32)) or "")
+    as_cached = gpu_exact.Paths.of
+    monkeypatch.setattr(gpu_exact.Paths, "of", lambda lengths, levels, seen: as_cached(lengths, levels, seen.tril(-1)))
+    assert exact.differing_nodes(target), "negative control: nodes that do not see themselves"
