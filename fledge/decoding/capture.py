@@ -8,7 +8,7 @@ either, they are functions of seeds and positions.
 import functools
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fledge.console import warn
-from fledge.decoding.round import Round, Shapes
+from fledge.decoding.round import Part, Round, Shapes
 
 Lap = Callable[[str], None]
 REHEARSALS = 2
@@ -60,30 +60,48 @@ class Captured:
             lap(name)
 
     def _capture(self, bucket: int) -> None:
-        """Rehearse and capture on a stream of our own. An operation that waits for the device is found in the rehearsal
-        by torch's sync debug mode, so that a capture is hardly ever begun that has to be abandoned half way."""
-        stream = capture_stream(torch.cuda.current_device())
-        stream.wait_stream(torch.cuda.current_stream())
-        graphs: dict[str, Any] = {}
         try:
-            with torch.cuda.stream(stream):
-                rehearse(self._round, bucket)
-                with waiting_is_an_error():
-                    rehearse(self._round, bucket)
-                with generator_kept():
-                    for name, part in self._round.parts(Shapes(bucket)).items():
-                        graph = torch.cuda.CUDAGraph()
-                        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-                            part()
-                        self._pool = graph.pool()
-                        graphs[name] = graph
+            graphs = graphs_of(self._round.parts(Shapes(bucket)), lambda: rehearse(self._round, bucket), self._pool)
         except RuntimeError as error:  # an operation of this model that waits for the device
             self.refused = f"{str(error).strip().splitlines()[0]} at {place_of(error)}"
             warn(f"{self._name}: not captured ({self.refused}); rounds run launch by launch.")
-        finally:
-            torch.cuda.current_stream().wait_stream(stream)
-        if not self.refused:
-            self._graphs[bucket] = graphs
+            return
+        self._graphs[bucket] = graphs
+        self._pool = next(reversed(graphs.values())).pool()
+
+
+def graphs_of(parts: Mapping[str, Part], rehearsal: Callable[[], Any], pool: Any = None) -> dict[str, Any]:
+    """CUDA graphs of these parts. Rehearsed and captured on a stream of our own; an operation that waits for the device
+    is found in the rehearsal by torch's sync debug mode, so that a capture is hardly ever begun that has to be
+    abandoned half way. It raises RuntimeError."""
+    stream = capture_stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    graphs: dict[str, Any] = {}
+    try:
+        with torch.cuda.stream(stream):
+            rehearsal()
+            with waiting_is_an_error():
+                rehearsal()
+            with generator_kept():
+                for name, part in parts.items():
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, pool=pool, stream=stream):
+                        part()
+                    pool = graph.pool()
+                    graphs[name] = graph
+    finally:
+        torch.cuda.current_stream().wait_stream(stream)
+    return graphs
+
+
+def as_captured(call: Part, device: torch.device) -> Part:
+    """The call as rounds of fixed shapes run it: a captured graph, on a device that captures it."""
+    if device.type != "cuda":
+        return call
+    try:
+        return graphs_of({"call": call}, call)["call"].replay
+    except RuntimeError:
+        return call
 
 
 def place_of(error: BaseException) -> str:

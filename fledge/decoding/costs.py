@@ -1,4 +1,5 @@
 """What the parts of a round cost on this machine: V(n), the target's time for n tokens, and D, the head's for a tree.
+On a GPU they are captured, as rounds are there.
 
 Different sizes are timed in turns, so that a machine that is busy for a while is so for all of them; the shortest time
 of each counts. Knows target, head and clock.
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fledge.decoding.capture import Timer
+from fledge.decoding.capture import Timer, as_captured
 from fledge.decoding.exact import verifier_of
 from fledge.decoding.verifier import Lengths
 from fledge.drafters.base import Drafter, Emitted, TreeProposer
@@ -52,13 +53,14 @@ def verify_times(
     """Seconds for one forward and head over so many tokens behind a prefix."""
     device, length = target.device, len(tokens)
     verifier = verifier_of(target, 1, length + max(sizes))
-    ids, lengths = torch.tensor([tokens], device=device), Lengths(torch.tensor([length], device=device), (length,))
+    known = (length,) if device.type == "cpu" else None  # as in rounds of either policy
+    ids, lengths = torch.tensor([tokens], device=device), Lengths(torch.tensor([length], device=device), known)
 
     def call(nodes: int) -> Callable[[], Any]:
         levels = torch.arange(nodes, device=device)[None].clamp(max=nodes if verifier.chains_only else 1)
         parents = (levels - 1).clamp(min=0)  # a chain, or children of the root
         trees = Trees(ids[:, -1:].repeat(1, nodes), parents, levels, ancestors_of(parents, int(levels[0, -1])))
-        return lambda: target.head(verifier.verify(trees, lengths, length + nodes, taps=nodes > 1).last_hidden)
+        return lambda: verifier.head(verifier.verify(trees, lengths, length + nodes, taps=nodes > 1).last_hidden)
 
     with verifier.running():
         verifier.prefill(slice(0, 1), ids, taps=False)
@@ -132,8 +134,9 @@ def times_in_turns(
 ) -> dict[Key, float]:
     """The shortest seconds of every call over TURNS turns, by the device's clock, after one turn to warm up."""
     seconds: dict[Key, list[float]] = {key: [] for key in calls}
+    ready = {key: as_captured(call, device) for key, call in calls.items()}
     for turn in range(TURNS + 1):
-        for key, call in calls.items():
+        for key, call in ready.items():
             timer = Timer(device)
             timer.lap("begin")
             call()

@@ -13,7 +13,7 @@ from tiny import NAMES, ScriptedDraft, prompt, tiny_draft, tiny_model, tiny_targ
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fledge.decoding import capture, session
+from fledge.decoding import capture, costs, session
 from fledge.decoding import generate as module
 from fledge.decoding.capture import Captured, rehearse
 from fledge.decoding.generate import generate, open_session
@@ -25,6 +25,7 @@ from fledge.decoding.session import Session
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 from fledge.target import native
+from fledge.target.gpu_exact import Paths
 from fledge.target.model import Target
 
 pytestmark = pytest.mark.usefixtures("small_buckets")
@@ -97,6 +98,31 @@ def test_a_planted_wait_is_found(planted, monkeypatch):
     monkeypatch.setattr(Round, "accept", waiting)
     with pytest.raises(AssertionError, match="the round|as index"), found.round.verifier.running(), no_waiting():
         run_once(found)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_what_is_timed_can_be_captured(name, monkeypatch):
+    """Costs of a GPU's rounds are those of captured ones: what is timed never waits for the device, either
+    (drafts: the round's own test; alone on a CPU they may read)."""
+    timed = []
+
+    def checked(call, device):
+        with no_waiting():
+            call()
+        timed.append(call)
+        return capture.as_captured(call, device)
+
+    monkeypatch.setattr(costs, "as_captured", checked)
+    costs.verify_times(tiny_target(name), prompt(9), (1, 4, 8))
+    assert len(timed) == 3
+    with pytest.raises(AssertionError, match="the round"):
+        costs.times_in_turns({1: lambda: torch.ones(2).nonzero()}, torch.device("cpu"))
+
+
+def test_tokens_of_a_path_are_found_without_waiting():
+    ancestors, lengths, levels = torch.ones(2, 3, 3).tril().bool(), torch.tensor([4, 9]), torch.arange(3)
+    with no_waiting():
+        Paths.of(lengths, levels.expand(2, -1), ancestors)
 
 
 def test_shapes_do_not_depend_on_what_was_accepted():
