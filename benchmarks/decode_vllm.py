@@ -4,9 +4,10 @@
     python benchmarks/decode_vllm.py SMOLLM2_DIR HEAD --bench-dir QUESTIONS --vllm-python VENV/bin/python \\
         --out benchmarks/decode_vllm_2core-cpu_202611
 
-Greedy, no end of text: every answer has --new-tokens tokens. Seconds are those of the whole request, prompt included
-(vLLM in process, without HTTP). vLLM holds one set-up at a time: plain, then the head with chains of K = 1, 2 ..; the
-processes stay loaded while prompts are taken in turns by it, by our plain decoding and by our own choice of a tree.
+Greedy, or at --temperature, and no end of text: every answer has --new-tokens tokens. Seconds are those of the whole
+request, prompt included (vLLM in process, without HTTP). vLLM holds one set-up at a time: plain, then the head with
+chains of K = 1, 2 ..; the processes stay loaded while prompts are taken in turns by it, by our plain decoding and by
+our own choice of a tree.
 So every set-up of vLLM has our speeds of the same minutes beside it, and ratios are over single prompts: median and
 quartiles. `--at-once 4 16 64` answers so many prompts together, with vLLM plain and its best chain.
 """
@@ -26,7 +27,7 @@ import torch
 from fledge import provenance
 from fledge.bench.prompts import load_questions, turn_text
 from fledge.decoding.default_tree import default_tree
-from fledge.decoding.generate import generate, generate_batch
+from fledge.decoding.generate import Sampling, generate, generate_batch
 from fledge.drafters.eagle3.checkpoint import load_draft
 from fledge.drafters.eagle3.config import from_json
 from fledge.target.model import Target
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--chains", type=int, nargs="*", default=[1, 2, 3, 4, 5], help="K of vLLM with the head")
     parser.add_argument("--at-once", type=int, nargs="*", default=[4, 16, 64])
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="without suffix: .json and .md are written")
@@ -61,7 +63,8 @@ def main() -> None:
     )  # fmt: skip
     prompts = prompts_of(target, args)
     draft = load_draft(args.head, target.embedding_weight)
-    ours = {PLAIN: way_of(target, None), OWN: way_of(target, draft)}
+    sampling = Sampling(args.temperature, seed=0)
+    ours = {PLAIN: way_of(target, None, sampling), OWN: way_of(target, draft, sampling)}
     results: dict[str, dict[str, list[float]]] = {}  # tokens per second by set-up, way and turn
     for chain in (0, *args.chains):
         results[setup_name(chain, 1)] = beside_vllm(chain, ours, [[prompt] for prompt in prompts], args)
@@ -100,11 +103,13 @@ def beside_vllm(
 # -- the sides ---------------------------------------------------------------------------------------------------------
 
 
-def way_of(target: Target, draft: Any) -> Way:
+def way_of(target: Target, draft: Any, sampling: Sampling) -> Way:
     def decode(prompts: list[list[int]], new_tokens: int) -> float:
         start = time.perf_counter()
         tree, budget = default_tree(target, draft, at_once=len(prompts))
-        options: dict[str, Any] = {"tree": tree, "max_new_tokens": new_tokens, "eos_token_ids": ()}
+        options: dict[str, Any] = {
+            "tree": tree, "max_new_tokens": new_tokens, "eos_token_ids": (), "sampling": sampling,
+        }  # fmt: skip
         if len(prompts) == 1:
             generate(target, draft, prompts[0], budget=budget, **options)
         else:
@@ -120,7 +125,7 @@ class Vllm:
     def __init__(self, chain: int, at_once: int, args: argparse.Namespace) -> None:
         facts = {
             "model": str(args.model), "head": str(args.head) if chain else None, "chain": chain, "dtype": args.dtype,
-            "at_once": at_once,
+            "at_once": at_once, "temperature": args.temperature,
         }  # fmt: skip
         cores = f"0-{args.threads - 1}"
         environment = os.environ | {

@@ -25,7 +25,9 @@ def main() -> None:
     say(answers, {"ready": True})
     for line in sys.stdin:
         asked = json.loads(line)
-        sampling = SamplingParams(temperature=0.0, max_tokens=asked["new_tokens"], ignore_eos=True)
+        sampling = SamplingParams(
+            temperature=facts["temperature"], seed=0, max_tokens=asked["new_tokens"], ignore_eos=True
+        )  # fmt: skip
         prompts = [{"prompt_token_ids": ids} for ids in asked["prompts"]]
         start = time.perf_counter()
         outputs = engine.generate(prompts, sampling, use_tqdm=False)
