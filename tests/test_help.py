@@ -29,7 +29,8 @@ THEIRS = {  # names that users bring along, in the spelling of where they come f
         num_proc num_threads question_begin question_end target_backend temperature top_k total_token""",
     "Trainer": "activation_checkpointing bf16 num_train_epochs output_dir per_device_train_batch_size push_to_hub seed",
     "transformers' generate": "max_new_tokens min_p repetition_penalty top_p",
-    "vLLM": "dtype generation_config host max_model_len num_speculative_tokens stop tensor_parallel_size trust_remote_code",
+    "vLLM": """dtype generation_config host max_model_len num_speculative_tokens stop tensor_parallel_size
+        trust_remote_code""",
 }
 PROBE = f"""
 import sys, time

@@ -20,7 +20,7 @@ from fledge.data.rejects import Reject
 from fledge.data.samples import Prompt
 from fledge.data.tokenize import ChatTemplate
 from fledge.decoding.accept import one_node, penalised
-from fledge.decoding.adaptive import AdaptiveBudget
+from fledge.decoding.adaptive import AdaptiveBudget, TreeChoice, decides_rounds
 from fledge.decoding.default_tree import default_tree
 from fledge.decoding.exact import is_exact, verifier_of, want_exact
 from fledge.decoding.generate import ShapePolicy, generate, uses_fixed_shapes
@@ -82,7 +82,7 @@ class EngineSpec:
 
     def load(self) -> "InProcessEngine":
         """Load target, head and template."""
-        pace = AdaptiveBudget.from_profile(read_profile(Path(self.profile)), self.tree) if self.profile else None
+        pace: Any = AdaptiveBudget.from_profile(read_profile(Path(self.profile)), self.tree) if self.profile else None
         files = read_drafter(self.head) if self.head else None  # before the target: a bad head costs no loading
         target = Target.from_pretrained(
             self.target,
@@ -143,7 +143,12 @@ class InProcessEngine:
     """See `fledge.bench.measure.BenchEngine`."""
 
     def __init__(
-        self, spec: EngineSpec, target: Target, draft: Any, template: ChatTemplate, pace: AdaptiveBudget | None = None
+        self,
+        spec: EngineSpec,
+        target: Target,
+        draft: Any,
+        template: ChatTemplate,
+        pace: AdaptiveBudget | TreeChoice | None = None,
     ) -> None:
         self.spec, self.target, self.draft, self.template, self.pace = spec, target, draft, template, pace
 
@@ -161,7 +166,7 @@ class InProcessEngine:
         draft = None if side == "baseline" or spec.mode == "aa" else self.draft
         fixed = uses_fixed_shapes(
             spec.shapes, self.target, self.draft, pictures=bool(prompt.model_inputs),
-            adaptive=self.pace is not None, trace=trace,
+            adaptive=decides_rounds(self.pace), trace=trace,
         )  # fmt: skip
         return generate(
             self.target, draft, prompt.ids, tree=spec.tree, max_new_tokens=max_new_tokens, sampling=sampling,

@@ -45,7 +45,7 @@ class Answerer:
     def __init__(self, args: AnswerArgs) -> None:
         import torch
 
-        from fledge.decoding.adaptive import AdaptiveBudget
+        from fledge.decoding.adaptive import AdaptiveBudget, TreeChoice
         from fledge.decoding.default_tree import default_tree
         from fledge.decoding.exact import want_exact
         from fledge.decoding.tree_profile import profile_path, read_profile, resolve_tree
@@ -55,7 +55,7 @@ class Answerer:
         allow_image_urls(args.allow_image_urls)
         self.args = args
         self.tree = resolve_tree(args.total_token, args.depth, args.top_k, head=args.draft)
-        self.budget: AdaptiveBudget | None = None
+        self.budget: AdaptiveBudget | TreeChoice | None = None
         if args.adaptive:
             if args.draft is None:
                 raise UserError("--adaptive adapts the draft tree; give the head with --draft.")
@@ -102,12 +102,13 @@ class Answerer:
 
     def answers(self, draft: Any, prompts: "list[Prompt]", batch_size: int, **changes: Any) -> list[Generation]:
         """Answers to several prompts of text, `batch_size` of them at a time."""
+        from fledge.decoding.adaptive import decides_rounds
         from fledge.decoding.default_tree import default_tree
         from fledge.decoding.generate import generate_batch
 
         if batch_size > 1 and self.args.own_choice:
             changes["tree"], _ = default_tree(self.target, draft, at_once=batch_size)
-        elif self.budget is not None:
+        elif decides_rounds(self.budget) or (self.budget is not None and batch_size == 1):
             if batch_size > 1:
                 say("one prompt after another: --adaptive decides for one sequence at a time")
             return [self._generate(draft, prompt, **changes) for prompt in prompts]
@@ -129,9 +130,10 @@ class Answerer:
         return answer_text(self.target.tokenizer, generation.token_ids, self.sampling.stop)
 
     def _options(self) -> dict[str, Any]:
+        from fledge.decoding.adaptive import decides_rounds
         from fledge.decoding.generate import uses_fixed_shapes
 
-        fixed = uses_fixed_shapes(self.args.shapes, self.target, self.draft, adaptive=self.budget is not None)
+        fixed = uses_fixed_shapes(self.args.shapes, self.target, self.draft, adaptive=decides_rounds(self.budget))
         return {
             "max_new_tokens": self.args.max_new_tokens, "sampling": self.sampling, "eos_token_ids": self.stops,
             "tree": self.tree, "shapes": "auto" if fixed else "exact",

@@ -16,6 +16,9 @@ Costs come from the profile, not from a clock. A tree is therefore a function of
 keeps the target's law and a run repeats itself. Knows scores and costs. Knows nothing of models or tokens.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
@@ -28,6 +31,9 @@ DOUBT = 0.05  # of a drafting round: what the profile may be wrong by
 FIRST_CREDIT = 2.0  # plain forwards: about eight rounds that lose a quarter of one
 MOST_CREDIT = 8.0
 MEMORY = 0.9  # weight of the past in the running figures, per round
+LONG_MEMORY = 0.98  # where trees change between answers only
+FIRST_GAIN = 1.5  # tokens beyond one of the largest tree's round, before there was one
+RETRY = 16  # plain answers, after which a draft is tried again
 
 
 class AdaptiveBudget:
@@ -110,3 +116,34 @@ class AdaptiveBudget:
     def _spent(self) -> float:
         """Seconds of a round, verification excluded."""
         return self._draft[self._levels] + self._overhead
+
+
+class TreeChoice:
+    """A tree for every answer, where rounds of fixed shapes cannot change: of the few given the one that promises most
+    tokens per second, or None for plain decoding. What rounds cost is known, what they bring is learned."""
+
+    def __init__(self, plain_s: float, round_s: Mapping[TreeShape, float], shares: Mapping[TreeShape, float]) -> None:
+        """Seconds of rounds; `shares`: the tokens beyond one that a tree brings, of those that the largest does."""
+        self._plain_s, self._round_s, self._shares = plain_s, dict(round_s), shares
+        self._gain, self._plain_answers = FIRST_GAIN, 0
+        self._current: TreeShape | None = None
+
+    def next_tree(self) -> TreeShape | None:
+        """For the answer that begins now."""
+        rates = {tree: (1 + share * self._gain) / self._round_s[tree] for tree, share in self._shares.items()}
+        best = max(rates, key=lambda tree: rates[tree])
+        pays = rates[best] > (1 + ALLOWANCE) / self._plain_s
+        self._plain_answers = 0 if pays or self._plain_answers == RETRY else self._plain_answers + 1
+        self._current = best if self._plain_answers == 0 else None
+        return self._current
+
+    def record(self, emitted: int) -> None:
+        """A round of this answer brought so many tokens."""
+        if self._current is not None:
+            gain = (emitted - 1) / self._shares[self._current]
+            self._gain = LONG_MEMORY * self._gain + (1 - LONG_MEMORY) * gain
+
+
+def decides_rounds(budget: Any) -> bool:
+    """Whether the host decides in every round, which then has no fixed shape."""
+    return budget is not None and not isinstance(budget, TreeChoice)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from fledge.decoding.adaptive import TreeChoice, decides_rounds
 from fledge.decoding.exact import is_exact
 from fledge.decoding.memory import check_memory
 from fledge.decoding.probe import ability_of, shape_for
@@ -166,13 +167,16 @@ def open_session(
         raise UserError("there are no prompts to answer. Give at least one.")
     if drafter is not None:
         check_pair(target, drafter)
-    tree = tree or TreeShape()
+    tree, choice = tree or TreeShape(), None
+    if drafter is not None and isinstance(budget, TreeChoice):
+        choice, budget, tree = budget, None, budget.next_tree()
+        drafter, tree = (None, TreeShape()) if tree is None else (drafter, tree)
     if drafter is not None:
         possible = shape_for(target, tree)
         drafter, tree = (None, tree) if possible is None else (drafter, possible)
     fixed = uses_fixed_shapes(
         shapes, target, drafter, pictures=any(request.model_inputs for request in requests),
-        adaptive=budget is not None, trace=any(request.trace for request in requests),
+        adaptive=decides_rounds(budget), trace=any(request.trace for request in requests),
     )  # fmt: skip
     batch = 1 if budget is not None else most_at_once(target, min(batch_size or len(requests), len(requests)))
     stops = frozenset(target.eos_token_ids if eos_token_ids is None else eos_token_ids)
@@ -189,7 +193,7 @@ def open_session(
             kept.popitem(last=False)
         check_memory(target, batch, most_rows)  # of exact shapes, too, which take it as the texts grow
         session = Session(target, drafter, tree, batch, num_rows, fixed, stops, law)
-    session.budget = budget
+    session.budget, session.choice = budget, choice
     session.prepare(max(len(request.prompt_ids) for request in requests), needed)
     kept[key] = session
     return session

@@ -63,6 +63,7 @@ class Session:
     stop_token_ids: frozenset[int] = frozenset()
     law: Sampling = Sampling()  # of all requests where shapes are fixed: what is captured holds it
     budget: Any = None  # an adaptive.AdaptiveBudget; exact shapes and one sequence only
+    choice: Any = None  # an adaptive.TreeChoice that learns from the rounds of one sequence
     waiting: deque[RequestState] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
@@ -283,8 +284,9 @@ class Session:
             kept = state.until_stop_string(tokens[:count])
             trace = self._trace(slot, len(kept)) if state.request.trace else None
             new.append((state, state.emitted(kept, seconds, trace)))
-            if self.budget is not None:
-                self.budget.record(count)
+            for learning in (self.budget, self.choice):
+                if learning is not None:
+                    learning.record(count)
         return new
 
     def _trace(self, slot: int, emitted: int) -> RoundTrace:

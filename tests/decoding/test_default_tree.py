@@ -4,7 +4,19 @@ import pytest
 from tiny import prompt, tiny_draft, tiny_target
 
 from fledge.decoding import default_tree as module
-from fledge.decoding.default_tree import LARGE, NONE, SMALL, PairCosts, default_tree, key_of, measured_costs
+from fledge.decoding.adaptive import RETRY, TreeChoice, decides_rounds
+from fledge.decoding.default_tree import (
+    LARGE,
+    NONE,
+    SHARES,
+    SMALL,
+    PairCosts,
+    TreeCosts,
+    default_tree,
+    key_of,
+    measured_costs,
+    measured_rounds,
+)
 from fledge.decoding.generate import Sampling, generate
 from fledge.decoding.settings import DraftingSettings
 from fledge.decoding.tree_profile import resolve_tree
@@ -78,3 +90,62 @@ def test_where_there_is_nothing_to_decide(target):
     assert default_tree(target, None) == (LARGE, None)
     assert default_tree(target, PromptLookup()) == (LARGE, None)
     assert default_tree(target, tiny_draft(target), at_once=4) == (NONE, None)
+
+
+# -- on a GPU: a tree for every answer ---------------------------------------------------------------------------------
+
+
+def brings(choice: TreeChoice, tokens: float, rounds: int = 200) -> None:
+    """Answers in whose rounds the large tree would bring so many tokens."""
+    for _ in range(rounds):
+        tree = choice.next_tree()
+        choice.record(1 if tree is None else 1 + (tokens - 1) * SHARES[tree])
+
+
+@pytest.mark.parametrize(
+    ("round_s", "tokens", "tree"),
+    [((1.3, 1.2), 3.0, LARGE), ((2.0, 1.2), 3.0, SMALL), ((1.5, 1.2), 1.2, None), ((1.5, 1.2), 1.4, SMALL)],
+)
+def test_the_tree_that_promises_most_is_chosen(round_s, tokens, tree):
+    choice = TreeChoice(1.0, dict(zip(SHARES, round_s, strict=True)), SHARES)
+    brings(choice, tokens)
+    chosen = [choice.next_tree() for _ in range(2 * RETRY)]
+    assert chosen.count(tree) >= 2 * RETRY - 2
+
+
+def test_a_draft_that_did_not_pay_is_tried_again():
+    choice = TreeChoice(1.0, dict(zip(SHARES, (1.3, 1.2), strict=True)), SHARES)
+    brings(choice, 1.0)
+    chosen = [choice.next_tree() for _ in range(3 * RETRY)]
+    assert chosen.count(None) < 3 * RETRY, "seldom"
+    brings(choice, 3.0, rounds=2000)
+    assert choice.next_tree() == LARGE
+
+
+@pytest.fixture
+def fixed(monkeypatch):
+    """As on a GPU, but for the capture."""
+    monkeypatch.setattr(module, "uses_fixed_shapes", lambda shapes, target, drafter: True)
+
+
+@pytest.mark.usefixtures("fixed")
+def test_answers_with_trees_chosen_for_each(target, monkeypatch):
+    monkeypatch.setattr(module, "measured_rounds", lambda *_: TreeCosts(1.0, [2.0, 1.9]))
+    draft = tiny_draft(target)
+    tree, choice = default_tree(target, draft)
+    assert tree == LARGE and not decides_rounds(choice) and default_tree(target, draft)[1] is choice
+    assert default_tree(target, draft, at_once=4) == (LARGE, None)
+    options = {"max_new_tokens": 24, "eos_token_ids": ()}
+    plain = generate(target, None, prompt(9), **options)
+    used = []
+    for shapes in ("fixed", "exact", "fixed", "fixed"):
+        found = generate(target, draft, prompt(9), tree=tree, budget=choice, shapes=shapes, **options)
+        assert found.token_ids == plain.token_ids
+        used.append(choice._current)
+    assert used[0] == LARGE and used[-1] is None, "a random head does not pay"
+
+
+@pytest.mark.usefixtures("fixed")
+def test_whole_rounds_are_measured(target):
+    costs = measured_rounds(target, tiny_draft(target))
+    assert len(costs.round_s) == len(SHARES) and costs.plain_s > 0 and min(costs.round_s) > 0
