@@ -401,7 +401,7 @@ def test_paths_of_a_tree():
 
 @pytest.mark.parametrize(
     ("heads", "groups", "size", "length", "window"),
-    [(8, 2, 16, 30, None), (8, 2, 16, 254, 40), (3, 3, 24, 256, None), (6, 1, 80, 300, None), (8, 2, 16, 520, 300)],
+    [(8, 2, 16, 30, None), (3, 3, 24, 254, 40), (6, 1, 80, 300, None), (8, 2, 16, 520, 300)],
 )
 def test_attention_has_the_same_bits_in_any_company(heads, groups, size, length, window, dots_of_any_row):
     """A path alone, step by step behind what it has grown to; as a chain; and in a tree beside another sequence, with
@@ -451,7 +451,7 @@ def test_products_have_the_same_bits_in_any_company(dots_of_any_row):
         assert torch.equal(gpu_products.linear_exact(states[first : first + rows], weight), whole[first : first + rows])
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3"] if ON_CARD else ["gemma3"])
 def test_models_have_the_same_bits_in_any_company(name, monkeypatch, dots_of_any_row):
     """By the self-test, with windows, over the end of a part. A model that is small enough for the interpreter."""
     if not ON_CARD:
@@ -471,7 +471,7 @@ def test_models_have_the_same_bits_in_any_company(name, monkeypatch, dots_of_any
     target = target_of(SHORT)
     assert exact.obstacle_on_a_card(target) is None
     assert exact.differing_nodes(target) == 0
-    if name == "gemma3":
+    if name != "gemma3":
         return
     assert "float32" in (exact.obstacle_on_a_card(target_of(torch.float32)) or "")
     as_cached = gpu_exact.Paths.of
