@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--chains", type=int, nargs="*", default=[1, 2, 3, 4, 5], help="K of vLLM with the head")
     parser.add_argument("--at-once", type=int, nargs="*", default=[4, 16, 64])
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--temperature", type=float, default=0.0, help="of both; 0: greedy")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="without suffix: .json and .md are written")

@@ -132,8 +132,8 @@ def tree_rounds(bench: Bench) -> dict[str, Any]:
 
 @section(60)
 def same_bits(bench: Bench) -> dict[str, Any]:
-    """What `--exact` costs: plain steps and rounds with it, in turns with `plain` and `tree_rounds`; what is in its
-    way, if anything; and how many bf16 texts of a random model equal plain decoding's, without and with it."""
+    """What `--exact` costs: plain steps and rounds without and with it; what is in its way, if anything; and how many
+    bf16 texts of a random model equal plain decoding's."""
     target, draft = bench.pair()
     found: dict[str, Any] = {"in the way": obstacle_to_bits(target)}
     cases = {"plain": (None, TreeShape()), "60/5/10": (draft, TREES["60/5/10"]), "6/4/1": (draft, TREES["6/4/1"])}

@@ -29,10 +29,7 @@ from fledge.target.model import Target
 LARGE = TreeShape()
 SMALL = TreeShape(16, 4, 4)
 NONE = TreeShape(1, 0, 1)  # the root alone: plain decoding
-SHARES = {
-    LARGE: 1.0,
-    SMALL: 0.78,
-}  # of the tokens beyond one that the large tree brings (docs/study.md, 60 and 16 nodes)
+SHARES = {LARGE: 1.0, SMALL: 0.78}  # of LARGE's tokens beyond one (docs/study.md: 60, 16 nodes)
 SIZES = (1, 2, 4, 8, 16)  # of trees; what lies between is interpolated
 PREFIX = 128  # tokens of the text behind which costs are measured
 SAMPLE = 12  # tokens that are decoded to measure the rest of a round
@@ -72,7 +69,7 @@ def default_tree(target: Target, drafter: Drafter | None, *, at_once: int = 1) -
     if not isinstance(drafter, nn.Module):
         return LARGE, None
     fixed = uses_fixed_shapes("auto", target, drafter)
-    if not fixed and usual_tree(on_cpu=target.device.type == "cpu", grows_trees=True) == LARGE:
+    if not fixed and target.device.type != "cpu":
         return LARGE, None
     if at_once > 1 or shape_for(target, SMALL) is None:
         return LARGE if fixed else NONE, None

@@ -224,8 +224,7 @@ def fuse(target: Any) -> None:
 
 
 def sums_alone(model: Any, layers: Sequence[FusedLayer], num_layers: int) -> bool:
-    """Whether all products of a model are the loop's, or can be `linear_exact` on a GPU, so that a row has the same
-    bits in any company."""
+    """Whether a row has its bits in any company: all products are the loop's, or can be `linear_exact` on a GPU."""
     head = model.get_output_embeddings()
     whole = len(layers) == num_layers and all(layer.fuses_mlp for layer in layers)
     if not whole or head is None:

@@ -177,6 +177,15 @@ def multiply_rows(
     tl.store(goal, total.to(out.dtype.element_ty), mask=wanted[:, None] & asked[None, :])
 
 
+@triton.jit
+def _weighed(most, total, mixed, scores, v, PRECISION: tl.constexpr):
+    """The largest score of a row, the sum of its weights and its weighted values (M, d), with more keys taken in."""
+    more = tl.maximum(most, tl.max(scores, 1))
+    weights, kept = tl.exp(scores - more[:, None]), tl.exp(most - more)
+    mixed = mixed * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    return more, total * kept + tl.sum(weights, 1), mixed
+
+
 @triton.jit(do_not_specialize=["rows", "keys"])
 def attend(
     query, key, value, mask, out, sums, scale, rows, keys, split, heads, groups, size,
@@ -211,12 +220,8 @@ def attend(
             shown = mask + batch * mask_batch + row[:, None] * mask_row + n[None, :]
             scores += tl.load(shown, mask=wanted[:, None] & there[None, :], other=0.0).to(tl.float32)
         scores = tl.where(there[None, :], scores, float("-inf"))
-        more = tl.maximum(most, tl.max(scores, 1))
-        weights, kept = tl.exp(scores - more[:, None]), tl.exp(most - more)
-        total = total * kept + tl.sum(weights, 1)
         v = tl.load(value + n[:, None] * value_row + d[None, :], mask=there[:, None] & whole[None, :], other=0.0)
-        mixed = mixed * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        most = more
+        most, total, mixed = _weighed(most, total, mixed, scores, v, PRECISION)
     mixed = mixed / total[:, None]
     place = (batch * rows + row) * heads + head
     if IN_PARTS:
@@ -284,12 +289,8 @@ def attend_exact(
             shown = mask + batch * mask_batch + row[:, None] * mask_row + n[None, :]
             scores += tl.load(shown, mask=wanted[:, None] & there[None, :], other=0.0).to(tl.float32)
         scores = tl.where(there[None, :], scores, float("-inf"))
-        more = tl.maximum(most, tl.max(scores, 1))
-        weights, kept = tl.exp(scores - more[:, None]), tl.exp(most - more)
-        total = total * kept + tl.sum(weights, 1)
         v = tl.load(value + n[:, None] * value_row + d[None, :], mask=there[:, None] & whole[None, :], other=0.0)
-        out = out * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        most = more
+        most, total, out = _weighed(most, total, out, scores, v, PRECISION)
     place = ((part * (tl.num_programs(1) // groups) + batch) * rows + row) * heads + head
     tl.store(sums + place, most + tl.log(total), mask=wanted)
     goal = mixed + place[:, None] * size + d[None, :]

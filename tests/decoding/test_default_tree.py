@@ -145,7 +145,6 @@ def test_answers_with_trees_chosen_for_each(target, monkeypatch):
     assert used[0] == LARGE and used[-1] is None, "a random head does not pay"
 
 
-@pytest.mark.usefixtures("fixed")
 def test_whole_rounds_are_measured(target):
     costs = measured_rounds(target, tiny_draft(target))
     assert len(costs.round_s) == len(SHARES) and costs.plain_s > 0 and min(costs.round_s) > 0

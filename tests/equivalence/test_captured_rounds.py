@@ -102,8 +102,7 @@ def test_a_planted_wait_is_found(planted, monkeypatch):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_what_is_timed_can_be_captured(name, monkeypatch):
-    """Costs of a GPU's rounds are those of captured ones: what is timed never waits for the device, either
-    (drafts: the round's own test; alone on a CPU they may read)."""
+    """What is timed for a GPU is captured, so it never waits either (drafts: the round's own test)."""
     timed = []
 
     def checked(call, device):
