@@ -426,7 +426,8 @@ def test_attention_has_the_same_bits_in_any_company(heads, groups, size, length,
         mask = torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(SHORT).min)[:, None].to(DEVICE, SHORT)
         of_trees = (one.expand(batch, *one.shape).to(DEVICE) for one in (tree_levels, ancestors))
         paths = gpu_exact.Paths.of(lengths, *of_trees)
-        return gpu_exact.attend(rows, *cache, mask, paths, 0.3), attention_by_rows(rows, *cache, mask, 0.3)
+        keys, values = cache
+        return gpu_exact.attend(rows, keys, values, mask, paths, 0.3), attention_by_rows(rows, *cache, mask, 0.3)
 
     in_a_tree, twin = attended(query, levels, ancestors_in(parents), lengths, cache)
     assert_close(in_a_tree, twin, SHORT)
