@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from launching import Launch
 from warm_commands import WarmCommands
 
 if not list(
@@ -39,6 +40,12 @@ def warm_path(tmp_path_factory) -> Iterator[str]:
     """A PATH on which `fledge` starts at once (`warm_commands.py`); this Python's programs come next."""
     with WarmCommands(tmp_path_factory.mktemp("warm")) as folder:
         yield f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+@pytest.fixture(scope="session")
+def launch(warm_path) -> Launch:
+    """Runs scripts and commands, as one process or as several ranks."""
+    return Launch(warm_path)
 
 
 @pytest.fixture(scope="module")

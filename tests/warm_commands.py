@@ -4,14 +4,15 @@
         subprocess.run(["bash", "-c", "fledge ..."], env={**os.environ, "PATH": f"{path}:{os.environ['PATH']}"})
 
 Starting Python and importing torch and transformers takes eight seconds of a core, which a page of ten commands paid
-ten times. Words, working folder, environment, the three streams, signals and the exit status are the shell's. As a
-script this is the process that forks.
+ten times. Words, working folder, environment, the three streams, signals and the exit status are the shell's. Where the
+first word is a Python file, it is run. As a script this is the process that forks.
 """
 
 import array
 import atexit
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -76,7 +77,9 @@ def serve(path: Path) -> None:
     import fledge.extraction.extract
     import fledge.regeneration.local_engine
     import fledge.train.run  # noqa: F401
+    from fledge.target import native
 
+    native.library()  # compiled once for all
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{path}.new")
@@ -107,8 +110,12 @@ def answer(connection: socket.socket) -> int:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    connection.sendall(os.getpid().to_bytes(8, "big"))
-    status = ended(words)
+    if (pid := os.fork()) == 0:  # of its own: it may leave without a word
+        connection.close()
+        os._exit(ended(words))
+    connection.sendall(pid.to_bytes(8, "big"))
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status = 128 - status if status < 0 else status
     connection.sendall(bytes([status]))
     return status
 
@@ -117,10 +124,15 @@ def ended(words: list[str]) -> int:
     """The exit status of a command."""
     from fledge.cli import main
 
-    sys.argv = ["fledge", *words]
+    script = words[0] if words and words[0].endswith(".py") else None
+    sys.argv = words if script else ["fledge", *words]
     status: Any = 0
     try:
-        main()
+        if script:
+            sys.path.insert(0, str(Path(script).parent))
+            runpy.run_path(script, run_name="__main__")
+        else:
+            main()
     except SystemExit as end:
         status = end.code
     except KeyboardInterrupt:

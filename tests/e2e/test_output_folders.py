@@ -1,10 +1,7 @@
 """What commands do to folders: nothing of others is lost, nothing is touched too early, one writer at a time."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,15 +74,16 @@ def run(words: list) -> int:
     return run_command(words[0], [str(word) for word in words[1:]])
 
 
-def forked(steps: list[list]) -> list:
-    """What the steps came to, each in a process of its own (tests/forked_commands.py)."""
+@pytest.fixture
+def forked(launch) -> Callable[[list[list]], list]:
+    """What steps come to, each in a process of its own (tests/forked_commands.py)."""
     script = Path(__file__).parents[1] / "forked_commands.py"
-    done = subprocess.run(
-        [sys.executable, script, json.dumps(steps, default=str)], capture_output=True, text=True, timeout=1200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+
+    def run_all(steps: list[list]) -> list:
+        done = launch([script, json.dumps(steps, default=str)], timeout_s=1200)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run_all
 
 
 def foreign_folder(folder: Path, command: str) -> dict[str, bytes]:
@@ -134,7 +132,7 @@ def test_two_starts_at_once(command, inputs, tmp_path, capsys):
     assert run(words) == 0
 
 
-def test_of_two_started_together_at_most_one_gives_way(inputs, tmp_path):
+def test_of_two_started_together_at_most_one_gives_way(forked, inputs, tmp_path):
     """Both succeed where the second starts when the first has ended; never do both fail, and what is left is whole."""
     words = {name: COMMANDS[name](inputs, tmp_path / name) for name in COMMANDS}
     found = forked([[kind, words[name]] for name in COMMANDS for kind in ("together", "run")])
@@ -173,7 +171,7 @@ def test_a_second_head_on_a_full_disk_leaves_the_first_intact(command, inputs, t
         }
 
 
-def test_everybody_whom_the_umask_lets_can_read_the_output(inputs, tmp_path):
+def test_everybody_whom_the_umask_lets_can_read_the_output(forked, inputs, tmp_path):
     """Trained heads were readable by their owner alone, and a server in a container could not load them."""
     words = {name: COMMANDS[name](inputs, tmp_path / name) for name in COMMANDS}
     assert not any(forked([["umask", 0o022, words[name]] for name in COMMANDS]))
@@ -231,7 +229,7 @@ def test_a_run_from_before_there_were_markers_is_continued(inputs, tmp_path, cap
     assert "resuming from" in capsys.readouterr().err
 
 
-def kill(command: str, inputs: Path, folder: Path, *flags: object) -> list[Path]:
+def kill(forked: Callable[[list[list]], list], command: str, inputs: Path, folder: Path, *flags: object) -> list[Path]:
     """Run a command undisturbed, kill others of the kind, and let the last one end. Returns all their folders. The
     first run of all compiles and measures, and would say nothing of how long others take."""
     first, whole, killed = (
@@ -242,24 +240,24 @@ def kill(command: str, inputs: Path, folder: Path, *flags: object) -> list[Path]
     return [folder / "whole", *sorted(folder.glob("killed*"))]
 
 
-def test_killed_trainings_end_as_one_that_was_not(inputs, tmp_path):
+def test_killed_trainings_end_as_one_that_was_not(forked, inputs, tmp_path):
     def end(folder: Path) -> tuple[bytes, list[float], set[str]]:
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         return (folder / WEIGHTS).read_bytes(), [one["loss"] for one in history if "loss" in one], set(tree(folder))
 
-    whole, *killed = kill("train", inputs, tmp_path, "--max_steps", 12, "--logging_steps", 1)
+    whole, *killed = kill(forked, "train", inputs, tmp_path, "--max_steps", 12, "--logging_steps", 1)
     assert killed and all(end(folder) == end(whole) for folder in killed)
 
 
-def test_killed_benchmarks_measure_every_question_once(inputs, tmp_path):
-    for folder in kill("bench", inputs, tmp_path, "--question-end", 24):
+def test_killed_benchmarks_measure_every_question_once(forked, inputs, tmp_path):
+    for folder in kill(forked, "bench", inputs, tmp_path, "--question-end", 24):
         rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
         assert len({row["question_id"] for row in rows}) == len(rows) == 24
         assert json.loads((folder / "summary.json").read_text())["sets"]["quick"]["questions"] == 24
 
 
-def test_killed_exports_leave_a_head_or_none(inputs, tmp_path):
-    whole, *killed = kill("export", inputs, tmp_path)
+def test_killed_exports_leave_a_head_or_none(forked, inputs, tmp_path):
+    whole, *killed = kill(forked, "export", inputs, tmp_path)
     assert all((folder / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes() for folder in killed)
     assert not list(tmp_path.glob(".killed*"))
 

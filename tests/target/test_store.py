@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -63,12 +61,10 @@ def test_ranks_leave_the_bytes_of_one_process(store, opened, tmp_path):
     assert tree_bytes(tmp_path / "shared") == tree_bytes(store)
 
 
-def test_killed_anywhere_and_continued(store, saved_target, conversations, tmp_path):
+def test_killed_anywhere_and_continued(launch, store, saved_target, conversations, tmp_path):
     """SIGKILL at 25 random moments; every time the store opens, and what is left at the end is the same bytes."""
     script = Path(__file__).parents[1] / "killed_extraction.py"
-    command = [sys.executable, str(script), str(saved_target), str(conversations), str(tmp_path), "25"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = launch([script, saved_target, conversations, tmp_path, 25])
     stores = sorted(path for path in tmp_path.iterdir() if path.is_dir())
     assert json.loads(done.stdout.splitlines()[-1])["kills"] == 25 and stores
     reference = tree_bytes(store)

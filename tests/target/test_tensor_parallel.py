@@ -1,11 +1,10 @@
 """A target cut over two processes writes the store that one process writes."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import torchrun
 
 from fledge.errors import UserError
 from fledge.extraction.extract import extract
@@ -14,19 +13,15 @@ from fledge.storage.states.reader import HiddenStore
 TOLERANCE = 1e-5  # fp32, sums joined in another order
 
 
-def run_two(saved_target: Path, conversations: Path, out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "fledge", "extract", "--model-name", str(saved_target), "--dataset-path", str(conversations),
-        "--output-dir", str(out),
-        "--model-max-length", "120", "--shard-mb", "0.25", "--tp-plan", "auto", *flags,
+def words(saved_target: Path, conversations: Path, out: Path) -> list:
+    return [
+        "extract", "--model-name", saved_target, "--dataset-path", conversations, "--output-dir", out,
+        "--model-max-length", 120, "--shard-mb", 0.25, "--tp-plan", "auto",
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
-def test_a_cut_target_gives_the_same_states(saved_target, conversations, store, tmp_path):
-    finished = run_two(saved_target, conversations, tmp_path / "cut")
-    assert finished.returncode == 0, finished.stderr[-3000:]
+def test_a_cut_target_gives_the_same_states(launch, saved_target, conversations, store, tmp_path):
+    launch(words(saved_target, conversations, tmp_path / "cut"), ranks=2)
     ours, theirs = HiddenStore(store), HiddenStore(tmp_path / "cut")
     assert ours.ids == theirs.ids and not theirs.identity.differences(ours.identity)
     for mine, other in zip(ours, theirs, strict=True):
@@ -38,7 +33,7 @@ def test_a_cut_target_gives_the_same_states(saved_target, conversations, store, 
 
 
 def test_a_failure_of_the_first_ends_both(saved_target, tmp_path):
-    finished = run_two(saved_target, tmp_path / "absent.jsonl", tmp_path / "cut")
+    finished = torchrun(["-m", "fledge", *words(saved_target, tmp_path / "absent.jsonl", tmp_path / "cut")], ranks=2)
     assert finished.returncode != 0 and "absent.jsonl" in finished.stderr
 
 
