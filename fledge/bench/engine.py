@@ -87,7 +87,7 @@ class EngineSpec:
         target = Target.from_pretrained(
             self.target,
             dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
-            tap_layers=files.tap_layers if files else None,
+            tap_layers=(files.tap_layers if files else None) or (),
             max_pixels=self.max_pixels,
             min_pixels=self.min_pixels,
             chat_template=self.chat_template_type,

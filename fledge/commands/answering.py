@@ -63,7 +63,7 @@ class Answerer:
         files = read_drafter(args.draft) if args.draft else None  # before the target: a bad head costs no loading
         dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
         self.target = Target.from_pretrained(
-            args.target, dtype=dtype, device=args.device, tap_layers=files.tap_layers if files else None,
+            args.target, dtype=dtype, device=args.device, tap_layers=(files.tap_layers if files else None) or (),
             min_pixels=args.min_pixels, max_pixels=args.max_pixels, chat_template=args.chat_template_type,
         )  # fmt: skip
         want_exact(self.target, args.exact)

@@ -107,6 +107,18 @@ def test_prompt_lookup_needs_no_head(folders, capsys):
     assert "outputs identical" in shown and "tau" in shown
 
 
+def test_what_reads_no_states_asks_for_no_layers(folders, capsys, tmp_path):
+    """Three layers are too few for a head's usual taps, which stopped plain decoding and prompt lookup, too."""
+    target = tmp_path / "shallow"
+    shutil.copytree(folders[0], target)
+    tiny_model("llama", num_hidden_layers=3).save_pretrained(target)
+    shown = []
+    for draft in ((), ("--draft", "lookup")):
+        assert run("--target", target, *draft, "--prompt", "w20 w30 w20", "--max-new-tokens", 12) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] != ""
+
+
 def test_a_seed_decides_the_text_with_a_head_and_without(folders, capsys):
     words = ("--target", folders[0], "--prompt", "w20 w30", "--max-new-tokens", 12, "--temperature", 1, "--seed", 5)
     texts = []
