@@ -1,11 +1,12 @@
-"""`--adaptive` beside plain decoding and the fixed tree, with a head that helps and heads that do not.
+"""The engine's own choice beside plain decoding and a fixed tree, with a head that helps and heads that do not.
 
     python benchmarks/decode_adaptive.py SMOLLM2_DIR HEAD --bench-dir QUESTIONS --out benchmarks/decode_adaptive_...
 
 Three heads: the given one; an untrained one of its shape (random weights, unsure of everything); and the given one with
-its vocabulary turned round (as sure of itself as before, and wrong). The costs of a round are measured first, as
-`fledge bench --tune` does; each head keeps one budget over all prompts and rounds, as a server would.
-Plain decoding is answered once for all heads in a turn. Greedy, no end of text; whole answers are timed, prompts
+its vocabulary turned round (as sure of itself as before, and wrong). Each with what the text repeats (prompt lookup),
+as the engine chooses, and alone; and prompt lookup without a head. Each keeps one budget over all prompts and rounds,
+as a server would.
+Plain decoding is answered once for all heads in a turn. No end of text; whole answers are timed, prompts
 included. Prompts are taken in turns by all ways; the total over all prompts of a round counts. --clock cpu counts the
 process's own seconds: on a machine that others use, with --threads 1, it is the steadier clock.
 """
@@ -17,25 +18,27 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from decode_peers import SETS, load_pair, name_of, prompts_of
 
 from fledge import provenance
 from fledge.bench.prompts import dataset_label
-from fledge.data.samples import Prompt
-from fledge.decoding.adaptive import AdaptiveBudget
+from fledge.decoding.default_tree import default_tree
 from fledge.decoding.generate import generate
 from fledge.decoding.records import Generation, Sampling
-from fledge.decoding.tune import measure_costs
+from fledge.drafters.base import Drafter
 from fledge.drafters.eagle3.model import DraftModel
+from fledge.drafters.lookup.propose import PromptLookup
 from fledge.drafters.tree import TreeShape
 from fledge.target.model import Target
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 WARM_UP = 8
 
-Ways = dict[str, Callable[[list[int], int], Generation]]
+Way = Callable[[list[int], int], Generation]
+Ways = dict[str, Way]
 
 
 def main() -> None:
@@ -47,6 +50,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16, help="in all, evenly from the sets")
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--tree", type=int, nargs=3, default=[8, 2, 3], metavar=("TOTAL_TOKEN", "DEPTH", "TOP_K"))
     parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=HEADS)
     parser.add_argument("--fixed", action="store_true", help="also the fixed tree with the heads that do not help")
@@ -58,25 +62,29 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     target, draft = load_pair(args.model, args.head, args.dtype)
     prompts, tree = prompts_of(target, args), TreeShape(*args.tree)
-    costs = costs_of(target, draft, prompts[0], tree)
-    heads = {name: HEADS[name](draft) for name in args.heads}
-    ways: Ways = {"plain": lambda ids, n: generate(target, None, ids, **options(n))}
-    for name, head in heads.items():
+    law = Sampling(args.temperature, seed=1)
+    ways: Ways = {
+        "plain": lambda ids, n: generate(target, None, ids, **options(law, n)),
+        "no head": chosen(target, PromptLookup(), law),
+    }
+    for name in args.heads:
+        head = HEADS[name](draft)
         if args.fixed or name == "given":
-            ways[f"{name} head, fixed tree"] = speculative(target, head, tree, None)
-        ways[f"{name} head, adaptive"] = speculative(target, head, tree, AdaptiveBudget(**costs))
+            ways[f"{name} head, fixed tree"] = speculative(target, head, tree, None, law)
+        ways[f"{name} head"] = chosen(target, head, law)
+        ways[f"{name} head alone"] = alone(chosen(target, copy.copy(head), law))
     seconds, made = in_turns(ways, prompts, args)
     results = {way: summary(way, seconds, made) for way in ways}
     print(table(results))
     if args.out:
-        write(args, tree, costs, results)
+        write(args, tree, results)
 
 
 def in_turns(ways: Ways, prompts: list[list[int]], args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Seconds by way, round and prompt, and the last round's answers."""
     clock = CLOCKS[args.clock]
     for way, decode in ways.items():
-        if "adaptive" not in way:  # what a budget learns belongs to the measurement
+        if way == "plain" or "fixed" in way:  # what a budget learns belongs to the measurement
             decode(max(prompts, key=len), WARM_UP)
     seconds: dict[str, list[list[float]]] = {way: [] for way in ways}
     made: dict[str, list[Generation]] = {}
@@ -97,23 +105,27 @@ def in_turns(ways: Ways, prompts: list[list[int]], args: argparse.Namespace) -> 
 # -- the ways ----------------------------------------------------------------------------------------------------------
 
 
-def costs_of(target: Target, draft: DraftModel, prompt: list[int], tree: TreeShape) -> dict[str, Any]:
-    """What `AdaptiveBudget` wants to know, measured as `--tune` measures it."""
-    answer = generate(target, None, prompt, **options(32)).token_ids
-    costs = measure_costs(target, draft, (Prompt(prompt), answer), [tree.top_k], options(32), lambda note: None)
-    draft_s = {levels: seconds for (_, levels), seconds in costs.draft_s.items()}
-    verify_s = {1: costs.plain_s, **costs.verify_s}
-    return {"plain_s": costs.plain_s, "verify_s": verify_s, "draft_s": draft_s, "overhead_s": costs.overhead_s}
+def chosen(target: Target, drafter: Drafter, law: Sampling) -> Way:
+    """The engine's own choice."""
+    return speculative(target, drafter, *default_tree(target, drafter), law)
 
 
-def speculative(
-    target: Target, draft: DraftModel, tree: TreeShape, budget: AdaptiveBudget | None
-) -> Callable[..., Generation]:
-    return lambda ids, n: generate(target, draft, ids, tree=tree, budget=budget, **options(n))
+def alone(way: Way) -> Way:
+    """Without what the text repeats."""
+
+    def decode(ids: list[int], new_tokens: int) -> Generation:
+        with mock.patch("fledge.decoding.session.free_proposer", lambda *_: None):
+            return way(ids, new_tokens)
+
+    return decode
 
 
-def options(new_tokens: int) -> dict[str, Any]:
-    return {"max_new_tokens": new_tokens, "sampling": Sampling(), "eos_token_ids": ()}
+def speculative(target: Target, drafter: Drafter, tree: TreeShape, budget: Any, law: Sampling) -> Way:
+    return lambda ids, n: generate(target, drafter, ids, tree=tree, budget=budget, **options(law, n))
+
+
+def options(law: Sampling, new_tokens: int) -> dict[str, Any]:
+    return {"max_new_tokens": new_tokens, "sampling": law, "eos_token_ids": ()}
 
 
 def untrained(draft: DraftModel) -> DraftModel:
@@ -175,17 +187,17 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def write(args: argparse.Namespace, tree: TreeShape, costs: dict[str, Any], results: dict[str, Any]) -> None:
+def write(args: argparse.Namespace, tree: TreeShape, results: dict[str, Any]) -> None:
     config = {key: str(value) for key, value in vars(args).items() if key != "bench_dir"}
     config |= {key: Path(config[key]).name for key in ("model", "head", "out")}
     config["sets"] = ", ".join(map(dataset_label, args.sets))
     command = f"python benchmarks/decode_adaptive.py {config['model']} {config['head']} --clock {args.clock}"
-    provenance.write(args.out.with_suffix(".json"), config, command=command, costs_s=costs, results=results)
+    provenance.write(args.out.with_suffix(".json"), config, command=command, results=results)
     head = [
-        "# Adaptive drafting beside plain decoding and a fixed tree", "",
+        "# The engine's own choice beside plain decoding and a fixed tree", "",
         f"{config['model']} in {args.dtype}, head {config['head']}, tree {name_of(tree)}, {args.prompts} prompts, "
-        f"{args.new_tokens} new tokens, greedy, {args.threads} threads, {args.clock} time, {args.rounds} rounds in "
-        "turns.", "",
+        f"{args.new_tokens} new tokens, T = {args.temperature:g}, {args.threads} threads, {args.clock} time, "
+        f"{args.rounds} rounds in turns.", "",
     ]  # fmt: skip
     args.out.with_suffix(".md").write_text("\n".join(head) + table(results), encoding="utf-8")
 

@@ -84,8 +84,8 @@ def test_a_published_head_is_shown_first(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().err
     assert printed.index("the same text, ") < printed.index("Your own, 1 of 3")
     lines = [line for line in printed.splitlines() if line.startswith("│")]
-    assert [line.split("│")[1].strip() for line in lines[-2:]] == ["your head", "published head"]
-    assert all("1 of 1" in line for line in lines[-2:])
+    assert [line.split("│")[1].strip() for line in lines[-3:]] == ["no head, lookup", "your head", "published head"]
+    assert all("1 of 1" in line for line in lines[-3:])
 
 
 def test_both_sides_grow_on_a_terminal(tmp_path, monkeypatch):

@@ -119,6 +119,10 @@ def steps(args: QuickstartArgs, work: Path, target: str, prompts: str) -> None:
     heading("Your own, 3 of 3: plain against speculative decoding, on prompts it has not seen")
     reports = {"your head": work / "bench", **reports}
     run(*bench, "--draft", str(head), "--output-dir", str(reports["your head"]), "--samples", "1")
+
+    heading("Beside them: no head, only what the text itself repeats (prompt lookup)")
+    reports = {"no head, lookup": work / "bench-lookup", **reports}
+    run(*bench, "--draft", "lookup", "--output-dir", str(reports["no head, lookup"]), "--samples", "0")
     conclude(reports, head, time.monotonic() - start)
 
 

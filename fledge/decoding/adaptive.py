@@ -1,13 +1,16 @@
-"""How much drafting pays, decided in every round from the head's scores and from what earlier rounds brought.
+"""How much drafting pays, decided in every round from the drafts' scores and from what earlier rounds brought.
 
     expected tokens of a tree   1 + trust * sum of exp(score) over its drafted nodes
     cost of a round             V(nodes) + D(levels) + o, from the tree profile of this machine
 
+- Drafts that take no time are verified instead of the head's where they promise more tokens per second
+  than plain decoding, and than the head's rounds have brought.
 - Another level is drafted if the tokens it can add, per second, beat the rate reached so far.
 - The number of verified candidates is the one that promises the most tokens per second.
 - Rounds are paid from a credit. A round adds what plain decoding of its tokens would have cost and 1 % more, and
   subtracts its own cost. Without credit the target decodes plainly. So drafting costs at most 1 % and the initial
-  credit. When drafting begins to pay again, this is noticed at the next round that the 1 % has paid for.
+  credit. When drafting begins to pay again, this is noticed at the next round that the 1 % has paid for. The head and
+  what takes no time have credits of their own: neither spends what the other earns.
 - Profiles have errors, and a head that seems to pay by a little may not. So a round that drafts is charged DOUBT more
   than the profile says, and no tree is assumed to cost less than a smaller one. With a head that is never right, total
   time stays within 2 % of plain decoding (benchmarks/decode_adaptive.py).
@@ -49,10 +52,10 @@ class AdaptiveBudget:
         self._verify = np.interp(np.arange(max(sizes) + 1), sizes, rising)
         self._draft = [0.0, *(draft_s[level] for level in sorted(draft_s))]
         self._overhead = overhead_s
-        self._credit = FIRST_CREDIT * plain_s
+        self._credit = self._free_credit = FIRST_CREDIT * plain_s
         self._trust, self._continues = 1.0, 0.7  # accepted / promised tokens; share of a level's promise the next keeps
         self._rate = 1.0 / plain_s
-        self._levels, self._nodes, self._promise, self._promised = 1, 0, 0.0, 0.0  # of the round under way
+        self._levels, self._nodes, self._promise, self._promised = 0, 0, 0.0, 0.0  # of the round under way
 
     @classmethod
     def from_profile(cls, profile: TreeProfile, shape: TreeShape) -> "AdaptiveBudget":
@@ -76,9 +79,25 @@ class AdaptiveBudget:
 
     # -- one round, in this order --------------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """A round that drafts nothing, until one of the following says otherwise."""
+        self._levels, self._nodes, self._promise, self._promised = 0, 0, 0.0, 0.0
+
+    def without_drafting(self, scores: Tensor) -> int:
+        """How many nodes of a chain that took no time, with these scores (C,), to verify instead of drafting."""
+        if self._free_credit <= 0 or not len(scores):
+            return 0
+        rates = self._rates(np.cumsum(scores.exp().tolist()))
+        worth = (1 + DOUBT) / self.plain_s
+        if self._credit > 0:
+            worth = max(worth, self._rate)
+        best = int(rates.argmax())
+        self._nodes = best + 1 if rates[best] > worth else 0
+        return self._nodes
+
     def drafts(self) -> bool:
         """Is there credit for a round of drafting?"""
-        self._levels, self._nodes, self._promise, self._promised = 1, 0, 0.0, 0.0
+        self._levels = int(self._credit > 0)
         return self._credit > 0
 
     def deeper(self, beam_scores: Tensor) -> bool:
@@ -97,8 +116,7 @@ class AdaptiveBudget:
         """How many of the candidates with these scores (C,) to verify, the best first."""
         best = np.sort(scores.float().exp().cpu().numpy())[::-1][:at_most]
         promised = np.cumsum(best)
-        rates = (1.0 + self._trust * promised) / (self._verify[2 : 2 + len(best)] + self._spent())
-        chosen = int(rates.argmax()) + 1
+        chosen = int(self._rates(self._trust * promised).argmax()) + 1
         self._promised, self._nodes = float(promised[chosen - 1]), chosen
         return chosen
 
@@ -106,12 +124,20 @@ class AdaptiveBudget:
         """The round brought so many tokens."""
         seconds = self._verify[1 + self._nodes] + (self._spent() if self._nodes else 0.0)
         charged = seconds * (1 + DOUBT) if self._nodes else seconds
-        self._credit += emitted * self.plain_s * (1 + ALLOWANCE) - charged
-        self._credit = min(self._credit, MOST_CREDIT * self.plain_s)
-        if self._nodes:
+        earned, most = emitted * self.plain_s * (1 + ALLOWANCE) - charged, MOST_CREDIT * self.plain_s
+        if self._levels or not self._nodes:
+            self._credit = min(self._credit + earned, most)
+        if not self._levels:
+            self._free_credit = min(self._free_credit + earned, most)
+        if self._levels:
             trust = (emitted - 1) / max(self._promised, 1e-6)
             self._trust = MEMORY * self._trust + (1 - MEMORY) * min(trust, 2.0)
             self._rate = max(MEMORY * self._rate + (1 - MEMORY) * emitted / seconds, 1.0 / self.plain_s)
+
+    def _rates(self, promised: np.ndarray) -> np.ndarray:
+        """Tokens per second of 1, 2, .. verified nodes that bring so many tokens (C,) together."""
+        seconds = self._verify[2 : 2 + len(promised)] + self._spent()
+        return (1.0 + promised[: len(seconds)]) / seconds
 
     def _spent(self) -> float:
         """Seconds of a round, verification excluded."""

@@ -1,7 +1,8 @@
 """The tree that is drafted where nobody names one: the engine's own choice.
 
-On a CPU it is a small one, of which every round drafts and verifies as much as pays (`adaptive.py`), down to nothing:
-with a head that does not pay, decoding is as fast as plain. On a GPU, where rounds are captured, one of two trees or
+On a CPU it is a small one, of which every round drafts and verifies as much as pays (`adaptive.py`), down to nothing,
+and where the text repeats itself the repetition instead: with a head that does not pay, decoding is no slower than
+plain. On a GPU, where rounds are captured, one of two trees or
 none is chosen for every answer. What rounds cost is measured once per machine and pair of models, in a few seconds, and
 kept in the user's cache folder. Acceptance is learned while decoding.
 """
@@ -66,7 +67,7 @@ def default_tree(target: Target, drafter: Drafter | None, *, at_once: int = 1) -
     one sequence: several at once decode plainly on a CPU, whose products are busy with them, and with the large tree on
     a GPU.
     """
-    if not isinstance(drafter, nn.Module):
+    if drafter is None:
         return LARGE, None
     fixed = uses_fixed_shapes("auto", target, drafter)
     if not fixed and target.device.type != "cpu":
@@ -82,7 +83,7 @@ def default_tree(target: Target, drafter: Drafter | None, *, at_once: int = 1) -
     return LARGE if fixed else SMALL, budget
 
 
-def adaptive_budget(target: Target, drafter: nn.Module) -> AdaptiveBudget:
+def adaptive_budget(target: Target, drafter: Drafter) -> AdaptiveBudget:
     """What decides in every round."""
     costs = cached("costs", key_of(target, drafter), PairCosts, lambda: measured_costs(target, drafter))
     return AdaptiveBudget(
@@ -90,7 +91,7 @@ def adaptive_budget(target: Target, drafter: nn.Module) -> AdaptiveBudget:
     )
 
 
-def tree_choice(target: Target, drafter: nn.Module) -> TreeChoice:
+def tree_choice(target: Target, drafter: Drafter) -> TreeChoice:
     """What decides for every answer."""
     key = f"{key_of(target, drafter)}, {provenance.hardware()['gpus']}, exact {is_exact(target)}, {list(SHARES)}"
     costs = cached("costs", key, TreeCosts, lambda: measured_rounds(target, drafter))
@@ -126,16 +127,16 @@ def sample_of(target: Target) -> tuple[list[int], dict[str, Any]]:
 
 
 @torch.inference_mode()
-def measured_costs(target: Target, drafter: Any) -> PairCosts:
+def measured_costs(target: Target, drafter: Drafter) -> PairCosts:
     """Time the parts of a round behind a text of no meaning."""
     tokens, options = sample_of(target)
     verify_s = verify_times(target, tokens, SIZES)
-    draft_s = draft_times(target, drafter, tokens, SMALL.top_k)
+    draft_s = {} if drafter.takes_no_time else draft_times(target, drafter, tokens, SMALL.top_k)
     plain = _rest(generate(target, None, tokens, **options))
     drafting = _rest(generate(target, drafter, tokens, tree=SMALL, **options))
     return PairCosts(
         {nodes: seconds + plain for nodes, seconds in verify_s.items()},
-        {levels: draft_s[levels] for levels in range(1, SMALL.levels + 1)}, max(drafting - plain, 0.0),
+        {levels: draft_s[levels] for levels in draft_s if levels <= SMALL.levels}, max(drafting - plain, 0.0),
     )  # fmt: skip
 
 
@@ -143,6 +144,7 @@ def _rest(run: Generation) -> float:
     return (run.phases_s["accept"] + run.phases_s["other"]) / max(run.num_forwards, 1)
 
 
-def key_of(target: Target, drafter: nn.Module) -> str:
+def key_of(target: Target, drafter: Drafter) -> str:
     """What costs depend on: machine, library and the shapes of both models."""
-    return f"{provenance.costs_key(target.model, drafter)}, compiled {native.fingerprint()}, engine {ENGINE}, {SMALL}"
+    models = [model for model in (target.model, drafter) if isinstance(model, nn.Module)]
+    return f"{provenance.costs_key(*models)}, compiled {native.fingerprint()}, engine {ENGINE}, {SMALL}"

@@ -185,14 +185,15 @@ def open_session(
     num_rows = most_rows if fixed else 0
     law = requests[0].sampling.law if fixed else Sampling()
     kept = _sessions.setdefault(target, OrderedDict())
-    key = (id(drafter), tree if drafter is not None else None, batch, stops, fixed, law, is_exact(target))
+    by_cost = drafter is not None and decides_rounds(budget)
+    key = (id(drafter), tree if drafter is not None else None, batch, stops, fixed, by_cost, law, is_exact(target))
     session = kept.pop(key, None)
     if session is None or not session.idle or session.capacity < num_rows:
         session = None  # free its caches first
         while len(kept) >= KEPT_SESSIONS:
             kept.popitem(last=False)
         check_memory(target, batch, most_rows)  # of exact shapes, too, which take it as the texts grow
-        session = Session(target, drafter, tree, batch, num_rows, fixed, stops, law)
+        session = Session(target, drafter, tree, batch, num_rows, fixed, by_cost, stops, law)
     session.budget, session.choice = budget, choice
     session.prepare(max(len(request.prompt_ids) for request in requests), needed)
     kept[key] = session
@@ -201,7 +202,9 @@ def open_session(
 
 def serving_session(target: Target, *, batch_size: int, eos_token_ids: Sequence[int]) -> Session:
     """Plain decoding of requests that are not known yet, in exact shapes. The session is the caller's alone."""
-    return Session(target, None, TreeShape(), most_at_once(target, batch_size), 0, False, frozenset(eos_token_ids))
+    return Session(
+        target, None, TreeShape(), most_at_once(target, batch_size), 0, stop_token_ids=frozenset(eos_token_ids)
+    )
 
 
 def most_at_once(target: Target, batch_size: int) -> int:

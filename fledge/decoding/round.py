@@ -22,7 +22,7 @@ from fledge.decoding.noise import uniforms
 from fledge.decoding.records import Sampling
 from fledge.decoding.verifier import Lengths, Verifier
 from fledge.drafters.base import Budget, Emitted, Proposer
-from fledge.drafters.tree import Trees, roots_only
+from fledge.drafters.tree import Trees, first_nodes, roots_only
 from fledge.target.model import Target
 
 # B sequences, N tree nodes, E slots: the most tokens of a round, A tapped layers, H hidden size, V vocabulary
@@ -78,17 +78,21 @@ class Shapes:
 class Round:
     """The three parts for one target and proposer, and `batch` slots."""
 
-    def __init__(self, target: Target, verifier: Verifier, proposer: Proposer | None, batch: int) -> None:
+    def __init__(
+        self, target: Target, verifier: Verifier, proposer: Proposer | None, batch: int, free: Proposer | None = None
+    ) -> None:
+        """`free`: drafts chains without taking time; a budget chooses between them and the proposer's trees."""
         device = target.device
-        self.verifier, self.proposer, self.batch = verifier, proposer, batch
+        self.verifier, self.proposer, self.free, self.batch = verifier, proposer, free, batch
+        self.proposers = [one for one in (proposer, free) if one is not None]
         self._head = verifier.head
-        self.num_nodes = 1 + (proposer.num_drafted if proposer else 0)
-        self.num_slots = 1 + (proposer.num_levels if proposer else 0)
+        self.num_nodes = 1 + max((one.num_drafted for one in self.proposers), default=0)
+        self.num_slots = 1 + max((one.num_levels for one in self.proposers), default=0)
         self.stops = torch.zeros(target.vocab_size, dtype=torch.bool, device=device)
         self.samplings: list[Sampling] = [Sampling()] * batch
         self.trees: Trees | None = None  # of the round under way
         self.accepted: Accepted | None = None  # of the last round
-        self._skipped: list[Emitted] = []  # rounds the proposer has not followed, because its budget forbade drafting
+        self._skipped: list[Emitted] = []  # rounds that the proposer has not followed, because it did not draft
         needs_taps = proposer is not None and proposer.needs_taps
         num_taps = len(target.tap_layers) if needs_taps else 0
 
@@ -107,7 +111,7 @@ class Round:
     @property
     def rows_ahead(self) -> int:
         """Cache rows behind the committed ones that a round may touch."""
-        return max(self.num_nodes, self.num_slots, self.proposer.rows_ahead if self.proposer else 0)
+        return max(self.num_nodes, self.num_slots, *(one.rows_ahead for one in self.proposers))
 
     def parts(self, shapes: Shapes) -> dict[str, Part]:
         """In this order. No sequence may have more than `num_keys` committed rows and nodes together."""
@@ -122,11 +126,12 @@ class Round:
         """Trees below the roots."""
         emitted = self._emitted(shapes)
         num_levels = self.num_slots - 1 if shapes.num_levels is None else shapes.num_levels
-        if self.proposer is None or num_levels < 1:
-            self.trees = roots_only(emitted.roots)
+        self.trees = self._without_drafting(emitted, num_levels, shapes.budget)
+        if self.trees is not None:
             if self.proposer is not None:
                 self._skipped.append(_copy(emitted))
             return
+        assert self.proposer is not None
         if self._skipped:
             emitted = _joined([*self._skipped, emitted])
             self._skipped.clear()
@@ -134,7 +139,22 @@ class Round:
         if shapes.lengths is not None:  # beams may need more rows than the tree has nodes
             num_keys = max(shapes.lengths) + self.rows_ahead
         self.proposer.follow(emitted, num_keys)
+        num_levels = min(num_levels, self.proposer.num_levels)
         self.trees = self.proposer.propose(emitted, num_levels, num_keys, shapes.budget)
+
+    def _without_drafting(self, emitted: Emitted, num_levels: int, budget: Budget | None) -> Trees | None:
+        """The trees of a round in which the proposer does not draft; None where it does."""
+        if budget is not None:
+            budget.begin()
+            if self.free is not None:
+                self.free.follow(emitted, 0)
+                if num_levels > 0:
+                    found = self.free.propose(emitted, min(num_levels, self.free.num_levels), 0)
+                    if found.scores is not None and (count := budget.without_drafting(found.scores[0, 1:])):
+                        return first_nodes(found, 1 + count)
+        if self.proposer is None or num_levels < 1 or (budget is not None and not budget.drafts()):
+            return roots_only(emitted.roots)
+        return None
 
     def verify(self, shapes: Shapes) -> None:
         """The target on all nodes."""
@@ -238,8 +258,8 @@ class Round:
         self.state.move(source, goal)
         self.samplings[goal] = self.samplings[source]
         self.verifier.move(source, goal)
-        if self.proposer is not None:
-            self.proposer.move(source, goal)
+        for proposer in self.proposers:
+            proposer.move(source, goal)
 
     def release(self, slot: int) -> None:
         """The sequence of this slot has left. With fixed shapes the slot is computed all the same: as a short one."""

@@ -28,8 +28,8 @@ from fledge.decoding.records import RoundTrace, Sampling
 from fledge.decoding.requests import Request, RequestState, check_request
 from fledge.decoding.round import Round, Shapes
 from fledge.decoding.verifier import ModelInputs
-from fledge.drafters.base import Budget, Drafter
-from fledge.drafters.registry import proposer_of
+from fledge.drafters.base import Drafter
+from fledge.drafters.registry import free_proposer, proposer_of
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
 from fledge.target.model import Target
@@ -60,6 +60,7 @@ class Session:
     batch_size: int
     capacity: int
     fixed: bool = False
+    by_cost: bool = False  # a budget decides in every round, also about drafts that take no time
     stop_token_ids: frozenset[int] = frozenset()
     law: Sampling = Sampling()  # of all requests where shapes are fixed: what is captured holds it
     budget: Any = None  # an adaptive.AdaptiveBudget; exact shapes and one sequence only
@@ -69,10 +70,14 @@ class Session:
     def __post_init__(self) -> None:
         target, batch, capacity = self.target, self.batch_size, in_buckets(self.capacity)
         verifier = verifier_of(target, batch, 0)
-        proposer = proposer_of(self.drafter, self.tree, batch, 0) if self.drafter is not None else None
+        drafter, free = self.drafter, None
+        if drafter is not None and self.by_cost:
+            free = free_proposer(drafter, self.tree, batch)
+            drafter = None if drafter.takes_no_time else drafter
+        proposer = proposer_of(drafter, self.tree, batch, 0) if drafter is not None else None
         assert proposer is None or not verifier.chains_only or self.tree.top_k == 1, "a tree where chains are possible"
         self._rope_limit = ability_of(target).rope_limit
-        self.round = Round(target, verifier, proposer, batch)
+        self.round = Round(target, verifier, proposer, batch, free)
         self.round.samplings = [self.law] * batch
         self._set_stops()
         self.capacity = 0
@@ -202,18 +207,21 @@ class Session:
             for state, token in zip(group, tokens, strict=True)
         ]
 
-    def _read_texts(self, slots: slice, texts: list[Tensor], inputs: ModelInputs | None) -> TargetOutput:
-        """The target and the proposer read texts from their beginning."""
+    def _read_texts(
+        self, slots: slice, texts: list[Tensor], inputs: ModelInputs | None, *, again: bool = False
+    ) -> TargetOutput:
+        """The target and the proposers read texts from their beginning; `again`: those that read the target."""
         proposer, device = self.round.proposer, self.target.device
         positions = self.target.positions(texts[0], inputs) if inputs else None
         padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         taps = proposer is not None and proposer.needs_taps
         output = self.round.verifier.prefill(slots, padded, taps=taps, positions=positions, model_inputs=inputs)
         for row, text in enumerate(texts):
-            if proposer is not None:
-                known = None if output.tap_hidden is None else output.tap_hidden[row, : len(text)]
-                where = torch.arange(len(text), device=device) if positions is None else positions
-                proposer.fill(slots.start + row, text, known, where)
+            known = None if output.tap_hidden is None else output.tap_hidden[row, : len(text)]
+            where = torch.arange(len(text), device=device) if positions is None else positions
+            for one in self.round.proposers:
+                if one.needs_taps or not again:
+                    one.fill(slots.start + row, text, known, where)
         return output
 
     def _read_again(self) -> None:
@@ -222,7 +230,7 @@ class Session:
         for slot, state in enumerate(self._slots):
             if state is not None and state.length == (self._rope_limit or 0) + 1:
                 text = torch.tensor([*state.request.prompt_ids, *state.token_ids], device=self.target.device)
-                self._read_texts(slice(slot, slot + 1), [text], state.request.model_inputs or None)
+                self._read_texts(slice(slot, slot + 1), [text], state.request.model_inputs or None, again=True)
 
     # -- rounds
 
@@ -262,11 +270,8 @@ class Session:
         if self._rope_limit is not None:  # no tree reaches past it
             before = [self._rope_limit - state.length for state in live if state.length <= self._rope_limit]
             num_levels = min([num_levels, *before])
-        budget: Budget | None = self.budget
-        if self.budget is not None and not self.budget.drafts():
-            num_levels = 0
         return Shapes(
-            num_keys=max(lengths) + self.round.rows_ahead, lengths=lengths, num_levels=num_levels, budget=budget,
+            num_keys=max(lengths) + self.round.rows_ahead, lengths=lengths, num_levels=num_levels, budget=self.budget,
             num_slots=max(state.num_new for state in live),
         )  # fmt: skip
 
@@ -329,8 +334,8 @@ class Session:
         assert not self.fixed or not self.capacity, "fixed shapes do not grow"
         check_memory(self.target, self.batch_size, capacity)
         self.round.verifier.reserve(capacity)
-        if self.round.proposer is not None:
-            self.round.proposer.reserve(capacity)
+        for proposer in self.round.proposers:
+            proposer.reserve(capacity)
         self.capacity = capacity
 
     def _set_stops(self) -> None:

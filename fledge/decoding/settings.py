@@ -54,14 +54,15 @@ class DraftingSettings:
     """Draft head: the folder that training wrote, or `lookup` for prompt lookup."""
     total_token: TreeNodes | Literal["auto"] | None = None
     """Tree nodes the target checks per round, root included. auto: the profile that `fledge bench --tune` wrote. None,
-    and no --depth and --top-k: the engine's own choice, never slower than plain decoding by much; with them, 60."""
+    and no --depth and --top-k: the engine's own choice, never slower than plain decoding by much; on a CPU also of what
+    the text repeats. With them, 60."""
     depth: Natural | None = None
     """Draft rounds after the first level of the tree. None: 5."""
     top_k: Count | None = None
     """Children per tree node and beam width; 1 drafts a chain. None: 10."""
     adaptive: bool = False
-    """Draft only as deep and as wide as it pays, or not at all; the tree flags are then the most that is drafted. Costs
-    come from the profile that `fledge bench --tune` wrote."""
+    """Draft only as deep and as wide as it pays, or what the text repeats (prompt lookup), or nothing; the tree flags
+    are then the most that is drafted. Costs come from the profile that `fledge bench --tune` wrote."""
     shapes: Literal["auto", "exact", "fixed"] = "auto"
     """fixed: rounds of fixed shapes, captured into CUDA graphs on a GPU. exact: shapes as they come, every kind of
     target. auto: fixed on a GPU wherever it can be."""

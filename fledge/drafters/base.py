@@ -27,6 +27,7 @@ class Drafter(Protocol):
     """A drafter bound to its target: what decoding must know of it before it works."""
 
     needs_host: bool  # whether it looks at token ids on the host: its rounds cannot be captured into a graph
+    takes_no_time: bool  # whether its drafts come without a forward of a network
 
     @property
     def tap_layers(self) -> tuple[int, ...] | None:
@@ -64,6 +65,18 @@ class Emitted:
 
 class Budget(Protocol):
     """Decides round by round how much drafting pays (`fledge.decoding.adaptive`). One sequence at a time."""
+
+    def begin(self) -> None:
+        """A round begins."""
+        ...
+
+    def without_drafting(self, scores: Tensor) -> int:
+        """How many nodes of a chain that took no time, with these log-chances (C,), to verify instead of drafting."""
+        ...
+
+    def drafts(self) -> bool:
+        """Is there time for drafting?"""
+        ...
 
     def deeper(self, beam_scores: Tensor) -> bool:
         """After a level whose best nodes have these log-chances (k,): is another level worth its time?"""

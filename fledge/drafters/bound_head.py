@@ -20,7 +20,7 @@ from fledge.target.model import Target
 class BoundHead(nn.Module):
     """A draft bound to the target's embedding."""
 
-    needs_host = False
+    needs_host = takes_no_time = False
     owns_embedding = False
     norm: RMSNorm
     axis_of_dim: Tensor | None  # (R,) axis of a multimodal rope that each dimension follows

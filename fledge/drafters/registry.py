@@ -1,5 +1,6 @@
 """The drafters there are, as one table: a drafter's class, what proposes with it, and what reads it."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from fledge.drafters.eagle3.propose import EagleProposer
 from fledge.drafters.lookup.propose import LookupProposer, PromptLookup, read_lookup
 from fledge.drafters.tree import TreeShape
 from fledge.errors import UserError
+
+MOST_FREE = 15  # tokens of a chain that takes no time
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ DRAFTERS = [
     DrafterKind(DraftModel, EagleProposer, read_draft, lambda folder: read_head(folder).tensors),
 ]
 
+_beside: "weakref.WeakKeyDictionary[Drafter, Drafter]" = weakref.WeakKeyDictionary()
+
 
 def read_drafter(name: str | Path) -> DrafterFiles:
     """The drafter that --draft names."""
@@ -60,6 +65,16 @@ def kind_of(drafter: Drafter) -> DrafterKind:
 def proposer_of(drafter: Drafter, shape: TreeShape, batch: int, capacity: int) -> Proposer | None:
     """The drafter at work on `batch` sequences; None where the shape leaves nothing to draft."""
     return kind_of(drafter).proposer(drafter, shape, batch, capacity) if shape.levels else None
+
+
+def free_proposer(drafter: Drafter, shape: TreeShape, batch: int) -> Proposer | None:
+    """Chains that take no time: the drafter's own, else prompt lookup's beside it. Of the shape's nodes at most, and of
+    MOST_FREE."""
+    if not drafter.takes_no_time:
+        drafter = _beside.setdefault(drafter, PromptLookup())
+    nodes = min(shape.total_token - 1, MOST_FREE)
+    chain = TreeShape(1 + nodes, max(nodes - 1, 0), 1)
+    return proposer_of(drafter, chain, batch, 0)
 
 
 def load_weights(drafter: BoundHead, folder: Path) -> None:

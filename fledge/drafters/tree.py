@@ -99,6 +99,14 @@ def chains(token_ids: Tensor) -> Trees:
     )  # fmt: skip
 
 
+def first_nodes(trees: Trees, count: int) -> Trees:
+    """Their first `count` nodes: trees themselves, since parents precede children."""
+    return Trees(
+        trees.token_ids[:, :count], trees.parents[:, :count], trees.levels[:, :count],
+        trees.ancestors[:, :count, :count], None if trees.scores is None else trees.scores[:, :count],
+    )  # fmt: skip
+
+
 def filled_up(trees: Trees, multiple: int) -> Trees:
     """With copies of the last node, each the child of the one before it, until the nodes are a multiple."""
     missing = -trees.num_nodes % multiple

@@ -26,6 +26,7 @@ def run(budget: AdaptiveBudget, tokens: int, accepts, scores: torch.Tensor = SCO
     while emitted < tokens:
         rounds += 1
         new = 1
+        budget.begin()
         if budget.drafts():
             drafted += 1
             levels = 1
@@ -67,6 +68,7 @@ def test_a_profile_that_errs_costs_no_more_than_what_is_promised():
     lucky = AdaptiveBudget(plain_s=1.0, verify_s={**VERIFY, 2: 0.85}, draft_s=DRAFT, overhead_s=0.05)
     emitted = drafted = 0
     while emitted < 2000:
+        lucky.begin()
         if lucky.drafts():
             drafted += 1
             lucky.num_nodes(SCORES, len(SCORES))
@@ -81,6 +83,7 @@ def test_a_gain_within_the_doubt_is_not_believed():
     budget = AdaptiveBudget(plain_s=1.0, verify_s={1: 1.0, 2: 2 / 1.02 - 0.13}, draft_s=DRAFT, overhead_s=0.05)
     drafted = 0
     for _ in range(1000):
+        budget.begin()
         if budget.drafts():
             drafted += 1
             budget.num_nodes(SCORES, 1)
@@ -122,3 +125,68 @@ def test_costs_come_from_the_profile():
         AdaptiveBudget.from_profile(profile(), TreeShape(16, 5, 3))
     with pytest.raises(UserError, match="no costs for total_token 80"):
         AdaptiveBudget.from_profile(profile(), TreeShape(80, 5, 4))
+
+
+# -- drafts that take no time ------------------------------------------------------------------------------------------
+
+
+def text_of(
+    budget: AdaptiveBudget, tokens: int, chance: float, right: int, head: int | None = None
+) -> tuple[float, list[int]]:
+    """Seconds for so many tokens of a text that offers chains of four of this chance each in every second round, of
+    which `right` are; and a head whose rounds bring so many tokens. And how many chains of each length there were."""
+    seconds, emitted, sizes, scores = 0.0, 0, [0] * 5, torch.full((4,), chance).log().cumsum(0)
+    for number in itertools.count():
+        if emitted >= tokens:
+            return seconds, sizes
+        budget.begin()
+        size, new = budget.without_drafting(scores) if number % 2 else 0, 1
+        sizes[size] += 1
+        if size:
+            new, spent = 1 + min(right, size), budget._verify[1 + size] + 0.05
+        elif head is not None and budget.drafts():
+            nodes = budget.num_nodes(SCORES, len(SCORES))
+            new, spent = head, budget._verify[1 + nodes] + DRAFT[1] + 0.05
+        else:
+            spent = 1.0
+        budget.record(new)
+        seconds, emitted = seconds + spent, emitted + new
+    raise AssertionError
+
+
+def test_what_repeats_itself_is_verified_without_drafting():
+    seconds, sizes = text_of(make_budget(), 1000, 0.9, 4)
+    assert sizes[4] == pytest.approx(sum(sizes) / 2, abs=1) and seconds < 1000 * 0.5
+    assert text_of(make_budget(), 1000, 0.05, 4) == (1000.0, [1000, 0, 0, 0, 0]), "no promise"
+
+
+def test_a_text_that_promises_and_does_not_keep_costs_the_allowance():
+    seconds, sizes = text_of(make_budget(), 2000, 0.9, 0)
+    assert 0 < sum(sizes[1:]) < 200 and seconds <= 2000 * (1 + ALLOWANCE) + FIRST_CREDIT + 1
+
+
+def test_a_head_that_brings_more_is_asked_instead():
+    """Three tokens a round for the time of one and a half; a chain of the same chance promises two."""
+    _, sizes = text_of(make_budget(), 1000, 0.5, 1, head=3)
+    assert sum(sizes[1:]) < 20
+    _, sizes = text_of(make_budget(), 1000, 0.5, 1, head=1)
+    assert sum(sizes[1:]) > 300
+
+
+def test_a_bad_head_does_not_spend_what_the_text_earns():
+    alone, _ = text_of(make_budget(), 2000, 0.9, 4)
+    beside, _ = text_of(make_budget(), 2000, 0.9, 4, head=1)
+    assert beside < alone + 0.01 * 2000 + FIRST_CREDIT + 1
+
+
+def test_the_best_length_of_all():
+    budget = make_budget()
+    for chance in (0.3, 0.6, 0.8, 0.95):
+        scores = torch.full((14,), chance).log().cumsum(0)
+        budget.begin()
+        rates = [
+            (1 + sum(chance**step for step in range(1, count + 1))) / (budget._verify[1 + count] + 0.05)
+            for count in range(1, 15)
+        ]
+        chosen = budget.without_drafting(scores)
+        assert chosen == (1 + rates.index(max(rates)) if max(rates) > 1.05 else 0)

@@ -18,6 +18,7 @@ from fledge.decoding.default_tree import (
     measured_rounds,
 )
 from fledge.decoding.generate import Sampling, generate
+from fledge.decoding.records import RoundTrace
 from fledge.decoding.settings import DraftingSettings
 from fledge.decoding.tree_profile import resolve_tree
 from fledge.drafters.lookup.propose import PromptLookup
@@ -88,8 +89,53 @@ def test_flags_that_are_not_given_have_the_documented_values():
 
 def test_where_there_is_nothing_to_decide(target):
     assert default_tree(target, None) == (LARGE, None)
-    assert default_tree(target, PromptLookup()) == (LARGE, None)
     assert default_tree(target, tiny_draft(target), at_once=4) == (NONE, None)
+
+
+def test_lookup_by_cost(target, monkeypatch):
+    """Its drafts take no time: what they bring decides, and a text that repeats itself needs fewer rounds."""
+    asked = []
+    monkeypatch.setattr(module, "draft_times", lambda *_: asked.append(1))
+    lookup = PromptLookup()
+    costs = measured_costs(target, lookup)
+    assert not asked and costs.draft_s == {}
+    monkeypatch.setattr(module, "measured_costs", lambda *_: PairCosts(CHEAP.verify_s, {}, 0.0))
+    tree, budget = default_tree(target, lookup)
+    assert budget is not None and key_of(target, lookup) != key_of(target, tiny_draft(target))
+    options = {"max_new_tokens": 48, "eos_token_ids": ()}
+    ids = [*prompt(6), *prompt(6), *prompt(6)]
+    plain = generate(target, None, ids, **options)
+    found = generate(target, lookup, ids, tree=tree, budget=budget, trace=True, **options)
+    assert found.token_ids == plain.token_ids and found.rounds is not None
+    assert any(len(one.token_ids) > 1 for one in found.rounds)
+
+
+def test_a_head_follows_what_the_text_brought(target, monkeypatch):
+    """Rounds without it are made up for: its drafts are those of a head that reads the text from the beginning."""
+    monkeypatch.setattr(module, "measured_costs", lambda *_: CHEAP)
+    draft, options = tiny_draft(target), {"eos_token_ids": (), "trace": True}
+    tree, budget = default_tree(target, draft)
+    ids = [*prompt(6), *prompt(6)]
+    seen = generate(target, draft, ids, tree=tree, budget=budget, max_new_tokens=60, **options)
+    done, free, compared = 1, 0, 0
+    for one in seen.rounds or []:
+        if one.parents == [0, *range(len(one.parents) - 1)]:
+            free += len(one.parents) > 1
+        elif free:
+            text = [*ids, *seen.token_ids[: done - 1]]
+            fresh = generate(target, draft, text, tree=TreeShape(69, 4, 4), max_new_tokens=8, **options)
+            assert paths_of(one) <= paths_of((fresh.rounds or [])[0])
+            compared += 1
+        done += len(one.accepted)
+    assert free and compared
+
+
+def paths_of(one: RoundTrace) -> set[tuple[int, ...]]:
+    """The tokens from the root to every node of a tree of a round."""
+    paths = [(one.token_ids[0],)]
+    for token, parent in zip(one.token_ids[1:], one.parents[1:], strict=True):
+        paths.append((*paths[parent], token))
+    return set(paths)
 
 
 # -- on a GPU: a tree for every answer ---------------------------------------------------------------------------------

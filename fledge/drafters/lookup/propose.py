@@ -4,10 +4,15 @@ No weights, and it works with every target. Known from transformers (`prompt_loo
 `ngram`); here it is the floor that a trained drafter must beat. Of several earlier places the latest is taken.
 
     .. the cat sat on the mat . the cat |         n-gram "the cat" -> proposes "sat on the mat"
+
+Its drafts take no time, so a budget asks for them before it asks another drafter (`fledge.decoding.adaptive`), as
+SuffixDecoding does beside a draft model (Oliaro et al. 2024, arXiv 2411.04975). How often they are right depends on how
+long the n-gram is, and on the text: that is learned from every round, whatever was verified.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,18 +21,23 @@ from fledge.drafters.base import Budget, DrafterFiles, Emitted
 from fledge.drafters.tree import Trees, TreeShape, chains, roots_only
 
 LONGEST, SHORTEST = 5, 1  # tokens of an n-gram, tried from the longest
-
+USUAL = (0.2, 0.5, 0.65, 0.7, 0.85)  # chance by the length of the n-gram, before any is learned: SmolLM2-135M at T = 0
+MEMORY = 0.95  # weight of the past in a chance, per draft
+LEAST = 1e-3  # a chance
 
 NAME = "lookup"  # what --draft says: there is no folder to name
 
 
-@dataclass(frozen=True)
 class PromptLookup:
-    """The drafter without weights."""
+    """The drafter without weights. What it has learned of texts holds for the next one."""
 
     needs_host = True
+    takes_no_time = True
     tap_layers = None
     devices: frozenset[torch.device] = frozenset()
+
+    def __init__(self) -> None:
+        self.chances = Chances()
 
 
 def read_lookup(name: str) -> DrafterFiles | None:
@@ -43,30 +53,77 @@ class LookupProposer:
     def __init__(self, drafter: PromptLookup, shape: TreeShape, batch: int, capacity: int = 0) -> None:
         self.num_levels = self.num_drafted = self.rows_ahead = shape.levels
         self._histories: list[History] = [History([]) for _ in range(batch)]
+        self._found = [NOTHING] * batch  # proposed to each sequence in the round before
+        self._chances = drafter.chances
 
     def reserve(self, capacity: int) -> None:
         """Nothing is cached by rows."""
 
     def move(self, source: int, goal: int) -> None:
-        self._histories[goal] = self._histories[source]
+        self._histories[goal], self._found[goal] = self._histories[source], self._found[source]
 
     def fill(self, slot: int, token_ids: Tensor, taps: Tensor | None, positions: Tensor) -> None:
-        self._histories[slot] = History(token_ids.tolist())
+        self._histories[slot], self._found[slot] = History(token_ids.tolist()), NOTHING
 
     def follow(self, emitted: Emitted, num_keys: int) -> None:
-        pairs = zip(self._histories, emitted.token_ids.tolist(), emitted.num_new.tolist(), strict=False)
-        for history, tokens, count in pairs:
+        rows = zip(self._histories, emitted.token_ids.tolist(), emitted.num_new.tolist(), strict=False)
+        for slot, (history, tokens, count) in enumerate(rows):
+            self._chances.learn(self._found[slot], tokens[:count])
+            self._found[slot] = NOTHING
             history.extend(tokens[:count])
 
     def propose(self, emitted: Emitted, num_levels: int, num_keys: int, budget: Budget | None = None) -> Trees:
         """Chains as long as the longest found; a sequence with a shorter one is filled up with its last token."""
-        found = [history.continuation(num_levels) for history in self._histories[: len(emitted.lengths)]]
-        longest = max(map(len, found))
+        batch, device = len(emitted.lengths), emitted.token_ids.device
+        self._found[:batch] = [history.continuation(num_levels) for history in self._histories[:batch]]
+        longest = max(len(one.tokens) for one in self._found[:batch])
         if longest == 0:
             return roots_only(emitted.roots)
-        drafts = [tokens + [tokens[-1] if tokens else 0] * (longest - len(tokens)) for tokens in found]
-        drafted = torch.tensor(drafts, device=emitted.token_ids.device)
-        return chains(torch.cat((emitted.roots, drafted), dim=1))
+        drafts, scores = [], []
+        for one in self._found[:batch]:
+            missing = longest - len(one.tokens)
+            drafts.append([*one.tokens, *[one.tokens[-1] if one.tokens else 0] * missing])
+            scores.append([0.0, *self._chances.along(one), *[-math.inf] * missing])
+        tokens = torch.cat((emitted.roots, torch.tensor(drafts, device=device)), dim=1)
+        return replace(chains(tokens), scores=torch.tensor(scores, device=device))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What followed an n-gram of this length."""
+
+    tokens: list[int]
+    size: int
+
+
+NOTHING = Found([], 0)
+
+
+class Chances:
+    """The chance that a token follows an n-gram again, by the length of the n-gram."""
+
+    def __init__(self) -> None:
+        self._by_size = list(USUAL)
+
+    def along(self, found: Found) -> list[float]:
+        """Log of the chance that all tokens up to each are right. A right one makes the n-gram of the next longer."""
+        scores, score = [], 0.0
+        for step in range(len(found.tokens)):
+            score += math.log(self._by_size[self._place(found, step)])
+            scores.append(score)
+        return scores
+
+    def learn(self, found: Found, text: Sequence[int]) -> None:
+        """What the text brought where this was found."""
+        for step, (token, expected) in enumerate(zip(text, found.tokens, strict=False)):
+            place = self._place(found, step)
+            right = token == expected
+            self._by_size[place] = max(MEMORY * self._by_size[place] + (1 - MEMORY) * right, LEAST)
+            if not right:
+                break
+
+    def _place(self, found: Found, step: int) -> int:
+        return min(found.size + step, LONGEST) - SHORTEST
 
 
 class History:
@@ -85,11 +142,11 @@ class History:
                 self._after[tuple(self._tokens[end - size :])] = end
             self._tokens.append(token)
 
-    def continuation(self, at_most: int) -> list[int]:
-        """What followed the longest recurring n-gram at the end; empty where none recurs."""
+    def continuation(self, at_most: int) -> Found:
+        """What followed the longest recurring n-gram at the end; nothing where none recurs."""
         end = len(self._tokens)
         for size in range(min(LONGEST, end), SHORTEST - 1, -1):
             start = self._after.get(tuple(self._tokens[end - size :]))
             if start is not None:
-                return self._tokens[start : start + at_most]
-        return []
+                return Found(self._tokens[start : start + at_most], size)
+        return NOTHING
