@@ -229,8 +229,7 @@ class Study:
             answers = self.answers(task, temperature)
             seen = columns(answers, self.target.tap_layers, drafter.tap_layers)
             for shape, tree in shapes.items():
-                # chains that are looked up depend on company: shorter ones are filled up
-                rounds = replay(drafter, tree, seen, **({"at_once": 1} if name == FLOOR else {}))
+                rounds = replay(drafter, tree, seen)
                 found.setdefault(Path(task).stem, {})[shape] = tau(rounds)
                 every[shape] += zip(answers, rounds, strict=True)
         found["all"] = {shape: tau([rounds for _, rounds in pairs]) for shape, pairs in every.items()}

@@ -35,7 +35,7 @@ def test_rounds_are_those_of_decoding(replaying, tmp_path, kind, shape, temperat
     answers = replaying.recorded(
         target, PROMPTS, stops=(), most=24, temperature=temperature, kept=tmp_path / "answers.json"
     )
-    rounds = replaying.replay(drafter, shape, answers, at_once=1 if kind == "lookup" else 2)
+    rounds = replaying.replay(drafter, shape, answers, at_once=2)
     accepted = 0
     for index, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True)):
         law = Sampling(temperature, seed=index)

@@ -6,24 +6,34 @@ import pytest
 import torch
 
 from fledge.drafters.base import Emitted
-from fledge.drafters.lookup.propose import LONGEST, MEMORY, USUAL, Chances, Found, History, LookupProposer, PromptLookup
+from fledge.drafters.lookup.propose import (
+    LONGEST,
+    MEMORY,
+    USUAL,
+    Chances,
+    Continuation,
+    History,
+    LookupProposer,
+    PromptLookup,
+)
 from fledge.drafters.tree import TreeShape
 
 
-def slow_continuation(tokens: list[int], at_most: int) -> Found:
-    """By the definition: every size, every earlier place, the latest first."""
+def slow_continuation(tokens: list[int], at_most: int) -> Continuation:
+    """By the definition: every size, every earlier place, the latest first; and again behind what it has found."""
     for size in range(min(LONGEST, len(tokens)), 0, -1):
         for start in range(len(tokens) - size - 1, -1, -1):
             if tokens[start : start + size] == tokens[-size:]:
-                return Found(tokens[start + size : start + size + at_most], size)
-    return Found([], 0)
+                found = tokens[start + size :]
+                return Continuation((found * at_most)[:at_most], size)
+    return Continuation([], 0)
 
 
 def test_the_drawing():
     the, cat, sat, on, mat, stop = range(6)
     text = [the, cat, sat, on, the, mat, stop, the, cat]
-    assert History(text).continuation(4) == Found([sat, on, the, mat], 2)
-    assert History([the, cat, sat]).continuation(4) == Found([], 0)
+    assert History(text).continuation(4) == Continuation([sat, on, the, mat], 2)
+    assert History([the, cat, sat]).continuation(4) == Continuation([], 0)
 
 
 def test_found_as_by_the_definition():
@@ -35,12 +45,12 @@ def test_found_as_by_the_definition():
         history = History(text[:cut])
         history.extend(text[cut:])
         assert history.continuation(5) == slow_continuation(text, 5)
-        found.add(len(history.continuation(5).tokens))
+        found.add(history.continuation(5).size)
     assert len(found) > 3
 
 
 def test_chains_of_a_batch():
-    """A sequence that finds less is filled up; one that finds nothing proposes something that will be refused."""
+    """What is found at the end goes on from its beginning; a sequence that finds nothing proposes what is refused."""
     proposer = LookupProposer(PromptLookup(), TreeShape(8, 3, 1), 3)
     texts = ([1, 2, 3, 4, 1], [5, 6, 5], [7, 8])
     for slot, text in enumerate(texts):
@@ -48,12 +58,13 @@ def test_chains_of_a_batch():
     new = Emitted(torch.tensor([[2, 9], [6, 5], [9, 0]]), torch.tensor([1, 2, 1]), None, torch.tensor([5, 4, 2]))
     proposer.follow(new, 0)
     trees = proposer.propose(new, 4, 0)
-    assert trees.token_ids[0].tolist() == [2, 3, 4, 1, 2] and trees.token_ids[1].tolist() == [5, 6, 5, 5, 5]
+    assert trees.token_ids.tolist() == [[2, 3, 4, 1, 2], [5, 6, 5, 6, 5], [9, 0, 0, 0, 0]]
+    assert trees.scores is not None and trees.scores[2, 1:].exp().tolist() == [0] * 4
     assert trees.levels[0].tolist() == [0, 1, 2, 3, 4]
     proposer.move(1, 0)
     again = Emitted(torch.tensor([[6]]), torch.tensor([1]), None, torch.tensor([5]))
     proposer.follow(again, 0)
-    assert proposer.propose(again, 4, 0).token_ids.tolist() == [[6, 5, 6]]
+    assert proposer.propose(again, 4, 0).token_ids.tolist() == [[6, 5, 6, 5, 6]]
 
 
 def test_nothing_found_is_a_root():
@@ -67,23 +78,23 @@ def test_nothing_found_is_a_root():
 def test_chances_follow_the_text():
     """A right token makes the n-gram of the next longer; what comes behind the first wrong one says nothing."""
     chances = Chances()
-    chances.learn(Found([7, 8, 9, 10], 2), [7, 8, 1])
+    chances.learn(Continuation([7, 8, 9, 10], 2), [7, 8, 1])
     expected = list(USUAL)
     expected[1] = MEMORY * USUAL[1] + 1 - MEMORY  # an n-gram of 2: right
     expected[2] = MEMORY * USUAL[2] + 1 - MEMORY
     expected[3] = MEMORY * USUAL[3]  # of 4: wrong
-    assert chances.along(Found([0] * 5, 1)) == pytest.approx(
+    assert chances.along(Continuation([0] * 5, 1)) == pytest.approx(
         [math.log(math.prod(expected[: count + 1])) for count in range(5)]
     )
-    long = chances.along(Found([0] * 3, LONGEST))
+    long = chances.along(Continuation([0] * 3, LONGEST))
     assert long == pytest.approx([(count + 1) * math.log(expected[-1]) for count in range(3)])
 
 
 def test_chances_stay_chances():
     chances = Chances()
     for _ in range(2000):
-        chances.learn(Found([1], 1), [2])
-    (score,) = chances.along(Found([1], 1))
+        chances.learn(Continuation([1], 1), [2])
+    (score,) = chances.along(Continuation([1], 1))
     assert math.isfinite(score) and math.exp(score) < 0.01
 
 

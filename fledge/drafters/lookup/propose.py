@@ -4,6 +4,7 @@ No weights, and it works with every target. Known from transformers (`prompt_loo
 `ngram`); here it is the floor that a trained drafter must beat. Of several earlier places the latest is taken.
 
     .. the cat sat on the mat . the cat |         n-gram "the cat" -> proposes "sat on the mat"
+    .. one two one two |                          n-gram "one two" -> proposes "one two one two .."
 
 Its drafts take no time, so a budget asks for them before it asks another drafter (`fledge.decoding.adaptive`), as
 SuffixDecoding does beside a draft model (Oliaro et al. 2024, arXiv 2411.04975). How often they are right depends on how
@@ -73,30 +74,27 @@ class LookupProposer:
             history.extend(tokens[:count])
 
     def propose(self, emitted: Emitted, num_levels: int, num_keys: int, budget: Budget | None = None) -> Trees:
-        """Chains as long as the longest found; a sequence with a shorter one is filled up with its last token."""
+        """Chains of `num_levels` tokens; a sequence in which nothing recurs gets one of no meaning."""
         batch, device = len(emitted.lengths), emitted.token_ids.device
         self._found[:batch] = [history.continuation(num_levels) for history in self._histories[:batch]]
-        longest = max(len(one.tokens) for one in self._found[:batch])
-        if longest == 0:
+        if not any(one.tokens for one in self._found[:batch]):
             return roots_only(emitted.roots)
-        drafts, scores = [], []
-        for one in self._found[:batch]:
-            missing = longest - len(one.tokens)
-            drafts.append([*one.tokens, *[one.tokens[-1] if one.tokens else 0] * missing])
-            scores.append([0.0, *self._chances.along(one), *[-math.inf] * missing])
+        drafts = [one.tokens or [0] * num_levels for one in self._found[:batch]]
+        unlikely = [-math.inf] * num_levels
+        scores = [[0.0, *(self._chances.along(one) or unlikely)] for one in self._found[:batch]]
         tokens = torch.cat((emitted.roots, torch.tensor(drafts, device=device)), dim=1)
         return replace(chains(tokens), scores=torch.tensor(scores, device=device))
 
 
 @dataclass(frozen=True)
-class Found:
+class Continuation:
     """What followed an n-gram of this length."""
 
     tokens: list[int]
     size: int
 
 
-NOTHING = Found([], 0)
+NOTHING = Continuation([], 0)
 
 
 class Chances:
@@ -105,7 +103,7 @@ class Chances:
     def __init__(self) -> None:
         self._by_size = list(USUAL)
 
-    def along(self, found: Found) -> list[float]:
+    def along(self, found: Continuation) -> list[float]:
         """Log of the chance that all tokens up to each are right. A right one makes the n-gram of the next longer."""
         scores, score = [], 0.0
         for step in range(len(found.tokens)):
@@ -113,7 +111,7 @@ class Chances:
             scores.append(score)
         return scores
 
-    def learn(self, found: Found, text: Sequence[int]) -> None:
+    def learn(self, found: Continuation, text: Sequence[int]) -> None:
         """What the text brought where this was found."""
         for step, (token, expected) in enumerate(zip(text, found.tokens, strict=False)):
             place = self._place(found, step)
@@ -122,7 +120,7 @@ class Chances:
             if not right:
                 break
 
-    def _place(self, found: Found, step: int) -> int:
+    def _place(self, found: Continuation, step: int) -> int:
         return min(found.size + step, LONGEST) - SHORTEST
 
 
@@ -142,11 +140,12 @@ class History:
                 self._after[tuple(self._tokens[end - size :])] = end
             self._tokens.append(token)
 
-    def continuation(self, at_most: int) -> Found:
-        """What followed the longest recurring n-gram at the end; nothing where none recurs."""
+    def continuation(self, at_most: int) -> Continuation:
+        """What followed the longest recurring n-gram at the end, from the beginning again where the text ends before so
+        many tokens; nothing where none recurs."""
         end = len(self._tokens)
         for size in range(min(LONGEST, end), SHORTEST - 1, -1):
             start = self._after.get(tuple(self._tokens[end - size :]))
             if start is not None:
-                return Found(self._tokens[start : start + at_most], size)
+                return Continuation([self._tokens[start + step % (end - start)] for step in range(at_most)], size)
         return NOTHING
