@@ -96,9 +96,10 @@ def test_plain_is_the_librarys_generate(name):
     assert [round_.bonus for round_ in found.rounds] == found.token_ids[1:]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_next"])
 def test_an_adaptive_tree_is_lossless(name):
-    """Rounds of every kind: plain ones, short and full trees; the head follows what it did not draft."""
+    """Rounds of every kind: plain ones, short and full trees, what the text repeats; the head follows what it did not
+    draft. The last target's layers keep a running state, which follows chains."""
     target, ids = tiny_target(name), prompt(8)
     answer = plain(name, 8, 30).token_ids
     heads = (tiny_draft(target, "random"), half_right(target, ids, answer), ScriptedDraft(target, ids + answer))
