@@ -3,8 +3,8 @@
     expected tokens of a tree   1 + trust * sum of exp(score) over its drafted nodes
     cost of a round             V(nodes) + D(levels) + o, from the tree profile of this machine
 
-- Drafts that take no time are verified instead of the head's where they promise more tokens per second
-  than plain decoding, and than the head's rounds have brought.
+- Drafts that take no time are verified instead of the head's where they promise more tokens per second than plain
+  decoding, and than the head's rounds have brought.
 - Another level is drafted if the tokens it can add, per second, beat the rate reached so far.
 - The number of verified candidates is the one that promises the most tokens per second.
 - Rounds are paid from a credit. A round adds what plain decoding of its tokens would have cost and 1 % more, and
